@@ -1,0 +1,57 @@
+# Two commands do all the set-up:  make train   and   make test.
+#   ARGS="--help" make train      passes flags on
+#   PYTHON=python3.12 make test   picks the interpreter of a new .venv (delete .venv to change it later)
+
+PYTHON ?= python3
+ARGS   ?=
+SUITE  ?= step
+
+SHELL       := /bin/bash
+VENV        := .venv
+BIN         := $(VENV)/bin
+BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+
+# Pins the isolated build as well; newer pip reads the second name for that.
+export PIP_CONSTRAINT       := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help train test lint bench clean
+
+help:
+	@sed -n '1,3s/^# *//p' Makefile
+	@echo "other targets: lint, bench (SUITE=$(SUITE)), clean"
+
+train: $(VENV)/.installed-core
+	$(BIN)/python -m bilevel_fast.train $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+
+# Editable, for the reason in CONTRIBUTING.md. Done again only when something that decides the result has changed.
+$(VENV)/.installed-core: $(BUILD_FILES) | $(BIN)/pip
+	$(BIN)/pip install --quiet -e .
+	@touch $@
+
+$(VENV)/.installed-%: $(BUILD_FILES) | $(BIN)/pip
+	$(BIN)/pip install --quiet -e '.[$*]'
+	@touch $@
+
+$(BIN)/pip:
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "error: $(PYTHON) not found; run: PYTHON=/path/to/python3.11 make $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit(f"error: $(PYTHON) is Python {v[0]}.{v[1]}, 3.11 or newer is needed; run: PYTHON=python3.11 make $(MAKECMDGOALS)")'
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,25 @@
+"""Native parts (csrc/). `out` and `indices` are addresses of CPU memory that the caller has checked."""
+
+from collections.abc import Sequence
+
+from numpy.typing import ArrayLike
+
+def philox_block(counter: Sequence[int], key: Sequence[int]) -> list[int]:
+    """Philox4x32-10 of four counter words under two key words."""
+
+def philox_words(out: int, elements: int, seed: int, stream: int, indices: int, samples: int) -> None:
+    """Fill out (samples, elements) uint32 with raw words; indices (samples,) int64."""
+
+def philox_uniform(out: int, elements: int, seed: int, stream: int, indices: int, samples: int) -> None:
+    """Fill out (samples, elements) fp32 with numbers in [0, 1)."""
+
+def philox_normal(out: int, elements: int, seed: int, stream: int, indices: int, samples: int) -> None:
+    """Fill out (samples, elements) fp32 with standard normals."""
+
+def philox_integers(out: int, high: int, seed: int, stream: int, indices: int, samples: int) -> None:
+    """Fill out (samples,) int64 with integers in [0, high)."""
+
+def plan(
+    costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int
+) -> tuple[list[int], float, int]:
+    """Multiple-choice knapsack: (option per group, total value, total cost)."""

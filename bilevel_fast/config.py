@@ -1,0 +1,216 @@
+"""The settings of a run: one tree of frozen dataclasses, a few named presets, and the checks across fields.
+
+The docstring under a field is its help text. Only `train` knows this module; the rooms of a training step receive
+plain values.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.losses import LossWeights
+
+
+@dataclass(frozen=True)
+class Lower:
+    """The lower level recovers quality: diffusion loss + output distillation + block distillation."""
+
+    steps: int = 20_000
+    """Lower steps in all."""
+    batch: int = 64
+    """Images per step."""
+    lr: float = 1e-6
+    """Learning rate of AdamW after the warm-up."""
+    warmup: int = 250
+    """Steps of linear warm-up; the first step has learning rate 0."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    snr_gamma: float = 5.0
+    """Gamma of the SNR weight."""
+    p_uncond: float = 0.0
+    """Share of captions replaced by the empty prompt."""
+
+
+@dataclass(frozen=True)
+class Upper:
+    """The upper level suppresses the concept: the student imitates the dense teacher steered away from it."""
+
+    every: int = 20
+    """K: lower steps per upper step; 0 runs no upper steps."""
+    batch: int = 64
+    """Concept images per step."""
+    lr: float = 5e-6
+    """Learning rate of the second AdamW after its warm-up."""
+    warmup: int = 250
+    """Upper steps of linear warm-up; the first has learning rate 0."""
+    eta: float = 1.0
+    """How far the target is pushed beyond the anchor, away from the concept; 0 imitates the anchor."""
+    anchor: Literal["phrase", "null"] = "phrase"
+    """What the teacher is asked instead: the caption without the concept phrase, or the empty prompt."""
+    penalty: float = 0.0
+    """Lambda: weight of the lower loss on the last lower batch, added to the upper loss."""
+    penalty_norm: Literal["grad", "raw"] = "grad"
+    """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
+
+
+@dataclass(frozen=True)
+class Prune:
+    """How the student is made where no --student is given."""
+
+    method: str = "magnitude"
+    """A name in bilevel_fast.pruning.METHODS."""
+    budget: float = 0.80
+    """MACs of the student as a share of the dense model's."""
+
+
+@dataclass(frozen=True)
+class Mini:
+    """The built-in world: its data, its concept bank and how the result is judged."""
+
+    erase: tuple[str, ...] = ("pointillism",)
+    """Drawing styles to suppress."""
+    images: int = 4096
+    """Drawn training images; the erased styles are not among them."""
+    bank: int = 96
+    """Concept images sampled from the teacher, per erased style."""
+    judge_erased: int = 36
+    """Samples judged per erased style."""
+    judge_kept: int = 36
+    """Samples judged per style that should stay."""
+    guidance: float = 3.0
+    """Classifier-free guidance of all sampling."""
+    sample_steps: int = 25
+    """PNDM steps of all sampling."""
+    twin: bool = True
+    """Also train the distilled-only twin: same start and lower steps, no upper ones."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Prune a teacher, then distil it and suppress concepts in one run.
+
+    With no arguments the built-in mini world runs end to end. With --teacher, --data and --concepts the same loop runs
+    on model folders in the diffusers layout.
+    """
+
+    preset: str = "mini"
+    """Where the defaults come from: mini, smoke, paper or released."""
+    out: Path = Path("runs/mini")
+    """Run folder; must be new, unless --resume."""
+    seed: int = 0
+    """Seed of everything random."""
+    teacher: Path | None = None
+    """Dense model folder (diffusers layout). None: the built-in mini teacher."""
+    student: Path | None = None
+    """Pruned model folder. None: prune the teacher as --prune says."""
+    data: Path | None = None
+    """Latent cache to fine-tune on. None: the mini world."""
+    concepts: Path | None = None
+    """Concept bank to suppress. None: sampled from the mini teacher."""
+    lower: Lower = field(default_factory=Lower)
+    upper: Upper = field(default_factory=Upper)
+    prune: Prune = field(default_factory=Prune)
+    mini: Mini = field(default_factory=Mini)
+    clip_norm: float | None = None
+    """Gradients are scaled down to this norm; None does not clip."""
+    log_every: int = 20
+    """Lower steps per status line."""
+    checkpoint_every: int = 100
+    """Lower steps per checkpoint."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row whose gradient is not finite; each of them is skipped."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        folders = {"--teacher": self.teacher, "--data": self.data, "--concepts": self.concepts}
+        given = [flag for flag, path in folders.items() if path is not None]
+        wanted = [flag for flag, path in folders.items() if path is None]
+        if self.upper.every == 0 and wanted == ["--concepts"]:
+            wanted = []
+        if given and wanted:
+            raise UserError(f"{', '.join(given)} given without {', '.join(wanted)}; a run on folders wants all three")
+        if self.student is not None and self.teacher is None:
+            raise UserError("--student given without --teacher")
+        checks = {
+            "lower.steps": self.lower.steps >= 1,
+            "lower.batch": self.lower.batch >= 1,
+            "lower.lr": self.lower.lr > 0,
+            "lower.p-uncond": 0 <= self.lower.p_uncond < 1,
+            "upper.every": self.upper.every >= 0,
+            "upper.batch": self.upper.batch >= 1,
+            "upper.lr": self.upper.lr > 0,
+            "upper.penalty": self.upper.penalty >= 0,
+            "prune.budget": 0 < self.prune.budget <= 1,
+            "mini.erase": len(self.mini.erase) >= 1,
+            "clip-norm": self.clip_norm is None or self.clip_norm > 0,
+            "log-every": self.log_every >= 1,
+            "checkpoint-every": self.checkpoint_every >= 1,
+        }
+        for flag, good in checks.items():
+            if not good:
+                value: Any = self
+                for part in flag.replace("-", "_").split("."):
+                    value = getattr(value, part)
+                raise UserError(f"--{flag} is {value}, outside its range; --help says what it means")
+
+    @property
+    def is_mini(self) -> bool:
+        return self.data is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable, nested like the dataclasses."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+        return plain(dataclasses.asdict(self))
+
+
+VOLATILE = ("out", "log_every", "checkpoint_every", "device")
+"""Fields that a resumed run may change: none of them changes a result."""
+
+_MINI = TrainConfig(
+    lower=Lower(steps=300, batch=16, lr=3e-4, warmup=20, p_uncond=0.1),
+    upper=Upper(every=4, batch=16, lr=3e-4, warmup=5),
+)
+PRESETS: dict[str, TrainConfig] = {
+    "mini": _MINI,
+    "smoke": dataclasses.replace(
+        _MINI,
+        preset="smoke",
+        out=Path("runs/smoke"),
+        lower=dataclasses.replace(_MINI.lower, steps=8, batch=4),
+        upper=dataclasses.replace(_MINI.upper, batch=4),
+        mini=Mini(images=64, bank=4, judge_erased=4, judge_kept=4, sample_steps=3),
+        log_every=4,
+        checkpoint_every=2,
+    ),
+    "paper": TrainConfig(
+        preset="paper",
+        out=Path("runs/paper"),
+        upper=Upper(anchor="null", penalty=100.0, penalty_norm="raw"),
+        checkpoint_every=1000,
+    ),
+    "released": TrainConfig(
+        preset="released",
+        out=Path("runs/released"),
+        lower=Lower(steps=50_000),
+        upper=Upper(every=10, anchor="null"),
+        checkpoint_every=1000,
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """A named preset.
+
+    Raises:
+        UserError: There is none of that name; the nearest are named.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} does not exist{nearest(name, PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,185 @@
+"""Batches as a pure function of (seed, step): which samples, which view and caption, which latents of the posterior.
+
+Sample number g of a run (its *global index*: step * batch size + row) decides everything that is random about it, so
+a resumed run sees the same batches, and so does a run whose batches are split over several ranks.
+
+Shape legend: B batch, C latent channels, H W latent size, L text tokens, D text width, N samples of the source.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bilevel_fast.data.sources import LatentSource
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.randomness import Stream, integers, normal, permutation, uniform
+from bilevel_fast.text_encoder import TextEncoder
+
+Anchor = Literal["none", "null", "phrase"]
+
+LEVEL_STRIDE = 2**40
+"""Distance between the global indices of two levels: no run draws as many samples."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a training step starts from."""
+
+    latents: Tensor
+    """(B, C, H, W) fp32, scaled, on the CPU."""
+    text: Tensor
+    """(B, L, D) fp32 states of the captions, on the device of the text encoder."""
+    anchor: Tensor | None
+    """(B, L, D) fp32 states of the captions without the concept, or of the null prompt."""
+    index: Tensor
+    """(B,) int64 global indices: what noise and timesteps are drawn by."""
+
+
+class Batches:
+    """Draws batches from a source, every sample once per epoch, in another order each epoch."""
+
+    def __init__(
+        self,
+        source: LatentSource,
+        text_encoder: TextEncoder,
+        batch_size: int,
+        seed: int,
+        *,
+        level: int = 0,
+        p_uncond: float = 0.0,
+        anchor: Anchor = "none",
+        max_states: int = 1024,
+    ) -> None:
+        """Set up; reads captions, no latents.
+
+        Args:
+            source: Where latents and captions come from.
+            text_encoder: Frozen.
+            batch_size: B, of all ranks together.
+            seed: Of the run.
+            level: Levels share no random numbers although they share the seed: 0 lower, 1 upper.
+            p_uncond: Probability that a caption is replaced by the null prompt.
+            anchor: What `Batch.anchor` holds: nothing, the null prompt, or the caption without the concept.
+            max_states: A source with at most so many different captions is encoded once, at the first batch.
+
+        Raises:
+            UserError: A setting is out of range, or the source has no captions without the concept.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch size is {batch_size}; it must be positive")
+        if not 0 <= p_uncond <= 1:
+            raise UserError(f"p_uncond is {p_uncond}; it is a probability")
+        if anchor not in get_args(Anchor):
+            raise UserError(f"anchor {anchor!r} does not exist{nearest(anchor, get_args(Anchor))}")
+        if anchor != "none" and p_uncond:
+            # Steering the null prompt away from itself would bend every guided sample.
+            raise UserError(f"p_uncond is {p_uncond}, but captions that have an anchor are never dropped; set it to 0")
+        if anchor == "phrase" and source.anchor(0) is None:
+            raise UserError("anchor 'phrase' wants a bank of concepts; the source has captions only")
+        self.source, self.batch_size, self.seed = source, batch_size, seed
+        self.p_uncond, self.anchor = p_uncond, anchor
+        self._offset = level * LEVEL_STRIDE
+        self._states = _TextStates(text_encoder, source, batch_size, max_states)
+        self._orders: dict[int, NDArray[np.int64]] = {}
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of a step."""
+        return self.at(range(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def at(self, samples: Sequence[int]) -> Batch:
+        """The batch of any samples of the run, such as one rank's share of a step: numbers from 0, without level."""
+        index = torch.as_tensor(samples, dtype=torch.int64) + self._offset
+        positions = [self._position(sample) for sample in samples]
+        captions = self._captions(positions, index)
+        return Batch(self._latents(positions, index), self._states(captions), self._anchors(positions), index)
+
+    def _position(self, sample: int) -> int:
+        """Where in the source the sample lies."""
+        epoch, place = divmod(sample, len(self.source))
+        if epoch not in self._orders:
+            if len(self._orders) > 1:  # one batch may lie across two epochs
+                del self._orders[min(self._orders)]
+            number = self._offset + epoch
+            self._orders[epoch] = permutation(self.seed, Stream.SHUFFLE, number, len(self.source))
+        return int(self._orders[epoch][place])
+
+    def _captions(self, positions: list[int], index: Tensor) -> list[str]:
+        choices = [self.source.captions(position) for position in positions]
+        # In fp64: a 24-bit fraction times a count must not round up to the count.
+        fractions = uniform(self.seed, Stream.CAPTION, index).double().tolist()
+        captions = [options[int(u * len(options))] for options, u in zip(choices, fractions, strict=True)]
+        if not self.p_uncond:
+            return captions
+        dropped = (uniform(self.seed, Stream.DROPOUT, index) < self.p_uncond).tolist()
+        return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
+
+    def _latents(self, positions: list[int], index: Tensor) -> Tensor:
+        views = integers(self.seed, Stream.VIEW, index, self.source.views).tolist()
+        mean, logvar = self.source.moments(positions, views).chunk(2, dim=1)
+        eps = normal(self.seed, Stream.POSTERIOR, index, self.source.latent_shape)
+        return mean + torch.exp(0.5 * logvar) * eps
+
+    def _anchors(self, positions: list[int]) -> Tensor | None:
+        if self.anchor == "none":
+            return None
+        if self.anchor == "null":
+            return self._states.null.expand(len(positions), -1, -1)
+        return self._states([self.source.anchor(position) or "" for position in positions])
+
+
+class _TextStates:
+    """Encodes captions; few different ones are encoded once and looked up.
+
+    The last bits of a state may depend on the batch it was encoded in, so a state must never depend on which batches
+    came before: either all captions of the source are encoded up front, in an order that the source decides, or each
+    batch encodes its own. A cache filled on demand would break `a resumed run is the same run`.
+    """
+
+    def __init__(self, encoder: TextEncoder, source: LatentSource, batch_size: int, limit: int) -> None:
+        self._encoder = encoder
+        self._batch_size = batch_size
+        self._captions = _few_captions(source, limit)
+        self._rows: dict[str, int] = {}
+        self._table: Tensor | None = None
+        self._null: Tensor | None = None
+
+    @property
+    def null(self) -> Tensor:
+        """(1, L, D) states of the null prompt."""
+        if self._null is None:
+            self._null = self._encoder.encode([""])
+        return self._null
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """(B, L, D)."""
+        if self._captions is None:
+            return self._encoder.encode(captions)
+        if self._table is None:
+            every, size = self._captions, self._batch_size
+            chunks = [self._encoder.encode(every[i : i + size]) for i in range(0, len(every), size)]
+            self._table = torch.cat(chunks)
+            self._rows = {caption: row for row, caption in enumerate(every)}
+        rows = torch.tensor([self._rows[caption] for caption in captions])
+        return self._table[rows.to(self._table.device, non_blocking=True)]
+
+
+def _few_captions(source: LatentSource, limit: int) -> list[str] | None:
+    """The different captions and anchors of a source and the null prompt, or None if they are more than `limit`."""
+    found = {"": None}
+    for position in range(len(source)):
+        found |= dict.fromkeys(_texts(source, position))
+        if len(found) > limit:
+            return None
+    return list(found)
+
+
+def _texts(source: LatentSource, position: int) -> Iterable[str]:
+    yield from source.captions(position)
+    anchor = source.anchor(position)
+    if anchor is not None:
+        yield anchor

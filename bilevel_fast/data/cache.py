@@ -1,0 +1,235 @@
+"""Latents on disk: what `prepare` writes once and training reads in any order.
+
+    index.json            format, version, kind, latent shape, views, VAE, recipe, and the shards with their checksums
+    shard-00000.safetensors   `moments` (n, V, 2C, H, W), float16 or float32: mean and log-variance of *scaled* latents
+    shard-00000.jsonl     one line per sample: {"captions": [...]} for images,
+                          {"caption": ..., "anchor": ...} for concepts (the caption without the concept)
+
+Every file is written aside and renamed, and `index.json` comes last, so a folder that has one is complete. While a
+cache is being made, `index.partial.json` lists the shards that are done, and a new `CacheWriter` goes on after them.
+
+Shape legend: B batch, n samples of a shard, V views, C latent channels, H W latent size.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bilevel_fast.architecture import UNetConfig
+from bilevel_fast.errors import UserError
+from bilevel_fast.files import open_safetensors, read_json, sha256
+
+FORMAT, VERSION = "bilevel_fast.cache", 1
+INDEX, PARTIAL = "index.json", "index.partial.json"
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_DTYPE_NAMES = {"F16": "float16", "F32": "float32"}  # as safetensors calls them
+
+Kind = Literal["images", "concepts"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file and the captions beside it."""
+
+    file: str
+    samples: int
+    sha256: str
+    captions_sha256: str
+
+    @property
+    def captions(self) -> str:
+        return self.file.removesuffix(".safetensors") + ".jsonl"
+
+
+@dataclass(frozen=True)
+class Index:
+    """`index.json`."""
+
+    kind: Kind
+    latent_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    vae: str
+    """Fingerprint of the VAE whose latents these are."""
+    views: int = 1
+    dtype: str = "float16"
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """How the samples were made, as far as it decides what they are. Goes on only with the same recipe."""
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
+
+    @classmethod
+    def load(cls, path: Path) -> "Index":
+        """Read and check.
+
+        Raises:
+            UserError: The file is missing, of another format or version, or a field is wrong; it is named.
+        """
+        fields = read_json(path)
+        came = fields.pop("format", None), fields.pop("version", None)
+        if came != (FORMAT, VERSION):
+            raise UserError(f"{path}: format {came[0]!r} version {came[1]!r}, wanted {FORMAT!r} version {VERSION}")
+        samples = fields.pop("samples", None)
+        try:
+            shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
+            shape = tuple(fields.pop("latent_shape"))
+            index = cls(latent_shape=shape, shards=shards, **fields)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: a field is missing or unknown: {error}") from error
+        wrong = {
+            "kind": index.kind not in get_args(Kind),
+            "latent_shape": len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape),
+            "vae": type(index.vae) is not str,
+            "views": type(index.views) is not int or index.views < 1,
+            "dtype": index.dtype not in DTYPES,
+            "recipe": type(index.recipe) is not dict,
+            # A name with a separator could lead out of the folder.
+            "shards": any(Path(shard.file).name != shard.file for shard in shards),
+            "samples": any(type(shard.samples) is not int for shard in shards) or samples != index.samples,
+        }
+        for name, bad in wrong.items():
+            if bad:
+                raise UserError(f"{path}: field {name} is wrong: {samples if name == 'samples' else getattr(index, name)!r}")
+        return index
+
+
+class Cache:
+    """A finished cache, mapped into memory; a `LatentSource`. `Cache.open` makes one."""
+
+    def __init__(self, path: Path, index: Index) -> None:
+        self.path, self.index = path, index
+        self._starts = [0, *accumulate(shard.samples for shard in index.shards)]
+        self._moments = [self._map(shard) for shard in index.shards]
+        self._lines: dict[int, list[dict[str, Any]]] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Cache":
+        """Open a cache and check everything that costs no reading of data; `verify` does the rest.
+
+        Raises:
+            UserError: The folder is no finished cache, or a shard is missing, cut short or of another shape.
+        """
+        path = Path(path)
+        if not (path / INDEX).is_file():
+            if (path / PARTIAL).is_file():
+                raise UserError(f"{path} is an unfinished cache; run the command that makes it again to finish it")
+            raise UserError(f"{path} is not a cache: {INDEX} is missing")
+        index = Index.load(path / INDEX)
+        if not index.samples:
+            raise UserError(f"{path} holds no samples")
+        return cls(path, index)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.index.latent_shape
+
+    @property
+    def views(self) -> int:
+        return self.index.views
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def moments(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
+        channels, height, width = self.latent_shape
+        out = torch.empty(len(indices), 2 * channels, height, width)
+        for row, (index, view) in enumerate(zip(indices, views, strict=True)):
+            shard, local = self._locate(int(index))
+            out[row] = self._moments[shard][local, int(view)]
+        return out
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        line = self._line(index)
+        return tuple(line["captions"]) if self.index.kind == "images" else (line["caption"],)
+
+    def anchor(self, index: int) -> str | None:
+        return None if self.index.kind == "images" else self._line(index)["anchor"]
+
+    def verify(self) -> None:
+        """Read every byte and compare checksums.
+
+        Raises:
+            UserError: A file is not the one that was written; it is named.
+        """
+        for shard in self.index.shards:
+            for name, wanted in ((shard.file, shard.sha256), (shard.captions, shard.captions_sha256)):
+                if sha256(self.path / name) != wanted:
+                    raise UserError(f"{self.path / name} was changed after it was written: its checksum is wrong")
+
+    def check_model(self, config: UNetConfig, vae: str) -> None:
+        """Refuse to train a model on latents that it was not made for.
+
+        Args:
+            config: Of the UNet that will read the latents.
+            vae: Fingerprint of the VAE of the model folder.
+
+        Raises:
+            UserError: The channels, the size or the VAE differ; both sides are named.
+        """
+        channels, height, width = self.latent_shape
+        if channels != config.in_channels:
+            raise UserError(f"{self.path}: latents have {channels} channels, the UNet reads {config.in_channels}")
+        stride = 2 ** (len(config.block_out_channels) - 1)
+        if height % stride or width % stride:
+            raise UserError(f"{self.path}: latents of {height}x{width} are no multiple of the UNet's stride {stride}")
+        if vae != self.index.vae:
+            raise UserError(f"{self.path}: latents of VAE {self.index.vae}, the model has VAE {vae}")
+
+    def _map(self, shard: Shard):
+        path = self.path / shard.file
+        handle = open_safetensors(path)
+        if "moments" not in handle.keys():  # noqa: SIM118  (not a mapping)
+            raise UserError(f"{path}: wanted a tensor 'moments', found {sorted(handle.keys())}")
+        channels, height, width = self.latent_shape
+        moments = handle.get_slice("moments")
+        wanted = [shard.samples, self.views, 2 * channels, height, width]
+        came = (moments.get_shape(), _DTYPE_NAMES.get(moments.get_dtype()))
+        if came != (wanted, self.index.dtype):
+            raise UserError(f"{path}: moments are {came[1]} of shape {came[0]}, {INDEX} says {self.index.dtype} {wanted}")
+        if not (self.path / shard.captions).is_file():
+            raise UserError(f"{self.path / shard.captions} is missing")
+        return moments
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        shard = bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
+
+    def _line(self, index: int) -> dict[str, Any]:
+        shard, local = self._locate(index)
+        if shard not in self._lines:
+            self._lines[shard] = _read_lines(self.path, self.index.shards[shard], self.index.kind)
+        return self._lines[shard][local]
+
+
+def _read_lines(folder: Path, shard: Shard, kind: Kind) -> list[dict[str, Any]]:
+    path = folder / shard.captions
+    try:
+        # Not splitlines: it also splits at U+2028 and its like, which JSON strings may hold.
+        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON lines: {error}") from error
+    if len(lines) != shard.samples:
+        raise UserError(f"{path} has {len(lines)} lines for {shard.samples} samples")
+    for number, line in enumerate(lines, start=1):
+        try:
+            values = line["captions"] if kind == "images" else [line["caption"], line["anchor"]]
+            good = type(values) is list and values and all(type(value) is str for value in values)
+        except (KeyError, TypeError):
+            good = False
+        if not good:
+            wanted = "'captions', a list of strings" if kind == "images" else "'caption' and 'anchor', strings"
+            raise UserError(f"{path} line {number}: wanted {wanted}")
+    return lines

@@ -1,0 +1,165 @@
+"""The mini world's language: a fixed word list and a small transformer that reads it.
+
+Shapes: B prompts, L tokens (always `WordTokenizer.length`), D text width, N heads.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.mini.world import COLORS, OBJECTS, STYLES
+
+_SPECIAL = ("<bos>", "<eos>", "<pad>")
+_BOS, _EOS, _PAD = range(len(_SPECIAL))
+WORDS = tuple(sorted({"a", "an", "in", "the", "style", "of", *COLORS, *OBJECTS, *" ".join(STYLES).split()}))
+
+
+@dataclass(frozen=True)
+class WordTokenizer:
+    """Words to ids, by a fixed list. Case and spacing do not matter."""
+
+    words: tuple[str, ...] = WORDS
+    length: int = 12
+    """Tokens of every prompt, with the begin and end tokens and padding."""
+
+    @property
+    def size(self) -> int:
+        """How many ids there are."""
+        return len(_SPECIAL) + len(self.words)
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Token ids (B, L) int64: begin, words, end, padding. "" is a prompt without words.
+
+        Raises:
+            UserError: A prompt has words that the list lacks, or too many words.
+        """
+        return torch.tensor([self._ids(prompt) for prompt in prompts], dtype=torch.int64).reshape(-1, self.length)
+
+    def _ids(self, prompt: str) -> list[int]:
+        ids = {word: i for i, word in enumerate(self.words, start=len(_SPECIAL))}
+        words = prompt.lower().split()
+        if unknown := [word for word in dict.fromkeys(words) if word not in ids]:
+            hints = " ".join(f"{word!r}{nearest(word, self.words)}" for word in unknown)
+            raise UserError(f"prompt {prompt!r}: the mini world has no word for {hints}")
+        if len(words) > self.length - 2:
+            raise UserError(f"prompt {prompt!r} has {len(words)} words; the mini world takes {self.length - 2}")
+        tokens = [_BOS, *(ids[word] for word in words), _EOS]
+        return tokens + [_PAD] * (self.length - len(tokens))
+
+    def save(self, folder: Path) -> None:
+        """Write `folder/vocab.json`: every token with its id, and the prompt length."""
+        folder.mkdir(parents=True, exist_ok=True)
+        vocab = {token: i for i, token in enumerate(_SPECIAL + self.words)}
+        content = {"_class_name": type(self).__name__, "length": self.length, "vocab": vocab}
+        (folder / "vocab.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "WordTokenizer":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: `folder/vocab.json` is missing or is not a word list.
+        """
+        content = _read_json(folder / "vocab.json", cls.__name__)
+        try:
+            tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
+            if tuple(tokens[: len(_SPECIAL)]) != _SPECIAL:
+                raise UserError(f"{folder / 'vocab.json'}: ids 0 to 2 must be {', '.join(_SPECIAL)}")
+            return cls(tuple(tokens[len(_SPECIAL) :]), int(content["length"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / 'vocab.json'} is not a word list: {error}") from error
+
+
+class _Layer(nn.Module):
+    """Pre-norm transformer layer; every token sees every other."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, L, K)
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return h + self.down(F.gelu(self.up(self.norm2(h))))
+
+
+class MiniTextEncoder(nn.Module):
+    """A small bidirectional transformer over the words of a prompt, trained together with the UNet."""
+
+    def __init__(self, tokenizer: WordTokenizer, width: int = 64, layers: int = 2, heads: int = 4) -> None:
+        super().__init__()
+        self.tokenizer, self.width, self.heads = tokenizer, width, heads
+        self.token = nn.Embedding(tokenizer.size, width)
+        self.position = nn.Parameter(torch.randn(tokenizer.length, width) * 0.1)
+        self.layers = nn.ModuleList(_Layer(width, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+
+    @property
+    def length(self) -> int:
+        """Tokens of every prompt."""
+        return self.tokenizer.length
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) int64 to states (B, L, D)."""
+        h = self.token(ids) + self.position
+        for layer in self.layers:
+            h = layer(h)
+        return self.norm(h)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """States (B, L, D) fp32 of prompts, without gradient.
+
+        Raises:
+            UserError: A prompt has unknown words, or too many.
+        """
+        return self(self.tokenizer(prompts).to(self.position.device)).float()
+
+    def save(self, folder: Path) -> None:
+        """Write `text_encoder/` and `tokenizer/` of a model folder. Weights in fp16."""
+        self.tokenizer.save(folder / "tokenizer")
+        part = folder / "text_encoder"
+        part.mkdir(parents=True, exist_ok=True)
+        config = {"_class_name": type(self).__name__, "width": self.width, "layers": len(self.layers), "heads": self.heads}
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, part / "model.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> "MiniTextEncoder":
+        """Read what `save` wrote into a model folder: fp32, in eval mode, without gradients.
+
+        Raises:
+            UserError: A file is missing or does not fit the config.
+        """
+        part = folder / "text_encoder"
+        config = _read_json(part / "config.json", cls.__name__)
+        try:
+            sizes = (int(config[field]) for field in ("width", "layers", "heads"))
+            encoder = cls(WordTokenizer.load(folder / "tokenizer"), *sizes)
+            encoder.load_state_dict(load_file(part / "model.safetensors"))
+        except (KeyError, TypeError, OSError, SafetensorError, RuntimeError) as error:
+            raise UserError(f"{part} holds no {cls.__name__}: {' '.join(str(error).split())}") from error
+        return encoder.eval().requires_grad_(False)
+
+
+def _read_json(path: Path, what: str) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; wanted a {what}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("_class_name") != what:
+        raise UserError(f"{path}: wanted a JSON object with _class_name {what!r}")
+    return content

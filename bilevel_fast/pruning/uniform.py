@@ -1,0 +1,21 @@
+"""Keep the same share of every width vector."""
+
+from bilevel_fast.pruning.budget import Calibration, MacBudget, assemble, choices, fill
+from bilevel_fast.structure import Structure
+from bilevel_fast.unet import UNet
+
+
+def uniform(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+    """The largest uniform structure within the budget, filled up. The first units of each vector are kept.
+
+    The k-th of the w units of a vector ranks k / w; on a tie the architecture vector's order decides. Every
+    `Structure.uniform` above `min_keep` is a beginning of this sequence, so the largest that fits is contained in
+    the result; after it come the units of the next larger one, while they fit.
+
+    Raises:
+        UserError: The budget is below what `min_keep` takes.
+    """
+    found, spare = choices(teacher.config, budget)
+    shares = [[k / c.width.units for k in range(1, c.width.units + 1)] for c in found]
+    counts = fill(found, [c.least for c in found], spare, shares)
+    return assemble(teacher.config, found, map(range, counts))
