@@ -11,9 +11,9 @@ VENV        := .venv
 BIN         := $(VENV)/bin
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-# Pins the isolated build as well; newer pip reads the second name for that.
-export PIP_CONSTRAINT       := $(CURDIR)/constraints.txt
-export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+# Pins the isolated build as well (newer pip reads the second name for that); relative, since pip splits the value at spaces.
+export PIP_CONSTRAINT       := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help

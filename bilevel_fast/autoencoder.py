@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bilevel_fast.errors import UserError, require
 from bilevel_fast.files import read_json
-from bilevel_fast.weights import check_report, find_weights
+from bilevel_fast.weights import check_report, find_weights, load_pretrained
 
 
 class Autoencoder(Protocol):
@@ -59,17 +59,14 @@ class KLAutoencoder:
             if config.get(field) is not None:
                 raise UserError(f"{folder / 'config.json'}: {field}={config[field]!r} is not supported, wanted null")
         variant = find_weights(folder, "diffusion_pytorch_model").variant
-        try:
-            model, report = diffusers.AutoencoderKL.from_pretrained(
-                folder,
-                torch_dtype=dtype,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # whatever a wrong config makes the library raise
-            raise UserError(f"{folder}: {' '.join(str(error).split())}") from error
+        model, report = load_pretrained(
+            diffusers.AutoencoderKL,
+            folder,
+            torch_dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
         check_report(folder, report)
         return cls(model.to(device).eval().requires_grad_(False))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Noised, Schedule, noise
@@ -25,6 +25,8 @@ from bilevel_fast.optim import LevelOptimizer
 from bilevel_fast.randomness import Stream, integers, normal
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import Prediction, UNet
+
+PenaltyNorm = Literal["grad", "raw"]
 
 
 @dataclass(frozen=True)
@@ -69,49 +71,54 @@ def bilevel(lower: Level, upper: Level | None, every: int, start: int, steps: in
 class Answered:
     """A noised batch and what the teacher said about it."""
 
+    index: Tensor  # (B,) int64, on the CPU
     noised: Noised
     text: Tensor  # (B, L, D)
     teacher: Prediction
 
 
-def noised_batch(schedule: Schedule, batch: Batch, seed: int, snr_gamma: float | None) -> Noised:
-    """Room 2 for a batch: timestep and noise are pure functions of the seed and the sample's global index."""
-    device, shape = batch.latents.device, tuple(batch.latents.shape[1:])
-    eps = normal(seed, Stream.NOISE, batch.index, shape).to(device)
-    t = integers(seed, Stream.TIMESTEP, batch.index, schedule.num_train_timesteps).to(device)
-    return noise(schedule, batch.latents, eps, t, snr_gamma)
+class Answers:
+    """Rooms 2 and 3: noises a batch and asks the teacher. The last answer is kept.
+
+    The upper level's penalty is taken on it, and several students that walk through the same batches side by side
+    share it: the teacher is asked once.
+
+    Args:
+        seed: Timestep and noise are pure functions of it and of a sample's global index.
+        snr_gamma: See `diffusion.noise`.
+    """
+
+    def __init__(self, teacher: Teacher, schedule: Schedule, seed: int, snr_gamma: float | None = 5.0):
+        self.teacher, self.schedule, self.seed, self.snr_gamma = teacher, schedule, seed, snr_gamma
+        self.last: Answered | None = None
+
+    def __call__(self, batch: Batch) -> Answered:
+        if self.last is None or not torch.equal(self.last.index, batch.index):
+            noised = self.noise(batch)
+            self.last = Answered(batch.index, noised, batch.text, self.teacher.predict(noised, batch.text))
+        return self.last
+
+    def noise(self, batch: Batch) -> Noised:
+        device, shape = batch.latents.device, tuple(batch.latents.shape[1:])
+        eps = normal(self.seed, Stream.NOISE, batch.index, shape).to(device)
+        t = integers(self.seed, Stream.TIMESTEP, batch.index, self.schedule.num_train_timesteps).to(device)
+        return noise(self.schedule, batch.latents, eps, t, self.snr_gamma)
 
 
 class FineTuning:
-    """The lower gradient: L_ft of the student against data and teacher.
+    """The lower gradient: L_ft of the student against data and teacher."""
 
-    Attributes:
-        last: The last batch with the teacher's answer, kept for the penalty of the upper step.
-    """
-
-    def __init__(
-        self,
-        student: UNet,
-        teacher: Teacher,
-        schedule: Schedule,
-        seed: int,
-        snr_gamma: float | None = 5.0,
-        weights: LossWeights = DEFAULT_WEIGHTS,
-    ):
-        self.student, self.teacher, self.schedule = student, teacher, schedule
-        self.seed, self.snr_gamma, self.weights = seed, snr_gamma, weights
-        self.last: Answered | None = None
+    def __init__(self, student: UNet, answers: Answers, weights: LossWeights = DEFAULT_WEIGHTS):
+        self.student, self.answers, self.weights = student, answers, weights
 
     def __call__(self, batch: Batch) -> Loss:
-        noised = noised_batch(self.schedule, batch, self.seed, self.snr_gamma)
-        self.last = Answered(noised, batch.text, self.teacher.predict(noised, batch.text))
-        loss = self.loss(self.last)
+        loss = self.loss(self.answers(batch))
         loss.total.backward()
         return loss
 
-    def loss(self, batch: Answered) -> Loss:
-        student = self.student(batch.noised.x, batch.noised.t, batch.text)
-        return fine_tuning_loss(student, batch.teacher, batch.noised, self.weights)
+    def loss(self, answered: Answered) -> Loss:
+        student = self.student(answered.noised.x, answered.noised.t, answered.text)
+        return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights)
 
 
 class Suppression:
@@ -124,35 +131,36 @@ class Suppression:
             `raw` adds lambda L_ft as the paper writes it.
     """
 
-    def __init__(self, lower: FineTuning, eta: float, penalty: float, penalty_norm: Literal["grad", "raw"]):
+    def __init__(self, lower: FineTuning, eta: float, penalty: float, penalty_norm: PenaltyNorm):
         self.lower, self.eta, self.penalty, self.penalty_norm = lower, eta, penalty, penalty_norm
 
     def __call__(self, batch: Batch) -> Loss:
         assert batch.anchor is not None, "an upper batch needs anchors"
-        student, teacher = self.lower.student, self.lower.teacher
-        noised = noised_batch(self.lower.schedule, batch, self.lower.seed, snr_gamma=None)
-        target = teacher.steer(noised, batch.text, batch.anchor, self.eta)
+        student, answers = self.lower.student, self.lower.answers
+        noised = answers.noise(batch)
+        target = answers.teacher.steer(noised, batch.text, batch.anchor, self.eta)
         loss = suppression_loss(student(noised.x, noised.t, batch.text).out, target)
         loss.total.backward()
         if not self.penalty:
             return loss
-        assert self.lower.last is not None, "an upper step follows a lower step"
-        penalty = self.lower.loss(self.lower.last)
-        add_penalty([p for p in student.parameters() if p.requires_grad], penalty.total, self.penalty, self.penalty_norm)
+        assert answers.last is not None, "an upper step follows a lower step"
+        penalty = self.lower.loss(answers.last)
+        add_penalty(list(student.parameters()), penalty.total, self.penalty, self.penalty_norm)
         total = loss.total.detach() + self.penalty * penalty.total.detach()
         return Loss(total, {**loss.terms, "penalty": penalty.total.detach()})
 
 
-def add_penalty(parameters: list[torch.nn.Parameter], penalty: Tensor, weight: float, norm: str) -> None:
+def add_penalty(parameters: list[nn.Parameter], penalty: Tensor, weight: float, norm: PenaltyNorm) -> None:
     """Add weight * grad(penalty) to the gradients that `parameters` hold.
 
     With norm "grad", grad(penalty) is first scaled to the norm of the gradients already there: Adam forgets the scale
     of a gradient but not its direction, and lambda = 100 on the raw one leaves nothing of the suppression.
     """
     extra = list(torch.autograd.grad(penalty, parameters))
-    mine = [p.grad for p in parameters]
+    mine = [p.grad for p in parameters if p.grad is not None]
+    assert len(mine) == len(extra), "the penalty is added to gradients that are there already"
     if norm == "grad":
-        scale = weight * torch.nn.utils.get_total_norm(mine) / torch.nn.utils.get_total_norm(extra)
+        scale = weight * nn.utils.get_total_norm(mine) / nn.utils.get_total_norm(extra)
         torch._foreach_mul_(extra, scale)
         torch._foreach_add_(mine, extra)
     else:

@@ -93,9 +93,7 @@ def save(
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or error
-        raise UserError(
-            f"checkpoint {step} not saved in {folder}: {reason}; earlier ones are untouched"
-        ) from error
+        raise UserError(f"checkpoint {step} not saved in {folder}: {reason}; earlier ones are untouched") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     _prune(folder, step, path)
@@ -136,9 +134,7 @@ class GracefulStop:
         self._interrupted = False
 
     def __enter__(self) -> Self:
-        self._previous = {
-            number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -221,9 +217,7 @@ def _check_sizes(path: Path, step: int) -> dict[str, str]:
     """Compare the sizes with the manifest, which must be of this format and step; return SHA-256 by file."""
     manifest = _read(path / _MANIFEST, _load_json)
     try:
-        files = {
-            name: (manifest["files"][name]["size"], manifest["files"][name]["sha256"]) for name in _FILES
-        }
+        files = {name: (manifest["files"][name]["size"], manifest["files"][name]["sha256"]) for name in _FILES}
         header = (manifest["format"], manifest["step"])
     except (KeyError, TypeError) as error:
         raise _DamagedError(f"{_MANIFEST}: not a manifest") from error
@@ -240,9 +234,7 @@ def _read(path: Path, parse: Callable[[Path], _T]) -> _T:
     try:
         return parse(path)
     except UnpicklingError as error:
-        raise _DamagedError(
-            f"{path.name}: holds more than tensors and plain values, so it is not loaded"
-        ) from error
+        raise _DamagedError(f"{path.name}: holds more than tensors and plain values, so it is not loaded") from error
     except OSError as error:
         raise _DamagedError(f"{path.name}: {error.strerror}") from error
     except (ValueError, RuntimeError, SafetensorError) as error:

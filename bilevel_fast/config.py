@@ -68,8 +68,6 @@ class Prune:
 class Mini:
     """The built-in world: its data, its concept bank and how the result is judged."""
 
-    erase: tuple[str, ...] = ("pointillism",)
-    """Drawing styles to suppress."""
     images: int = 4096
     """Drawn training images; the erased styles are not among them."""
     bank: int = 96
@@ -82,8 +80,6 @@ class Mini:
     """Classifier-free guidance of all sampling."""
     sample_steps: int = 25
     """PNDM steps of all sampling."""
-    twin: bool = True
-    """Also train the distilled-only twin: same start and lower steps, no upper ones."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +104,10 @@ class TrainConfig:
     """Latent cache to fine-tune on. None: the mini world."""
     concepts: Path | None = None
     """Concept bank to suppress. None: sampled from the mini teacher."""
+    erase: tuple[str, ...] = ("pointillism",)
+    """Drawing styles of the mini world to suppress; elsewhere --concepts says what."""
+    twin: bool = True
+    """On the mini world, also train the distilled-only twin: same start and lower steps, no upper ones."""
     lower: Lower = field(default_factory=Lower)
     upper: Upper = field(default_factory=Upper)
     prune: Prune = field(default_factory=Prune)
@@ -122,17 +122,27 @@ class TrainConfig:
     """Stop after this many steps in a row whose gradient is not finite; each of them is skipped."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+    dry_run: bool = False
+    """Print the resolved settings and stop."""
 
-    def __post_init__(self) -> None:
-        folders = {"--teacher": self.teacher, "--data": self.data, "--concepts": self.concepts}
-        given = [flag for flag, path in folders.items() if path is not None]
-        wanted = [flag for flag, path in folders.items() if path is None]
-        if self.upper.every == 0 and wanted == ["--concepts"]:
-            wanted = []
-        if given and wanted:
-            raise UserError(f"{', '.join(given)} given without {', '.join(wanted)}; a run on folders wants all three")
-        if self.student is not None and self.teacher is None:
-            raise UserError("--student given without --teacher")
+    def check(self) -> None:
+        """Refuse settings that contradict each other or are out of range.
+
+        Raises:
+            UserError: Names the flag.
+        """
+        needs = {
+            "--data": (self.data, "--teacher", self.teacher),
+            "--concepts": (self.concepts, "--data", self.data),
+            "--student": (self.student, "--teacher", self.teacher),
+        }
+        for flag, (given, wanted, other) in needs.items():
+            if given is not None and other is None:
+                raise UserError(f"{flag} given without {wanted}")
+        if self.data is not None and self.concepts is None and self.upper.every:
+            raise UserError("--data given without --concepts; --upper.every 0 runs without suppression")
         checks = {
             "lower.steps": self.lower.steps >= 1,
             "lower.batch": self.lower.batch >= 1,
@@ -143,7 +153,7 @@ class TrainConfig:
             "upper.lr": self.upper.lr > 0,
             "upper.penalty": self.upper.penalty >= 0,
             "prune.budget": 0 < self.prune.budget <= 1,
-            "mini.erase": len(self.mini.erase) >= 1,
+            "erase": len(self.erase) >= 1,
             "clip-norm": self.clip_norm is None or self.clip_norm > 0,
             "log-every": self.log_every >= 1,
             "checkpoint-every": self.checkpoint_every >= 1,
@@ -156,7 +166,7 @@ class TrainConfig:
                 raise UserError(f"--{flag} is {value}, outside its range; --help says what it means")
 
     @property
-    def is_mini(self) -> bool:
+    def on_mini_world(self) -> bool:
         return self.data is None
 
     def to_dict(self) -> dict[str, Any]:
@@ -170,7 +180,7 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
 
-VOLATILE = ("out", "log_every", "checkpoint_every", "device")
+VOLATILE = ("out", "log_every", "checkpoint_every", "device", "resume", "dry_run")
 """Fields that a resumed run may change: none of them changes a result."""
 
 _MINI = TrainConfig(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bilevel_fast import checkpoint
-from bilevel_fast.bilevel import FineTuning, Level, Suppression, bilevel
+from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, bilevel
 from bilevel_fast.config import TrainConfig
 from bilevel_fast.data.batches import Batch, Batches
 from bilevel_fast.data.sources import LatentSource
@@ -63,12 +63,16 @@ class Progress:
     seconds: float = 0.0
 
 
-def levels(config: TrainConfig, student: UNet, materials: Materials, device: torch.device) -> tuple[Level, Level | None]:
-    """Both levels over one set of student parameters; no upper one without concepts or with `upper.every` 0."""
+def levels(
+    config: TrainConfig, student: UNet, materials: Materials, device: torch.device, answers: Answers | None = None
+) -> tuple[Level, Level | None]:
+    """Both levels over one set of student parameters; no upper one without concepts or with `upper.every` 0.
+
+    `answers` may be shared by students that are trained side by side.
+    """
     lower, upper = config.lower, config.upper
-    teacher = Teacher(materials.teacher)
-    schedule = materials.schedule.to(device)
-    fine_tuning = FineTuning(student, teacher, schedule, config.seed, lower.snr_gamma, lower.weights)
+    answers = answers or Answers(Teacher(materials.teacher), materials.schedule.to(device), config.seed, lower.snr_gamma)
+    fine_tuning = FineTuning(student, answers, lower.weights)
     batches = Batches(
         materials.data, materials.text_encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond
     )

@@ -171,7 +171,8 @@ def load_unet(path: Path | str, align: int = 1) -> UNet:
             came, asked = list(tensor.shape), list(wanted[name].shape)
             raise UserError(f"{folder}: {name} has shape {came}, the {asks} wants {asked}")
     unet.load_state_dict(weights, assign=True)
-    return unet.to(memory_format=torch.channels_last).eval()
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    return unet.eval()
 
 
 def _read_architecture(folder: Path) -> tuple[UNetConfig, Structure | None]:

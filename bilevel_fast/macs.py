@@ -120,10 +120,7 @@ def count(structure: "Structure", latent: int, text: int) -> Macs:
     names += ["conv_norm_out", "conv_out"]
     assert sorted(names) == sorted(costs)
 
-    rows = [
-        Row(n, costs[n].true, costs[n].true + costs[n].excess, costs[n].products, costs[n].params)
-        for n in names
-    ]
+    rows = [Row(n, costs[n].true, costs[n].true + costs[n].excess, costs[n].products, costs[n].params) for n in names]
     silu = sum(c.silu for c in costs.values())
     parents = 2 + sum(site.kind == "resnet" and site.name not in structure.dropped for site in members)
     rows.append(Row("conv_act", true=0, official=parents * silu, products=0, params=0))
@@ -208,8 +205,7 @@ def _transformer(site: Site, pixels: int, text: int, config: UNetConfig) -> Site
         {
             "attn1": _head(channels, channels, attn1.unit_size, pixels, pixels),
             "attn2": _head(channels, config.cross_attention_dim, attn2.unit_size, pixels, text),
-            "ff": _linear(channels, 2 * ff.unit_size, pixels)
-            + _linear(ff.unit_size, channels, pixels, bias=False),
+            "ff": _linear(channels, 2 * ff.unit_size, pixels) + _linear(ff.unit_size, channels, pixels, bias=False),
         },
     )
 

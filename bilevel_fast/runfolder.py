@@ -51,9 +51,7 @@ class RunFolder:
         if not resume:
             _make(path)
             if not (path / _LOCK).exists():
-                _refuse_content(
-                    path
-                )  # Before the lock: a folder of somebody else's does not even get that file.
+                _refuse_content(path)  # Before the lock: a folder of somebody else's does not even get that file.
         with _locked(path):
             if resume:
                 _check_same(run.config, config, volatile)
@@ -131,9 +129,7 @@ def _make(path: Path) -> None:
 def _refuse_content(path: Path) -> None:
     """Raise if anything is there; dot files do not count: they are the lock and what a killed write left."""
     if any(not entry.name.startswith(".") for entry in path.iterdir()):
-        raise UserError(
-            f"run folder {path} already holds a run; pass --resume to continue it or choose another --out"
-        )
+        raise UserError(f"run folder {path} already holds a run; pass --resume to continue it or choose another --out")
 
 
 @contextmanager
@@ -148,9 +144,7 @@ def _locked(path: Path) -> Iterator[None]:
                 raise
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise UserError(
-                f"run folder {path} is in use by process {holder}; choose another --out"
-            ) from error
+            raise UserError(f"run folder {path} is in use by process {holder}; choose another --out") from error
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}")
         file.flush()

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from bilevel_fast.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.macs import Macs
+from bilevel_fast.macs import count as count_macs
 
 FORMAT, VERSION = "bilevel_fast.structure", 1
 
@@ -88,6 +90,10 @@ class Structure:
     def count(self, site: Site, width: Width) -> int:
         """Number of kept units of one width vector; 0 where the site is dropped."""
         return 0 if site.name in self.dropped else len(self.kept[site.name][width.name])
+
+    def macs(self, latent: int, text: int) -> Macs:
+        """MACs and parameters of one sample at latents of `latent` x `latent` and `text` text tokens."""
+        return count_macs(self, latent, text)
 
     # --- architecture vector ---
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel_fast.errors import UserError, require
 from bilevel_fast.files import read_json
-from bilevel_fast.weights import check_report, find_weights
+from bilevel_fast.weights import check_report, find_weights, load_pretrained
 
 
 class TextEncoder(Protocol):
@@ -60,23 +60,18 @@ class ClipTextEncoder:
             for name in ("vocab.json", "merges.txt"):
                 if not (words / name).is_file():
                     raise UserError(f"{words / name} is missing")
-        try:
-            model, report = transformers.CLIPTextModel.from_pretrained(
-                part,
-                dtype=dtype,
-                variant=variant,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(words, local_files_only=True)
-        except Exception as error:  # whatever a wrong config makes the library raise
-            raise UserError(f"{part}: {' '.join(str(error).split())}") from error
+        model, report = load_pretrained(
+            transformers.CLIPTextModel,
+            part,
+            dtype=dtype,
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        tokenizer = load_pretrained(transformers.CLIPTokenizer, words)
         check_report(part, report)
         if len(tokenizer) > model.config.vocab_size:
-            raise UserError(
-                f"{words} has {len(tokenizer)} tokens, {part} has embeddings for {model.config.vocab_size}"
-            )
+            raise UserError(f"{words} has {len(tokenizer)} tokens, {part} has embeddings for {model.config.vocab_size}")
         return cls(model.to(device).eval().requires_grad_(False), tokenizer)
 
     @property

@@ -97,6 +97,18 @@ def _count(names: Sequence[str]) -> str:
     return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})"
 
 
+def load_pretrained(cls: Any, folder: Path, **settings: Any) -> Any:
+    """`cls.from_pretrained` of diffusers or transformers on a folder of this machine; the network is never asked.
+
+    Raises:
+        UserError: The library cannot make sense of the folder.
+    """
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **settings)
+    except Exception as error:  # a bad file makes these libraries raise anything
+        raise UserError(f"{folder}: {' '.join(str(error).split())}") from error
+
+
 def check_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Refuse what diffusers and transformers only warn about: weights that were not in the file are random now.
 

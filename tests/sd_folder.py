@@ -20,7 +20,7 @@ def make_sd_folder(
     path: Path,
     *,
     seed: int = 0,
-    widths: tuple[int, ...] = (32, 64, 64, 64),
+    widths: tuple[int, ...] = (16, 32, 32, 32),
     heads: tuple[int, ...] = (2, 4, 4, 4),
     groups: int = 8,
     sample_size: int = 8,
@@ -110,7 +110,9 @@ def _tokenizer(path: Path):
     merges = list(dict.fromkeys(pair for word in WORDS for pair in _merges(word)))
     letters = _byte_alphabet()
     pieces = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))}
+    vocabulary = {
+        piece: index for index, piece in enumerate(dict.fromkeys([*pieces, "<|startoftext|>", "<|endoftext|>"]))
+    }
     path.mkdir(parents=True, exist_ok=True)
     (path / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]

@@ -70,6 +70,20 @@ class Index:
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
 
+    def check_same_making(self, found: "Index", folder: Path) -> None:
+        """Refuse what lies in a folder if it is not this cache, or a beginning of it.
+
+        Raises:
+            UserError: A setting differs; it is named.
+        """
+        ours, theirs = _settings(self), _settings(found)
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{folder} holds a cache made with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
+                    "delete it or choose another folder"
+                )
+
     @classmethod
     def load(cls, path: Path) -> "Index":
         """Read and check.
@@ -101,8 +115,17 @@ class Index:
         }
         for name, bad in wrong.items():
             if bad:
-                raise UserError(f"{path}: field {name} is wrong: {samples if name == 'samples' else getattr(index, name)!r}")
+                raise UserError(
+                    f"{path}: field {name} is wrong: {samples if name == 'samples' else getattr(index, name)!r}"
+                )
         return index
+
+
+def _settings(index: Index) -> dict[str, Any]:
+    """What the caller of a writer decides, as it reads back from JSON, where a tuple is a list."""
+    fields = json.loads(json.dumps(asdict(index)))
+    del fields["shards"]
+    return fields | {f"recipe.{name}": value for name, value in fields.pop("recipe").items()}
 
 
 class Cache:
@@ -197,7 +220,9 @@ class Cache:
         wanted = [shard.samples, self.views, 2 * channels, height, width]
         came = (moments.get_shape(), _DTYPE_NAMES.get(moments.get_dtype()))
         if came != (wanted, self.index.dtype):
-            raise UserError(f"{path}: moments are {came[1]} of shape {came[0]}, {INDEX} says {self.index.dtype} {wanted}")
+            raise UserError(
+                f"{path}: moments are {came[1]} of shape {came[0]}, {INDEX} says {self.index.dtype} {wanted}"
+            )
         if not (self.path / shard.captions).is_file():
             raise UserError(f"{self.path / shard.captions} is missing")
         return moments

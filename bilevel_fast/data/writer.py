@@ -101,13 +101,6 @@ class CacheWriter:
 
     def _resume(self) -> Index:
         begun = Index.load(self.path / PARTIAL)
-        ours, theirs = self.index.to_dict(), replace(begun, shards=()).to_dict()
-        for name, value in ours.items():
-            # Compared as JSON, where a tuple is a list.
-            if json.dumps(value, sort_keys=True) != json.dumps(theirs[name], sort_keys=True):
-                raise UserError(
-                    f"{self.path} holds an unfinished cache with {name} {theirs[name]!r}, not {value!r}; "
-                    "delete it or choose another folder"
-                )
+        self.index.check_same_making(begun, self.path)
         Cache(self.path, begun).verify()
         return begun

@@ -21,7 +21,7 @@ class PixelUnshuffleVAE:
     """
 
     scaling_factor: float = 2.13
-    shift_factor: float = 0.65
+    shift_factor: float = 0.66
     """With the scaling, measured on the drawn world: latents have mean 0 and standard deviation 1."""
     block: int = 2
     """Side of the square of pixels that becomes one latent position."""

@@ -1,4 +1,4 @@
-"""What a pruning method may spend, and what it can buy: units of width vectors, each at a constant price in MACs."""
+"""What a pruning method may spend, and what it can buy: units of width vectors, each at its price in MACs."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,9 @@ Calibration = Sequence[tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class MacBudget:
-    """At most `ratio` of the dense UNet's MACs (`true` of `bilevel_fast.macs`), at one latent size and text length.
+    """At most `ratio` of the dense UNet's MACs, counted as `true` by `bilevel_fast.macs`.
+
+    `latent` and `text` are the sizes to count at, as in `macs.count`.
 
     Raises:
         UserError: `ratio` or `min_keep` is outside (0, 1].
@@ -47,7 +49,7 @@ class Choice:
 
 
 def choices(config: UNetConfig, budget: MacBudget) -> tuple[tuple[Choice, ...], int]:
-    """All width vectors, in the order of the architecture vector, and the MACs that are left when each keeps its least.
+    """All width vectors in the order of the architecture vector, and the MACs left when each keeps its least.
 
     Raises:
         UserError: Even the least exceeds the budget; the smallest possible budget is named.
@@ -69,16 +71,14 @@ def choices(config: UNetConfig, budget: MacBudget) -> tuple[tuple[Choice, ...], 
     return found, spare
 
 
-def fill(
-    found: Sequence[Choice], counts: Sequence[int], spare: int, ranks: Sequence[Sequence[float]]
-) -> list[int]:
+def fill(found: Sequence[Choice], counts: Sequence[int], spare: int, ranks: Sequence[Sequence[float]]) -> list[int]:
     """Buy units one by one, in ascending rank, each if it still fits.
 
     Args:
         found: The width vectors.
         counts: Units that each keeps already.
         spare: MACs to spend.
-        ranks: For each vector, the rank of its k-th unit at [k - 1], ascending. Ties go by the order of `found`.
+        ranks: For each vector, the rank of its k-th unit at [k - 1], ascending. A tie goes to the earlier vector.
 
     Returns:
         Units that each vector keeps. What is left of `spare` buys none of the units still missing.

@@ -8,9 +8,9 @@ from bilevel_fast.unet import UNet
 def uniform(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
     """The largest uniform structure within the budget, filled up. The first units of each vector are kept.
 
-    The k-th of the w units of a vector ranks k / w; on a tie the architecture vector's order decides. Every
-    `Structure.uniform` above `min_keep` is a beginning of this sequence, so the largest that fits is contained in
-    the result; after it come the units of the next larger one, while they fit.
+    Units are bought in the order of k / w, for the k-th of the w units of a vector, and at equal k / w in the
+    order of the architecture vector. Every `Structure.uniform` above `min_keep` is a beginning of that sequence,
+    so the result contains the largest one that fits; what is left then buys the units that follow, while they fit.
 
     Raises:
         UserError: The budget is below what `min_keep` takes.

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bilevel_fast.architecture import MINI
-from bilevel_fast.bilevel import FineTuning, Level, Suppression, bilevel
+from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, bilevel
 from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.optim import LevelOptimizer
@@ -93,7 +93,7 @@ def plain(teacher, student, steps, every, penalty, norm, make, null=False):
 def engine(teacher, student, steps, every, penalty, norm, make, start=0):
     """The same through the product's rooms."""
     frozen = Teacher(teacher)
-    fine_tuning = FineTuning(student, frozen, Schedule.sd(), SEED)
+    fine_tuning = FineTuning(student, Answers(frozen, Schedule.sd(), SEED))
     suppression = Suppression(fine_tuning, ETA, penalty, norm)
     optimizers = [LevelOptimizer(student.parameters(), lr, WARMUP, make=make) for lr in (LR_LOWER, LR_UPPER)]
     lower = Level("lower", partial(make_batch, 0), fine_tuning, optimizers[0])
@@ -146,6 +146,30 @@ def test_the_penalty_costs_no_teacher_forward(penalty):
     """B images per lower step, 2 B per upper step, with or without a penalty."""
     _, teacher = engine(*make_models(), 6, 3, penalty, "grad", ADAMW)
     assert teacher.images == 6 * B + 2 * 2 * B
+
+
+def test_students_side_by_side_share_the_teacher():
+    """Two students in step with one set of answers end where each ends alone, and the teacher works once."""
+    alone = [make_models()[1] for _ in range(2)]
+    for student, lr in zip(alone, (0.01, 0.02), strict=True):
+        side_by_side([student], [lr])
+    together = [make_models()[1] for _ in range(2)]
+    teacher = side_by_side(together, [0.01, 0.02])
+    assert teacher.images == 4 * B
+    for one, other in zip(alone, together, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def side_by_side(students, rates):
+    answers = Answers(Teacher(make_models()[0]), Schedule.sd(), SEED)
+    walks = []
+    for student, lr in zip(students, rates, strict=True):
+        optimizer = LevelOptimizer(student.parameters(), lr, WARMUP, make=SGD)
+        level = Level("lower", partial(make_batch, 0), FineTuning(student, answers), optimizer)
+        walks.append(bilevel(level, None, 1, 0, 4))
+    for _ in zip(*walks, strict=True):
+        pass
+    return answers.teacher
 
 
 def test_the_teacher_never_changes():

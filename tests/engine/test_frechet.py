@@ -41,9 +41,7 @@ def test_both_covariances_singular():
     assert distance == pytest.approx(published(a, b), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("count", "rank"), [(20, 64), (500, 5), (2, 64)], ids=["few samples", "low rank", "two samples"]
-)
+@pytest.mark.parametrize(("count", "rank"), [(20, 64), (500, 5)], ids=["few samples", "low rank"])
 def test_one_covariance_singular(count, rank):
     a, b = features(count, 64, rank), features(300, 64)
     distance = frechet_distance(FrechetStatistics.of(a), FrechetStatistics.of(b))

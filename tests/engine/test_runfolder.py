@@ -36,9 +36,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(
-    path: Path, config: dict[str, Any] = CONFIG, *, resume: bool, volatile: tuple[str, ...] = ()
-) -> str:
+def refused(path: Path, config: dict[str, Any] = CONFIG, *, resume: bool, volatile: tuple[str, ...] = ()) -> str:
     """The line of the refusal, after making sure that it is one."""
     with pytest.raises(UserError) as caught, RunFolder.open(path, config, resume=resume, volatile=volatile):
         pass
@@ -132,9 +130,7 @@ def test_resume_names_the_settings_that_differ(tmp_path: Path) -> None:
 
 def test_resume_without_a_run(tmp_path: Path) -> None:
     path = tmp_path / "missing"
-    assert refused(path, resume=True) == (
-        f"there is no run to resume in {path}: {path / 'config.json'} does not exist"
-    )
+    assert refused(path, resume=True) == (f"there is no run to resume in {path}: {path / 'config.json'} does not exist")
     assert not path.exists()
 
 

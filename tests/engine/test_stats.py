@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel_fast.stats import Console, JsonLines, Stats, TensorBoard, tensorboard
+from bilevel_fast.stats import Console, JsonLines, Stats, tensorboard
 
 
 class Kept:
@@ -115,6 +115,7 @@ def test_speed_is_of_the_interval_and_time_of_the_run() -> None:
     start = time.perf_counter()
     stats = Stats(images=1000, seconds=60.0)
     time.sleep(0.2)
+    before = time.perf_counter()
     first = stats.flush(10, 1160)
     middle = time.perf_counter()
     time.sleep(0.1)
@@ -123,7 +124,7 @@ def test_speed_is_of_the_interval_and_time_of_the_run() -> None:
     assert 60.2 <= first["seconds"] <= 60 + middle - start + 1e-3
     assert 60.3 <= second["seconds"] <= 60 + end - start + 1e-3
     assert 160 / (middle - start) <= first["images_per_second"] <= 160 / 0.2
-    assert 160 / (end - middle + 0.05) <= second["images_per_second"] <= 160 / 0.1
+    assert 160 / (end - before) <= second["images_per_second"] <= 160 / 0.1
 
 
 def test_a_name_of_the_header_is_refused() -> None:
@@ -144,9 +145,7 @@ def test_a_resumed_run_writes_no_step_twice(tmp_path: Path, caplog: pytest.LogCa
     resumed = JsonLines(path, step=20)
     resumed.write(record(30, loss=-1.0))
     assert [(line["step"], line["loss"]) for line in read_lines(path)] == [(10, 10.0), (20, 20.0), (30, -1.0)]
-    assert [entry.getMessage() for entry in caplog.records] == [
-        f"{path} line 4 is not a whole record and is dropped"
-    ]
+    assert [entry.getMessage() for entry in caplog.records] == [f"{path} line 4 is not a whole record and is dropped"]
 
 
 def test_plain_lines_when_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,11 +178,11 @@ def test_progress_bar_on_a_terminal() -> None:
 
 
 def test_tensorboard_counts_images(tmp_path: Path) -> None:
-    sink = TensorBoard(tmp_path)
+    sink = tensorboard(tmp_path)
     sink.write(record(1, loss=0.5, kd=None))
     sink.write(record(2, loss=0.25) | {"nonfinite": {"loss": 3}})
     sink.close()
-    TensorBoard(tmp_path, images=16).close()  # resumed after the first
+    tensorboard(tmp_path, images=16).close()  # resumed after the first
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -205,8 +204,5 @@ sink.write({record(1, loss=0.5)})
 sink.close()
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (
-        result.stderr == "no TensorBoard events: tensorboard is not installed; run: pip install tensorboard\n"
-    )
+    assert result.stderr == "no TensorBoard events: tensorboard is not installed; run: pip install tensorboard\n"
     assert not (tmp_path / "events").exists()
-    assert isinstance(tensorboard(tmp_path / "events"), TensorBoard)

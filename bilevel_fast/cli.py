@@ -1,0 +1,27 @@
+"""`bilevel-fast NAME ...` is `python -m bilevel_fast.NAME ...`."""
+
+import importlib
+import sys
+
+from bilevel_fast import errors
+
+COMMANDS = {
+    "train": "prune, distil and suppress concepts in one run",
+    "prune": "prune a model folder to a MAC budget",
+    "sample": "prompts to a PNG grid, with any model folder",
+    "evaluate": "judge a model of the mini world",
+}
+
+
+def main() -> None:
+    """Console script: hands over to the entry point that is named."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        lines = [f"  {command:<10}{what}" for command, what in COMMANDS.items()]
+        print("\n".join(["usage: bilevel-fast NAME [OPTIONS]", "", *lines, "", "bilevel-fast NAME --help says more"]))
+        return
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}{errors.nearest(name, COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    sys.argv = [f"bilevel-fast {name}", *sys.argv[2:]]
+    raise SystemExit(errors.run(importlib.import_module(f"bilevel_fast.{name}").main))

@@ -1,0 +1,168 @@
+"""A whole run, in a run folder: make the student, train it (and its twin), judge, report.
+
+Each part leaves a finished thing behind (`concepts/`, `checkpoints/`, `student/`, `distilled/`), written aside and
+renamed, and is skipped if that is there already. So `--resume` after a kill at any moment goes on where it can.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel_fast import report
+from bilevel_fast.checkpoint import GracefulStop, latest
+from bilevel_fast.config import VOLATILE, TrainConfig
+from bilevel_fast.data.cache import Cache
+from bilevel_fast.engine import Materials, Places, Progress, fit
+from bilevel_fast.errors import UserError
+from bilevel_fast.folder import ModelFolder, load_folder, load_unet, save_student
+from bilevel_fast.macs import count
+from bilevel_fast.mini import experiment as mini
+from bilevel_fast.mini.judge import Samples, judge
+from bilevel_fast.mini.probe import Probe
+from bilevel_fast.mini.vae import PixelUnshuffleVAE
+from bilevel_fast.pruning import MacBudget, method
+from bilevel_fast.runfolder import RunFolder
+from bilevel_fast.structure import Structure
+from bilevel_fast.unet import UNet
+
+_log = logging.getLogger(__name__)
+_SHOWN_ERASED, _SHOWN_KEPT = 6, 6
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Carry out a run and return its summary.
+
+    Raises:
+        UserError: Bad input of any kind.
+        Interrupted: SIGTERM or SIGINT came; everything is saved.
+    """
+    started = time.perf_counter()
+    device = pick_device(config.device)
+    erased = mini.erased_styles(config.erase) if config.on_mini_world else []
+    folder = load_folder(config.teacher or mini.TEACHER)
+    if config.on_mini_world and not folder.is_mini:
+        raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")
+    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
+        with GracefulStop() as stop:
+            teacher = folder.unet().to(device).requires_grad_(False)
+            materials = gather(config, folder, teacher, erased, place.path)
+            names = ["student", "distilled"] if config.on_mini_world and config.twin else ["student"]
+            trained = {name: _train(name, config, folder, materials, place, stop, device) for name in names}
+        progress = trained["student"][1]
+        summary = {
+            "preset": config.preset,
+            "seconds": 0.0,
+            "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
+            "lower_steps": progress.step,
+            "upper_steps": progress.upper_steps,
+            "macs": macs(trained["student"][0].structure, folder),
+            "quality": None,
+        }
+        pictures: dict[str, bytes] = {}
+        if config.on_mini_world:
+            models = {"teacher": teacher, **{name: trained[name][0] for name in reversed(names)}}
+            shown = {name: mini.portfolio(unet, folder, erased, config) for name, unet in models.items()}
+            probe = Probe.load()
+            summary["quality"] = {name: asdict(judge(samples, erased, probe)) for name, samples in shown.items()}
+            pictures["samples"] = _contact_sheet(shown, len(erased) * config.mini.judge_erased)
+            place.samples.mkdir(exist_ok=True)
+            place.write_bytes("samples/comparison.png", pictures["samples"])
+        pictures["losses"] = report.curves({name: _places(place, name).stats for name in names})
+        summary["seconds"] = round(time.perf_counter() - started, 1)
+        place.write_json("summary.json", summary)
+        place.write_text("report.html", report.page(f"bilevel_fast {config.preset}", summary, pictures))
+    return summary
+
+
+def gather(
+    config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path
+) -> Materials:
+    """Open the caches that were given, or draw the mini world's."""
+    if config.on_mini_world:
+        assert isinstance(folder.vae, PixelUnshuffleVAE)
+        data = mini.drawn_source(folder.vae, erased, config.mini.images, config.seed)
+        concepts = mini.concept_bank(folder, erased, config, out / "concepts")
+    else:
+        assert config.data is not None
+        data, concepts = Cache.open(config.data), Cache.open(config.concepts) if config.concepts else None
+        for cache in (data, *([concepts] if concepts else [])):
+            cache.check_model(folder)
+    return Materials(teacher, folder.schedule, folder.text_encoder, data, concepts)
+
+
+def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNet:
+    """The student before training: the folder that was given, or the teacher pruned to the budget."""
+    if config.student is not None:
+        return load_unet(config.student, align)
+    dense = folder.unet()
+    budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
+    structure = method(config.prune.method)(dense, budget, ())
+    student = UNet(folder.config, structure, align)
+    student.load_state_dict(structure.slice(dense.state_dict()))
+    return student
+
+
+def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:
+    """GMAC per image at the model's sample size, dense and pruned, and their ratio."""
+    latent, text = folder.config.sample_size, folder.text_encoder.length
+    dense, student = (count(s, latent, text).true / 1e9 for s in (Structure.dense(folder.config), structure))
+    return {"dense_g": round(dense, 6), "student_g": round(student, 6), "ratio": round(student / dense, 6)}
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto`, and refuse what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _places(place: RunFolder, name: str) -> Places:
+    stats = place.stats if name == "student" else place.path / f"stats-{name}.jsonl"
+    return Places(place.checkpoints / name, stats, place.events / name)
+
+
+def _train(
+    name: str,
+    config: TrainConfig,
+    folder: ModelFolder,
+    materials: Materials,
+    place: RunFolder,
+    stop: GracefulStop,
+    device: torch.device,
+) -> tuple[UNet, Progress]:
+    """Train `student` or its twin `distilled`, or read it if an earlier session finished it."""
+    out, places = place.path / name, _places(place, name)
+    # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
+    align = 8 if device.type == "cuda" else 1
+    if out.exists():
+        saved = latest(places.checkpoints)
+        return load_unet(out, align).to(device), Progress(**saved.state) if saved else Progress()
+    student = initial_student(config, folder, align).to(device)
+    if student.config != folder.config:
+        raise UserError(f"{config.student} was not made from {folder.path}: their UNets differ")
+    _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
+    if name == "distilled":
+        materials = Materials(materials.teacher, materials.schedule, materials.text_encoder, materials.data, None)
+    progress = fit(config, student, materials, places, stop, device)
+    save_student(out, folder, student)
+    return student, progress
+
+
+def _contact_sheet(shown: dict[str, Samples], erased: int) -> bytes:
+    """Some erased prompts left, some others right, one row per model."""
+    scenes = next(iter(shown.values())).scenes
+    left = list(range(0, erased, max(1, erased // _SHOWN_ERASED)))[:_SHOWN_ERASED]
+    right = list(range(erased, len(scenes), max(1, (len(scenes) - erased) // _SHOWN_KEPT)))[:_SHOWN_KEPT]
+    columns = left + right
+    rows = {name: samples.images[columns] for name, samples in shown.items()}
+    return report.png(report.picture(rows, [scenes[i].caption for i in columns]))

@@ -1,0 +1,61 @@
+"""Prune, distil and suppress concepts in one run.
+
+    python -m bilevel_fast.train                            the built-in mini world, end to end
+    python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+
+import tyro
+
+from bilevel_fast import errors, report
+from bilevel_fast.config import TrainConfig, preset
+
+
+def parse(argv: Sequence[str]) -> TrainConfig:
+    """Read the command line; flags change the fields of a preset.
+
+    Without --preset it is `paper` if there is --data, otherwise `mini`.
+    """
+    name = "paper" if any(arg.partition("=")[0] == "--data" for arg in argv) else "mini"
+    for position, arg in enumerate(argv):
+        flag, has_value, value = arg.partition("=")
+        if flag == "--preset":
+            name = value if has_value else argv[position + 1] if position + 1 < len(argv) else name
+    prog = "python -m bilevel_fast.train"
+    config = tyro.cli(TrainConfig, args=list(argv), default=preset(name), description=__doc__, prog=prog)
+    config.check()
+    return config
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    config = parse(sys.argv[1:])
+    if config.dry_run:
+        print(json.dumps(config.to_dict(), indent=2))
+        return
+    # after parsing: --help and a typo should not wait for torch
+    from bilevel_fast.engine import Interrupted
+    from bilevel_fast.session import run
+
+    try:
+        summary = run(config)
+    except Interrupted as interrupted:
+        print(f"{interrupted}; go on with --resume --out {config.out}", file=sys.stderr)
+        raise SystemExit(130) from None
+    macs = summary["macs"]
+    print(
+        f"\n{macs['dense_g']:.3f} -> {macs['student_g']:.3f} GMAC ({macs['ratio']:.3f}), "
+        f"{summary['lower_steps']} lower and {summary['upper_steps']} upper steps, "
+        f"{summary['images_per_second']} images/s, {summary['seconds']} s"
+    )
+    if summary["quality"]:
+        print(report.table(summary["quality"]))
+    print(f"student: {config.out / 'student'}   report: {config.out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))

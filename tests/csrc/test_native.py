@@ -1,0 +1,50 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bilevel_fast.native import plan, pointer
+
+
+def test_pointer_is_the_first_element():
+    storage = torch.arange(8.0)
+    assert pointer(storage[2:], torch.float32, 6) == storage.data_ptr() + 8
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(4, dtype=torch.float64), "torch.float64 tensor where native code takes torch.float32"),
+        (torch.zeros(4, 2)[:, 0], r"shape \(4,\) with strides \(2,\) is not contiguous"),
+        (torch.zeros(5), "5 elements where native code takes 4"),
+        (torch.zeros(4, device="meta"), "meta tensor handed to native code"),
+    ],
+    ids=["dtype", "strides", "size", "device"],
+)
+def test_pointer_refuses(tensor, message):
+    with pytest.raises(AssertionError, match=message):
+        pointer(tensor, torch.float32, 4)
+
+
+@pytest.mark.parametrize(
+    ("costs", "values", "message"),
+    [
+        ([[1, 2]], [], "1 groups of costs, 0 of values"),
+        ([[1, 2]], [[1.0]], r"group 0: costs \(2,\), values \(1,\)"),
+        ([[1], []], [[1.0], []], "group 1: 0 options"),
+        ([[1.5]], [[1.0]], "group 0: costs are float64, not whole units"),
+        ([[-1]], [[1.0]], "group 0: a cost is negative"),
+        ([[1]], [[float("nan")]], "group 0: a value is not finite"),
+        ([[0, 2**31]], [[0.0, 1.0]], "a table of 4294967298 bytes: scale the costs down"),
+    ],
+)
+def test_plan_refuses(costs, values, message):
+    with pytest.raises(AssertionError, match=message):
+        plan(costs, values, 2**40)
+
+
+def test_a_missing_build_names_the_command():
+    code = "import sys; sys.modules['bilevel_fast._C'] = None; import bilevel_fast.native"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.endswith("ImportError: bilevel_fast._C is not built; run: pip install -e .\n")

@@ -1,0 +1,142 @@
+"""The command line of `train`, and whole runs on the mini world at the size of the smoke preset."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bilevel_fast.config import PRESETS, TrainConfig, preset
+from bilevel_fast.errors import UserError
+from bilevel_fast.folder import load_folder
+from bilevel_fast.train import parse
+
+
+def train(*flags: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bilevel_fast.train", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def refused(result: subprocess.CompletedProcess[str], message: str) -> None:
+    """Exit code 2 and one clear line."""
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    return out, train("--preset", "smoke", "--out", out)
+
+
+def test_run_leaves_everything_behind(smoke_run):
+    out, result = smoke_run
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["preset"], summary["lower_steps"], summary["upper_steps"]) == ("smoke", 8, 2)
+    assert summary["seconds"] > 0
+    assert summary["images_per_second"] > 0
+    assert 0.798 <= summary["macs"]["ratio"] <= 0.80
+    assert set(summary["quality"]) == {"teacher", "distilled", "student"}
+    for row in summary["quality"].values():
+        assert set(row) == {"concept_hit", "content_kept", "other_style_hit", "object", "color", "fid"}
+    steps = [json.loads(line)["step"] for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert steps == [4, 8]
+    assert (out / "samples" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "<table>" in (out / "report.html").read_text()
+    assert list((out / "events" / "student").glob("events.out.tfevents.*"))
+    assert json.loads((out / "config.json").read_text())["lower"]["steps"] == 8
+    student = load_folder(out / "student").unet()
+    assert not student.structure.is_dense
+    assert "student" in result.stdout
+    assert "concept_hit" in result.stdout
+
+
+def test_the_upper_level_makes_the_only_difference_to_the_twin(smoke_run):
+    out, _ = smoke_run
+    student, twin = (load_folder(out / name).unet() for name in ("student", "distilled"))
+    assert student.structure == twin.structure
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_finished_run_is_not_overwritten(smoke_run):
+    out, _ = smoke_run
+    before = (out / "summary.json").read_bytes()
+    refused(train("--preset", "smoke", "--out", out), "already holds a run")
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_resume_with_another_config_is_refused(smoke_run):
+    out, _ = smoke_run
+    refused(train("--preset", "smoke", "--out", out, "--resume", "--lower.lr", "1e-5"), "lower.lr")
+
+
+def test_same_seed_same_weights_another_seed_others(smoke_run, tmp_path):
+    out, _ = smoke_run
+    again, other = tmp_path / "again", tmp_path / "other"
+    for path, seed in ((again, 0), (other, 1)):
+        assert train("--preset", "smoke", "--out", path, "--seed", seed, "--no-twin").returncode == 0
+    first, second, third = (load_folder(p / "student").unet().state_dict() for p in (out, again, other))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], third[k]) for k in first)
+
+
+def test_dry_run_prints_the_resolved_settings(tmp_path):
+    result = train("--preset", "released", "--upper.every", "7", "--dry-run", "--out", tmp_path / "run")
+    settings = json.loads(result.stdout)
+    assert settings["upper"]["every"] == 7
+    assert settings["lower"]["steps"] == 50_000
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_presets_and_flags():
+    result = train("--help")
+    assert result.returncode == 0
+    for word in ("--preset", "mini, smoke, paper or", "--upper.every", "K: lower steps per upper step", "--resume"):
+        assert word in result.stdout, word
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "mina"], "preset 'mina' does not exist; did you mean 'mini'?"),
+        (["--preset", "paper", "--data", "x"], "--data given without --teacher"),
+        (["--teacher", "x", "--data", "y"], "--data given without --concepts"),
+        (["--teacher", "nowhere"], "model folder nowhere does not exist"),
+        (["--erase", "wave"], "style 'wave' does not exist; did you mean 'waves'?"),
+        (["--erase", "plain"], "style 'plain' cannot be erased"),
+        (["--lower.steps", "0"], "--lower.steps is 0"),
+        (["--prune.method", "magnitute"], "no pruning method 'magnitute'; did you mean 'magnitude'?"),
+        (["--prune.budget", "0.01"], "budget 0.01 is too small"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--resume"], "there is no run to resume"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(flags, message, tmp_path):
+    refused(train(*flags, "--out", tmp_path / "run", cwd=tmp_path), message)
+
+
+def test_a_typo_in_a_flag_gets_exit_code_2(tmp_path):
+    result = train("--lower.stepz", "3", "--out", tmp_path / "run")
+    assert result.returncode == 2
+    assert "--lower.stepz" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_presets_are_consistent():
+    for name in PRESETS:
+        config = preset(name)
+        assert config.preset == name
+        assert isinstance(config, TrainConfig)
+        assert config.out == Path("runs") / name
+    assert parse([]).preset == "mini"
+    folders = ["--teacher", "t", "--data", "d", "--concepts", "c"]
+    assert parse(folders).preset == "paper"
+    assert parse([*folders, "--preset=released"]).preset == "released"
+    with pytest.raises(UserError, match="prune.budget"):
+        parse(["--prune.budget", "1.5"])
