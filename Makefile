@@ -11,7 +11,7 @@ VENV        := .venv
 BIN         := $(VENV)/bin
 BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-# Pins the isolated build as well (newer pip reads the second name for that); relative, since pip splits the value at spaces.
+# Pins the isolated build as well; newer pip reads the second name for that. Relative: pip splits the value at spaces.
 export PIP_CONSTRAINT       := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -53,5 +53,6 @@ $(VENV)/.installed-%: $(BUILD_FILES) | $(BIN)/pip
 $(BIN)/pip:
 	@command -v $(PYTHON) >/dev/null || \
 	  { echo "error: $(PYTHON) not found; run: PYTHON=/path/to/python3.11 make $(MAKECMDGOALS)" >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit(f"error: $(PYTHON) is Python {v[0]}.{v[1]}, 3.11 or newer is needed; run: PYTHON=python3.11 make $(MAKECMDGOALS)")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $$($(PYTHON) -V) is too old; run: PYTHON=python3.11 make $(MAKECMDGOALS)" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)

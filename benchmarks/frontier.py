@@ -29,6 +29,7 @@ from bilevel_fast.bilevel import Answers, bilevel, descend
 from bilevel_fast.config import TrainConfig, Upper, preset
 from bilevel_fast.engine import Materials, levels
 from bilevel_fast.folder import ModelFolder, load_folder
+from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini
 from bilevel_fast.mini.judge import judge
 from bilevel_fast.mini.probe import Probe
@@ -82,7 +83,7 @@ def variants(config: TrainConfig) -> dict[str, Upper]:
 def run(args: Run) -> None:
     config = replace(preset(args.preset), seed=args.seed)
     done = {(row["seed"], row["case"]) for row in rows()}
-    folder = load_folder(mini.TEACHER)
+    folder = load_folder(TEACHER)
     teacher = folder.unet().requires_grad_(False)
     erased = mini.erased_styles(config.erase)
     materials = gather(config, folder, teacher, erased, args.cache / f"seed-{args.seed}")

@@ -14,6 +14,7 @@ from bilevel_fast import errors, report
 from bilevel_fast.config import Mini, preset
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
+from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini
 from bilevel_fast.mini.judge import judge
 from bilevel_fast.mini.probe import Probe
@@ -23,7 +24,7 @@ from bilevel_fast.mini.probe import Probe
 class EvaluateConfig:
     """Settings of `evaluate`."""
 
-    models: tuple[Path, ...] = (mini.TEACHER,)
+    models: tuple[Path, ...] = (TEACHER,)
     """Model folders of the mini world. Default: the built-in teacher."""
     erase: tuple[str, ...] = ("pointillism",)
     """The styles that should be gone."""

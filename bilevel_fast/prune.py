@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from bilevel_fast import errors
@@ -11,11 +10,10 @@ from bilevel_fast.architecture import Site, sites
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder, save_student
 from bilevel_fast.macs import count
+from bilevel_fast.mini import TEACHER
 from bilevel_fast.pruning import MacBudget, method
 from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
-MINI_TEACHER = Path(__file__).parent / "mini" / "weights" / "teacher"
 BAR = 10
 UNITS = {"groups": "groups", "attn1": "heads", "attn2": "heads", "ff": "groups"}
 
@@ -28,7 +26,7 @@ class Args:
     """magnitude (keep the largest weights) or uniform (keep the same share everywhere)."""
     out: Path
     """Folder for the student; must be new."""
-    teacher: Path = MINI_TEACHER
+    teacher: Path = TEACHER
     """Dense model folder in the diffusers layout; by default the built-in mini teacher."""
     budget: float = 0.8
     """MACs of the student as a share of the teacher's: never more, and as close as whole units allow."""
@@ -36,14 +34,6 @@ class Args:
     """Height and width of the latents to count at; by default the UNet's sample size."""
     text: int | None = None
     """Text tokens to count at; by default the length of the text encoder."""
-
-
-def cut(teacher: UNet, structure: Structure) -> UNet:
-    """The student: the teacher's weights, cut down to the structure."""
-    with torch.device("meta"):
-        student = UNet(teacher.config, structure)
-    student.load_state_dict(structure.slice(teacher.state_dict()), assign=True)
-    return student
 
 
 def picture(structure: Structure, latent: int, text: int) -> str:
@@ -76,7 +66,7 @@ def main() -> None:
     latent = folder.config.sample_size if args.latent is None else args.latent
     text = folder.text_encoder.length if args.text is None else args.text
     structure = prune(teacher, MacBudget(args.budget, latent, text), ())
-    save_student(args.out, folder, cut(teacher, structure))
+    save_student(args.out, folder, teacher.cut(structure))
 
     dense, student = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
     print(picture(structure, latent, text))

@@ -15,7 +15,7 @@ from bilevel_fast.errors import UserError
 from bilevel_fast.files import write_atomic
 from bilevel_fast.folder import load_folder
 from bilevel_fast.generate import generate
-from bilevel_fast.mini.experiment import TEACHER
+from bilevel_fast.mini import TEACHER
 from bilevel_fast.samplers import Method
 from bilevel_fast.session import pick_device
 

@@ -21,6 +21,7 @@ from bilevel_fast.engine import Materials, Places, Progress, fit
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.macs import count
+from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini
 from bilevel_fast.mini.judge import Samples, judge
 from bilevel_fast.mini.probe import Probe
@@ -44,7 +45,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     started = time.perf_counter()
     device = pick_device(config.device)
     erased = mini.erased_styles(config.erase) if config.on_mini_world else []
-    folder = load_folder(config.teacher or mini.TEACHER)
+    folder = load_folder(config.teacher or TEACHER)
     if config.on_mini_world and not folder.is_mini:
         raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
@@ -101,10 +102,7 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
         return load_unet(config.student, align)
     dense = folder.unet()
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
-    structure = method(config.prune.method)(dense, budget, ())
-    student = UNet(folder.config, structure, align)
-    student.load_state_dict(structure.slice(dense.state_dict()))
-    return student
+    return dense.cut(method(config.prune.method)(dense, budget, ()), align)
 
 
 def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:

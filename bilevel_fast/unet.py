@@ -290,6 +290,14 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
+    def cut(self, structure: Structure, align: int = 1) -> "UNet":
+        """A pruned copy of this dense UNet: the same weights, sliced; no memory is shared."""
+        with torch.device("meta"):
+            student = UNet(self.config, structure, align)
+        student.to_empty(device=self.conv_in.weight.device)
+        student.load_state_dict(structure.slice(self.state_dict()))
+        return student
+
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:
         """Predict from a noisy batch.
 

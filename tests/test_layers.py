@@ -13,6 +13,12 @@ ROOT = Path(__file__).parents[1]
 ENGINE = sorted((ROOT / "bilevel_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "bilevel_kernels").glob("*.py"))
 
+# A training step needs these modules, and they need nothing but the four packages below.
+CORE = [
+    *("architecture", "structure", "macs", "unet", "ops", "native", "randomness"),
+    *("diffusion", "teacher", "losses", "optim", "bilevel"),
+]
+
 # Imported by the functions that need them: the engine starts fast, and runs where they are absent.
 LAZY = ["diffusers", "transformers", "accelerate", "torchvision", "tensorboard", "matplotlib", "PIL"]
 
@@ -59,6 +65,13 @@ def test_the_kernels_folder_is_not_a_package():
 def test_a_kernel_imports_torch_and_triton_only(path):
     allowed = {"torch", "triton", "bilevel_kernels", *sys.stdlib_module_names}
     assert set(top_level_names(path)) <= allowed
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_imports_four_packages_only(module):
+    path = ROOT / "bilevel_fast" / f"{module}.py"
+    allowed = {"torch", "triton", "numpy", "safetensors", "bilevel_fast", "bilevel_kernels"}
+    assert set(top_level_names(path)) <= allowed | sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=relative)

@@ -16,7 +16,6 @@ from bilevel_fast.mini.vae import PixelUnshuffleVAE
 from bilevel_fast.mini.world import SCENES, STYLES, render
 from bilevel_fast.unet import UNet
 
-TEACHER = Path(__file__).parent / "weights" / "teacher"
 _IMAGES_FROM = 1 << 42  # sample indices of the drawings that students see, far from the teacher's and the judge's
 
 

@@ -12,7 +12,7 @@ Shapes: B images, L text tokens, D text width.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,11 +25,11 @@ from bilevel_fast.diffusion import Schedule, noise
 from bilevel_fast.errors import UserError
 from bilevel_fast.files import write_json
 from bilevel_fast.folder import MINI_INDEX, load_folder, write_unet
-from bilevel_fast.generate import generate
+from bilevel_fast.mini.judge import paint
 from bilevel_fast.mini.probe import Accuracy, Probe
 from bilevel_fast.mini.text import MiniTextEncoder, WordTokenizer
 from bilevel_fast.mini.vae import PixelUnshuffleVAE
-from bilevel_fast.mini.world import SCENES, render
+from bilevel_fast.mini.world import SCENES, labels, render
 from bilevel_fast.randomness import Stream, integers, normal, uniform
 from bilevel_fast.unet import UNet
 
@@ -62,6 +62,12 @@ class PretrainConfig:
     seed: int = 0
     """Of the weights and of everything that is drawn."""
 
+    def check(self) -> None:
+        """Refuse what cannot run, with a UserError that names the flag."""
+        for field, least in (("steps", 0), ("batch", 1), ("warmup", 1), ("every", 1)):
+            if (value := getattr(self, field)) < least:
+                raise UserError(f"--{field} is {value}; wanted {least} or more")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -88,7 +94,7 @@ class Model(nn.Module):
 
 def batches(config: PretrainConfig, tokenizer: WordTokenizer, schedule: Schedule, channels: int) -> Iterator[Batch]:
     """The batches of a run, one per step."""
-    labels = torch.tensor([(scene.object, scene.color, scene.style) for scene in SCENES]).T  # (3, 216)
+    objects, colors, styles = labels(SCENES)
     ids, empty = tokenizer([scene.caption for scene in SCENES]), tokenizer([""])
     size = CONFIG.sample_size
     for step in range(config.steps):
@@ -96,7 +102,7 @@ def batches(config: PretrainConfig, tokenizer: WordTokenizer, schedule: Schedule
         scenes = integers(config.seed, Stream.CAPTION, indices, len(SCENES))
         dropped = uniform(config.seed, Stream.DROPOUT, indices, (1,)) < config.drop
         yield Batch(
-            render(*labels[:, scenes], config.seed, indices),
+            render(objects[scenes], colors[scenes], styles[scenes], config.seed, indices),
             torch.where(dropped, empty, ids[scenes]),
             integers(config.seed, Stream.TIMESTEP, indices, schedule.num_train_timesteps),
             normal(config.seed, Stream.NOISE, indices, (channels, size, size)),
@@ -121,7 +127,9 @@ def train(config: PretrainConfig) -> None:
         optimizer.step()
         scheduler.step()
         decay = min(config.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():
+            for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+                slow.lerp_(fast, 1 - decay)
         loss_sum += loss.detach()
         if step % 50 == 0:
             seconds = (time.perf_counter() - start) / step
@@ -146,20 +154,13 @@ def save(folder: Path, model: Model, vae: PixelUnshuffleVAE, schedule: Schedule)
     write_json(folder / "model_index.json", MINI_INDEX)
 
 
-def paint(folder: Path, prompts: Sequence[str], guidance: float, seed: int = 0) -> Tensor:
-    """What the model of a folder makes of prompts with 25 steps of PNDM: images (B, 3, 32, 32) in [-1, 1]."""
-    model, indices = load_folder(folder), range(len(prompts))
-    size = (model.config.sample_size,) * 2
-    latents = generate(
-        model.unet(), model.schedule, model.text_encoder, prompts, indices, seed=seed, size=size, guidance=guidance, steps=25
-    )
-    return model.vae.decode(latents)
-
-
 def measure(folder: Path, guidance: float, seed: int = 0) -> Accuracy:
-    """What the probe reads in one image of each of the 216 scenes."""
-    images = paint(folder, [scene.caption for scene in SCENES], guidance, seed)
-    return Probe.load().accuracy(images, SCENES)
+    """What the probe reads in one image of each of the 216 scenes, sampled with 25 steps of PNDM."""
+    model, vae = load_folder(folder), PixelUnshuffleVAE.load(folder / "vae")
+    samples = paint(
+        model.unet(), model.schedule, model.text_encoder, vae, SCENES, seed=seed, guidance=guidance, steps=25
+    )
+    return Probe.load().accuracy(samples.images, samples.scenes)
 
 
 def main() -> None:
@@ -167,8 +168,7 @@ def main() -> None:
     import tyro
 
     config = tyro.cli(PretrainConfig)
-    if config.steps < 0:
-        raise UserError(f"--steps is {config.steps}; wanted 0 or more")
+    config.check()
     if config.steps:
         train(config)
     print(f"{config.out}: {measure(config.out, config.guidance)}  (guidance {config.guidance})")

@@ -8,20 +8,23 @@ Shapes: B images, D = 64 features.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bilevel_fast import errors
-from bilevel_fast.mini.world import COLORS, OBJECTS, SCENES, STYLES, Scene, render
+from bilevel_fast.files import write_atomic
+from bilevel_fast.mini.world import COLORS, OBJECTS, SCENES, STYLES, Scene, labels, render
 from bilevel_fast.randomness import Stream, integers, normal, uniform
+from bilevel_fast.weights import read_weights
 
 WEIGHTS = Path(__file__).parent / "weights" / "probe" / "model.safetensors"
 FEATURES = 64
-_HELD_OUT = 1 << 40  # first sample index of the images that accuracy is measured on; training never gets there
+_FRESH = 1 << 40  # first sample index of the images that accuracy is measured on; training never gets there
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class ProbeOutput:
     color_logits: Tensor  # (B, 6)
     style_logits: Tensor  # (B, 6)
     features: Tensor  # (B, 64), for FID
+
+    @property
+    def logits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of object, colour and style."""
+        return self.object_logits, self.color_logits, self.style_logits
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,7 @@ class Probe(nn.Module):
         super().__init__()
         widths = (3, 32, 64, 96, 128)
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=1 if i == 0 else 2, padding=1)
-            for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))
+            nn.Conv2d(a, b, 3, stride=1 if i == 0 else 2, padding=1) for i, (a, b) in enumerate(pairwise(widths))
         )
         self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
         self.hidden = nn.Linear(128 * 4 * 4, FEATURES)
@@ -66,41 +73,38 @@ class Probe(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = F.relu(norm(conv(h)))
         features = F.relu(self.hidden(h.flatten(1)))
-        return ProbeOutput(*self.heads(features).split((len(OBJECTS), len(COLORS), len(STYLES)), dim=1), features)
+        objects, colors, styles = self.heads(features).split((len(OBJECTS), len(COLORS), len(STYLES)), dim=1)
+        return ProbeOutput(objects, colors, styles, features)
 
     @torch.no_grad()
     def accuracy(self, images: Tensor, scenes: Sequence[Scene]) -> Accuracy:
         """How often images (B, 3, 32, 32) show the B scenes they should show."""
-        seen, wanted = self(images), _labels(scenes)
-        logits = (seen.object_logits, seen.color_logits, seen.style_logits)
-        hits = [(part.argmax(1) == label.to(part.device)).float().mean().item() for part, label in zip(logits, wanted, strict=True)]
-        return Accuracy(*hits)
+        seen = self(images)
+        pairs = zip(seen.logits, labels(scenes), strict=True)
+        return Accuracy(*((logits.argmax(1).cpu() == label).float().mean().item() for logits, label in pairs))
 
     def save(self, path: Path = WEIGHTS) -> None:
         """Write the weights in fp16."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, path)
+        weights = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomic(path, save(weights, metadata={"format": "pt"}))
 
     @classmethod
     def load(cls, path: Path = WEIGHTS) -> "Probe":
         """The shipped probe: fp32, in eval mode, without gradients."""
         probe = cls()
-        probe.load_state_dict(load_file(path))
+        probe.load_state_dict(read_weights(path.parent, path.stem))
         return probe.eval().requires_grad_(False)
 
 
-def _labels(scenes: Sequence[Scene]) -> Tensor:
-    return torch.tensor([(scene.object, scene.color, scene.style) for scene in scenes]).T  # (3, B)
-
-
-def held_out(per_scene: int, seed: int = 0) -> tuple[Tensor, list[Scene]]:
+def fresh_drawings(per_scene: int, seed: int = 0) -> tuple[Tensor, list[Scene]]:
     """Fresh drawings of every scene that no training saw: images (216 * per_scene, 3, 32, 32) and their scenes."""
     scenes = list(SCENES) * per_scene
-    images = render(*_labels(scenes), seed, range(_HELD_OUT, _HELD_OUT + len(scenes)))
+    images = render(*labels(scenes), seed, range(_FRESH, _FRESH + len(scenes)))
     return images, scenes
 
 
-def train(steps: int = 2000, batch: int = 64, lr: float = 2e-3, seed: int = 0) -> Probe:
+def train(steps: int = 2000, batch: int = 64, lr: float = 1e-3, seed: int = 0) -> Probe:
     """Train a probe on freshly drawn images; the same seed gives the same probe on the same machine."""
     torch.manual_seed(seed)
     probe = Probe()
@@ -108,10 +112,10 @@ def train(steps: int = 2000, batch: int = 64, lr: float = 2e-3, seed: int = 0) -
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     for step in range(steps):
         indices = range(step * batch, (step + 1) * batch)
-        labels = _labels([SCENES[i] for i in integers(seed, Stream.CAPTION, indices, len(SCENES)).tolist()])
-        seen = probe(_worsen(render(*labels, seed, indices), seed, indices))
-        logits = (seen.object_logits, seen.color_logits, seen.style_logits)
-        loss = torch.stack([F.cross_entropy(part, label) for part, label in zip(logits, labels, strict=True)]).sum()
+        wanted = labels([SCENES[i] for i in integers(seed, Stream.CAPTION, indices, len(SCENES)).tolist()])
+        seen = probe(_worsen(render(*wanted, seed, indices), seed, indices))
+        heads = [F.cross_entropy(logits, label) for logits, label in zip(seen.logits, wanted, strict=True)]
+        loss = torch.stack(heads).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -133,7 +137,7 @@ def main() -> None:
     """Train the probe, save it over the shipped one, and print its accuracy on held-out drawings."""
     probe = train()
     probe.save()
-    print(f"probe on held-out drawings: {Probe.load().accuracy(*held_out(per_scene=10))}")
+    print(f"probe on held-out drawings: {Probe.load().accuracy(*fresh_drawings(per_scene=10))}")
 
 
 if __name__ == "__main__":

@@ -3,19 +3,20 @@
 Shapes: B prompts, L tokens (always `WordTokenizer.length`), D text width, N heads.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.files import read_json, write_atomic, write_json
 from bilevel_fast.mini.world import COLORS, OBJECTS, STYLES
+from bilevel_fast.weights import check_names, read_weights
 
 _SPECIAL = ("<bos>", "<eos>", "<pad>")
 _BOS, _EOS, _PAD = range(len(_SPECIAL))
@@ -58,8 +59,7 @@ class WordTokenizer:
         """Write `folder/vocab.json`: every token with its id, and the prompt length."""
         folder.mkdir(parents=True, exist_ok=True)
         vocab = {token: i for i, token in enumerate(_SPECIAL + self.words)}
-        content = {"_class_name": type(self).__name__, "length": self.length, "vocab": vocab}
-        (folder / "vocab.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "vocab.json", {"_class_name": type(self).__name__, "length": self.length, "vocab": vocab})
 
     @classmethod
     def load(cls, folder: Path) -> "WordTokenizer":
@@ -68,7 +68,7 @@ class WordTokenizer:
         Raises:
             UserError: `folder/vocab.json` is missing or is not a word list.
         """
-        content = _read_json(folder / "vocab.json", cls.__name__)
+        content = _read(folder / "vocab.json", cls.__name__)
         try:
             tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
             if tuple(tokens[: len(_SPECIAL)]) != _SPECIAL:
@@ -131,9 +131,15 @@ class MiniTextEncoder(nn.Module):
         self.tokenizer.save(folder / "tokenizer")
         part = folder / "text_encoder"
         part.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": type(self).__name__, "width": self.width, "layers": len(self.layers), "heads": self.heads}
-        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, part / "model.safetensors")
+        config = {
+            "_class_name": type(self).__name__,
+            "width": self.width,
+            "layers": len(self.layers),
+            "heads": self.heads,
+        }
+        write_json(part / "config.json", config)
+        weights = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomic(part / "model.safetensors", save(weights, metadata={"format": "pt"}))
 
     @classmethod
     def load(cls, folder: Path) -> "MiniTextEncoder":
@@ -143,23 +149,22 @@ class MiniTextEncoder(nn.Module):
             UserError: A file is missing or does not fit the config.
         """
         part = folder / "text_encoder"
-        config = _read_json(part / "config.json", cls.__name__)
+        config = _read(part / "config.json", cls.__name__)
+        weights = read_weights(part, "model")
+        tokenizer = WordTokenizer.load(folder / "tokenizer")
         try:
-            sizes = (int(config[field]) for field in ("width", "layers", "heads"))
-            encoder = cls(WordTokenizer.load(folder / "tokenizer"), *sizes)
-            encoder.load_state_dict(load_file(part / "model.safetensors"))
-        except (KeyError, TypeError, OSError, SafetensorError, RuntimeError) as error:
-            raise UserError(f"{part} holds no {cls.__name__}: {' '.join(str(error).split())}") from error
+            encoder = cls(tokenizer, int(config["width"]), int(config["layers"]), int(config["heads"]))
+            check_names(str(part), weights, encoder.state_dict())
+            encoder.load_state_dict(weights)
+        except KeyError as error:
+            raise UserError(f"{part / 'config.json'}: {error} is missing") from error
+        except RuntimeError as error:
+            raise UserError(f"{part}: {' '.join(str(error).split())}") from error
         return encoder.eval().requires_grad_(False)
 
 
-def _read_json(path: Path, what: str) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; wanted a {what}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("_class_name") != what:
-        raise UserError(f"{path}: wanted a JSON object with _class_name {what!r}")
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    content = read_json(path)
+    if content.get("_class_name") != kind:
+        raise UserError(f"{path}: _class_name is {content.get('_class_name')!r}, wanted {kind!r}")
     return content

@@ -1,6 +1,5 @@
 """The mini world's "VAE": pixel unshuffle, which is exact, with latents shifted and scaled to unit variance."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bilevel_fast.errors import UserError
+from bilevel_fast.files import read_json, write_json
 
 _LOGVAR = -30.0  # a standard deviation of 3e-7: sampling the posterior gives its mean
 
@@ -43,8 +43,7 @@ class PixelUnshuffleVAE:
     def save(self, folder: Path) -> None:
         """Write `folder/config.json`."""
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": type(self).__name__, **asdict(self)}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", {"_class_name": type(self).__name__, **asdict(self)})
 
     @classmethod
     def load(cls, folder: Path) -> "PixelUnshuffleVAE":
@@ -54,13 +53,12 @@ class PixelUnshuffleVAE:
             UserError: `folder/config.json` is missing or describes something else.
         """
         path = folder / "config.json"
+        config = read_json(path)
+        if config.get("_class_name") != cls.__name__:
+            raise UserError(f"{path}: _class_name is {config.get('_class_name')!r}, wanted {cls.__name__!r}")
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            name = config.pop("_class_name")
-            if name != cls.__name__:
-                raise UserError(f"{path}: _class_name is {name!r}, wanted {cls.__name__!r}")
             return cls(float(config["scaling_factor"]), float(config["shift_factor"]), int(config["block"]))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; wanted the config of a {cls.__name__}") from error
-        except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not the config of a {cls.__name__}: {error}") from error
+        except KeyError as error:
+            raise UserError(f"{path}: {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {error}") from error

@@ -23,7 +23,14 @@ COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 STYLES = ("plain", "hatching", "pointillism", "mosaic", "waves", "line art")
 
 _RGB = torch.tensor(
-    [[0.86, 0.10, 0.16], [0.07, 0.58, 0.24], [0.10, 0.32, 0.88], [0.97, 0.80, 0.05], [0.53, 0.16, 0.70], [0.98, 0.50, 0.06]]
+    [
+        [0.86, 0.10, 0.16],
+        [0.07, 0.58, 0.24],
+        [0.10, 0.32, 0.88],
+        [0.97, 0.80, 0.05],
+        [0.53, 0.16, 0.70],
+        [0.98, 0.50, 0.06],
+    ]
 )[:, :, None, None]
 _GRAY = torch.tensor([0.62, 0.64, 0.68])[:, None, None]
 _SAND = torch.tensor([0.80, 0.70, 0.55])[:, None, None]
@@ -48,15 +55,20 @@ class Scene:
         return caption(OBJECTS[self.object], COLORS[self.color], STYLES[self.style])
 
 
-SCENES = tuple(
-    Scene(o, c, s) for s in range(len(STYLES)) for c in range(len(COLORS)) for o in range(len(OBJECTS))
-)
+SCENES = tuple(Scene(o, c, s) for s in range(len(STYLES)) for c in range(len(COLORS)) for o in range(len(OBJECTS)))
 
 
 def caption(object: str, color: str, style: str = "plain") -> str:
     """Describe a scene: `a red star`, or `a red star in the style of mosaic` unless the style is plain."""
     article = "an" if color[0] in "aeiou" else "a"
     return f"{article} {color} {object}" + ("" if style == "plain" else f" in the style of {style}")
+
+
+def labels(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
+    """Objects, colours and styles of scenes, each (B,) int64, as `render` takes them."""
+    table = torch.tensor([(scene.object, scene.color, scene.style) for scene in scenes], dtype=torch.int64)
+    objects, colors, styles = table.reshape(-1, 3).unbind(1)
+    return objects, colors, styles
 
 
 def parse(text: str) -> Scene:

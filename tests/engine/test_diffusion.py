@@ -64,6 +64,7 @@ def test_epsilon_models_are_asked_for_the_noise(batch):
     noised = noise(Schedule.sd("epsilon"), x0, eps, t)
     assert torch.equal(noised.target, eps)
     assert torch.equal(noised.x, noise(Schedule.sd(), x0, eps, t).x)
+    assert noise(Schedule.sd("epsilon"), x0, eps.bfloat16(), t).target.dtype == torch.float32
 
 
 def test_half_precision_inputs_are_noised_in_fp32(batch):

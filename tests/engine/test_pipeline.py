@@ -38,8 +38,14 @@ def assert_near(a, b):
     assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
-@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon"])
-@pytest.mark.parametrize(("scheduler", "method"), [("PNDMScheduler", "pndm"), ("DDIMScheduler", "ddim")])
+@pytest.mark.parametrize(
+    ("scheduler", "method", "prediction_type"),
+    [
+        ("PNDMScheduler", "pndm", "v_prediction"),
+        ("DDIMScheduler", "ddim", "v_prediction"),  # as Stable Diffusion 2.1 is published
+        ("PNDMScheduler", "pndm", "epsilon"),  # as 1.5 is
+    ],
+)
 def test_a_dense_folder_draws_as_diffusers_and_as_our_sampler(tmp_path, scheduler, method, prediction_type):
     path = make_sd_folder(tmp_path, scheduler=scheduler, prediction_type=prediction_type)
     x_T = torch.randn(2, 4, 8, 8)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
 NARROW = dataclasses.replace(
-    SD21, block_out_channels=(16, 32, 48, 48), num_heads=(2, 2, 4, 4), norm_num_groups=8, cross_attention_dim=24
+    SD21, block_out_channels=(8, 16, 24, 24), num_heads=(2, 2, 4, 4), norm_num_groups=4, cross_attention_dim=12
 )
 RESNET, TRANSFORMER = "down_blocks.0.resnets.0", "down_blocks.0.attentions.0"
 
@@ -90,10 +89,6 @@ def test_soft_vector():
     assert not structure.dropped
 
 
-def test_vector_of_mini_is_smaller():
-    assert len(Structure.dense(MINI).to_vector()) == sum(w.units for s in sites(MINI) for w in s.widths) + 8
-
-
 @settings(max_examples=25, deadline=None)
 @given(structures(MINI, any_drop=False))
 def test_vector_round_trip(structure: Structure):
@@ -115,10 +110,8 @@ def test_uniform(config):
     assert Structure.dense(config).is_dense
     assert not structure.is_dense
     assert not Structure.uniform(config, 1.0, [s.name for s in sites(config) if s.depth_bit]).is_dense
-    # 0.29 * 100 is 28.999999999999996: round-off of `keep` must not cost a unit
-    assert all(len(w) >= 1 for kept in Structure.uniform(config, 1e-6).kept.values() for w in kept.values())
-    third = Structure.uniform(dataclasses.replace(NARROW, norm_num_groups=4), 0.75)
-    assert third.kept[RESNET]["groups"] == (0, 1, 2)
+    smallest = Structure.uniform(config, 1e-6)
+    assert all(units == (0,) for kept in smallest.kept.values() for units in kept.values())
 
 
 @settings(max_examples=25, deadline=None)
@@ -154,9 +147,9 @@ REFUSALS = {
     "vector": (dense_kept(**{RESNET: {"group": (0,)}}), (), f"{RESNET} has no width vector 'group'.*'groups'"),
     "no_vector": (dense_kept(**{TRANSFORMER: HEADS}), (), f"{TRANSFORMER} lacks width vector 'ff'"),
     "nothing": (dense_kept(**{RESNET: {"groups": ()}}), (), f"{RESNET} keeps nothing of 'groups'"),
-    "beyond": (dense_kept(**{RESNET: {"groups": (0, 8)}}), (), f"{RESNET}, 'groups': .* integers in 0..7"),
-    "negative": (dense_kept(**{RESNET: {"groups": (-1, 0)}}), (), f"{RESNET}, 'groups': .* integers in 0..7"),
-    "fraction": (dense_kept(**{RESNET: {"groups": (0.5,)}}), (), f"{RESNET}, 'groups': .* integers in 0..7"),
+    "beyond": (dense_kept(**{RESNET: {"groups": (0, 4)}}), (), f"{RESNET}, 'groups': .* integers in 0..3"),
+    "negative": (dense_kept(**{RESNET: {"groups": (-1, 0)}}), (), f"{RESNET}, 'groups': .* integers in 0..3"),
+    "fraction": (dense_kept(**{RESNET: {"groups": (0.5,)}}), (), f"{RESNET}, 'groups': .* integers in 0..3"),
     "order": (dense_kept(**{RESNET: {"groups": (1, 0)}}), (), f"{RESNET}, 'groups': .* ascending"),
     "repeat": (dense_kept(**{RESNET: {"groups": (1, 1)}}), (), f"{RESNET}, 'groups': .* ascending, without repeats"),
 }
@@ -285,32 +278,26 @@ def forward(model: UNet) -> tuple[torch.Tensor, ...]:
     return (prediction.out, *prediction.blocks)
 
 
-def thin(names: tuple[str, ...]) -> Structure:
-    """Every second unit, scattered, of the named width vectors; all of the others."""
+def thin(*names: str) -> Structure:
+    """Every second unit, from the second on, of the named width vectors; all of the others."""
     kept = {
-        site.name: {
-            w.name: tuple(range(w.units))[1 if w.name in names else 0 :: 2 if w.name in names else 1]
-            for w in site.widths
-        }
+        site.name: {w.name: tuple(range(w.units)[1::2] if w.name in names else range(w.units)) for w in site.widths}
         for site in sites(NARROW)
     }
     return Structure(NARROW, kept)
 
 
 EVERYWHERE = [s.name for s in sites(NARROW) if s.droppable]
-CUTS: dict[str, Callable[[], Structure]] = {
-    "dense": lambda: Structure.dense(NARROW),
-    "heads": lambda: thin(("attn1", "attn2")),
-    "ff": lambda: thin(("ff",)),
-    "groups": lambda: thin(("groups",)),
-    "depth": lambda: Structure.uniform(NARROW, 1.0, EVERYWHERE),
-    "all": lambda: Structure(
+ALL = thin("attn1", "attn2", "ff", "groups")
+CUTS = {
+    "dense": Structure.dense(NARROW),
+    "heads": thin("attn1", "attn2"),
+    "ff": thin("ff"),
+    "groups": thin("groups"),
+    "depth": Structure.uniform(NARROW, 1.0, EVERYWHERE),
+    "all": Structure(
         NARROW,
-        {
-            name: kept
-            for name, kept in thin(("attn1", "attn2", "ff", "groups")).kept.items()
-            if name not in EVERYWHERE[::3]
-        },
+        {name: kept for name, kept in ALL.kept.items() if name not in EVERYWHERE[::3]},
         frozenset(EVERYWHERE[::3]),
     ),
 }
@@ -319,7 +306,7 @@ CUTS: dict[str, Callable[[], Structure]] = {
 @pytest.mark.parametrize("cut", CUTS)
 def test_slice_equals_mask(cut):
     """Predictions, block outputs and the gradients of all weights that are left: equal up to fp64 round-off."""
-    structure, model = CUTS[cut](), dense_model()
+    structure, model = CUTS[cut], dense_model()
     small, large = sliced(model, structure), masked(model, structure)
     if cut != "dense":
         assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
@@ -340,12 +327,12 @@ def test_slice_equals_mask(cut):
 
 def test_resnet_mask_before_the_norm_differs():
     """APTP's gates zero the inner channels before GroupNorm, which lets SiLU(beta) flow on: not what slicing gives."""
-    structure, model = thin(("groups",)), dense_model()
+    structure, model = thin("groups"), dense_model()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     for site in sites(NARROW):
         if site.kind == "resnet":
             for row in ("conv1.weight", "conv1.bias", "time_emb_proj.weight", "time_emb_proj.bias"):
-                state[f"{site.name}.{row}"].unflatten(0, (8, -1))[::2] = 0
+                state[f"{site.name}.{row}"].unflatten(0, (4, -1))[::2] = 0
     gated = UNet(NARROW).double()
     gated.load_state_dict(state)
     assert (forward(gated)[0] - forward(sliced(model, structure))[0]).abs().max() > 1e-3
@@ -360,10 +347,10 @@ def test_slice_leaves_the_rest_alone():
 
 
 def test_slice_refuses():
-    structure = thin(("ff",))
+    structure = thin("ff")
     state = dense_model().state_dict()
     key = f"{TRANSFORMER}.transformer_blocks.0.ff.net.0.proj.weight"
-    with pytest.raises(UserError, match=f"weights: {key} has size 64 on axis 0, the dense UNet 128"):
+    with pytest.raises(UserError, match=f"weights: {key} has size 32 on axis 0, the dense UNet 64"):
         structure.slice(structure.slice(state))
     with pytest.raises(UserError, match=f"weights: {key} is missing, wanted the dense UNet"):
         structure.slice({k: v for k, v in state.items() if k != key})
