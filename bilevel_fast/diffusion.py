@@ -179,9 +179,7 @@ def noise(
     return Noised(alpha * x0 + sigma * eps, t, target, snr_weight(schedule, t, snr_gamma, snr_form))
 
 
-def snr_weight(
-    schedule: Schedule, t: Tensor, gamma: float | None = 5.0, form: SnrForm = "official"
-) -> Tensor:
+def snr_weight(schedule: Schedule, t: Tensor, gamma: float | None = 5.0, form: SnrForm = "official") -> Tensor:
     """The weight (B,) fp32 of each sample's squared error.
 
     With SNR = abar / (1 - abar), so that SNR + 1 = 1 / (1 - abar):

@@ -54,9 +54,7 @@ def timesteps(schedule: Schedule, steps: int) -> tuple[int, ...]:
     stride = count // steps
     grid = range(offset, offset + steps * stride, stride)
     if grid[-1] >= count:
-        raise UserError(
-            f"steps is {steps}; its grid would start at timestep {grid[-1]}, the last is {count - 1}"
-        )
+        raise UserError(f"steps is {steps}; its grid would start at timestep {grid[-1]}, the last is {count - 1}")
     return tuple(reversed(grid))
 
 

@@ -101,9 +101,7 @@ class FrechetStatistics:
         with open_safetensors(path) as file:
             wanted, found = {"mean", "scatter", "count"}, set(file.keys())
             if found != wanted:
-                raise UserError(
-                    f"{path} holds {sorted(found)}, not the {sorted(wanted)} of Frechet statistics"
-                )
+                raise UserError(f"{path} holds {sorted(found)}, not the {sorted(wanted)} of Frechet statistics")
             mean, scatter, count = (file.get_tensor(name) for name in ("mean", "scatter", "count"))
         if mean.ndim != 1 or scatter.shape != mean.shape * 2 or count.numel() != 1:
             raise UserError(f"{path}: mean {tuple(mean.shape)} and scatter {tuple(scatter.shape)} do not fit")

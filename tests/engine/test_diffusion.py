@@ -119,9 +119,7 @@ def test_noise_carries_the_weight_it_was_asked_for(batch):
     assert torch.equal(noise(schedule, *batch, snr_gamma=None).weight, torch.ones(5))
 
 
-@pytest.mark.parametrize(
-    ("given", "into"), list(itertools.product(("v_prediction", "epsilon", "sample"), repeat=2))
-)
+@pytest.mark.parametrize(("given", "into"), list(itertools.product(("v_prediction", "epsilon", "sample"), repeat=2)))
 def test_convert_between_v_eps_and_x0(batch, given, into):
     schedule = Schedule.sd()
     x0, eps, t = batch
@@ -174,9 +172,7 @@ def test_no_synchronisation_and_the_same_values_on_the_gpu(batch, prediction_typ
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_load_inverts_to_dict_and_diffusers_agrees(tmp_path, prediction_type):
-    schedule = Schedule.scaled_linear(
-        0.001, 0.01, 500, prediction_type, steps_offset=3, set_alpha_to_one=True
-    )
+    schedule = Schedule.scaled_linear(0.001, 0.01, 500, prediction_type, steps_offset=3, set_alpha_to_one=True)
     loaded = Schedule.load(write(tmp_path, schedule.to_dict()))
     theirs = PNDMScheduler.from_config(schedule.to_dict())
     assert loaded.to_dict() == schedule.to_dict()

@@ -134,21 +134,15 @@ def test_no_host_reads(noised):
 def test_shapes_must_agree(noised):
     student, teacher = prediction(), prediction()
     other = replace(student, out=student.out[:1])
-    with pytest.raises(
-        ValueError, match=r"student output \(1, 4, 8, 8\) and diffusion target \(3, 4, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"student output \(1, 4, 8, 8\) and diffusion target \(3, 4, 8, 8\)"):
         fine_tuning_loss(other, teacher, noised)
     with pytest.raises(ValueError, match=r"student output \(3, 4, 8, 8\) and teacher output \(1, 4, 8, 8\)"):
         fine_tuning_loss(student, other, noised)
     with pytest.raises(ValueError, match="student has 8 blocks, teacher 9"):
         fine_tuning_loss(replace(student, blocks=student.blocks[1:]), teacher, noised)
-    with pytest.raises(
-        ValueError, match=r"student block 0 \(3, 40, 8, 8\) and teacher block 0 \(3, 40, 4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"student block 0 \(3, 40, 8, 8\) and teacher block 0 \(3, 40, 4, 4\)"):
         fine_tuning_loss(replace(student, blocks=student.blocks[::-1]), teacher, noised)
-    with pytest.raises(
-        ValueError, match=r"student output \(1, 4, 8, 8\) and suppression target \(3, 4, 8, 8\)"
-    ):
+    with pytest.raises(ValueError, match=r"student output \(1, 4, 8, 8\) and suppression target \(3, 4, 8, 8\)"):
         suppression_loss(other.out, student.out)
     with pytest.raises(ValueError, match=r"anchor output .* and concept output .* differ"):
         suppression_target(other.out, student.out)

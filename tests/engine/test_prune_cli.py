@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilevel_fast import errors, prune
-from bilevel_fast.architecture import sites
+from bilevel_fast.architecture import MINI, sites
 from bilevel_fast.folder import load_folder, load_unet
 from bilevel_fast.macs import count
 from bilevel_fast.structure import Structure
@@ -82,6 +82,14 @@ def test_latent_and_text_change_what_fits(teacher, run, tmp_path):
         assert 0.59 <= structure.macs(latent, text).ratio <= 0.6
         found.append(structure)
     assert found[0] != found[1]
+
+
+def test_defaults_prune_the_shipped_teacher(run, tmp_path):
+    assert run("magnitude", "--out", tmp_path / "student")[0] == 0
+    structure = load_folder(tmp_path / "student").structure
+    assert structure is not None
+    assert structure.config == MINI
+    assert 0.798 <= structure.macs(MINI.sample_size, 12).ratio <= 0.8
 
 
 def test_refusals(teacher, run, tmp_path):
