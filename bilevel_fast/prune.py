@@ -71,9 +71,8 @@ def main() -> None:
     dense, student = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
     print(picture(structure, latent, text))
     print(f"\nlatents {latent}x{latent}, {text} text tokens")
-    print(
-        f"MACs        {dense.true / 1e9:.3f} G -> {student.true / 1e9:.3f} G: {student.ratio:.4f}, budget {args.budget:g}"
-    )
+    change = f"{dense.true / 1e9:.3f} G -> {student.true / 1e9:.3f} G"
+    print(f"MACs        {change}: {student.ratio:.4f}, budget {args.budget:g}")
     print(f"parameters  {dense.params:,} -> {student.params:,}")
     print(f"written     {args.out}")
 

@@ -92,7 +92,7 @@ def gather(
         assert config.data is not None
         data, concepts = Cache.open(config.data), Cache.open(config.concepts) if config.concepts else None
         for cache in (data, *([concepts] if concepts else [])):
-            cache.check_model(folder)
+            cache.check_model(folder.config, folder.vae_fingerprint)
     return Materials(teacher, folder.schedule, folder.text_encoder, data, concepts)
 
 

@@ -13,7 +13,7 @@ Shapes: B images, L text tokens, D text width.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,7 +34,6 @@ from bilevel_fast.randomness import Stream, integers, normal, uniform
 from bilevel_fast.unet import UNet
 
 TEACHER = Path(__file__).parent / "weights" / "teacher"
-CONFIG = replace(MINI, block_out_channels=(48, 96, 96), num_heads=(3, 6, 6))
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.unet = UNet(CONFIG)
-        self.text = MiniTextEncoder(WordTokenizer(), width=CONFIG.cross_attention_dim)
+        self.unet = UNet(MINI)
+        self.text = MiniTextEncoder(WordTokenizer(), width=MINI.cross_attention_dim)
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """v of noised latents x (B, 12, 16, 16) at t (B,), given tokens (B, L)."""
@@ -96,7 +95,7 @@ def batches(config: PretrainConfig, tokenizer: WordTokenizer, schedule: Schedule
     """The batches of a run, one per step."""
     objects, colors, styles = labels(SCENES)
     ids, empty = tokenizer([scene.caption for scene in SCENES]), tokenizer([""])
-    size = CONFIG.sample_size
+    size = MINI.sample_size
     for step in range(config.steps):
         indices = range(step * config.batch, (step + 1) * config.batch)
         scenes = integers(config.seed, Stream.CAPTION, indices, len(SCENES))

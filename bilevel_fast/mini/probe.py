@@ -1,6 +1,6 @@
 """The judge of the mini world: a small CNN that names object, colour and style, and gives features for FID.
 
-    python -m bilevel_fast.mini.probe      trains the shipped probe (about a minute) and prints its accuracy
+    python -m bilevel_fast.mini.probe      trains the shipped probe (two minutes of one core) and prints its accuracy
 
 Trained on drawn images with light blur and noise, so that it reads what a network paints as well.
 Shapes: B images, D = 64 features.

@@ -56,6 +56,12 @@ def test_every_token_reads_every_other(encoder):
     assert (first[0] - first[1]).abs().max() > 1e-3
 
 
+def test_word_order_is_read(encoder):
+    """The end token would be the same if words were a bag."""
+    end = encoder.encode(["red star", "star red"])[:, 3]
+    assert (end[0] - end[1]).abs().max() > 1e-3
+
+
 def test_saved_and_loaded_is_the_same(encoder, tmp_path):
     encoder.half().float().save(tmp_path)  # stored in fp16
     loaded = MiniTextEncoder.load(tmp_path)

@@ -1,0 +1,114 @@
+"""`train` on folders in the layout of Stable Diffusion 2.1, with a latent cache and a concept bank on disk."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bilevel_fast.data.bank import Concept, anchor_for, make_bank
+from bilevel_fast.data.cache import Index
+from bilevel_fast.data.writer import CacheWriter
+from bilevel_fast.folder import load_folder
+
+pytest.importorskip("diffusers")
+from sd_folder import make_sd_folder
+
+CONCEPT = Concept("in the style of monet")
+STEPS = ["--lower.steps", "5", "--lower.batch", "3", "--upper.batch", "2", "--upper.every", "2", "--log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """teacher/, pruned/ (by the command line), cache/ (encoded by the folder's own VAE), bank/ (drawn by the teacher)."""
+    root = tmp_path_factory.mktemp("sd")
+    teacher = load_folder(make_sd_folder(root / "teacher"))
+    command = [sys.executable, "-m", "bilevel_fast.prune", "magnitude", "--teacher", root / "teacher", "--out"]
+    subprocess.run([*map(str, command), str(root / "pruned")], check=True, capture_output=True)
+    index = Index(kind="images", latent_shape=(4, 8, 8), vae=teacher.vae_fingerprint)
+    writer = CacheWriter(root / "cache", index, shard_samples=4)
+    for i in range(10):
+        pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1
+        writer.add(teacher.vae.moments(pixels), [f"a photo of a house {i}", "a blue star"])
+    writer.finish()
+    prompts = ["a red star in the style of monet", "a house in the style of monet"]
+    anchors = [anchor_for(prompt, CONCEPT) for prompt in prompts]
+    make_bank(teacher, prompts, anchors, 4, 0, 7.5, 2, 2, root / "bank")
+    return root
+
+
+def train(world: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    folders = {"teacher": "teacher", "student": "pruned", "data": "cache", "concepts": "bank"}
+    command = [sys.executable, "-m", "bilevel_fast.train"]
+    for flag, name in folders.items():
+        if f"--{flag}" not in flags:
+            command += [f"--{flag}", str(world / name)]
+    return subprocess.run([*command, *STEPS, *map(str, flags)], capture_output=True, text=True, check=False)
+
+
+def test_bilevel_on_sd_folders(world, tmp_path):
+    out = tmp_path / "run"
+    result = train(world, "--preset", "paper", "--lower.warmup", "0", "--upper.warmup", "0", "--out", out)
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["preset"], summary["lower_steps"], summary["upper_steps"]) == ("paper", 5, 2)
+    assert summary["quality"] is None, "nothing judges an SD model here, and nothing pretends to"
+    records = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert [record["images"] for record in records] == [3, 6, 9, 12, 15]
+    assert ["upper/suppression" in record for record in records] == [False, True, False, True, False]
+    assert "upper/penalty" in records[1]
+    before, after = (load_folder(path).unet() for path in (world / "pruned", out / "student"))
+    assert before.structure == after.structure
+    changed = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert all(changed), "every parameter is trained"
+
+
+def test_the_student_runs_in_a_diffusers_pipeline(world):
+    from bilevel_fast import load_pipeline
+
+    pipeline = load_pipeline(world / "pruned")
+    images = pipeline("a red star", num_inference_steps=2, height=64, width=64, output_type="np").images
+    assert images.shape == (1, 64, 64, 3)
+
+
+def test_resume_on_sd_folders(world, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(world, "--out", whole).returncode == 0
+    assert train(world, "--out", parts, "--lower.steps", "3", "--checkpoint-every", "3").returncode == 0
+    # the first session of a longer run: put its settings back to those of the whole, and take its end away
+    shutil.copy(whole / "config.json", parts / "config.json")
+    shutil.rmtree(parts / "student")
+    assert train(world, "--out", parts, "--resume").returncode == 0
+    first, second = (load_folder(path / "student").unet().state_dict() for path in (whole, parts))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "flags", "message"),
+    [
+        (None, ["--concepts", "cache"], "cache"),
+        ("cache/shard-00001.safetensors", [], "shard-00001.safetensors"),
+        ("pruned/unet/diffusion_pytorch_model.safetensors", [], "diffusion_pytorch_model.safetensors"),
+        ("pruned/unet/structure.json", [], "structure"),
+        ("teacher/vae/config.json", [], "config.json"),
+    ],
+    ids=["images as concepts", "missing shard", "truncated weights", "no structure", "half a teacher"],
+)
+def test_bad_folders(world, tmp_path, spoil, flags, message):
+    broken = tmp_path / "broken"
+    shutil.copytree(world, broken)
+    if spoil and spoil.startswith("pruned/unet/diffusion"):
+        path = broken / spoil
+        path.write_bytes(path.read_bytes()[:-100])
+    elif spoil:
+        (broken / spoil).unlink()
+    flags = [str(broken / flag) if (broken / flag).exists() else flag for flag in flags]
+    result = train(broken, *flags, "--out", tmp_path / "run")
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run" / "student").exists()
