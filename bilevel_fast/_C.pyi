@@ -1,4 +1,4 @@
-"""Native parts (csrc/). `out` and `indices` are addresses of CPU memory that the caller has checked."""
+"""Native parts (csrc/). Tensors are addresses of CPU memory that the caller has checked."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,38 @@ def philox_normal(out: int, elements: int, seed: int, stream: int, indices: int,
 def philox_integers(out: int, high: int, seed: int, stream: int, indices: int, samples: int) -> None:
     """Fill out (samples,) int64 with integers in [0, high)."""
 
-def plan(
-    costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int
-) -> tuple[list[int], float, int]:
+def plan(costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int) -> tuple[list[int], float, int]:
     """Multiple-choice knapsack: (option per group, total value, total cost)."""
+
+def group_norm_forward(
+    out: int,
+    mean: int,
+    rstd: int,
+    x: int,
+    weight: int,
+    bias: int,
+    shape: tuple[int, int, int, int, int],
+    eps: float,
+    silu: bool,
+    threads: int,
+) -> None:
+    """Fill out, shaped like x, and mean and rstd (samples, groups); weight and bias (channels,). All fp32.
+
+    shape: (samples, pixels, channels, padding, groups), of x (samples, pixels, channels + padding) in memory order.
+    """
+
+def group_norm_backward(
+    dx: int,
+    dweight: int,
+    dbias: int,
+    dout: int,
+    x: int,
+    mean: int,
+    rstd: int,
+    weight: int,
+    bias: int,
+    shape: tuple[int, int, int, int, int],
+    silu: bool,
+    threads: int,
+) -> None:
+    """Fill dx, shaped like x, and dweight and dbias (channels,) from dout, shaped like out. All fp32."""

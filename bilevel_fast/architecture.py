@@ -8,7 +8,6 @@ vector (arXiv:2406.12042): block by block (down, mid, up), first the ResNets of 
     Transformer  3 width vectors:  attn1 (self-attention heads), attn2 (cross-attention heads), ff (FFN groups)
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bilevel_fast.errors import UserError
+from bilevel_fast.files import read_json
 
 # Fields that would change the network and that this family leaves at one value. A missing field has that value.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -148,15 +148,7 @@ class UNetConfig:
     def load(cls, folder: Path) -> "UNetConfig":
         """Read `folder/config.json`."""
         path = folder / "config.json"
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; wanted a diffusers UNet config") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}: wanted a JSON object, found {type(fields).__name__}")
-        return cls.from_dict(fields, str(path))
+        return cls.from_dict(read_json(path), str(path))
 
 
 SD21 = UNetConfig(

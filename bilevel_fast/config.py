@@ -70,7 +70,7 @@ class Mini:
 
     images: int = 4096
     """Drawn training images; the erased styles are not among them."""
-    bank: int = 96
+    bank: int = 48
     """Concept images sampled from the teacher, per erased style."""
     judge_erased: int = 36
     """Samples judged per erased style."""
@@ -78,8 +78,10 @@ class Mini:
     """Samples judged per style that should stay."""
     guidance: float = 3.0
     """Classifier-free guidance of all sampling."""
-    sample_steps: int = 25
-    """PNDM steps of all sampling."""
+    bank_steps: int = 25
+    """PNDM steps of the concept bank."""
+    judge_steps: int = 12
+    """DDIM steps of the judged samples: on this world as good as 25 of PNDM, at half the time."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,9 @@ VOLATILE = ("out", "log_every", "checkpoint_every", "device", "resume", "dry_run
 """Fields that a resumed run may change: none of them changes a result."""
 
 _MINI = TrainConfig(
-    lower=Lower(steps=300, batch=16, lr=3e-4, warmup=20, p_uncond=0.1),
-    upper=Upper(every=4, batch=16, lr=3e-4, warmup=5),
+    lower=Lower(steps=120, batch=16, lr=3e-4, warmup=10, p_uncond=0.1),
+    upper=Upper(every=4, batch=16, lr=3e-4, warmup=4),
+    checkpoint_every=40,
 )
 PRESETS: dict[str, TrainConfig] = {
     "mini": _MINI,
@@ -195,7 +198,7 @@ PRESETS: dict[str, TrainConfig] = {
         out=Path("runs/smoke"),
         lower=dataclasses.replace(_MINI.lower, steps=8, batch=4),
         upper=dataclasses.replace(_MINI.upper, batch=4),
-        mini=Mini(images=64, bank=4, judge_erased=4, judge_kept=4, sample_steps=3),
+        mini=Mini(images=64, bank=4, judge_erased=4, judge_kept=4, bank_steps=3, judge_steps=3),
         log_every=4,
         checkpoint_every=2,
     ),

@@ -7,7 +7,6 @@ features keep the same shapes.
 """
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from bilevel_fast.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.files import read_json, write_atomic
 from bilevel_fast.macs import Macs
 from bilevel_fast.macs import count as count_macs
 
@@ -123,9 +123,12 @@ class Structure:
         """Read an architecture vector, hard or soft: a unit is kept, a site stays, where its entry is >= 0.5.
 
         Raises:
-            UserError: The length is wrong, or a width vector keeps nothing (the site is named).
+            UserError: The length is wrong, an entry is not finite, or a width vector keeps nothing (the site is named).
         """
-        bits = (torch.as_tensor(vector, dtype=torch.float32).flatten() >= 0.5).tolist()
+        values = torch.as_tensor(vector, dtype=torch.float32).flatten()
+        if not values.isfinite().all():
+            raise UserError(f"architecture vector has {int((~values.isfinite()).sum())} entries that are not finite")
+        bits = (values >= 0.5).tolist()
         widths = sum(w.units for site in sites(config) for w in site.widths)
         depths = [site.name for site in sites(config) if site.depth_bit]
         if len(bits) != widths + len(depths):
@@ -196,12 +199,7 @@ class Structure:
 
     def save(self, path: Path) -> None:
         """Write `structure.json`, atomically."""
-        aside = path.with_name(f".{path.name}.tmp")
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_atomic(path, json.dumps(self.to_dict()).encode())
 
     @classmethod
     def load(cls, path: Path) -> "Structure":
@@ -210,13 +208,8 @@ class Structure:
         Raises:
             UserError: The file is missing, not ours, of a newer version, or invalid; file, site and reason are named.
         """
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; wanted a structure.json") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not JSON: {error}") from error
-        if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        fields = read_json(path)
+        if fields.get("format") != FORMAT:
             raise UserError(f"{path} is not a structure file; wanted format {FORMAT!r}")
         if fields.get("version") != VERSION:
             raise UserError(f"{path} has version {fields.get('version')!r}, this release reads {VERSION}")
@@ -227,7 +220,7 @@ class Structure:
         except KeyError as error:
             raise UserError(f"{path}: field {error} is missing") from error
         except (AttributeError, TypeError) as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: kept, dropped or config is not what a structure holds ({error})") from error
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
@@ -249,7 +242,7 @@ def _check_widths(site: Site, widths: Mapping[str, tuple[int, ...]]) -> None:
         units = widths[name]
         if not units:
             raise UserError(f"structure: site {site.name} keeps nothing of {name!r}, wanted at least one unit")
-        if any(not isinstance(u, int) or not 0 <= u < width.units for u in units):
+        if any(type(u) is not int or not 0 <= u < width.units for u in units):
             raise UserError(f"structure: site {site.name}, {name!r}: units must be integers in 0..{width.units - 1}")
         if any(b <= a for a, b in zip(units, units[1:], strict=False)):
             raise UserError(f"structure: site {site.name}, {name!r}: units must be ascending, without repeats")

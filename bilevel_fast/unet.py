@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bilevel_fast.architecture import Site, UNetConfig, sites
-from bilevel_fast.ops import attention, geglu, group_norm_silu
+from bilevel_fast.ops import attention, geglu, group_norm, group_norm_silu
 from bilevel_fast.structure import Structure
 
 
@@ -168,7 +168,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x (B, C, H, W), text (B, L, D) -> (B, C, H, W)."""
-        h = self.norm(x)
+        h = group_norm(x, self.norm)
         h = _to_tokens(h) if self.linear else _to_tokens(self.proj_in(h))
         h = self.proj_in(h) if self.linear else h
         h = self.transformer_blocks[0](h, text)

@@ -63,7 +63,7 @@ def concept_bank(folder: ModelFolder, erased: Sequence[int], config: TrainConfig
         count,
         config.seed,
         mini.guidance,
-        mini.sample_steps,
+        mini.bank_steps,
         min(48, count),
         out,
     )
@@ -81,5 +81,5 @@ def portfolio(unet: UNet, folder: ModelFolder, erased: Sequence[int], config: Tr
         scenes,
         seed=config.seed,
         guidance=config.mini.guidance,
-        steps=config.mini.sample_steps,
+        steps=config.mini.judge_steps,
     )

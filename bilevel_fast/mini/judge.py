@@ -98,11 +98,20 @@ def paint(
     guidance: float,
     steps: int,
 ) -> Samples:
-    """Sample one image per scene; image i starts from the same noise for every model."""
-    size = (unet.config.sample_size,) * 2
+    """Sample one image per scene with DDIM; image i starts from the same noise for every model."""
+    size = unet.config.sample_size, unet.config.sample_size
     prompts = [scene.caption for scene in scenes]
     latents = generate(
-        unet, schedule, text_encoder, prompts, range(len(prompts)), seed=seed, size=size, guidance=guidance, steps=steps
+        unet,
+        schedule,
+        text_encoder,
+        prompts,
+        range(len(prompts)),
+        seed=seed,
+        size=size,
+        guidance=guidance,
+        steps=steps,
+        method="ddim",
     )
     return Samples(vae.decode(latents).clamp(-1, 1), tuple(scenes))
 

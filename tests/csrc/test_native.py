@@ -1,10 +1,14 @@
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from bilevel_fast.native import plan, pointer
+import bilevel_fast
+from bilevel_fast.native import _C, plan, pointer
 
 
 def test_pointer_is_the_first_element():
@@ -48,3 +52,11 @@ def test_a_missing_build_names_the_command():
     code = "import sys; sys.modules['bilevel_fast._C'] = None; import bilevel_fast.native"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.endswith("ImportError: bilevel_fast._C is not built; run: pip install -e .\n")
+
+
+def test_the_stub_is_what_is_built():
+    stub = Path(bilevel_fast.__file__).with_name("_C.pyi")
+    functions = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.FunctionDef)]
+    promised = {f.name: [argument.arg for argument in f.args.args] for f in functions}
+    built = {name: re.findall(r"(\w+): ", getattr(_C, name).__doc__) for name in dir(_C) if name[0] != "_"}
+    assert promised == built

@@ -80,3 +80,8 @@ def test_size_of_sd21():
 def test_a_costly_option_is_not_reached_by_the_cap_on_the_table():
     assert plan([[3, 1000]], [[1.0, 2.0]], 10**12) == ((1,), 2.0, 1000)
     assert plan([[1000, 1001]], [[1.0, 2.0]], 1000) == ((0,), 1.0, 1000)
+
+
+def test_many_options():
+    costs = np.arange(1000)
+    assert plan([costs, costs], [2.0 * costs, 1.0 * costs], 1500) == ((999, 501), 2499.0, 1500)

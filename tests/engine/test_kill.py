@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 # small steps, a checkpoint after each: many different moments to be killed at in little time
 FLAGS = [
     "--preset", "smoke", "--lower.steps", "24", "--lower.batch", "2", "--upper.batch", "2", "--checkpoint-every", "1",
-    "--log-every", "1", "--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.sample-steps", "2",
+    "--log-every", "1", "--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "2",
 ]  # fmt: skip
 KILLS = 20
 

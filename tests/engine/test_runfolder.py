@@ -23,12 +23,12 @@ CONFIG: dict[str, Any] = {
 }
 
 HOLDER = """
-import sys, time
+import sys
 from pathlib import Path
 from bilevel_fast.runfolder import RunFolder
 with RunFolder.open(Path(sys.argv[1]), {"steps": 1}, resume=False):
     print("holding", flush=True)
-    time.sleep(600)
+    sys.stdin.read()
 """
 
 
@@ -142,7 +142,8 @@ def test_resume_with_a_damaged_config(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_live_process_and_its_end_with_kill_9(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"holding\n"
         for resume in (False, True):

@@ -132,15 +132,16 @@ def test_a_name_of_the_header_is_refused() -> None:
         Stats().report("step", 1.0)
 
 
-def test_a_resumed_run_writes_no_step_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Killed in the middle of the line of step 40, with a checkpoint of step 20."""
+@pytest.mark.parametrize("torn", ['{"step": 1', '{"step": 15}'], ids=["half a line", "only the newline missing"])
+def test_a_resumed_run_writes_no_step_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture, torn: str) -> None:
+    """Killed while it wrote a line, with a checkpoint of step 20."""
     path = tmp_path / "stats.jsonl"
     sink = JsonLines(path)
     for step in (10, 20, 30):
         sink.write(record(step, loss=float(step)))
     assert [line["step"] for line in read_lines(path)] == [10, 20, 30], "each line is in the file at once"
     with path.open("a") as file:
-        file.write('{"step": 4')
+        file.write(torn)
 
     resumed = JsonLines(path, step=20)
     resumed.write(record(30, loss=-1.0))

@@ -171,14 +171,15 @@ def test_refuses(name, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is missing; wanted a structure.json"),
+        (None, "is missing"),
         ("{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
-        ("[]", "is not a structure file; wanted format 'bilevel_fast.structure'"),
+        ("[]", "wanted a JSON object, found list"),
         ({"format": "other"}, "is not a structure file"),
         ({"version": 2}, "has version 2, this release reads 1"),
-        ({"kept": None}, ""),
-        ({"dropped": 3}, ""),
+        ({"kept": None}, "kept, dropped or config is not what a structure holds"),
+        ({"dropped": 3}, "kept, dropped or config is not what a structure holds"),
+        ({"kept": {"down_blocks.0.resnets.0": {"groups": [True]}}}, "down_blocks.0.resnets.0, 'groups': units must be"),
         ({"config": {}}, "config: field 'block_out_channels' is missing"),
     ],
 )
@@ -354,3 +355,10 @@ def test_slice_refuses():
         structure.slice(structure.slice(state))
     with pytest.raises(UserError, match=f"weights: {key} is missing, wanted the dense UNet"):
         structure.slice({k: v for k, v in state.items() if k != key})
+
+
+def test_a_vector_with_nan_prunes_nothing_silently():
+    vector = Structure.dense(MINI).to_vector()
+    vector[3] = float("nan")
+    with pytest.raises(UserError, match="1 entries that are not finite"):
+        Structure.from_vector(MINI, vector)
