@@ -1,6 +1,6 @@
 """What is lost for what is suppressed: the measured frontier on the mini world that chooses the defaults.
 
-    python -m benchmarks.frontier run --seed 0       trains and judges all variants of one seed (half an hour on 2 cores)
+    python -m benchmarks.frontier run --seed 0       trains and judges all variants of one seed
     python -m benchmarks.frontier report             table and scatter plot from benchmarks/results/frontier.jsonl
 
 All variants of a seed start from the same pruned student and walk through the same lower batches side by side, so the
@@ -65,16 +65,14 @@ class Run:
 class Report:
     """Print the table over all seeds and draw the scatter plot."""
 
-    plot: Path = RESULTS.with_suffix(".png")
+    plot: Path = Path("benchmarks/results/frontier.png")
     """Where the plot goes."""
 
 
 def variants(config: TrainConfig) -> dict[str, Upper]:
     """Name and upper level of every bilevel variant."""
     return {
-        f"bilevel {anchor} {norm} {penalty:g}": replace(
-            config.upper, anchor=anchor, penalty=penalty, penalty_norm=norm
-        )
+        f"bilevel {anchor} {norm} {penalty:g}": replace(config.upper, anchor=anchor, penalty=penalty, penalty_norm=norm)
         for anchor in ANCHORS
         for penalty, norm in PENALTIES
     }

@@ -132,7 +132,8 @@ class Suppression:
     """
 
     def __init__(self, lower: FineTuning, eta: float, penalty: float, penalty_norm: PenaltyNorm):
-        self.lower, self.eta, self.penalty, self.penalty_norm = lower, eta, penalty, penalty_norm
+        self.lower, self.eta, self.penalty = lower, eta, penalty
+        self.penalty_norm: PenaltyNorm = penalty_norm
 
     def __call__(self, batch: Batch) -> Loss:
         assert batch.anchor is not None, "an upper batch needs anchors"
@@ -156,12 +157,11 @@ def add_penalty(parameters: list[nn.Parameter], penalty: Tensor, weight: float, 
     With norm "grad", grad(penalty) is first scaled to the norm of the gradients already there: Adam forgets the scale
     of a gradient but not its direction, and lambda = 100 on the raw one leaves nothing of the suppression.
     """
-    extra = list(torch.autograd.grad(penalty, parameters))
+    extra = torch.autograd.grad(penalty, parameters)
     mine = [p.grad for p in parameters if p.grad is not None]
     assert len(mine) == len(extra), "the penalty is added to gradients that are there already"
+    scale = torch.full((), weight, device=penalty.device)
     if norm == "grad":
-        scale = weight * nn.utils.get_total_norm(mine) / nn.utils.get_total_norm(extra)
-        torch._foreach_mul_(extra, scale)
-        torch._foreach_add_(mine, extra)
-    else:
-        torch._foreach_add_(mine, extra, alpha=weight)
+        scale = scale * nn.utils.get_total_norm(mine) / nn.utils.get_total_norm(extra)
+    for gradient, addition in zip(mine, extra, strict=True):
+        gradient.add_(addition * scale)

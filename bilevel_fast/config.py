@@ -187,7 +187,7 @@ VOLATILE = ("out", "log_every", "checkpoint_every", "device", "resume", "dry_run
 
 _MINI = TrainConfig(
     lower=Lower(steps=120, batch=16, lr=3e-4, warmup=10, p_uncond=0.1),
-    upper=Upper(every=4, batch=16, lr=3e-4, warmup=4),
+    upper=Upper(every=4, batch=16, lr=1.5e-4, warmup=4),
     checkpoint_every=40,
 )
 PRESETS: dict[str, TrainConfig] = {

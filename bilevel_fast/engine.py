@@ -71,7 +71,9 @@ def levels(
     `answers` may be shared by students that are trained side by side.
     """
     lower, upper = config.lower, config.upper
-    answers = answers or Answers(Teacher(materials.teacher), materials.schedule.to(device), config.seed, lower.snr_gamma)
+    answers = answers or Answers(
+        Teacher(materials.teacher), materials.schedule.to(device), config.seed, lower.snr_gamma
+    )
     fine_tuning = FineTuning(student, answers, lower.weights)
     batches = Batches(
         materials.data, materials.text_encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond

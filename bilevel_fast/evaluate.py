@@ -1,6 +1,6 @@
 """Judge models of the mini world with the shipped probe, as `train` does at its end.
 
-    python -m bilevel_fast.evaluate --models runs/mini/student runs/mini/distilled --erase pointillism
+python -m bilevel_fast.evaluate --models runs/mini/student runs/mini/distilled --erase pointillism
 """
 
 import json

@@ -6,11 +6,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+if TYPE_CHECKING:  # imported where it is used: the engine alone needs torch, triton, numpy and safetensors only
+    from PIL import Image, ImageFont
 
 _ZOOM, _GAP, _LABEL = 3, 6, 92  # pixels
 _INK, _PAPER = (40, 40, 46), (255, 255, 255)
@@ -31,7 +33,7 @@ def to_pixels(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def picture(rows: Mapping[str, Tensor], captions: Sequence[str], zoom: int = _ZOOM) -> Image.Image:
+def picture(rows: Mapping[str, Tensor], captions: Sequence[str], zoom: int = _ZOOM) -> "Image.Image":
     """A contact sheet: one row per model, one column per caption.
 
     Args:
@@ -39,6 +41,8 @@ def picture(rows: Mapping[str, Tensor], captions: Sequence[str], zoom: int = _ZO
         captions: N column headings, wrapped.
         zoom: Nearest-neighbour enlargement; pixels of a 32 x 32 image should stay visible as such.
     """
+    from PIL import Image, ImageDraw, ImageFont
+
     first = next(iter(rows.values()))
     count, height, width = len(first), first.shape[2] * zoom, first.shape[3] * zoom
     font = ImageFont.load_default(size=12)
@@ -57,7 +61,7 @@ def picture(rows: Mapping[str, Tensor], captions: Sequence[str], zoom: int = _ZO
     return sheet
 
 
-def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _wrap(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -68,7 +72,8 @@ def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageF
     return "\n".join(lines)
 
 
-def png(image: Image.Image) -> bytes:
+def png(image: "Image.Image") -> bytes:
+    """Encode."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -1,6 +1,6 @@
 """Sample prompts to a PNG grid, with any model folder: one row per seed, one column per prompt.
 
-    python -m bilevel_fast.sample --prompts "a red star" "a red star in the style of waves" --seeds 0 1 --out grid.png
+python -m bilevel_fast.sample --prompts "a red star" "a red star in the style of waves" --seeds 0 1 --out grid.png
 """
 
 import sys

@@ -80,9 +80,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
-def gather(
-    config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path
-) -> Materials:
+def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path) -> Materials:
     """Open the caches that were given, or draw the mini world's."""
     if config.on_mini_world:
         assert isinstance(folder.vae, PixelUnshuffleVAE)

@@ -6,6 +6,7 @@ FFN groups (APTP, arXiv:2406.12042, section 3); widths outside the sites never c
 features keep the same shapes.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -244,5 +245,5 @@ def _check_widths(site: Site, widths: Mapping[str, tuple[int, ...]]) -> None:
             raise UserError(f"structure: site {site.name} keeps nothing of {name!r}, wanted at least one unit")
         if any(type(u) is not int or not 0 <= u < width.units for u in units):
             raise UserError(f"structure: site {site.name}, {name!r}: units must be integers in 0..{width.units - 1}")
-        if any(b <= a for a, b in zip(units, units[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(units)):
             raise UserError(f"structure: site {site.name}, {name!r}: units must be ascending, without repeats")

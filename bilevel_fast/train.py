@@ -1,7 +1,7 @@
 """Prune, distil and suppress concepts in one run.
 
-    python -m bilevel_fast.train                            the built-in mini world, end to end
-    python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
+python -m bilevel_fast.train                            the built-in mini world, end to end
+python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
 """
 
 import json

@@ -189,9 +189,16 @@ class Resample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
 
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(h)
+
 
 class Block(nn.Module):
-    """The ResNets of a block, its Transformers, and at most one resampler."""
+    """The ResNets of a block, its Transformers, and at most one resampler.
+
+    Called with h (B, C, H, W), the SiLU of the time embedding, text states and the list of skip connections, which
+    down blocks push to and up blocks pop from.
+    """
 
     def __init__(self, name: str, structure: Structure, align: int, resample: str | None):
         super().__init__()
@@ -219,24 +226,30 @@ class Block(nn.Module):
     def attend(self, index: int, h: Tensor, text: Tensor) -> Tensor:
         return self.attentions[index](h, text) if hasattr(self, "attentions") else h
 
-    def down(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+
+class DownBlock(Block):
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for j, resnet in enumerate(self.resnets):
             h = self.attend(j, resnet(h, None, time), text)
             skips.append(h)
         if hasattr(self, "downsamplers"):
-            h = self.downsamplers[0].conv(h)
+            h = self.downsamplers[0](h)
             skips.append(h)
         return h
 
-    def mid(self, h: Tensor, time: Tensor, text: Tensor) -> Tensor:
+
+class MidBlock(Block):
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, _: list[Tensor]) -> Tensor:
         return self.resnets[1](self.attend(0, self.resnets[0](h, None, time), text), None, time)
 
-    def up(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+
+class UpBlock(Block):
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
         for j, resnet in enumerate(self.resnets):
             h = self.attend(j, resnet(h, skips.pop(), time), text)
         if hasattr(self, "upsamplers"):
-            h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
-            h = self.upsamplers[0].conv(h)
+            # to the size of the next skip connection: an odd size halved was rounded up
+            h = self.upsamplers[0](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
         return h
 
 
@@ -274,21 +287,19 @@ class UNet(nn.Module):
         channels, levels = config.block_out_channels, len(config.block_out_channels)
         last = levels - 1
 
-        def block(name: str, resample: str | None) -> Block:
-            return Block(name, self.structure, align, resample)
-
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimeEmbedding(channels[0], config.time_embed_dim)
+        kept = self.structure
         self.down_blocks = nn.ModuleList(
-            [block(f"down_blocks.{i}", "downsamplers" if i < last else None) for i in range(levels)]
+            [DownBlock(f"down_blocks.{i}", kept, align, "downsamplers" if i < last else None) for i in range(levels)]
         )
-        self.mid_block = block("mid_block", None) if config.mid_block_type else None
+        self.mid_block = MidBlock("mid_block", kept, align, None) if config.mid_block_type else None
         self.up_blocks = nn.ModuleList(
-            [block(f"up_blocks.{i}", "upsamplers" if i < last else None) for i in range(levels)]
+            [UpBlock(f"up_blocks.{i}", kept, align, "upsamplers" if i < last else None) for i in range(levels)]
         )
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # an overload its stub lacks
 
     def cut(self, structure: Structure, align: int = 1) -> "UNet":
         """A pruned copy of this dense UNet: the same weights, sliced; no memory is shared."""
@@ -310,13 +321,7 @@ class UNet(nn.Module):
         time = F.silu(self.time_embedding(t))
         h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
-        for block in self.down_blocks:
-            h = block.down(h, time, text, skips)
-            blocks.append(h)
-        if self.mid_block is not None:
-            h = self.mid_block.mid(h, time, text)
-            blocks.append(h)
-        for block in self.up_blocks:
-            h = block.up(h, time, text, skips)
+        for block in (*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks):
+            h = block(h, time, text, skips)
             blocks.append(h)
         return Prediction(self.conv_out(group_norm_silu(h, self.conv_norm_out)), tuple(blocks))

@@ -136,7 +136,5 @@ def steered_mse(s: Tensor, a: Tensor, c: Tensor, eta: float = 1.0) -> Tensor:
     if not s.stride() == a.stride() == c.stride():
         raise ValueError(f"layouts differ: s {s.stride()}, a {a.stride()}, c {c.stride()}")
     if not (s.is_contiguous() or s.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(
-            f"strides {s.stride()} of shape {tuple(s.shape)} are neither contiguous nor channels_last"
-        )
+        raise ValueError(f"strides {s.stride()} of shape {tuple(s.shape)} are neither contiguous nor channels_last")
     return SteeredMSEFunction.apply(s, a, c, eta)

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+
 from benchmarks.frontier import variants
 from benchmarks.frontier_report import plot, table
 from benchmarks.machine import describe

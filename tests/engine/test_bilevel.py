@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+
 from bilevel_fast.architecture import MINI
 from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, bilevel
 from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
@@ -46,7 +47,7 @@ def plain(teacher, student, steps, every, penalty, norm, make, null=False):
     parameters = list(student.parameters())
     low, up = make(parameters), make(parameters)
     abar = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
-    losses, n_low, n_up = [], 0, 0
+    losses, n_up = [], 0
 
     def noised(batch):
         t, eps = integers(SEED, Stream.TIMESTEP, batch.index, 1000), normal(SEED, Stream.NOISE, batch.index, SHAPE)
@@ -70,9 +71,8 @@ def plain(teacher, student, steps, every, penalty, norm, make, null=False):
     for g in range(steps):
         lower = make_batch(0, g)
         loss = fine_tuning(*noised(lower), lower.text)
-        move(low, torch.autograd.grad(loss, parameters), LR_LOWER * min(1, n_low / WARMUP))
+        move(low, torch.autograd.grad(loss, parameters), LR_LOWER * min(1, g / WARMUP))
         losses.append(loss.item())
-        n_low += 1
         if (g + 1) % every == 0:
             batch = make_batch(1, g // every)
             x, t, _, _ = noised(batch)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bilevel_fast.mini import TEACHER
 from PIL import Image
+
+from bilevel_fast.mini import TEACHER
 
 FEW = ["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "3"]
 
@@ -74,5 +75,7 @@ def test_command():
     wrong = subprocess.run([sys.executable, "-c", code, "trian"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
     assert wrong.stderr == "error: no command 'trian'; did you mean 'train'?\n"
-    dry = subprocess.run([sys.executable, "-c", code, "train", "--dry-run"], capture_output=True, text=True, check=False)
+    dry = subprocess.run(
+        [sys.executable, "-c", code, "train", "--dry-run"], capture_output=True, text=True, check=False
+    )
     assert json.loads(dry.stdout)["preset"] == "mini"

@@ -58,7 +58,7 @@ def wait_for_records(process: subprocess.Popen[str], out: Path, count: int) -> N
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(untouched, tmp_path):
-    """Each session is killed after its start-up and a few steps more; runs follow each other until all kills are spent."""
+    """Each session is killed after its start-up and a few steps more; when a run is finished, another one begins."""
     expected, startup, work = untouched
     dice, kills, stages = random.Random(0), 0, set()
     for number in range(KILLS):
@@ -66,7 +66,9 @@ def test_twenty_kills_change_nothing(untouched, tmp_path):
         finished = False
         while not finished:
             resume = ["--resume"] if (out / "config.json").exists() else []
-            process = subprocess.Popen(command(out, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                command(out, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            )
             patience = startup * dice.uniform(0.7, 1.0) + work * dice.uniform(0.0, 0.25) if kills < KILLS else None
             try:
                 _, errors = process.communicate(timeout=patience)

@@ -3,6 +3,7 @@
 import json
 
 import torch
+
 from bilevel_fast import report
 
 

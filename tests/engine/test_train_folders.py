@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from bilevel_fast.data.bank import Concept, anchor_for, make_bank
 from bilevel_fast.data.cache import Index
 from bilevel_fast.data.writer import CacheWriter
@@ -22,7 +23,7 @@ STEPS = ["--lower.steps", "5", "--lower.batch", "3", "--upper.batch", "2", "--up
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """teacher/, pruned/ (by the command line), cache/ (encoded by the folder's own VAE), bank/ (drawn by the teacher)."""
+    """teacher/, pruned/ (by the command line), cache/ (encoded by the teacher's VAE), bank/ (drawn by the teacher)."""
     root = tmp_path_factory.mktemp("sd")
     teacher = load_folder(make_sd_folder(root / "teacher"))
     command = [sys.executable, "-m", "bilevel_fast.prune", "magnitude", "--teacher", root / "teacher", "--out"]

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+
 from bilevel_fast.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.errors import UserError
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
-NARROW = dict(sample_size=8, block_out_channels=(32, 64, 96, 96), norm_num_groups=8, cross_attention_dim=24)
+NARROW = {"sample_size": 8, "block_out_channels": (32, 64, 96, 96), "norm_num_groups": 8, "cross_attention_dim": 24}
 SD21_NARROW = dataclasses.replace(SD21, **NARROW, num_heads=(1, 2, 3, 3))
 CONFIGS = {
     "sd21": SD21_NARROW,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from bilevel_fast.data.bank import Concept, anchor_for
 from bilevel_fast.errors import UserError
 from bilevel_fast.mini.experiment import drawn_source, erased_styles
