@@ -4,10 +4,11 @@ Each part leaves a finished thing behind (`concepts/`, `checkpoints/`, `student/
 renamed, and is skipped if that is there already. So `--resume` after a kill at any moment goes on where it can.
 """
 
+import copy
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,22 +49,15 @@ def run(config: TrainConfig) -> dict[str, Any]:
     folder = load_folder(config.teacher or TEACHER)
     if config.on_mini_world and not folder.is_mini:
         raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")
+    # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
+    start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
+    names = ["student", "distilled"] if config.on_mini_world and config.twin else ["student"]
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
         with GracefulStop() as stop:
             teacher = folder.unet().to(device).requires_grad_(False)
             materials = gather(config, folder, teacher, erased, place.path)
-            names = ["student", "distilled"] if config.on_mini_world and config.twin else ["student"]
-            trained = {name: _train(name, config, folder, materials, place, stop, device) for name in names}
-        progress = trained["student"][1]
-        summary = {
-            "preset": config.preset,
-            "seconds": 0.0,
-            "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
-            "lower_steps": progress.step,
-            "upper_steps": progress.upper_steps,
-            "macs": macs(trained["student"][0].structure, folder),
-            "quality": None,
-        }
+            trained = {name: _train(name, config, folder, start, materials, place, stop, device) for name in names}
+        summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
         if config.on_mini_world:
             models = {"teacher": teacher, **{name: trained[name][0] for name in reversed(names)}}
@@ -95,9 +89,16 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
 
 
 def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNet:
-    """The student before training: the folder that was given, or the teacher pruned to the budget."""
+    """The student before training: the folder that was given, or the teacher pruned to the budget.
+
+    Raises:
+        UserError: The student was made from another UNet, or the method or the budget is impossible.
+    """
     if config.student is not None:
-        return load_unet(config.student, align)
+        student = load_unet(config.student, align)
+        if student.config != folder.config:
+            raise UserError(f"{config.student} was not made from {folder.path}: their UNets differ")
+        return student
     dense = folder.unet()
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
     return dense.cut(method(config.prune.method)(dense, budget, ()), align)
@@ -131,27 +132,37 @@ def _train(
     name: str,
     config: TrainConfig,
     folder: ModelFolder,
+    start: UNet,
     materials: Materials,
     place: RunFolder,
     stop: GracefulStop,
     device: torch.device,
 ) -> tuple[UNet, Progress]:
-    """Train `student` or its twin `distilled`, or read it if an earlier session finished it."""
+    """Train `student` or its twin `distilled` from `start`, or read it if an earlier session finished it."""
     out, places = place.path / name, _places(place, name)
-    # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
-    align = 8 if device.type == "cuda" else 1
     if out.exists():
         saved = latest(places.checkpoints)
-        return load_unet(out, align).to(device), Progress(**saved.state) if saved else Progress()
-    student = initial_student(config, folder, align).to(device)
-    if student.config != folder.config:
-        raise UserError(f"{config.student} was not made from {folder.path}: their UNets differ")
+        return load_unet(out).to(device), Progress(**saved.state) if saved else Progress()
+    student = copy.deepcopy(start).to(device)
     _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
     if name == "distilled":
-        materials = Materials(materials.teacher, materials.schedule, materials.text_encoder, materials.data, None)
+        materials = replace(materials, concepts=None)
     progress = fit(config, student, materials, places, stop, device)
     save_student(out, folder, student)
     return student, progress
+
+
+def _summary(config: TrainConfig, folder: ModelFolder, student: UNet, progress: Progress) -> dict[str, Any]:
+    """What summary.json holds; `quality` and `seconds` are filled in when they are known."""
+    return {
+        "preset": config.preset,
+        "seconds": None,
+        "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
+        "lower_steps": progress.step,
+        "upper_steps": progress.upper_steps,
+        "macs": macs(student.structure, folder),
+        "quality": None,
+    }
 
 
 def _contact_sheet(shown: dict[str, Samples], erased: int) -> bytes:

@@ -1,5 +1,6 @@
 """Our UNet against diffusers' own, at reduced widths, and the real SD 2.1 without memory."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -148,6 +149,28 @@ def test_padding_changes_nothing(name):
     assert relative(padded(x, t, text).out, plain(x, t, text).out) <= 1e-5
     for key, value in padded.state_dict().items():
         torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_of_a_padded_unet_is_independent():
+    """The hooks that pad and crop belong to the copy, not to the original."""
+    config = CONFIGS["mini"]
+    plain = UNet(config, odd_structure(config))
+    original = UNet(config, odd_structure(config), align=16)
+    copied = copy.deepcopy(original)
+    copied.load_state_dict(plain.state_dict())
+    assert all(torch.equal(v, plain.state_dict()[k]) for k, v in copied.state_dict().items())
+    assert any(not torch.equal(v, plain.state_dict()[k]) for k, v in original.state_dict().items())
+
+
+def test_cut_shares_no_memory_with_the_teacher():
+    dense, structure = UNet(MINI), odd_structure(MINI)
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    student = dense.cut(structure, align=16)
+    assert all(torch.equal(v, structure.slice(before)[k]) for k, v in student.state_dict().items())
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(1.0)
+    assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
 
 
 def test_odd_latent_sizes():
