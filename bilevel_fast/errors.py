@@ -37,7 +37,7 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run an entry point: 0 if it ends well, 2 after a user error, 1 when the disk or the system refuses."""
+    """Run an entry point: 0 if it ends well, 2 after a user error, 1 when the system refuses, 130 when interrupted."""
     try:
         main()
     except UserError as error:
@@ -47,4 +47,7 @@ def run(main: Callable[[], None]) -> int:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0

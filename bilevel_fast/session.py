@@ -81,11 +81,20 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
         data = mini.drawn_source(folder.vae, erased, config.mini.images, config.seed)
         concepts = mini.concept_bank(folder, erased, config, out / "concepts")
     else:
-        assert config.data is not None
-        data, concepts = Cache.open(config.data), Cache.open(config.concepts) if config.concepts else None
-        for cache in (data, *([concepts] if concepts else [])):
-            cache.check_model(folder.config, folder.vae_fingerprint)
+        data = _cache(config.data, "--data", "images", folder)
+        concepts = _cache(config.concepts, "--concepts", "concepts", folder)
+        assert data is not None
     return Materials(teacher, folder.schedule, folder.text_encoder, data, concepts)
+
+
+def _cache(path: Path | None, flag: str, kind: str, folder: ModelFolder) -> Cache | None:
+    if path is None:
+        return None
+    cache = Cache.open(path)
+    if cache.index.kind != kind:
+        raise UserError(f"{flag} {path} is a cache of {cache.index.kind}, wanted one of {kind}")
+    cache.check_model(folder.config, folder.vae_fingerprint)
+    return cache
 
 
 def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNet:

@@ -53,6 +53,7 @@ class ClipTextEncoder:
             UserError: transformers is not installed, or a file is missing, broken or does not fit the config.
         """
         transformers = require("transformers", "sd")
+        transformers.utils.logging.disable_progress_bar()  # loading takes a second; the training has the terminal
         part, words = folder / "text_encoder", folder / "tokenizer"
         read_json(part / "config.json")
         variant = find_weights(part, "model").variant
