@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.measure import interleaved
-from bilevel_fast import errors
+from bilevel_fast import errors, flags
 from bilevel_fast.architecture import MINI, UNetConfig
 from bilevel_fast.bilevel import Answers, FineTuning, Level, descend
 from bilevel_fast.data.batches import Batch
@@ -149,7 +148,7 @@ def measure(settings: Settings, config: UNetConfig = MINI, text_tokens: int = 12
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, description=__doc__, prog="python -m benchmarks.step")
+    settings = flags.parse(Settings, "benchmarks.step", __doc__)
     rows = measure(settings)
     for row in rows:
         if settings.json:

@@ -8,9 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import tyro
-
-from bilevel_fast import errors, report
+from bilevel_fast import errors, flags, report
 from bilevel_fast.config import Mini, preset
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
@@ -36,7 +34,7 @@ class EvaluateConfig:
 
 
 def main() -> None:
-    config = tyro.cli(EvaluateConfig, description=__doc__, prog="python -m bilevel_fast.evaluate")
+    config = flags.parse(EvaluateConfig, "bilevel_fast.evaluate", __doc__)
     erased, probe = mini.erased_styles(config.erase), Probe.load()
     settings = replace(preset("mini"), seed=config.seed, mini=config.mini)
     folders = [load_folder(path) for path in config.models]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from bilevel_fast import errors
+from bilevel_fast import errors, flags
 from bilevel_fast.architecture import Site, sites
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder, save_student
@@ -57,7 +57,7 @@ def picture(structure: Structure, latent: int, text: int) -> str:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args = flags.parse(Args, "bilevel_fast.prune", __doc__)
     prune = method(args.method)
     folder = load_folder(args.teacher)
     if folder.structure is not None:

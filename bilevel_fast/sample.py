@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
-from bilevel_fast import errors, report
+from bilevel_fast import errors, flags, report
 from bilevel_fast.errors import UserError
 from bilevel_fast.files import write_atomic
 from bilevel_fast.folder import load_folder
@@ -45,7 +44,7 @@ class SampleConfig:
 
 
 def main() -> None:
-    config = tyro.cli(SampleConfig, description=__doc__, prog="python -m bilevel_fast.sample")
+    config = flags.parse(SampleConfig, "bilevel_fast.sample", __doc__)
     if not config.prompts or not config.seeds:
         raise UserError("--prompts and --seeds want at least one value")
     if config.out.exists():

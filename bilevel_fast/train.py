@@ -9,9 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import tyro
-
-from bilevel_fast import errors, report
+from bilevel_fast import errors, flags, report
 from bilevel_fast.config import TrainConfig, preset
 
 
@@ -25,8 +23,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
         flag, has_value, value = arg.partition("=")
         if flag == "--preset":
             name = value if has_value else argv[position + 1] if position + 1 < len(argv) else name
-    prog = "python -m bilevel_fast.train"
-    config = tyro.cli(TrainConfig, args=list(argv), default=preset(name), description=__doc__, prog=prog)
+    config = flags.parse(TrainConfig, "bilevel_fast.train", __doc__, args=argv, default=preset(name))
     config.check()
     return config
 
