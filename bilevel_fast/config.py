@@ -143,6 +143,8 @@ class TrainConfig:
         for flag, (given, wanted, other) in needs.items():
             if given is not None and other is None:
                 raise UserError(f"{flag} given without {wanted}")
+        if self.preset in ("paper", "released") and self.data is None and not self.dry_run:
+            raise UserError(f"preset {self.preset!r} is for folders: it wants --teacher, --data and --concepts")
         if self.data is not None and self.concepts is None and self.upper.every:
             raise UserError("--data given without --concepts; --upper.every 0 runs without suppression")
         checks = {

@@ -105,6 +105,7 @@ def test_help_lists_presets_and_flags():
     ("flags", "message"),
     [
         (["--preset", "mina"], "preset 'mina' does not exist; did you mean 'mini'?"),
+        (["--preset", "paper"], "preset 'paper' is for folders"),
         (["--preset", "paper", "--data", "x"], "--data given without --teacher"),
         (["--teacher", "x", "--data", "y"], "--data given without --concepts"),
         (["--teacher", "nowhere"], "model folder nowhere does not exist"),
