@@ -48,8 +48,8 @@ class Upper:
     """How far the target is pushed beyond the anchor, away from the concept; 0 imitates the anchor."""
     anchor: Literal["phrase", "null"] = "phrase"
     """What the teacher is asked instead: the caption without the concept phrase, or the empty prompt."""
-    penalty: float = 0.0
-    """Lambda: weight of the lower loss on the last lower batch, added to the upper loss."""
+    penalty: float = 1.0
+    """Lambda: weight of the lower loss on the last lower batch, added to the upper loss; see benchmarks.frontier."""
     penalty_norm: Literal["grad", "raw"] = "grad"
     """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
 
@@ -214,7 +214,7 @@ PRESETS: dict[str, TrainConfig] = {
         preset="released",
         out=Path("runs/released"),
         lower=Lower(steps=50_000),
-        upper=Upper(every=10, anchor="null"),
+        upper=Upper(every=10, anchor="null", penalty=0.0),
         checkpoint_every=1000,
     ),
 }
