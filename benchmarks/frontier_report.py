@@ -1,6 +1,7 @@
 """Table and scatter plot of the frontier: mean over seeds, spread as (max - min) / 2."""
 
 from collections import defaultdict
+from math import log
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,21 +45,40 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    styles = {"teacher": ("k", "*"), "distilled": ("0.4", "s"), "two-stage": ("tab:red", "X")}
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for name, found in by_case(rows).items():
-        kind = name.split()[0]
-        color, marker = styles.get(kind, ("tab:blue" if " phrase " in name else "tab:orange", "o"))
-        for axis, metric in zip(axes, ("content_kept", "fid"), strict=True):
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    for axis, metric in zip(axes, ("content_kept", "fid"), strict=True):
+        labels: dict[tuple[int, int], list[str]] = {}
+        places: dict[tuple[int, int], tuple[float, float]] = {}
+        for name, found in by_case(rows).items():
+            color, marker = _look(name)
             x, y = [r["concept_hit"] for r in found], [r[metric] for r in found]
             axis.scatter(x, y, color=color, marker=marker, alpha=0.3, s=28, linewidths=0)
             axis.scatter(mean(x), mean(y), color=color, marker=marker, s=70)
-            axis.annotate(name.removeprefix("bilevel "), (mean(x), mean(y)), xytext=(6, 4), fontsize=8,
-                          textcoords="offset points")  # fmt: skip
-    axes[0].set(title="better: upper left", ylabel="content kept on the erased prompts")
-    axes[1].set(title="better: lower left", ylabel="FID on all other prompts", yscale="log")
+            # variants that lie on top of each other share one label
+            near = round(mean(x) * 8), round(mean(y) * 12 if metric == "content_kept" else 0.8 * log(mean(y)))
+            labels.setdefault(near, []).append(name.removeprefix("bilevel "))
+            places.setdefault(near, (mean(x), mean(y)))
+        for near, names in labels.items():
+            left = places[near][0] > 0.5
+            axis.annotate(
+                "\n".join(names),
+                places[near],
+                xytext=(-10 if left else 10, 0),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                va="center",
+                fontsize=8,
+            )
+    axes[0].set(title="better: upper left", ylabel="content kept on the erased prompts", ylim=(0.55, 1.1))
+    axes[1].set(title="better: lower left", ylabel="FID on all other prompts", yscale="log", ylim=(1.2, 500))
     for axis in axes:
-        axis.set(xlabel="concept hit on the erased prompts", xlim=(-0.05, 1.15))
+        axis.set(xlabel="concept hit on the erased prompts", xlim=(-0.08, 1.08))
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _look(name: str) -> tuple[str, str]:
+    """Color and marker of a variant."""
+    known = {"teacher": ("k", "*"), "distilled": ("0.4", "s"), "two-stage": ("tab:red", "X")}
+    return known.get(name.split()[0], ("tab:blue" if " phrase " in name else "tab:orange", "o"))
