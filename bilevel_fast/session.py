@@ -177,8 +177,9 @@ def _summary(config: TrainConfig, folder: ModelFolder, student: UNet, progress: 
 def _contact_sheet(shown: dict[str, Samples], erased: int) -> bytes:
     """Some erased prompts left, some others right, one row per model."""
     scenes = next(iter(shown.values())).scenes
-    left = list(range(0, erased, max(1, erased // _SHOWN_ERASED)))[:_SHOWN_ERASED]
-    right = list(range(erased, len(scenes), max(1, (len(scenes) - erased) // _SHOWN_KEPT)))[:_SHOWN_KEPT]
+    # strides prime to how the scenes are laid out, so that the columns show different objects, colours and styles
+    left = [(5 * i) % erased for i in range(_SHOWN_ERASED)]
+    right = [erased + (31 * i) % (len(scenes) - erased) for i in range(_SHOWN_KEPT)]
     columns = left + right
     rows = {name: samples.images[columns] for name, samples in shown.items()}
     return report.png(report.picture(rows, [scenes[i].caption for i in columns]))
