@@ -179,7 +179,7 @@ def _contact_sheet(shown: dict[str, Samples], erased: int) -> bytes:
     scenes = next(iter(shown.values())).scenes
     # strides prime to how the scenes are laid out, so that the columns show different objects, colours and styles
     left = [(5 * i) % erased for i in range(_SHOWN_ERASED)]
-    right = [erased + (31 * i) % (len(scenes) - erased) for i in range(_SHOWN_KEPT)]
+    right = [erased + (29 * i) % (len(scenes) - erased) for i in range(_SHOWN_KEPT)]
     columns = left + right
     rows = {name: samples.images[columns] for name, samples in shown.items()}
     return report.png(report.picture(rows, [scenes[i].caption for i in columns]))
