@@ -1,6 +1,6 @@
 """One level's optimizer: warm-up counted in its own steps, and steps with a non-finite gradient skipped.
 
-Both levels move the same parameters, each with its own AdamW moments (METHOD of the released trainer; arXiv:2412.15341,
+Both levels move the same parameters, each with its own AdamW moments (as in the released trainer; arXiv:2412.15341,
 Algorithm 1 with shared variables).
 """
 

@@ -150,7 +150,7 @@ class Structure:
     # --- weights ---
 
     def slice(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Cut the weights of the dense UNet down to this structure (METHOD of APTP: physical slicing).
+        """Cut the weights of the dense UNet down to this structure, as APTP slices an expert.
 
         Exact for heads, FFN groups and dropped sites: the result equals the dense model with those units set to
         zero. For ResNet groups it equals masking *after* GroupNorm and SiLU; masking before them, as APTP's gates
