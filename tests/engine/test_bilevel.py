@@ -42,7 +42,7 @@ def make_models() -> tuple[UNet, UNet]:
 
 
 def plain(teacher, student, steps, every, penalty, norm, make, null=False):
-    """The algorithm card of METHOD, top to bottom, with nothing of the engine but the random numbers."""
+    """The algorithm, top to bottom, with nothing of the engine but the random numbers."""
     teacher.requires_grad_(False)
     parameters = list(student.parameters())
     low, up = make(parameters), make(parameters)

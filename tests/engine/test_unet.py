@@ -89,7 +89,7 @@ def test_config_round_trip():
 
 
 def test_sd21_on_meta():
-    """The real size: parameter count (METHOD 1.1) and every key and shape of diffusers."""
+    """The real size: parameter count and every key and shape of diffusers."""
     with torch.device("meta"):
         ours, theirs = UNet(SD21), diffusers_unet(SD21)
     assert sum(p.numel() for p in ours.parameters()) == 865_910_724
