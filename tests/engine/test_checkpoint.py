@@ -4,15 +4,16 @@ import json
 import logging
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from hashlib import sha256
-from itertools import count
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import saving
 from bilevel_fast.checkpoint import Checkpoint, GracefulStop, latest, save
 from bilevel_fast.errors import UserError
+from saving import content
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.pt", "state.json")
-
-
-def content(step: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, Any]]:
-    """What a run has at `step`, as a pure function of it: (tensors, optimizers, state)."""
-    weight = torch.arange(64, dtype=torch.float32) * 0.1 + step
-    moments = {"step": torch.tensor(float(step)), "exp_avg": weight / 3, "exp_avg_sq": weight.square()}
-    optimizer = {"state": {0: moments}, "param_groups": [{"lr": 1e-6, "betas": (0.9, 0.999), "params": [0]}]}
-    return {"weight": weight}, {"lower": optimizer}, {"images": 16 * step, "note": "é"}
 
 
 def assert_is(checkpoint: Checkpoint | None, step: int) -> None:
@@ -42,6 +37,22 @@ def assert_is(checkpoint: Checkpoint | None, step: int) -> None:
     torch.testing.assert_close(checkpoint.optimizers["lower"]["state"], optimizers["lower"]["state"], rtol=0, atol=0)
     assert checkpoint.optimizers["lower"]["param_groups"] == optimizers["lower"]["param_groups"]
     assert checkpoint.state == state
+
+
+def start(work: Callable[..., None], folder: Path, *args: int) -> tuple[BaseProcess, Connection]:
+    """A process that does `work(folder, events, *args)`, and the end of `events` to receive from."""
+    receiver, sender = saving.processes.Pipe(duplex=False)
+    child = saving.processes.Process(target=work, args=(folder, sender, *args))
+    child.start()
+    sender.close()  # so that the end of the child is the end of the events
+    return child, receiver
+
+
+def received(events: Connection) -> Iterator[Any]:
+    """What is still to come until the child ends."""
+    with suppress(EOFError):
+        while True:
+            yield events.recv()
 
 
 def names(folder: Path) -> list[str]:
@@ -106,24 +117,13 @@ def test_sigkill_at_any_moment_leaves_what_was_saved(tmp_path: Path, caplog: pyt
     """25 saving processes, each killed at a random moment: what `save` returned from is never lost."""
     rng = random.Random(0)
     for _ in range(25):
-        read_end, write_end = os.pipe()
-        if (child := os.fork()) == 0:
-            try:
-                checkpoint = latest(tmp_path)
-                for step in count(checkpoint.step + 1 if checkpoint else 1):
-                    os.write(write_end, b"began %d\n" % step)
-                    save(tmp_path, step, *content(step))
-                    os.write(write_end, b"ended %d\n" % step)
-            finally:
-                os._exit(1)
-        os.close(write_end)
-        with os.fdopen(read_end) as pipe:
-            events = [pipe.readline(), pipe.readline()]  # one save at least, then a random moment of the next ones
-            time.sleep(rng.uniform(0, 0.06))
-            os.kill(child, signal.SIGKILL)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-            events += pipe.readlines()
-        last = {event: int(step) for event, step in map(str.split, events)}
+        child, events = start(saving.save_for_ever, tmp_path)
+        last = dict([events.recv(), events.recv()])  # one save at least, then a random moment of the next ones
+        time.sleep(rng.uniform(0, 0.06))
+        child.kill()
+        last.update(received(events))
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
         checkpoint = latest(tmp_path)
         assert checkpoint is not None
         assert_is(checkpoint, checkpoint.step)
@@ -218,19 +218,15 @@ def test_pickled_code_is_refused_even_with_a_true_manifest(tmp_path: Path, caplo
 # The write that fails is the model's, or, with few weights and a large optimizer state, the optimizer's.
 @pytest.mark.parametrize(("weights", "moments"), [(100_000, 1), (1, 100_000)], ids=["model", "optimizer"])
 def test_a_write_that_fails_leaves_the_earlier_ones(tmp_path: Path, weights: int, moments: int) -> None:
-    """A real failing write: a child with a limit on the size of its files (the system answers EFBIG)."""
+    """A real failing write: in a process with a limit on the size of its files."""
     for step in (1, 2):
         save(tmp_path, step, *content(step))
-    if (child := os.fork()) == 0:
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-            save(tmp_path, 3, {"w": torch.ones(weights)}, {"lower": {"m": torch.ones(moments)}}, {})
-        except UserError as error:
-            line = str(error)
-            os._exit(0 if "\n" not in line and str(tmp_path) in line and "File too large" in line else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    child, events = start(saving.save_with_small_files, tmp_path, weights, moments)
+    line = events.recv()
+    child.join()
+    assert "\n" not in line
+    assert str(tmp_path) in line
+    assert "File too large" in line
     assert names(tmp_path) == ["step-000001", "step-000002"]
     assert_is(latest(tmp_path), 2)
 
@@ -274,24 +270,12 @@ def test_graceful_stop_sets_a_flag_and_puts_the_handlers_back() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_process_finishes_its_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
-    read_end, write_end = os.pipe()
-    if (child := os.fork()) == 0:
-        try:
-            with GracefulStop() as stop:
-                step = 0
-                while not stop.requested:
-                    os.write(write_end, b".")
-                    time.sleep(0.02)
-                    step += 1
-                save(tmp_path, step, *content(step))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    os.read(read_end, 1)
+    child, events = start(saving.step_until_stopped, tmp_path)
+    assert events.recv() == 1
     time.sleep(0.05)
-    os.kill(child, number)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        steps = 1 + len(pipe.read())
+    assert child.pid is not None
+    os.kill(child.pid, number)
+    steps = max(received(events))
+    child.join()
+    assert child.exitcode == 0
     assert_is(latest(tmp_path), steps)
