@@ -81,6 +81,7 @@ def _steered_mse_bwd_kernel(
 # --- launchers ------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("bilevel_kernels::steered_mse_fwd", mutates_args=())
 def steered_mse_fwd(s: Tensor, a: Tensor, c: Tensor, eta: float) -> Tensor:
     M = s.numel()
     num_blocks = triton.cdiv(M, BLOCK)
@@ -89,6 +90,7 @@ def steered_mse_fwd(s: Tensor, a: Tensor, c: Tensor, eta: float) -> Tensor:
     return partial.sum()
 
 
+@torch.library.custom_op("bilevel_kernels::steered_mse_bwd", mutates_args=())
 def steered_mse_bwd(dloss: Tensor, s: Tensor, a: Tensor, c: Tensor, eta: float) -> Tensor:
     M = s.numel()
     ds = torch.empty_like(s)
@@ -100,17 +102,26 @@ def steered_mse_bwd(dloss: Tensor, s: Tensor, a: Tensor, c: Tensor, eta: float) 
 # --- autograd -------------------------------------------------------------------------------
 
 
-class SteeredMSEFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, s, a, c, eta):
-        ctx.save_for_backward(s, a, c)
-        ctx.eta = eta
-        return steered_mse_fwd(s, a, c, eta)
+@steered_mse_fwd.register_fake
+def _(s, a, c, eta):
+    return s.new_empty((), dtype=torch.float32)
 
-    @staticmethod
-    def backward(ctx, dloss):
-        s, a, c = ctx.saved_tensors
-        return steered_mse_bwd(dloss, s, a, c, ctx.eta), None, None, None
+
+@steered_mse_bwd.register_fake
+def _(dloss, s, a, c, eta):
+    return torch.empty_like(s)
+
+
+def _setup(ctx, inputs, output):
+    *tensors, ctx.eta = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, dloss):
+    return steered_mse_bwd(dloss, *ctx.saved_tensors, ctx.eta), None, None, None
+
+
+steered_mse_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 # --- public ---------------------------------------------------------------------------------
@@ -137,4 +148,4 @@ def steered_mse(s: Tensor, a: Tensor, c: Tensor, eta: float = 1.0) -> Tensor:
         raise ValueError(f"layouts differ: s {s.stride()}, a {a.stride()}, c {c.stride()}")
     if not (s.is_contiguous() or s.is_contiguous(memory_format=torch.channels_last)):
         raise ValueError(f"strides {s.stride()} of shape {tuple(s.shape)} are neither contiguous nor channels_last")
-    return SteeredMSEFunction.apply(s, a, c, eta)
+    return steered_mse_fwd(s, a, c, eta)

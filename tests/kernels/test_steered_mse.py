@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bilevel_kernels.steered_mse import steered_mse, steered_mse_ref
+from bilevel_kernels.steered_mse import steered_mse, steered_mse_bwd, steered_mse_fwd, steered_mse_ref
 from numerics import assert_no_worse_than_eager
 
 SHAPES = [(1, 1), (2, 4, 8, 8), (3, 4, 17, 5), (2, 4, 64, 64)]  # scalar, small, ragged, SD 2.1 at 512 px
@@ -42,6 +42,12 @@ def test_same_bits_twice(device):
     (loss_0, ds_0), (loss_1, ds_1) = run(steered_mse, s, a, c, 1.0), run(steered_mse, s, a, c, 1.0)
     assert torch.equal(loss_0, loss_1)
     assert torch.equal(ds_0, ds_1)
+
+
+def test_is_a_well_formed_custom_op(device):
+    s, a, c = (torch.randn(2, 4, 8, 8, device=device) for _ in range(3))
+    torch.library.opcheck(steered_mse_fwd, (s.requires_grad_(), a, c, 1.0))
+    torch.library.opcheck(steered_mse_bwd, (torch.ones((), device=device), s.detach(), a, c, 1.0))
 
 
 def test_refuses_mixed_layouts(device):
