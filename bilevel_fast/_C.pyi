@@ -4,6 +4,12 @@ from collections.abc import Sequence
 
 from numpy.typing import ArrayLike
 
+def instruction_sets() -> list[str]:
+    """Those that arithmetic is compiled for and this CPU has, the best first; that one is used."""
+
+def use_instruction_set(name: str) -> None:
+    """Use another one, in the whole process. For tests."""
+
 def philox_block(counter: Sequence[int], key: Sequence[int]) -> list[int]:
     """Philox4x32-10 of four counter words under two key words."""
 
@@ -54,3 +60,37 @@ def group_norm_backward(
     threads: int,
 ) -> None:
     """Fill dx, shaped like x, and dweight and dbias (channels,) from dout, shaped like out. All fp32."""
+
+def feature_kd(
+    losses: int,
+    gradients: Sequence[int],
+    students: Sequence[int],
+    teachers: Sequence[int],
+    counts: Sequence[int],
+    coefficients: Sequence[float],
+    threads: int,
+) -> None:
+    """Fill losses (K,) and K gradients from K pairs of counts[k] elements. All fp32."""
+
+def adamw_ema(
+    parameters: Sequence[int],
+    gradients: Sequence[int],
+    exp_avgs: Sequence[int],
+    exp_avg_sqs: Sequence[int],
+    emas: Sequence[int],
+    copies: Sequence[int],
+    counts: Sequence[int],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    clip: float,
+    ema_decay: float,
+    number: int,
+    threads: int,
+) -> None:
+    """Step number `number`, in place, of tensors of counts[i] elements. All fp32 but the copies, which are bf16.
+
+    emas and copies may be empty.
+    """

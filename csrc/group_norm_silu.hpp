@@ -11,11 +11,9 @@
 // argument is clamped to.
 //
 // Determinism: a sample is one thread's work and what samples share is added in their order, so the
-// bits do not depend on the number of threads. They do depend on the instruction set, which is
-// chosen at run time (AVX-512, AVX2 or the baseline) and fuses multiplications with additions.
+// bits do not depend on the number of threads. They do depend on the instruction set (isa.hpp),
+// which fuses multiplications with additions.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <cstdint>
 
@@ -48,5 +46,3 @@ void backward(float* dx, float* dweight, float* dbias, const float* dout, const 
               int threads);
 
 }  // namespace group_norm_silu
-
-void register_group_norm_silu(pybind11::module_& m);

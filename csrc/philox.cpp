@@ -1,11 +1,7 @@
 #include "philox.hpp"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
-
-namespace py = pybind11;
 
 namespace philox {
 namespace {
@@ -81,43 +77,3 @@ void integers(std::int64_t* out, std::uint64_t high, const Request& request) {
 }
 
 }  // namespace philox
-
-namespace {
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Binds a function that fills out[samples][elements] of T.
-template <typename T>
-void bind_fill(py::module_& m, const char* name,
-               void (*fill)(T*, std::int64_t, const philox::Request&)) {
-  m.def(
-      name,
-      [fill](std::uintptr_t out, std::int64_t elements, std::uint64_t seed, std::uint32_t stream,
-             std::uintptr_t indices, std::int64_t samples) {
-        fill(pointer<T>(out), elements,
-             {seed, stream, pointer<const std::int64_t>(indices), samples});
-      },
-      py::arg("out"), py::arg("elements"), py::arg("seed"), py::arg("stream"), py::arg("indices"),
-      py::arg("samples"), py::call_guard<py::gil_scoped_release>());
-}
-
-}  // namespace
-
-void register_philox(py::module_& m) {
-  m.def("philox_block", &philox::block, py::arg("counter"), py::arg("key"));
-  bind_fill<std::uint32_t>(m, "philox_words", &philox::words);
-  bind_fill<float>(m, "philox_uniform", &philox::uniform);
-  bind_fill<float>(m, "philox_normal", &philox::normal);
-  m.def(
-      "philox_integers",
-      [](std::uintptr_t out, std::uint64_t high, std::uint64_t seed, std::uint32_t stream,
-         std::uintptr_t indices, std::int64_t samples) {
-        philox::integers(pointer<std::int64_t>(out), high,
-                         {seed, stream, pointer<const std::int64_t>(indices), samples});
-      },
-      py::arg("out"), py::arg("high"), py::arg("seed"), py::arg("stream"), py::arg("indices"),
-      py::arg("samples"), py::call_guard<py::gil_scoped_release>());
-}

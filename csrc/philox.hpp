@@ -17,8 +17,6 @@
 // differences between math libraries; everything else is float.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <array>
 #include <cstdint>
 
@@ -47,5 +45,3 @@ void normal(float* out, std::int64_t elements, const Request& request);
 void integers(std::int64_t* out, std::uint64_t high, const Request& request);
 
 }  // namespace philox
-
-void register_philox(pybind11::module_& m);

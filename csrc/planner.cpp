@@ -1,12 +1,7 @@
 #include "planner.hpp"
 
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <limits>
-#include <tuple>
-
-namespace py = pybind11;
 
 namespace planner {
 namespace {
@@ -58,17 +53,3 @@ Plan plan(const std::vector<Group>& groups, std::int64_t budget) {
 }
 
 }  // namespace planner
-
-void register_planner(py::module_& m) {
-  m.def(
-      "plan",
-      [](const std::vector<std::vector<std::int64_t>>& costs,
-         const std::vector<std::vector<double>>& values, std::int64_t budget) {
-        std::vector<planner::Group> groups;
-        for (std::size_t g = 0; g < costs.size(); ++g) groups.push_back({costs[g], values[g]});
-        const planner::Plan plan = planner::plan(groups, budget);
-        return std::make_tuple(plan.choice, plan.value, plan.cost);
-      },
-      py::arg("costs"), py::arg("values"), py::arg("budget"),
-      py::call_guard<py::gil_scoped_release>());
-}

@@ -4,8 +4,6 @@
 // Problems", 2004, section 11.5).
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <vector>
 
@@ -28,5 +26,3 @@ struct Plan {
 Plan plan(const std::vector<Group>& groups, std::int64_t budget);
 
 }  // namespace planner
-
-void register_planner(pybind11::module_& m);

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bilevel_fast
-from bilevel_fast.native import _C, plan, pointer
+from bilevel_fast.native import _C, AdamW, Trained, plan, pointer
 
 
 def test_pointer_is_the_first_element():
@@ -52,6 +52,29 @@ def test_a_missing_build_names_the_command():
     code = "import sys; sys.modules['bilevel_fast._C'] = None; import bilevel_fast.native"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.endswith("ImportError: bilevel_fast._C is not built; run: pip install -e .\n")
+
+
+def test_instruction_sets():
+    *_, least = names = _C.instruction_sets()
+    assert least == "baseline"
+    assert len(set(names)) == len(names)
+    with pytest.raises(ValueError, match="this CPU has no instruction set x87"):
+        _C.use_instruction_set("x87")
+
+
+def test_an_instruction_set_is_used():
+    """Those with fused multiplication and addition round once where the baseline rounds twice."""
+    p, g, m, v = (torch.rand(1000) for _ in range(4))
+    results = {}
+    for name in _C.instruction_sets():
+        _C.use_instruction_set(name)
+        results[name] = p.clone()
+        AdamW().step(Trained([results[name]], [m.clone()], [v.clone()]), [g], 1e-3, 1)
+    _C.use_instruction_set(_C.instruction_sets()[0])
+    fused = [result for name, result in results.items() if name != "baseline"]
+    if not fused:
+        pytest.skip("this CPU has one instruction set")
+    assert all(not torch.equal(result, results["baseline"]) for result in fused)
 
 
 def test_the_stub_is_what_is_built():
