@@ -172,7 +172,8 @@ def main() -> None:
             for case, k in compile_op(op, "bfloat16", sm):
                 print(
                     f"sm_{sm} {k.kernel:32} {k.registers:3} reg {k.spills:4} B spilled {k.shared:6} B shared "
-                    f"{k.occupancy:4.0%} {k.tensor_core:3} mma {k.wide_copies:3} x16B {k.double} f64  {case}  {k.config}"
+                    f"{k.occupancy:4.0%} {k.tensor_core:3} mma {k.wide_copies:3} x 16 B {k.double} f64  "
+                    f"{case}  {k.config}"
                 )
 
 

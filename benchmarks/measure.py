@@ -59,3 +59,43 @@ def interleaved(
             if number >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def captured(call: Callable[[], object]) -> tuple[Callable[[], object], bool]:
+    """The call as a CUDA graph and True, or the call itself and False where it cannot be captured."""
+    import torch
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # lazy initialisation and autotuning must be over
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call, False
+    return graph.replay, True
+
+
+def interleaved_cuda(providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
+    """As `interleaved`, timed by the GPU itself, with an L2 cache that holds nothing of the call's."""
+    import torch
+
+    names = list(providers)
+    cache = torch.empty(2**26, dtype=torch.float32, device="cuda")  # 256 MiB, more than any L2
+    spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
+    for number in range(warmup + rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.zero_()
+            start.record()
+            providers[name]()
+            end.record()
+            if number >= warmup:
+                spans[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: Timing(tuple(s.elapsed_time(e) / 1e3 for s, e in found)) for name, found in spans.items()}

@@ -76,8 +76,7 @@ class ResNet(nn.Module):
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
         h = self.conv1(group_norm_silu(x, self.norm1))
-        h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(group_norm_silu(h, self.norm2, self.pad))
+        h = self.conv2(group_norm_silu(h, self.norm2, self.pad, self.time_emb_proj(time)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -110,11 +109,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (B, T, C), context (B, S, D) -> (B, T, C)."""
-        q, k, v = (
-            proj(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for proj, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
-        return self.to_out[0](attention(q, k, v).transpose(1, 2).flatten(-2))
+        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
 class GEGLU(nn.Module):
@@ -123,7 +118,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return geglu(self.proj(x))
+        return geglu(x, self.proj)
 
 
 class FeedForward(nn.Module):

@@ -23,6 +23,7 @@ class Case:
             Unavailable where the provider cannot run.
         bytes: Least bytes that have to move between chip and memory: the roofline of memory-bound ops.
         flops: 2 per multiply-add, for ops with matrix products; 0 for the others.
+        numel: Elements of the op's main input, by which `bilevel_fast.providers` chooses.
     """
 
     op: str
@@ -30,3 +31,17 @@ class Case:
     providers: dict[str, Callable[[], Callable[[], object]]] = field(repr=False)
     bytes: int
     flops: int = 0
+    numel: int = 0
+
+
+OPS = (
+    "group_norm_silu",
+    "structured_conv2d",
+    "pruned_attention",
+    "geglu",
+    "feature_kd",
+    "denoise_loss",
+    "steered_mse",
+    "noise_v",
+    "adamw_ema",
+)

@@ -20,4 +20,4 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
     providers = {"triton": provider(steered_mse), "torch": provider(steered_mse_ref)}
     elements = batch * 4 * 64 * 64
-    return [Case("steered_mse", f"4x64x64 b{batch} fwd+bwd", providers, bytes=7 * elements * dtype.itemsize)]
+    return [Case("steered_mse", f"4x64x64 b{batch} fwd+bwd", providers, 7 * elements * dtype.itemsize, numel=elements)]

@@ -1,48 +1,127 @@
 """What no interpreter shows: every shipped kernel compiles for every card we name, and compiles well."""
 
-import re
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from aot import Launch, compile_all
-from bilevel_kernels.steered_mse import BLOCK
+from benchmarks import aot
+from benchmarks.compile_matrix import KEY, check, complaints
 
-SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # most that one block may have
-
-DATA = {"s_ptr": "*bf16", "a_ptr": "*bf16", "c_ptr": "*bf16"}
-SCALARS = {"eta": "fp32", "M": "i32", "BLOCK": "constexpr"}
-LAUNCHES = [
-    Launch(
-        "steered_mse",
-        "_steered_mse_fwd_kernel",
-        {**DATA, "partial_ptr": "*fp32", **SCALARS},
-        {"BLOCK": BLOCK},
-        (*DATA, "partial_ptr", "M"),
-    ),
-    Launch(
-        "steered_mse",
-        "_steered_mse_bwd_kernel",
-        {"dloss_ptr": "*fp32", **DATA, "ds_ptr": "*bf16", **SCALARS},
-        {"BLOCK": BLOCK},
-        (*DATA, "ds_ptr", "M"),
-    ),
-]
+ROOT = Path(__file__).parents[2]
+GOOD: dict[str, Any] = {
+    "op": "o", "dtype": "bfloat16", "sm": 80, "kernel": "k", "case": "c", "config": "", "spills": 0, "fits": True,
+    "shared": 16, "double": 0, "occupancy": 0.5, "tensor_core": 8, "wide_copies": 4,
+}  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def reports():
-    launches = [replace(launch, sm=sm) for launch in LAUNCHES for sm in SHARED_BYTES]
-    return dict(zip(((x.kernel, x.sm) for x in launches), compile_all(launches), strict=True))
+def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own: one whose Triton interprets cannot compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("sm", SHARED_BYTES)
-@pytest.mark.parametrize("kernel", [launch.kernel for launch in LAUNCHES])
-def test_compiles_well(reports, kernel, sm):
-    report = reports[kernel, sm]
-    assert report.local_bytes == 0, f"{report.local_bytes} bytes of spills"
-    assert report.registers <= 128
-    assert report.shared_bytes <= SHARED_BYTES[sm]
-    loads = re.findall(r"\bLDG\.E\S*", report.sass)
-    assert sum("128" in load for load in loads) == 3, f"s, a and c in 16-byte loads; found {loads}"
-    assert not re.search(r"\bD(ADD|MUL|FMA|SETP)\b|\.F64\b", report.sass), "double precision arithmetic"
+@pytest.mark.slow
+def test_nothing_is_worse_than_the_committed_table():
+    done = compiling("-m", "benchmarks.compile_matrix", "--check")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+BAD = """
+import sys
+import torch, triton
+import triton.language as tl
+from benchmarks.aot import offline
+
+@triton.jit
+def many_registers(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x_ptr + i[:, None] * N + i[None, :])
+    row, column = tl.sum(a, 0), tl.sum(a, 1)
+    tl.store(y_ptr + i[:, None] * N + i[None, :], a * row[None, :] + column[:, None])
+
+@triton.jit
+def double(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x_ptr + i).to(tl.float64)
+    tl.store(y_ptr + i, a * a + 3.0)
+
+@triton.jit
+def narrow(x_ptr, y_ptr, step, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, tl.load(x_ptr + i * step))
+
+x, y = torch.empty(2**14), torch.empty(2**14)
+with offline(int(sys.argv[1])) as rows:
+    many_registers[(1,)](x, y, N=128, num_warps=2)
+    double[(1,)](x, y, N=1024)
+    narrow[(1,)](x, y, 7, N=1024)
+    narrow[(1,)](x, y, 7, N=1024)
+print([(r.kernel, r.spills > 0, r.double > 0, r.wide_copies > 0) for r in rows])
+"""
+
+
+@pytest.mark.parametrize("sm", aot.CARDS)
+def test_what_is_bad_is_seen(tmp_path, sm):
+    """Kernels made to spill, to compute in fp64 and to load element by element; the second launch is no new row."""
+    script = tmp_path / "bad.py"
+    script.write_text(BAD)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, str(sm)], cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "('many_registers', True, False" in done.stdout
+    assert "('double', False, True" in done.stdout
+    assert done.stdout.count("('narrow', False, False, False)") == 1
+
+
+def test_offline_needs_the_interpreter_off():
+    done = compiling("-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
+                     "from benchmarks.aot import offline\nwith offline(80): pass")  # fmt: skip
+    assert "RuntimeError: TRITON_INTERPRET is set" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"spills": 8}, "8 bytes spilled"),
+        ({"fits": False, "shared": 200_000}, "200000 bytes of shared memory do not fit"),
+        ({"double": 1}, "1 fp64 instructions"),
+        ({"occupancy": 0.25}, "occupancy 25%, was 50%"),
+        ({"tensor_core": 0}, "no tensor_core instructions, had 8"),
+        ({"wide_copies": 0}, "no wide_copies instructions, had 4"),
+    ],
+)
+def test_a_worse_row_is_a_complaint(change, said):
+    assert complaints({**GOOD, **change}, GOOD) == [said]
+
+
+def test_a_row_as_good_is_none():
+    assert complaints(GOOD, GOOD) == []
+    assert complaints({**GOOD, "occupancy": 1.0, "tensor_core": 16}, GOOD) == []
+
+
+def test_rows_that_come_and_go():
+    other = {**GOOD, "case": "d"}
+    assert check([GOOD], [GOOD]) == []
+    assert check([GOOD, other], [GOOD]) == ["o bfloat16 80 k d : not in the table; --write adds it"]
+    assert check([GOOD], [GOOD, other]) == ["o bfloat16 80 k d : in the table, but no longer compiled"]
+
+
+def test_occupancy_is_that_of_the_programming_guide():
+    """By hand: what limits a block of 4 warps on sm_86 (48 warps, 16 blocks, 100 KiB, 65536 registers)."""
+    card = aot.CARDS[86]
+    assert aot._occupancy(card, warps=4, registers=32, shared=0) == 1.0  # warps: 12 blocks
+    assert aot._occupancy(card, warps=4, registers=128, shared=0) == 16 / 48  # registers: 4 blocks
+    assert aot._occupancy(card, warps=4, registers=32, shared=49 << 10) == 8 / 48  # shared memory: 2 blocks
+    assert aot._occupancy(card, warps=1, registers=32, shared=0) == 16 / 48  # blocks
+
+
+def test_the_committed_table_has_each_row_once():
+    rows = [json.loads(line) for line in (ROOT / "benchmarks/results/compile_matrix.jsonl").read_text().splitlines()]
+    assert len({tuple(row[name] for name in KEY) for row in rows}) == len(rows)
+    assert {row["sm"] for row in rows} == set(aot.CARDS)

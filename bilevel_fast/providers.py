@@ -1,0 +1,62 @@
+"""Which implementation runs an op: what won where it was measured, torch everywhere else.
+
+`providers.json` says so per architecture, op and size class; `python -m benchmarks.kernels --tune` writes it:
+
+    {"cpu": {"group_norm_silu": {"small": "native", "medium": "native"}}}
+
+An architecture is `cpu` or `sm_90` and the like. What the table does not name runs on torch, and so does hardware that
+nobody has measured. `BILEVEL_FAST_OPS=torch` (or another provider) in the environment overrules the table, wherever
+that provider can take the inputs.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bilevel_fast.errors import UserError, nearest
+
+VARIABLE = "BILEVEL_FAST_OPS"
+PROVIDERS = ("torch", "native", "triton", "cuda", "xformers", "apex")
+SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
+
+# architecture -> op -> size class -> provider
+TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
+
+
+def choose(op: str, x: Tensor, *able: str) -> str:
+    """The provider to run `op` on.
+
+    Args:
+        op: Name of the op.
+        x: Its main input; the device and the number of elements decide.
+        able: Providers besides torch that can take these inputs.
+
+    Raises:
+        UserError: The environment names a provider that there is not.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        wanted = TABLE.get(architecture(x.device), {}).get(op, {}).get(size_class(x.numel()), "torch")
+    elif wanted not in PROVIDERS:
+        raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
+    return wanted if wanted in able else "torch"
+
+
+def size_class(numel: int) -> str:
+    """`small`, `medium` or `large`: a kernel that wins on many elements may lose on few."""
+    for name, limit in SIZES.items():
+        if numel < limit:
+            return name
+    return "large"
+
+
+@torch.compiler.assume_constant_result
+def architecture(device: torch.device) -> str:
+    """`cpu`, `sm_90` and the like, or the type of another device."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

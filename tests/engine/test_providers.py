@@ -1,0 +1,63 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel_fast import providers
+from bilevel_fast.errors import UserError
+from bilevel_fast.providers import choose
+
+SMALL, LARGE = torch.zeros(8), torch.zeros(2**22)
+
+
+@pytest.fixture(autouse=True)
+def _table(monkeypatch):
+    table = {"cpu": {"op": {"small": "native", "large": "triton"}}, "sm_90": {"op": {"small": "triton"}}}
+    monkeypatch.setattr(providers, "TABLE", table)
+    monkeypatch.delenv("BILEVEL_FAST_OPS", raising=False)
+
+
+def test_the_table_decides_by_size():
+    assert choose("op", SMALL, "native", "triton") == "native"
+    assert choose("op", LARGE, "native", "triton") == "triton"
+
+
+def test_what_the_table_does_not_name_is_torch():
+    assert choose("other", SMALL, "native") == "torch"
+    assert choose("op", torch.zeros(2**20), "native", "triton") == "torch"  # medium
+    assert choose("op", torch.zeros(8, device="meta"), "native", "triton") == "torch"
+
+
+def test_a_winner_that_cannot_take_the_input_is_torch():
+    assert choose("op", SMALL, "triton") == "torch"
+    assert choose("op", SMALL) == "torch"
+
+
+def test_the_environment_overrules_the_table(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")
+    assert choose("op", SMALL, "native") == "torch"
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "triton")
+    assert choose("op", SMALL, "native", "triton") == "triton"
+    assert choose("op", SMALL, "native") == "torch"
+
+
+def test_a_mistyped_provider(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "tritn")
+    with pytest.raises(UserError, match=r"BILEVEL_FAST_OPS=tritn .* no such provider; did you mean 'triton'"):
+        choose("op", SMALL)
+
+
+def test_size_classes():
+    assert [providers.size_class(n) for n in (1, 2**18 - 1, 2**18, 2**22 - 1, 2**22)] == [
+        *("small", "small", "medium", "medium", "large"),
+    ]
+
+
+def test_the_shipped_table_is_well_formed():
+    shipped = json.loads((Path(providers.__file__).parent / "providers.json").read_text())
+    for architecture, ops in shipped.items():
+        assert architecture == "cpu" or architecture.startswith("sm_")
+        for sizes in ops.values():
+            assert set(sizes) <= {*providers.SIZES, "large"}
+            assert set(sizes.values()) <= set(providers.PROVIDERS)
