@@ -1,0 +1,233 @@
+"""GroupNorm and SiLU on channels_last activations, with the time embedding added before and any number of groups.
+
+    h    = x + time                            time: one value per sample and channel, or none
+    xhat = (h - mean) * rstd                   over the pixels and the W = C / G channels of a group
+    y    = weight * xhat + bias                out = y * sigmoid(y), or y
+    dx   = rstd * (weight * dy - mean(weight * dy) - xhat * mean(weight * dy * xhat)), dtime = sum of dx over pixels
+
+Why fused  eager PyTorch copies channels_last to NCHW and back, and stores h, y and the cropped and padded copies;
+           here: nothing the size of x is stored but out, and backward recomputes y from x
+
+Shapes     x, out: (B, C + padding, H, W); time: (B, C + padding); weight, bias: (C,); mean, rstd: (B, G)
+Dtypes     x: fp32 | fp16 | bf16; weight, bias, time: that or fp32; arithmetic and mean, rstd in fp32
+Layout     x and out channels_last, time contiguous; anything else is refused
+           padding: not looked at in x and dout, zero in out, dx and dtime
+Numerics   variance from centred squares: those of a tile about the tile's mean, tiles joined by Chan's formula;
+           sums of tiles are stored and added in a second pass: no atomics, the same bits every run
+Traffic    least: forward reads and writes x once, backward reads x and dout and writes dx. So do groups that fit
+           one tile. Others are read twice, the second time in reverse: what was read last is still in the cache
+Source     arXiv:1803.08494; joining of tiles: Chan, Golub and LeVeque, 1979, "Updating formulae", eq. 2.1
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from bilevel_kernels import group_norm_kernels as kernels
+
+TILE, BLOCK_C = 128, 64  # pixels and channels of a program: rows of 128 B in 16 bit, 64 values a thread in 4 warps
+SMALL = 16384  # most elements of a tile that holds a whole group: 32 values a thread in 16 warps
+WARPS = 8
+BLOCK_K = 32  # tiles, or samples, that the second passes add at a time
+
+
+# --- reference ------------------------------------------------------------------------------
+
+
+def group_norm_silu_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    time: Tensor | None = None,
+    padding: int = 0,
+    silu: bool = True,
+) -> Tensor:
+    """The formula, in the dtype of x: the oracle of the tests and the `torch` backend."""
+    h = x if time is None else x + time.to(x.dtype)[:, :, None, None]
+    h = h[:, : x.shape[1] - padding]
+    y = F.group_norm(h, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+    return F.pad(F.silu(y) if silu else y, (0, 0, 0, 0, 0, padding))
+
+
+# --- kernels --------------------------------------------------------------------------------
+# In group_norm_kernels.py. A `small` one has a program for each (group, sample); the others have one for each tile of
+# TILE pixels and BLOCK_C channels, or join what those found.
+
+
+# --- launchers ------------------------------------------------------------------------------
+
+
+def _small_config(x: Tensor, padding: int, groups: int) -> dict[str, int] | None:
+    """Of the kernels that hold a whole group of a sample in one tile; None where there is none."""
+    pixels, width = x.shape[2] * x.shape[3], (x.shape[1] - padding) // groups
+    tile, block = triton.next_power_of_2(pixels), triton.next_power_of_2(width)
+    if padding or tile * block > SMALL:  # padding is no group's: nobody would write it
+        return None
+    return {"WIDTH": width, "TILE": tile, "BLOCK_W": block, "num_warps": max(1, tile * block // 1024)}
+
+
+@torch.library.custom_op("bilevel_kernels::group_norm_silu_fwd", mutates_args=())
+def group_norm_silu_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor, time: Tensor | None, groups: int, eps: float, padding: int, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, ROW, H, W = x.shape
+    HW, C = H * W, ROW - padding
+    out = torch.empty_like(x, memory_format=torch.channels_last)
+    mean, rstd = (torch.empty(B, groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    small = _small_config(x, padding, groups)
+    if small:
+        kernels.gn_small_fwd_kernel[(groups, B)](
+            x, time, weight, bias, out, mean, rstd, HW, eps, C=C, SILU=silu, **small
+        )
+        return out, mean, rstd
+    K, WIDTH = triton.cdiv(HW, TILE), C // groups
+    BLOCK_W = triton.next_power_of_2(WIDTH)
+    tiles = (triton.cdiv(ROW, BLOCK_C), K, B)
+    sizes = {"C": C, "ROW": ROW, "TILE": TILE, "BLOCK_C": BLOCK_C, "num_warps": WARPS}
+    tile_mean, tile_m2 = (torch.empty(B, K, C, dtype=torch.float32, device=x.device) for _ in range(2))
+    kernels.gn_tile_moments_kernel[tiles](x, time, tile_mean, tile_m2, HW, **sizes)
+    kernels.gn_moments_kernel[(groups, B)](
+        tile_mean, tile_m2, mean, rstd, HW, eps, C=C, WIDTH=WIDTH, TILE=TILE, BLOCK_W=BLOCK_W, BLOCK_K=BLOCK_K
+    )
+    kernels.gn_out_kernel[tiles](x, time, weight, bias, mean, rstd, out, HW, WIDTH=WIDTH, SILU=silu, **sizes)
+    return out, mean, rstd
+
+
+@torch.library.custom_op("bilevel_kernels::group_norm_silu_bwd", mutates_args=())
+def group_norm_silu_bwd(
+    dout: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    time: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    groups: int,
+    padding: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias, dtime), dtime empty where there is no time."""
+    B, ROW, H, W = x.shape
+    HW, C = H * W, ROW - padding
+    inputs = (dout, x, time, weight, bias, mean, rstd)
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dtime = None if time is None else torch.zeros_like(time)
+    per_sample = [torch.empty(B, C, dtype=torch.float32, device=x.device) for _ in range(2)]
+    small = _small_config(x, padding, groups)
+    if small:
+        kernels.gn_small_bwd_kernel[(groups, B)](*inputs, dx, dtime, *per_sample, HW, C=C, SILU=silu, **small)
+    else:
+        K, WIDTH = triton.cdiv(HW, TILE), C // groups
+        BLOCK_W = triton.next_power_of_2(WIDTH)
+        tiles = (triton.cdiv(ROW, BLOCK_C), K, B)
+        sizes = {"C": C, "ROW": ROW, "WIDTH": WIDTH}
+        config = {"SILU": silu, "TILE": TILE, "BLOCK_C": BLOCK_C, "num_warps": WARPS}
+        sums = [torch.empty(B, K, C, dtype=torch.float32, device=x.device) for _ in range(2 if time is None else 3)]
+        sums += [None] * (3 - len(sums))
+        c0, c1 = (torch.empty_like(mean) for _ in range(2))
+        kernels.gn_tile_sums_kernel[tiles](*inputs, *sums, HW, **sizes, **config)
+        kernels.gn_means_kernel[(groups, B)](
+            *sums, weight, rstd, c0, c1, dtime, *per_sample, HW, K, **sizes, BLOCK_W=BLOCK_W, BLOCK_K=BLOCK_K
+        )
+        kernels.gn_dx_kernel[tiles](*inputs, c0, c1, dx, HW, **sizes, **config)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    grid = (triton.cdiv(C, BLOCK_C),)
+    kernels.gn_affine_grads_kernel[grid](*per_sample, dweight, dbias, B, C=C, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K)
+    return dx, dweight, dbias, x.new_empty(0) if dtime is None else dtime
+
+
+# --- autograd -------------------------------------------------------------------------------
+
+
+@group_norm_silu_fwd.register_fake
+def _(x, weight, bias, time, groups, eps, padding, silu):
+    statistics = (x.new_empty(x.shape[0], groups, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x, memory_format=torch.channels_last), *statistics
+
+
+@group_norm_silu_bwd.register_fake
+def _(dout, x, weight, bias, time, mean, rstd, groups, padding, silu):
+    dx = torch.empty_like(x, memory_format=torch.channels_last)
+    dtime = x.new_empty(0) if time is None else torch.empty_like(time)
+    return dx, torch.empty_like(weight), torch.empty_like(bias), dtime
+
+
+def _setup(ctx, inputs, output):
+    x, weight, bias, time, ctx.groups, _, ctx.padding, ctx.silu = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, weight, bias, time, mean, rstd)
+
+
+def _backward(ctx, dout, _dmean, _drstd):
+    dout = dout.contiguous(memory_format=torch.channels_last)
+    *grads, dtime = group_norm_silu_bwd(dout, *ctx.saved_tensors, ctx.groups, ctx.padding, ctx.silu)
+    return *grads, dtime if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
+group_norm_silu_fwd.register_autograd(_backward, setup_context=_setup)
+
+
+# --- public ---------------------------------------------------------------------------------
+
+
+def group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    time: Tensor | None = None,
+    padding: int = 0,
+    silu: bool = True,
+) -> Tensor:
+    """SiLU of GroupNorm of `x + time`.
+
+    Args:
+        x: (B, C + padding, H, W), channels_last.
+        weight, bias: (C,), in the dtype of x or fp32.
+        groups: How many groups the C channels form; it divides C.
+        eps: Added to the variance.
+        time: (B, C + padding), added to every pixel; in the dtype of x or fp32.
+        padding: Channels at the end that only align the storage: no part of any group, zeros in the result.
+        silu: False for plain GroupNorm.
+
+    Returns:
+        (B, C + padding, H, W) in the dtype of x, channels_last.
+
+    Raises:
+        ValueError: A shape, dtype, device or layout is another one.
+    """
+    if x.dim() != 4 or not x.numel():
+        raise ValueError(f"x: shape {tuple(x.shape)}, expected (B, C + padding, H, W) and at least one element")
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x: {x.dtype}, expected float32, float16 or bfloat16")
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"x: strides {x.stride()} of shape {tuple(x.shape)} are not channels_last")
+    C = x.shape[1] - padding
+    if not 0 <= padding < x.shape[1]:
+        raise ValueError(f"padding: {padding} of {x.shape[1]} channels")
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups: {groups} do not divide {C} channels")
+    for name, t, shape in (("weight", weight, (C,)), ("bias", bias, (C,)), ("time", time, x.shape[:2])):
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(f"{name}: shape {tuple(t.shape)}, expected {tuple(shape)}")
+        if t.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name}: {t.dtype}, expected {x.dtype} or float32")
+        if t.device != x.device:
+            raise ValueError(f"{name}: on {t.device}, x is on {x.device}")
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: strides {t.stride()} of shape {tuple(t.shape)} are not contiguous")
+    return group_norm_silu_fwd(x, weight, bias, time, groups, eps, padding, silu)[0]
+
+
+def group_norm_silu_bytes(elements: int, itemsize: int, backward: bool) -> int:
+    """Least bytes moved: forward reads x and writes out; backward reads dout and x and writes dx."""
+    return (3 if backward else 2) * elements * itemsize
