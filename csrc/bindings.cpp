@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "adamw_ema.hpp"
+#include "addresses.hpp"
 #include "feature_kd.hpp"
 #include "group_norm_silu.hpp"
 #include "isa.hpp"
@@ -18,22 +19,6 @@
 namespace py = pybind11;
 
 namespace {
-
-using Address = std::uintptr_t;
-using Addresses = std::vector<Address>;
-using Counts = std::vector<std::int64_t>;
-using WithoutGil = py::call_guard<py::gil_scoped_release>;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// Element i, or null where the list is empty: the tensors are not wanted.
-template <typename T>
-T* optional(const Addresses& addresses, std::size_t i) {
-  return addresses.empty() ? nullptr : pointer<T>(addresses[i]);
-}
 
 void bind_isa(py::module_& m) {
   m.def("instruction_sets", &isa::available);

@@ -29,22 +29,24 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
         return checked
 
-    def case(op: str, name: str, native: Make, torch_: Make, elements: int) -> Case:
-        return Case(op, name, {"native": provider(native), "torch": provider(torch_)}, bytes=4 * elements)
+    def case(op: str, name: str, native: Make, torch_: Make, elements: int, numel: int) -> Case:
+        providers = {"native": provider(native), "torch": provider(torch_)}
+        return Case(op, name, providers, bytes=4 * elements, numel=numel)
 
     blocks = [(batch, channels, side, side) for channels, side in BLOCKS]
     sizes = [p.numel() for p in UNet(MINI).parameters()]
+    read = sum(map(prod, blocks))
     rows = [
-        case("feature_kd", f"7 blocks b{batch} fwd+bwd", *_feature_kd(blocks), elements=3 * sum(map(prod, blocks))),
-        case("adamw_ema", f"{len(sizes)} tensors step", *_adamw([()]), elements=7 * sum(sizes)),
-        case("adamw_ema", "1 flat tensor step", *_adamw([(sum(sizes),)]), elements=7 * sum(sizes)),
+        case("feature_kd", f"7 blocks b{batch} fwd+bwd", *_feature_kd(blocks), 3 * read, max(map(prod, blocks))),
+        case("adamw_ema", f"{len(sizes)} tensors step", *_adamw([()]), 7 * sum(sizes), max(sizes)),
+        case("adamw_ema", "1 flat tensor step", *_adamw([(sum(sizes),)]), 7 * sum(sizes), sum(sizes)),
     ]
     for channels, side in NORMS:
         shape = (batch, channels, side, side)
         for backward in (False, True):
             name = f"{channels}x{side}x{side} b{batch} {'bwd' if backward else 'fwd'}"
             elements = (3 if backward else 2) * prod(shape)
-            rows.append(case("group_norm_silu", name, *_group_norm_silu(shape, backward), elements=elements))
+            rows.append(case("group_norm_silu", name, *_group_norm_silu(shape, backward), elements, prod(shape)))
     return rows
 
 

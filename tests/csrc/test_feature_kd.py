@@ -89,6 +89,15 @@ def test_a_large_mean_of_squares_is_exact():
     assert losses.item() == 1.0
 
 
+@pytest.mark.parametrize("difference", [0.3, 0.7, 1.1, 1.3, 1.7, 1.9])
+def test_equal_terms(difference, instruction_set):
+    """Roundings of equal terms do not cancel: the squares, seven additions of eight of them, and the result."""
+    student = torch.full((2**16,), difference)
+    losses, _ = feature_kd([student], [torch.zeros_like(student)], WEIGHT)
+    gold = student[0].double().square()
+    assert abs(losses.double() - gold) <= 9 * 2**-24 * gold
+
+
 def test_same_bits_twice_and_on_any_number_of_threads(instruction_set, at_threads):
     student, teacher = pairs([(size,) for size in SIZES])
     first, *others = (_flat(at_threads(n, lambda: feature_kd(student, teacher, WEIGHT))) for n in (1, 1, 2, 3))

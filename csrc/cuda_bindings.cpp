@@ -1,0 +1,67 @@
+// The module bilevel_fast._cuda, as bindings.cpp is of _C.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "addresses.hpp"
+#include "cuda.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+feature_kd::Dtype named(const std::string& dtype) {
+  if (dtype == "float32") return feature_kd::Dtype::float32;
+  if (dtype == "float16") return feature_kd::Dtype::float16;
+  if (dtype == "bfloat16") return feature_kd::Dtype::bfloat16;
+  throw std::invalid_argument("no kernel for " + dtype);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.doc() = "Kernels of bilevel_fast. Arguments are checked by the Python callers, not here.";
+  m.def("feature_kd_workspace", &feature_kd::workspace, py::arg("counts"));
+  m.def(
+      "feature_kd",
+      [](Address losses, const Addresses& gradients, const Addresses& students,
+         const Addresses& teachers, const Counts& counts, const std::vector<float>& coefficients,
+         const std::string& dtype, Address workspace, int device, Address stream) {
+        std::vector<feature_kd::CudaPair> pairs;
+        for (std::size_t k = 0; k < counts.size(); ++k) {
+          pairs.push_back({pointer<const void>(students[k]), pointer<const void>(teachers[k]),
+                           pointer<void>(gradients[k]), counts[k], coefficients[k]});
+        }
+        feature_kd::run_cuda(pointer<float>(losses), pointer<void>(workspace), pairs, named(dtype),
+                             {device, pointer<void>(stream)});
+      },
+      py::arg("losses"), py::arg("gradients"), py::arg("students"), py::arg("teachers"),
+      py::arg("counts"), py::arg("coefficients"), py::arg("dtype"), py::arg("workspace"),
+      py::arg("device"), py::arg("stream"), WithoutGil());
+  m.def(
+      "adamw_ema",
+      [](const Addresses& parameters, const Addresses& gradients, const Addresses& exp_avgs,
+         const Addresses& exp_avg_sqs, const Addresses& emas, const Addresses& copies,
+         const Counts& counts, double beta1, double beta2, double eps, double weight_decay,
+         double ema_decay, Address lr, Address number, Address clip, Address skip, int device,
+         Address stream) {
+        std::vector<adamw_ema::Tensor> tensors;
+        for (std::size_t i = 0; i < counts.size(); ++i) {
+          tensors.push_back({pointer<float>(parameters[i]), pointer<const float>(gradients[i]),
+                             pointer<float>(exp_avgs[i]), pointer<float>(exp_avg_sqs[i]),
+                             optional<float>(emas, i), optional<std::uint16_t>(copies, i),
+                             counts[i]});
+        }
+        adamw_ema::run_cuda(tensors, {beta1, beta2, eps, weight_decay, ema_decay},
+                            {pointer<const float>(lr), pointer<const float>(number),
+                             pointer<const float>(clip), pointer<const float>(skip)},
+                            {device, pointer<void>(stream)});
+      },
+      py::arg("parameters"), py::arg("gradients"), py::arg("exp_avgs"), py::arg("exp_avg_sqs"),
+      py::arg("emas"), py::arg("copies"), py::arg("counts"), py::arg("beta1"), py::arg("beta2"),
+      py::arg("eps"), py::arg("weight_decay"), py::arg("ema_decay"), py::arg("lr"),
+      py::arg("number"), py::arg("clip"), py::arg("skip"), py::arg("device"), py::arg("stream"),
+      WithoutGil());
+}

@@ -1,0 +1,123 @@
+// One launch for many tensors. Their addresses travel in the kernel's arguments, which are limited
+// to 4 KiB; a block works on one chunk of one tensor.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda.hpp"
+
+namespace multi_tensor {
+
+constexpr int kTensors = 64;  // of a launch
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+
+// Tensors of a launch, with the chunks before each. `Tensor` has a member `count`.
+template <typename Tensor>
+struct Table {
+  Tensor tensors[kTensors];
+  int first[kTensors + 1];
+  int size;
+};
+
+inline std::int64_t chunks(std::int64_t count, std::int64_t chunk) {
+  return (count + chunk - 1) / chunk;
+}
+
+// Calls launch(table, chunks before it) for up to kTensors tensors at a time.
+template <typename Tensor, typename Launch>
+void for_tables(const std::vector<Tensor>& tensors, std::int64_t chunk, cuda::Queue queue,
+                const char* name, const Launch& launch) {
+  const auto check = [name](cudaError_t error) {
+    if (error != cudaSuccess) {
+      throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
+    }
+  };
+  check(cudaSetDevice(queue.device));
+  std::int64_t before = 0;
+  for (std::size_t begin = 0; begin < tensors.size(); begin += kTensors) {
+    Table<Tensor> table{};
+    table.size = static_cast<int>(std::min<std::size_t>(kTensors, tensors.size() - begin));
+    for (int i = 0; i < table.size; ++i) {
+      table.tensors[i] = tensors[begin + i];
+      const std::int64_t end = table.first[i] + chunks(tensors[begin + i].count, chunk);
+      if (end > INT32_MAX) throw std::runtime_error(std::string(name) + ": more than 2^31 blocks");
+      table.first[i + 1] = static_cast<int>(end);
+    }
+    launch(table, before, static_cast<cudaStream_t>(queue.stream));
+    check(cudaGetLastError());
+    before += table.first[table.size];
+  }
+}
+
+// The tensor that a block works on: the last one whose first chunk is not after it.
+template <typename Tensor>
+__device__ int tensor_of(const Table<Tensor>& table, int block) {
+  int low = 0, high = table.size;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.first[middle] <= block) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Elements next to each other, in one access where they are aligned.
+template <typename T, int kLanes>
+struct alignas(sizeof(T) * kLanes) Pack {
+  T lane[kLanes];
+};
+
+template <int kLanes, typename T>
+__device__ bool aligned(const T* pointer) {
+  return reinterpret_cast<std::uintptr_t>(pointer) % sizeof(Pack<T, kLanes>) == 0;
+}
+
+// kLanes elements, of which those from `valid` on are zero and not read.
+template <int kLanes, typename T>
+__device__ Pack<T, kLanes> load(const T* from, bool whole, int valid) {
+  if (whole) return *reinterpret_cast<const Pack<T, kLanes>*>(from);
+  Pack<T, kLanes> found;
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j) found.lane[j] = j < valid ? from[j] : T(0.0f);
+  return found;
+}
+
+template <int kLanes, typename T>
+__device__ void store(T* to, const Pack<T, kLanes>& values, bool whole, int valid) {
+  if (whole) {
+    *reinterpret_cast<Pack<T, kLanes>*>(to) = values;
+    return;
+  }
+#pragma unroll
+  for (int j = 0; j < kLanes; ++j) {
+    if (j < valid) to[j] = values.lane[j];
+  }
+}
+
+// The sum over a block, on thread 0.
+__device__ inline float block_sum(float value) {
+  __shared__ float warps[kThreads / kWarp];
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    value += __shfl_down_sync(0xffffffffu, value, offset);
+  }
+  if (thread % kWarp == 0) warps[thread / kWarp] = value;
+  __syncthreads();
+  float sum = 0.0f;
+  if (thread == 0) {
+#pragma unroll
+    for (int w = 0; w < kThreads / kWarp; ++w) sum += warps[w];
+  }
+  return sum;
+}
+
+}  // namespace multi_tensor
