@@ -12,11 +12,12 @@ Dtypes     fp32 | fp16 | bf16 each; arithmetic and results in fp32; ds in the dt
 Layout     s, target and teacher contiguous, or all channels_last; weight contiguous; anything else is refused
 Numerics   block sums are stored and added in a second pass: no atomics, the same bits every run. An fp16 gradient is
            stored times a power of two near M, so that a loss scale still finds its bits
-Traffic    reads 3M elements and writes M; where dtotal is not 1 (or s is fp16) backward reads M and writes M
+Traffic    reads 3M elements, and writes M if a gradient will be asked for; where dtotal is not 1 (or s is fp16) the
+           backward pass reads M and writes M
 Source     arXiv:2412.15341 and the trainer released with it; gradient in the forward pass as in Liger's losses
 
 The stored gradient is scaled in place, so the graph can be walked backward once: a second time raises autograd's error
-about a saved tensor that was modified. The gradient is stored whether or not it will be asked for.
+about a saved tensor that was modified.
 """
 
 import torch
@@ -60,7 +61,7 @@ def _denoise_loss_kernel(
     target_ptr,  # (B, N) or None
     teacher_ptr,  # (B, N) or None
     weight_ptr,  # (B,) or None
-    ds_ptr,  # (B, N)
+    ds_ptr,  # (B, N) or None
     partial_ptr,  # (2, B * blocks) fp32
     w_diffusion,
     w_output,
@@ -88,7 +89,8 @@ def _denoise_loss_kernel(
         r = s - tl.load(teacher_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         output = tl.sum(r * r, axis=0) / M
         ds += w_output * r
-    tl.store(ds_ptr + offs, (ds * (2.0 * by / M)).to(ds_ptr.dtype.element_ty), mask=mask)
+    if ds_ptr is not None:
+        tl.store(ds_ptr + offs, (ds * (2.0 * by / M)).to(ds_ptr.dtype.element_ty), mask=mask)
     tl.store(partial_ptr + pid, diffusion)
     tl.store(partial_ptr + tl.num_programs(0) + pid, output)
 
@@ -134,25 +136,27 @@ def denoise_loss_fwd(
     weight: Tensor | None,
     w_diffusion: float,
     w_output: float,
+    gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, M = s.shape[0], s.numel()
     programs = B * triton.cdiv(M // B, BLOCK)
-    ds = torch.empty_like(s)
+    ds = torch.empty_like(s) if gradient else None
     partial = torch.empty((2, programs), dtype=torch.float32, device=s.device)
     total = torch.empty((), dtype=torch.float32, device=s.device)
     terms = torch.empty(2, dtype=torch.float32, device=s.device)
     scalars = (w_diffusion, w_output, _stored_times(s))
     _denoise_loss_kernel[(programs,)](s, target, teacher, weight, ds, partial, *scalars, M, M // B, BLOCK=BLOCK)
     _sum_kernel[(1,)](partial, total, terms, w_diffusion, w_output, programs, BLOCK=BLOCK_SUM)
-    return total, terms, ds
+    return total, terms, s.new_empty(0) if ds is None else ds
 
 
 # --- autograd -------------------------------------------------------------------------------
 
 
 @denoise_loss_fwd.register_fake
-def _(s, target, teacher, weight, w_diffusion, w_output):
-    return s.new_empty((), dtype=torch.float32), s.new_empty(2, dtype=torch.float32), torch.empty_like(s)
+def _(s, target, teacher, weight, w_diffusion, w_output, gradient):
+    ds = torch.empty_like(s) if gradient else s.new_empty(0)
+    return s.new_empty((), dtype=torch.float32), s.new_empty(2, dtype=torch.float32), ds
 
 
 def _setup(ctx, inputs, output):
@@ -164,7 +168,7 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dtotal, _dterms, _dds):
     (ds,) = ctx.saved_tensors
     scale_unless_one([ds], dtotal, 1.0 / _stored_times(ds))
-    return ds, None, None, None, None, None
+    return ds, *(None,) * 6
 
 
 denoise_loss_fwd.register_autograd(_backward, setup_context=_setup)
@@ -223,8 +227,10 @@ def denoise_loss(
                          f"{strides}")  # fmt: skip
     if not w_diffusion:
         target = weight = None
-    total, terms, _ = denoise_loss_fwd(student, target, teacher if w_output else None, weight, w_diffusion, w_output)
-    return total, terms
+    if not w_output:
+        teacher = None
+    gradient = torch.is_grad_enabled() and student.requires_grad
+    return denoise_loss_fwd(student, target, teacher, weight, w_diffusion, w_output, gradient)[:2]
 
 
 def _check(name: str, x: Tensor | None, student: Tensor) -> None:
