@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bilevel_fast.diffusion import Noised
 from bilevel_fast.errors import UserError
+from bilevel_fast.ops import denoise_loss, feature_kd
 from bilevel_fast.unet import Prediction
 
 
@@ -72,22 +73,24 @@ def fine_tuning_loss(
         ValueError: Two tensors that should agree differ in shape, or the models in their number of blocks.
     """
     terms: dict[str, Tensor] = {}
+    weighted: list[Tensor] = []
     if weights.diffusion:
         _check("student output", student.out, "diffusion target", noised.target)
-        squared = (student.out.float() - noised.target.float()).square()
-        terms["diffusion"] = (noised.weight * squared.flatten(1).mean(1)).mean()
     if weights.output:
-        terms["output"] = _mse("student output", student.out, "teacher output", teacher.out)
+        _check("student output", student.out, "teacher output", teacher.out)
+    if weights.diffusion or weights.output:
+        total, (terms["diffusion"], terms["output"]) = denoise_loss(
+            student.out, noised.target, teacher.out, noised.weight, weights.diffusion, weights.output
+        )
+        weighted.append(total)
     if weights.feature:
         if not len(student.blocks) == len(teacher.blocks) > 0:
             raise ValueError(f"student has {len(student.blocks)} blocks, teacher {len(teacher.blocks)}")
-        errors = [
-            _mse(f"student block {k}", mine, f"teacher block {k}", theirs)
-            for k, (mine, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True))
-        ]
-        terms["feature"] = torch.stack(errors).mean()
-    weighted = [getattr(weights, name) * term for name, term in terms.items()]
-    return Loss(torch.stack(weighted).sum(), {name: term.detach() for name, term in terms.items()})
+        for k, (mine, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
+            _check(f"student block {k}", mine, f"teacher block {k}", theirs)
+        total, terms["feature"] = feature_kd(student.blocks, teacher.blocks, weights.feature)
+        weighted.append(total)
+    return Loss(torch.stack(weighted).sum(), {name: term for name, term in terms.items() if getattr(weights, name)})
 
 
 def suppression_target(anchor_out: Tensor, concept_out: Tensor, eta: float = 1.0) -> Tensor:

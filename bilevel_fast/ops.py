@@ -4,14 +4,16 @@
 definition, the others agree with it.
 """
 
+from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bilevel_kernels as triton_ops
-from bilevel_fast.native import GroupNorm
+from bilevel_fast.native import operators as native
 from bilevel_fast.providers import choose
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -35,7 +37,7 @@ def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def _group_norm(x: Tensor, norm: nn.GroupNorm, padding: int, time: Tensor | None, silu: bool) -> Tensor:
-    provider = choose("group_norm_silu", x, *_group_norm_providers(x, norm))
+    provider = choose("group_norm_silu", x.device, x.numel(), *_group_norm_providers(x, norm))
     if provider == "triton":
         return triton_ops.group_norm_silu(
             x, norm.weight, norm.bias, norm.num_groups, norm.eps, time=time, padding=padding, silu=silu
@@ -43,7 +45,7 @@ def _group_norm(x: Tensor, norm: nn.GroupNorm, padding: int, time: Tensor | None
     if time is not None:
         x = x + time[:, :, None, None]
     if provider == "native":
-        return native_group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, padding, silu)[0]
+        return native.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, padding, silu)[0]
     y = norm(x[:, : norm.num_channels] if padding else x)
     return F.pad(F.silu(y) if silu else y, (0, 0, 0, 0, 0, padding)) if padding else F.silu(y) if silu else y
 
@@ -64,56 +66,6 @@ def _triton_runs(x: Tensor) -> bool:
     return x.dtype in _FLOATS and (x.is_cuda or (x.device.type == "cpu" and triton_ops.INTERPRETED))
 
 
-@torch.library.custom_op("bilevel_fast::native_group_norm", mutates_args=(), device_types="cpu")
-def native_group_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, padding: int, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`native.GroupNorm.forward` as an operator that tracers and `torch.compile` know: (out, mean, rstd)."""
-    return GroupNorm(groups, eps, padding, silu).forward(x, weight, bias)
-
-
-@torch.library.custom_op("bilevel_fast::native_group_norm_backward", mutates_args=(), device_types="cpu")
-def _native_group_norm_backward(
-    dout: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    padding: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dout = dout.contiguous(memory_format=torch.channels_last)
-    return GroupNorm(groups, eps, padding, silu).backward(dout, x, mean, rstd, weight, bias)
-
-
-@native_group_norm.register_fake
-def _(x, weight, bias, groups, eps, padding, silu):
-    statistics = (x.new_empty(x.shape[0], groups) for _ in range(2))
-    return torch.empty_like(x, memory_format=torch.channels_last), *statistics
-
-
-@_native_group_norm_backward.register_fake
-def _(dout, x, mean, rstd, weight, bias, groups, eps, padding, silu):
-    return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight), torch.empty_like(bias)
-
-
-def _setup(ctx, inputs, output) -> None:
-    x, weight, bias, *ctx.settings = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, mean, rstd, weight, bias)
-
-
-def _backward(ctx, dout, _dmean, _drstd):
-    return *_native_group_norm_backward(dout, *ctx.saved_tensors, *ctx.settings), None, None, None, None
-
-
-native_group_norm.register_autograd(_backward, setup_context=_setup)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v, head by head.
 
@@ -125,14 +77,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         (B, T, heads * head_dim).
     """
     able = [name for name, can in (("triton", _triton_runs(q)), ("xformers", q.is_cuda and _has_xformers())) if can]
-    provider = choose("pruned_attention", q, *able)
+    provider = choose("pruned_attention", q.device, q.numel(), *able)
     if provider == "triton":
         return triton_ops.pruned_attention(q, k, v, heads)
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
     if provider == "xformers":
-        from xformers.ops import memory_efficient_attention
-
-        return memory_efficient_attention(q, k, v).flatten(-2)
+        return import_module("xformers.ops").memory_efficient_attention(q, k, v).flatten(-2)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(-2)
 
@@ -141,18 +91,83 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 def _has_xformers() -> bool:
     """Whether its extension was built for this torch: without it the package imports, and every call fails."""
     try:
-        from xformers.ops import memory_efficient_attention  # noqa: F401
-        from xformers.ops.fmha import cutlass
-
-        return cutlass.FwOp.is_available()
+        return import_module("xformers.ops.fmha").cutlass.FwOp.is_available()
     except (ImportError, OSError, AttributeError):
         return False
 
 
 def geglu(x: Tensor, proj: nn.Linear) -> Tensor:
     """The first half of proj(x) times the exact GELU of the second: (..., C) -> (..., F) (arXiv:2002.05202)."""
-    able = ["triton"] if _triton_runs(x) else []
-    if choose("geglu", x, *able) == "triton":
+    numel = x.numel() // proj.in_features * proj.out_features
+    if choose("geglu", x.device, numel, *["triton"] * _triton_runs(x)) == "triton":
         return triton_ops.geglu(F.linear(x, proj.weight), proj.bias)
     value, gate = proj(x).chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def denoise_loss(
+    student: Tensor,
+    target: Tensor,
+    teacher: Tensor,
+    weight: Tensor,
+    w_diffusion: float,
+    w_output: float,
+) -> tuple[Tensor, Tensor]:
+    """w_diffusion mean_b[weight_b mean (s_b - target_b)^2] + w_output mean (s - teacher)^2, and the two terms.
+
+    Args:
+        student: (B, ...) prediction; receives the gradient of the first result.
+        target: What is to be predicted, and
+        teacher: what the teacher predicts: constants of the student's shape.
+        weight: (B,) of each sample in the diffusion loss.
+        w_diffusion, w_output: Weights, not both 0. A term of weight 0 is not computed, whatever tensors it is given, and
+            reported as 0.
+
+    Returns:
+        () and (2,), fp32; the terms are before weighting, and detached.
+    """
+    inputs = [student] + [target] * bool(w_diffusion) + [teacher] * bool(w_output)
+    able = all(map(_triton_runs, inputs)) and _agree([(student, x) for x in inputs])
+    if choose("denoise_loss", student.device, student.numel(), *["triton"] * able) == "triton":
+        return triton_ops.denoise_loss(student, target, teacher, weight, w_diffusion, w_output)
+    s, zero = student.float(), torch.zeros((), device=student.device)
+    diffusion = (weight * (s - target.float()).square().flatten(1).mean(1)).mean() if w_diffusion else zero
+    output = F.mse_loss(s, teacher.float()) if w_output else zero
+    return w_diffusion * diffusion + w_output * output, torch.stack([diffusion, output]).detach()
+
+
+def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float) -> tuple[Tensor, Tensor]:
+    """`weight` times the mean over k of mean (s_k - t_k)^2, and that mean itself.
+
+    Args:
+        student: K tensors; receive the gradient of the first result.
+        teacher: K constants of the same shapes.
+        weight: Factor of the first result.
+
+    Returns:
+        Two scalars in fp32; the second is detached.
+    """
+    pairs = list(zip(student, teacher, strict=True))
+    able = []
+    if all(t.device.type == "cpu" and t.dtype == torch.float32 for pair in pairs for t in pair) and _agree(pairs):
+        able.append("native")
+    if all(_triton_runs(t) for pair in pairs for t in pair) and _agree(pairs):
+        able.append("triton")
+    provider = choose("feature_kd", student[0].device, sum(s.numel() for s in student), *able)
+    if provider == "native":
+        total, terms, _ = native.feature_kd(list(student), list(teacher), weight)
+    elif provider == "triton":
+        total, terms = triton_ops.feature_kd(student, teacher, weight)
+    else:
+        terms = torch.stack([F.mse_loss(s.float(), t.float()) for s, t in pairs])
+        total = weight * terms.mean()
+    return total, terms.detach().mean()
+
+
+def _agree(pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether both of each pair lie in memory alike, without gaps."""
+    return all(s.stride() == t.stride() and _is_dense(s) for s, t in pairs)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))

@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bilevel_fast.errors import UserError, nearest
 
@@ -26,12 +25,13 @@ SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
 
 
-def choose(op: str, x: Tensor, *able: str) -> str:
+def choose(op: str, device: torch.device, numel: int, *able: str) -> str:
     """The provider to run `op` on.
 
     Args:
         op: Name of the op.
-        x: Its main input; the device and the number of elements decide.
+        device: Where its inputs are.
+        numel: Elements of its main input; of all of them together where they are a list.
         able: Providers besides torch that can take these inputs.
 
     Raises:
@@ -39,7 +39,7 @@ def choose(op: str, x: Tensor, *able: str) -> str:
     """
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
-        wanted = TABLE.get(architecture(x.device), {}).get(op, {}).get(size_class(x.numel()), "torch")
+        wanted = TABLE.get(architecture(device), {}).get(op, {}).get(size_class(numel), "torch")
     elif wanted not in PROVIDERS:
         raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
     return wanted if wanted in able else "torch"

@@ -10,7 +10,7 @@ from torch import nn
 
 from bilevel_fast import ops, providers
 from bilevel_fast.architecture import MINI
-from bilevel_fast.native import GroupNorm
+from bilevel_fast.native import GroupNorm, operators
 from bilevel_fast.ops import attention, geglu, group_norm, group_norm_silu
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
@@ -25,6 +25,9 @@ TINY = replace(
     down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
     up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
 )
+
+# all but the one that runs a backward pass twice through the same graph
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
 @pytest.fixture
@@ -89,13 +92,13 @@ def test_time_and_padding(provider, monkeypatch):
 def test_native_group_norm_is_a_well_formed_operator():
     x, norm = normalised()
     x.requires_grad_()
-    torch.library.opcheck(ops.native_group_norm, (x, norm.weight, norm.bias, 8, 1e-5, 0, True))
+    torch.library.opcheck(operators.group_norm, (x, norm.weight, norm.bias, 8, 1e-5, 0, True))
 
 
 def test_not_differentiable_twice():
     x, norm = normalised()
     x.requires_grad_()
-    (dx,) = torch.autograd.grad(ops.native_group_norm(x, norm.weight, norm.bias, 8, 1e-5, 0, True)[0].sum(), x,
+    (dx,) = torch.autograd.grad(operators.group_norm(x, norm.weight, norm.bias, 8, 1e-5, 0, True)[0].sum(), x,
                                 create_graph=True)  # fmt: skip
     with pytest.raises(RuntimeError, match="no autograd formula"):
         dx.sum().backward()
@@ -110,6 +113,59 @@ def test_attention_and_geglu_by_hand(provider, monkeypatch):
     proj = nn.Linear(12, 16)
     value, gate = proj(q)[..., :8], proj(q)[..., 8:]
     torch.testing.assert_close(geglu(q, proj), value * F.gelu(gate), rtol=1e-4, atol=1e-5)
+
+
+def features(dtype=torch.float32):
+    shapes = [(2, 24, 3, 5), (2, 8, 1, 1)]
+    student = [torch.randn(s, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_() for s in shapes]
+    return student, [torch.randn_like(s) for s in student]
+
+
+@pytest.mark.parametrize("provider", ["torch", "native", "triton"])
+def test_feature_kd_by_hand(provider, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    student, teacher = features()
+    total, mean = ops.feature_kd(student, teacher, 0.1)
+    expected = sum((s - t).square().mean() for s, t in zip(student, teacher, strict=True)) / 2
+    torch.testing.assert_close(total, 0.1 * expected)
+    torch.testing.assert_close(mean, expected)
+    assert not mean.requires_grad
+    found = torch.autograd.grad(3.0 * total, student)  # an upstream gradient that is not 1
+    for g, s, t in zip(found, student, teacher, strict=True):
+        torch.testing.assert_close(g, 0.3 * (s - t) / s.numel())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, t: (s, [t[0].contiguous(), t[1]]),
+        lambda s, t: ([x[:, ::2] for x in s], [x[:, ::2] for x in t]),
+        lambda s, t: ([x.double() for x in s], [x.double() for x in t]),
+        lambda s, t: (s, [x.to(torch.bfloat16) for x in t]),
+    ],
+    ids=["layouts differ", "gaps", "fp64", "dtypes differ"],
+)
+def test_features_that_native_code_cannot_take_go_to_torch(change, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "native")
+    monkeypatch.setattr(operators, "feature_kd", lambda *_: pytest.fail("native code was called"))
+    student, teacher = change(*features())
+    assert ops.feature_kd(student, teacher, 1.0)[0] > 0
+
+
+def test_native_feature_kd_is_a_well_formed_operator():
+    student, teacher = features()
+    torch.library.opcheck(operators.feature_kd, (student, teacher, 0.1), test_utils=OPCHECKS)
+    torch.library.opcheck(operators.scale_unless_one, (teacher, torch.tensor(0.5)))
+    torch.library.opcheck(operators.scale_unless_one, (teacher, torch.tensor(1.0)))
+
+
+def test_native_feature_kd_refuses_a_second_backward_pass():
+    """The stored gradient was scaled in place; a second use would give a wrong answer."""
+    student, teacher = features()
+    total = operators.feature_kd(student, teacher, 0.1)[0]
+    torch.autograd.grad(total, student, torch.tensor(0.5), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, student)
 
 
 def unet_and_inputs():
@@ -160,8 +216,27 @@ def test_providers_are_asked_for_what_they_are_measured_on(monkeypatch):
     from benchmarks.cases import OPS
 
     asked = set()
-    monkeypatch.setattr(ops, "choose", lambda op, x, *able: asked.add(op) or providers.choose(op, x, *able))
+    monkeypatch.setattr(ops, "choose", lambda op, *args: asked.add(op) or providers.choose(op, *args))
     unet, inputs = unet_and_inputs()
     unet(*inputs)
     assert asked == {"group_norm_silu", "pruned_attention", "geglu"}
     assert asked <= set(OPS)
+
+
+@pytest.mark.parametrize("provider", ["torch", "triton"])
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, 0.0), (0.0, 2.0)], ids=str)
+def test_denoise_loss_by_hand(provider, weights, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    student, target, teacher = torch.randn(3, 2, 4, 5, 3).unbind()
+    student.requires_grad_()
+    weight = torch.tensor([0.3, 2.0])
+    diffusion = (weight[:, None, None, None] * (student - target).square()).mean() if weights[0] else torch.zeros(())
+    output = (student - teacher).square().mean() if weights[1] else torch.zeros(())
+    absent = torch.empty(0)
+    given = (target if weights[0] else absent, teacher if weights[1] else absent, weight if weights[0] else absent)
+    total, terms = ops.denoise_loss(student, *given, *weights)
+    torch.testing.assert_close(terms, torch.stack([diffusion, output]).detach())
+    expected = weights[0] * diffusion + weights[1] * output
+    torch.testing.assert_close(total, expected)
+    gradients = (torch.autograd.grad(3.0 * x, student)[0] for x in (total, expected))
+    torch.testing.assert_close(*gradients)

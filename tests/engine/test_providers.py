@@ -8,7 +8,8 @@ from bilevel_fast import providers
 from bilevel_fast.errors import UserError
 from bilevel_fast.providers import choose
 
-SMALL, LARGE = torch.zeros(8), torch.zeros(2**22)
+CPU = torch.device("cpu")
+SMALL, MEDIUM, LARGE = (CPU, 8), (CPU, 2**20), (CPU, 2**22)
 
 
 @pytest.fixture(autouse=True)
@@ -19,33 +20,33 @@ def _table(monkeypatch):
 
 
 def test_the_table_decides_by_size():
-    assert choose("op", SMALL, "native", "triton") == "native"
-    assert choose("op", LARGE, "native", "triton") == "triton"
+    assert choose("op", *SMALL, "native", "triton") == "native"
+    assert choose("op", *LARGE, "native", "triton") == "triton"
 
 
 def test_what_the_table_does_not_name_is_torch():
-    assert choose("other", SMALL, "native") == "torch"
-    assert choose("op", torch.zeros(2**20), "native", "triton") == "torch"  # medium
-    assert choose("op", torch.zeros(8, device="meta"), "native", "triton") == "torch"
+    assert choose("other", *SMALL, "native") == "torch"
+    assert choose("op", *MEDIUM, "native", "triton") == "torch"
+    assert choose("op", torch.device("meta"), 8, "native", "triton") == "torch"
 
 
 def test_a_winner_that_cannot_take_the_input_is_torch():
-    assert choose("op", SMALL, "triton") == "torch"
-    assert choose("op", SMALL) == "torch"
+    assert choose("op", *SMALL, "triton") == "torch"
+    assert choose("op", *SMALL) == "torch"
 
 
 def test_the_environment_overrules_the_table(monkeypatch):
     monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")
-    assert choose("op", SMALL, "native") == "torch"
+    assert choose("op", *SMALL, "native") == "torch"
     monkeypatch.setenv("BILEVEL_FAST_OPS", "triton")
-    assert choose("op", SMALL, "native", "triton") == "triton"
-    assert choose("op", SMALL, "native") == "torch"
+    assert choose("op", *SMALL, "native", "triton") == "triton"
+    assert choose("op", *SMALL, "native") == "torch"
 
 
 def test_a_mistyped_provider(monkeypatch):
     monkeypatch.setenv("BILEVEL_FAST_OPS", "tritn")
     with pytest.raises(UserError, match=r"BILEVEL_FAST_OPS=tritn .* no such provider; did you mean 'triton'"):
-        choose("op", SMALL)
+        choose("op", *SMALL)
 
 
 def test_size_classes():
