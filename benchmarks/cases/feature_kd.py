@@ -1,14 +1,17 @@
 """Feature distillation over the nine block outputs of SD 2.1 at 512 px.
 
-Backward alone is no case: the gradient is written in the forward pass, and a graph runs backward once.
+Backward alone is no case: the gradient is written in the forward pass, and a graph runs backward once. Our CUDA code
+always writes it, and is called below autograd.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from benchmarks.cases import Case, Unavailable
+from bilevel_fast.native import cuda as native
 from bilevel_kernels.feature_kd import feature_kd, feature_kd_bytes, feature_kd_ref
 
 # after the down- and upsamplers: down_blocks.0-3, mid_block, up_blocks.0-3; pruning leaves them alone
@@ -40,17 +43,25 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
     def compiled(grad: bool) -> Callable[[], Callable[[], object]]:
         def make() -> Callable[[], object]:
             if device.type != "cuda":
-                raise Unavailable("torch.compile is measured on a GPU")
-            return provider(torch.compile(feature_kd_ref), grad)()
+                raise Unavailable("compiled for a GPU only")
+            torch._dynamo.reset()  # cases share code: no trace of the shapes before
+            return provider(torch.compile(feature_kd_ref, dynamic=False), grad)()
 
         return make
+
+    def cuda() -> Callable[[], object]:
+        if device.type != "cuda" or not native.is_built():
+            raise Unavailable("bilevel_fast._cuda is not built" if device.type == "cuda" else "measured on a GPU")
+        student, teacher = outputs(torch.randn), outputs(torch.randn)
+        return lambda: native.feature_kd(student, teacher, WEIGHT)
 
     meta = [torch.empty(batch, c, side, side, device="meta", dtype=dtype) for c, side in BLOCKS]
     return [
         Case(
             "feature_kd",
             f"nine blocks b{batch} {name}",
-            {"triton": provider(feature_kd, grad), "torch": provider(feature_kd_ref, grad), "compile": compiled(grad)},
+            {"triton": provider(feature_kd, grad), "torch": provider(feature_kd_ref, grad), "compile": compiled(grad)}
+            | ({"cuda": cuda} if grad else {}),
             bytes=feature_kd_bytes(meta, meta, grad),
             numel=sum(s.numel() for s in meta),
         )
