@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -97,7 +99,8 @@ def _case(layer: Layer, batch: int, backward: bool) -> Case:
 def _compile(layer: Layer) -> Forward:
     if layer.device.type != "cuda":
         raise Unavailable("compiled for a GPU only")
-    torch._functorch.config.donated_buffer = False  # the same graph is differentiated over and over
+    functorch.donated_buffer = False  # the same graph is differentiated over and over
+    torch._dynamo.reset()  # cases share code, and the ninth shape of it would run eagerly
     return torch.compile(layer.apply(group_norm_silu_ref), dynamic=False)
 
 

@@ -14,9 +14,10 @@ Layout     x and out channels_last, time contiguous; anything else is refused
            padding: not looked at in x and dout, zero in out, dx and dtime
 Numerics   variance from centred squares: those of a tile about the tile's mean, tiles joined by Chan's formula;
            sums of tiles are stored and added in a second pass: no atomics, the same bits every run
-Traffic    least: forward reads and writes x once, backward reads x and dout and writes dx. So do groups that fit
-           one tile. Others are read twice, the second time in reverse: what was read last is still in the cache
-Source     arXiv:1803.08494; joining of tiles: Chan, Golub and LeVeque, 1979, "Updating formulae", eq. 2.1
+Traffic    n elements in x. Least: forward 2n, backward 3n, as where a group fits one tile (backward reads that tile
+           again, out of the L1 cache). Elsewhere 3n and 5n, less what the L2 cache still holds: the second reading
+           walks backwards. The sums of tiles add 16 to 24 bytes for each 128 elements
+Source     arXiv:1803.08494; joining of tiles: Chan, Golub and LeVeque, "Updating formulae", 1979
 """
 
 import torch
@@ -26,9 +27,9 @@ from torch import Tensor
 
 from bilevel_kernels import group_norm_kernels as kernels
 
-TILE, BLOCK_C = 128, 64  # pixels and channels of a program: rows of 128 B in 16 bit, 64 values a thread in 4 warps
-SMALL = 16384  # most elements of a tile that holds a whole group: 32 values a thread in 16 warps
-WARPS = 8
+TILE, BLOCK_C = 128, 64  # pixels and channels of a program: rows of 128 B in 16 bit
+SMALL = 32768  # most bytes of a tile that holds a whole group
+THREAD = 64  # bytes of x in a thread's hands; more cost registers and with them occupancy
 BLOCK_K = 32  # tiles, or samples, that the second passes add at a time
 
 
@@ -54,8 +55,7 @@ def group_norm_silu_ref(
 
 
 # --- kernels --------------------------------------------------------------------------------
-# In group_norm_kernels.py. A `small` one has a program for each (group, sample); the others have one for each tile of
-# TILE pixels and BLOCK_C channels, or join what those found.
+# In group_norm_kernels.py: tiles of TILE pixels and BLOCK_C channels and what joins them, or all pixels of a group.
 
 
 # --- launchers ------------------------------------------------------------------------------
@@ -65,9 +65,13 @@ def _small_config(x: Tensor, padding: int, groups: int) -> dict[str, int] | None
     """Of the kernels that hold a whole group of a sample in one tile; None where there is none."""
     pixels, width = x.shape[2] * x.shape[3], (x.shape[1] - padding) // groups
     tile, block = triton.next_power_of_2(pixels), triton.next_power_of_2(width)
-    if padding or tile * block > SMALL:  # padding is no group's: nobody would write it
+    if padding or tile * block * x.itemsize > SMALL:  # padding is no group's: nobody would write it
         return None
-    return {"WIDTH": width, "TILE": tile, "BLOCK_W": block, "num_warps": max(1, tile * block // 1024)}
+    return {"WIDTH": width, "TILE": tile, "BLOCK_W": block, "num_warps": _warps(tile * block, x)}
+
+
+def _warps(elements: int, x: Tensor) -> int:
+    return max(1, elements * x.itemsize // (32 * THREAD))
 
 
 @torch.library.custom_op("bilevel_kernels::group_norm_silu_fwd", mutates_args=())
@@ -87,7 +91,7 @@ def group_norm_silu_fwd(
     K, WIDTH = triton.cdiv(HW, TILE), C // groups
     BLOCK_W = triton.next_power_of_2(WIDTH)
     tiles = (triton.cdiv(ROW, BLOCK_C), K, B)
-    sizes = {"C": C, "ROW": ROW, "TILE": TILE, "BLOCK_C": BLOCK_C, "num_warps": WARPS}
+    sizes = {"C": C, "ROW": ROW, "TILE": TILE, "BLOCK_C": BLOCK_C, "num_warps": _warps(TILE * BLOCK_C, x)}
     tile_mean, tile_m2 = (torch.empty(B, K, C, dtype=torch.float32, device=x.device) for _ in range(2))
     kernels.gn_tile_moments_kernel[tiles](x, time, tile_mean, tile_m2, HW, **sizes)
     kernels.gn_moments_kernel[(groups, B)](
@@ -125,7 +129,7 @@ def group_norm_silu_bwd(
         BLOCK_W = triton.next_power_of_2(WIDTH)
         tiles = (triton.cdiv(ROW, BLOCK_C), K, B)
         sizes = {"C": C, "ROW": ROW, "WIDTH": WIDTH}
-        config = {"SILU": silu, "TILE": TILE, "BLOCK_C": BLOCK_C, "num_warps": WARPS}
+        config = {"SILU": silu, "TILE": TILE, "BLOCK_C": BLOCK_C, "num_warps": _warps(TILE * BLOCK_C, x)}
         sums = [torch.empty(B, K, C, dtype=torch.float32, device=x.device) for _ in range(2 if time is None else 3)]
         sums += [None] * (3 - len(sums))
         c0, c1 = (torch.empty_like(mean) for _ in range(2))
