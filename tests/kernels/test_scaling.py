@@ -3,6 +3,7 @@ import torch
 
 from bilevel_kernels import scaling
 from bilevel_kernels.scaling import scale_unless_one, scale_unless_one_, scale_unless_one_ref
+from mutants import mutated
 from numerics import assert_no_worse_than_eager
 
 SIZES = [(1,), (17,), (3, 5, 7, 11), (2, 4, 32, 32)]  # one element, ragged, several blocks
@@ -88,3 +89,23 @@ def test_is_a_well_formed_custom_op(device):
 def test_refuses(tensors, factor, message):
     with pytest.raises(ValueError, match=message):
         scale_unless_one_(tensors, factor)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (".to(tl.float32) * by", ".to(tl.float32)"),
+        ("if factor != 1.0", "if factor > 1.0"),
+        ("tl.static_range(len(x_ptrs))", "tl.static_range(1)"),
+        ("(x * factor)", "(x * factor * factor)"),
+        ("start += tl.num_programs(0) * BLOCK", "start += 2 * tl.num_programs(0) * BLOCK"),
+    ],
+    ids=["by", "shrinks", "first-only", "twice", "skips"],
+)
+def test_notices(old, new, tmp_path, device, monkeypatch):
+    bug = mutated(scaling.__file__, old, new, tmp_path)
+    monkeypatch.setattr(bug, "BLOCK", 16)
+    monkeypatch.setattr(bug, "PROGRAMS", 2)
+    tensors = [torch.ones(n, device=device) for n in (17, 100)]
+    bug.scale_unless_one_(tensors, torch.tensor(0.25, device=device), 2.0)
+    assert not all(torch.equal(x, torch.full_like(x, 0.5)) for x in tensors)
