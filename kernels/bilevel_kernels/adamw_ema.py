@@ -71,10 +71,11 @@ def _log(beta: float) -> float:
 @triton.jit
 def _one_minus_exp(x):
     """1 - exp(x) for x <= 0. Near 0 the difference would cancel: there, the series."""
-    series = 1.0 + x * (1.0 / 9)  # 1e-8 from the sum at -0.5
+    near = tl.maximum(x, -0.5)
+    series = 1.0 + near * (1.0 / 9)  # at -0.5, a relative 1e-8 short of all terms
     for i in tl.static_range(8, 1, -1):
-        series = 1.0 + x * (1.0 / i) * series
-    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+        series = 1.0 + near * (1.0 / i) * series
+    return tl.where(x > -0.5, -near * series, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -107,12 +108,13 @@ def _adamw_ema_kernel(
             return
     offs = (tl.program_id(0) + first).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = None if WHOLE else offs < n
-    p = tl.load(p_ptr + offs, mask=mask)
-    g = tl.load(g_ptr + offs, mask=mask).to(tl.float32)
-    m = tl.load(m_ptr + offs, mask=mask)
-    v = tl.load(v_ptr + offs, mask=mask)
+    other = None if WHOLE else 0.0
+    p = tl.load(p_ptr + offs, mask=mask, other=other)
+    g = tl.load(g_ptr + offs, mask=mask, other=other).to(tl.float32)
+    m = tl.load(m_ptr + offs, mask=mask, other=other)
+    v = tl.load(v_ptr + offs, mask=mask, other=other)
     if ema_ptr is not None:
-        ema = tl.load(ema_ptr + offs, mask=mask)
+        ema = tl.load(ema_ptr + offs, mask=mask, other=other)
     lr = tl.load(lr_ptr)
     step = tl.load(step_ptr)
     if clip_ptr is not None:
