@@ -110,11 +110,10 @@ void run_cuda(const std::vector<Tensor>& tensors, const CudaSettings& s, const C
   const bool ema = tensors.front().ema != nullptr, copy = tensors.front().copy != nullptr;
   const auto kernel = ema ? (copy ? step_kernel<true, true> : step_kernel<true, false>)
                           : (copy ? step_kernel<false, true> : step_kernel<false, false>);
-  multi_tensor::for_tables(tensors, kChunk, queue, "adamw_ema",
-                           [&](const Table& table, std::int64_t, cudaStream_t stream) {
-                             kernel<<<table.first[table.size], kThreads, 0, stream>>>(
-                                 table, constants, scalars);
-                           });
+  multi_tensor::for_tables(
+      tensors, kChunk, queue, "adamw_ema", [&](const Table& table, cudaStream_t stream) {
+        kernel<<<table.first[table.size], kThreads, 0, stream>>>(table, constants, scalars);
+      });
 }
 
 }  // namespace adamw_ema

@@ -78,6 +78,7 @@ __global__ __launch_bounds__(kThreads) void loss_kernel(const __grid_constant__ 
 
 }  // namespace
 
+// Launches follow each other and share the workspace: this is what one of all pairs would need.
 std::int64_t workspace(const std::vector<std::int64_t>& counts) {
   std::int64_t total = 0;
   for (const std::int64_t count : counts) total += multi_tensor::chunks(count, kChunk);
@@ -87,10 +88,9 @@ std::int64_t workspace(const std::vector<std::int64_t>& counts) {
 void run_cuda(float* losses, void* workspace, const std::vector<CudaPair>& pairs, Dtype dtype,
               cuda::Queue queue) {
   float* out = losses;
+  float* const partials = static_cast<float*>(workspace);
   multi_tensor::for_tables(
-      pairs, kChunk, queue, "feature_kd",
-      [&](const Table& table, std::int64_t before, cudaStream_t stream) {
-        float* const partials = static_cast<float*>(workspace) + before;
+      pairs, kChunk, queue, "feature_kd", [&](const Table& table, cudaStream_t stream) {
         const int blocks = table.first[table.size];
         switch (dtype) {
           case Dtype::float32:

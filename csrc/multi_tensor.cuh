@@ -28,7 +28,7 @@ inline std::int64_t chunks(std::int64_t count, std::int64_t chunk) {
   return (count + chunk - 1) / chunk;
 }
 
-// Calls launch(table, chunks before it) for up to kTensors tensors at a time.
+// Calls launch(table, stream) for up to kTensors tensors at a time.
 template <typename Tensor, typename Launch>
 void for_tables(const std::vector<Tensor>& tensors, std::int64_t chunk, cuda::Queue queue,
                 const char* name, const Launch& launch) {
@@ -38,7 +38,6 @@ void for_tables(const std::vector<Tensor>& tensors, std::int64_t chunk, cuda::Qu
     }
   };
   check(cudaSetDevice(queue.device));
-  std::int64_t before = 0;
   for (std::size_t begin = 0; begin < tensors.size(); begin += kTensors) {
     Table<Tensor> table{};
     table.size = static_cast<int>(std::min<std::size_t>(kTensors, tensors.size() - begin));
@@ -48,9 +47,8 @@ void for_tables(const std::vector<Tensor>& tensors, std::int64_t chunk, cuda::Qu
       if (end > INT32_MAX) throw std::runtime_error(std::string(name) + ": more than 2^31 blocks");
       table.first[i + 1] = static_cast<int>(end);
     }
-    launch(table, before, static_cast<cudaStream_t>(queue.stream));
+    launch(table, static_cast<cudaStream_t>(queue.stream));
     check(cudaGetLastError());
-    before += table.first[table.size];
   }
 }
 

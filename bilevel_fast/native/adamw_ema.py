@@ -24,7 +24,7 @@ class Trained:
     """Moving averages of the parameters, or None for none."""
     copies: Sequence[Tensor] | None = None
     """The parameters after the step, in bfloat16; or None."""
-    _checked: list[list[int]] = field(default_factory=list, init=False, repr=False)
+    _checked: list[object] = field(default_factory=list, init=False, repr=False)
 
     def pointers(self, device: torch.device) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
         """Addresses in the order of the fields; empty lists for None.
@@ -36,7 +36,7 @@ class Trained:
         """
         lists = (self.parameters, self.exp_avgs, self.exp_avg_sqs, self.emas, self.copies)
         found = [[t.data_ptr() for t in tensors or ()] for tensors in lists]
-        if found != self._checked:
+        if self._checked != [device, *found]:
             check_dense("parameter", self.parameters)
             names = ("parameter", "exp_avg", "exp_avg_sq", "ema", "copy")
             for name, tensors in zip(names, lists, strict=True):
@@ -44,7 +44,7 @@ class Trained:
                     dtype = torch.bfloat16 if name == "copy" else torch.float32
                     flat_pointers(name, tensors, "parameter", self.parameters, dtype, device)
             check_apart(found)
-            self._checked[:] = found
+            self._checked[:] = [device, *found]
         parameters, exp_avgs, exp_avg_sqs, emas, copies = found
         return parameters, exp_avgs, exp_avg_sqs, emas, copies
 

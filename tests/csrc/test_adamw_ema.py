@@ -241,6 +241,8 @@ def test_a_changed_tensor_is_looked_at_again():
     parameter.data = parameter.data.clone()
     SETTINGS.step(written, [gradient], LR, 2)
     assert (parameter < -1.5 * LR).all()
+    with pytest.raises(ValueError, match=r"parameter 0: torch\.float32 on cpu, expected torch.float32 on cuda"):
+        written.pointers(torch.device("cuda"))
     parameter.data = parameter.data.to(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match="exp_avg 0 and parameter 0 differ in memory order"):
         SETTINGS.step(written, [gradient], LR, 3)
