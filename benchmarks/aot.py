@@ -109,9 +109,11 @@ def _read(kernel: Any, sm: int) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage, sass = (_cuobjdump(flag, file.name) for flag in ("-res-usage", "-sass"))
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "-res-usage", "-sass", file.name]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = (
-        int(found[1]) if (found := re.search(rf"\b{key}:(\d+)", usage)) else 0 for key in ("REG", "STACK", "LOCAL")
+        int(found[1]) if (found := re.search(rf"\b{key}:(\d+)", sass)) else 0 for key in ("REG", "STACK", "LOCAL")
     )
     meta = kernel.metadata
     names = kernel.src.fn.arg_names
@@ -132,11 +134,6 @@ def _read(kernel: Any, sm: int) -> Compiled:
     )
 
 
-def _cuobjdump(flag: str, path: str) -> str:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    return subprocess.run([tool, flag, path], check=True, capture_output=True, text=True).stdout
-
-
 @lru_cache
 def _occupancy(card: Card, warps: int, registers: int, shared: int) -> float:
     per_warp = -(-registers * 32 // 256) * 256  # registers are given out in units of 256 per warp
@@ -149,16 +146,21 @@ def _occupancy(card: Card, warps: int, registers: int, shared: int) -> float:
     return blocks * warps / card.warps
 
 
-def compile_op(op: str, dtype: str, sm: int, batch: int = 2) -> list[tuple[str, Compiled]]:
-    """(case, kernel) of every kernel that the benchmark cases of an op launch; each kernel once."""
+def compile_op(op: str, dtype: str, sm: int, skip: tuple[str, ...] = ()) -> list[tuple[str, Compiled]]:
+    """(case, kernel) of every kernel that the benchmark cases of an op launch at batch 2; each kernel once.
+
+    Cases with one of the words of `skip` in their names are left out.
+    """
     import importlib
 
     import torch
 
-    cases = importlib.import_module(f"benchmarks.cases.{op}").cases(batch, torch.device("cpu"), getattr(torch, dtype))
+    cases = importlib.import_module(f"benchmarks.cases.{op}").cases(2, torch.device("cpu"), getattr(torch, dtype))
     rows: list[tuple[str, Compiled]] = []
     with offline(sm) as compiled:
         for case in cases:
+            if set(skip) & set(case.name.split()):
+                continue
             before = len(compiled)
             call: Callable[[], object] = case.providers["triton"]()
             call()

@@ -74,9 +74,7 @@ def measure(case: Case, rounds: int, device: torch.device, roof: tuple[float, fl
     graphs: dict[str, bool] = {}
     for name, make in case.providers.items():
         try:
-            call = make()
-            call()
-            calls[name], graphs[name] = captured(call) if device.type == "cuda" else (call, False)
+            calls[name], graphs[name] = captured(make) if device.type == "cuda" else (make(), False)
         except Unavailable as error:
             missing[name] = str(error)
         except torch.OutOfMemoryError:
@@ -129,6 +127,7 @@ def main() -> None:
         for case in all_cases(op, settings.batch, device, dtype):
             if (op, case.name, shared["dtype"]) in done:
                 continue
+            done.add((op, case.name, shared["dtype"]))
             found = [{**row, **shared} for row in measure(case, settings.rounds, device, roof)]
             rows += found
             for row in found:

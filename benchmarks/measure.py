@@ -61,12 +61,17 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def captured(call: Callable[[], object]) -> tuple[Callable[[], object], bool]:
-    """The call as a CUDA graph and True, or the call itself and False where it cannot be captured."""
+def captured(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], bool]:
+    """The call that `make` returns, as a CUDA graph and True; or itself and False where it cannot be captured.
+
+    All of it happens on one side stream: what `make` prepares for a backward pass must be on the stream of the capture.
+    """
     import torch
 
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
+        call = make()
         for _ in range(3):  # lazy initialisation and autotuning must be over
             call()
     torch.cuda.synchronize()

@@ -120,7 +120,7 @@ def denoise_loss(
         target: What is to be predicted, and
         teacher: what the teacher predicts: constants of the student's shape.
         weight: (B,) of each sample in the diffusion loss.
-        w_diffusion, w_output: Weights, not both 0. A term of weight 0 is not computed, whatever tensors it is given, and
+        w_diffusion, w_output: Weights, not both 0. A term of weight 0 is not computed, whatever tensors it gets, and
             reported as 0.
 
     Returns:

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# All that is worth knowing about the kernels on a GPU, the most important first; what is written so far survives a kill.
+#
+#   OUT=results bash benchmarks/gpu_kernels.sh
+#
+# Needs torch, triton, numpy, safetensors, pytest and a C++ compiler; tyro and pybind11 as wheels beside it or installed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:?set OUT to the folder for the results}
+mkdir -p "$out"
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests"
+
+step() {  # step NAME SECONDS COMMAND...: runs it, keeps its output and how it ended
+  local name=$1 limit=$2 status
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.txt" 2>&1
+  status=$?
+  echo "$(date -u +%H:%M:%S) $name: exit $status" | tee -a "$out/steps.txt"
+}
+
+nvidia-smi >"$out/nvidia-smi.txt" 2>&1
+step install 150 python -m pip install --no-index --find-links wheels --no-build-isolation --no-deps -e .
+# Right before fast: a time of a kernel that is wrong says nothing.
+step tests 240 python -m pytest -q -m gpu tests/kernels tests/csrc tests/engine
+for op in group_norm_silu feature_kd adamw_ema pruned_attention geglu structured_conv2d denoise_loss noise_v steered_mse; do
+  step "kernels_$op" 120 python -m benchmarks.kernels --device cuda --op "$op" --out "$out/kernels.jsonl"
+done
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+for tool in memcheck racecheck; do
+  step "$tool" 200 "$sanitizer" --tool "$tool" --error-exitcode 1 python -m benchmarks.once --device cuda
+done
+step tune 60 python -m benchmarks.kernels --device cuda --out "$out/kernels.jsonl" --tune
+cp bilevel_fast/providers.json "$out/"
