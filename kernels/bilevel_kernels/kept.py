@@ -94,12 +94,40 @@ class Kept:
         """For units of `width` channels; kept on the device, so the copy is made once."""
         return _index(self, width, self.samples(batch), device)
 
+    def encoded(self) -> list[int]:
+        """As whole numbers, which a custom operator can take; `decoded` is the way back."""
+        return [self.units, len(self.rows), *self.rows, *(n for units in self.lists for n in (len(units), *units))]
+
     def mask(self, width: int, batch: int, device: torch.device) -> Tensor:
         """(batch, units * width) bool, true where kept: what the references multiply by."""
         mask = torch.zeros(batch, self.units, dtype=torch.bool)
         for sample, row in enumerate(self.samples(batch)):
             mask[sample, list(self.lists[row])] = True
         return mask.repeat_interleave(width, dim=1).to(device)
+
+
+def vec(kept: Kept | None, channels: int) -> int:
+    """Channels that are next to each other wherever a list has them: the power of two in a unit's width, 16 at most.
+
+    Runs of so many start at a multiple of it, in a list as in memory: the compiler is told, and copies them whole.
+    """
+    width = channels // kept.units if kept else channels
+    return min(width & -width, 16)
+
+
+@lru_cache(maxsize=1024)
+def decoded(numbers: tuple[int, ...]) -> Kept | None:
+    """The `Kept` of which these are `encoded`; None of none."""
+    if not numbers:
+        return None
+    units, count, *rest = numbers
+    rows, lists = rest[:count], []
+    rest = rest[count:]
+    while rest:
+        length, *rest = rest
+        lists.append(tuple(rest[:length]))
+        rest = rest[length:]
+    return Kept(units, tuple(lists), tuple(rows))
 
 
 @lru_cache(maxsize=1024)

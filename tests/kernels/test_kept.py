@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bilevel_kernels.kept import Kept
+from bilevel_kernels.kept import Kept, decoded
 
 CPU = torch.device("cpu")
 
@@ -21,6 +21,12 @@ def test_a_list_for_each_sample_is_stored_once():
     assert index.counts.tolist() == [1, 4]
     assert index.rows.tolist() == [0, 1, 0]
     assert kept.mask(2, 3, CPU).int().tolist() == [[0, 0, 1, 1, 0, 0, 0, 0], [1] * 8, [0, 0, 1, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("kept", [Kept.same(4, [0, 2]), Kept.per_sample(4, [[1], [0, 1, 2, 3], [1]])])
+def test_encoded_and_back(kept):
+    assert decoded(tuple(kept.encoded())) == kept
+    assert decoded(()) is None
 
 
 def test_is_everything():
