@@ -124,8 +124,8 @@ def page() -> str:
     parts += [
         *("", "## Compiled", ""),
         "Needs no GPU: `python -m benchmarks.compile_matrix --check`, which CI runs. The most registers, bytes spilled",
-        "and shared memory, the lowest occupancy and number of tensor-core instructions, and the range of 16-byte loads",
-        "and copies, over all cases in which a kernel is launched.",
+        "and shared memory, the lowest occupancy and number of tensor-core instructions, and the range of 16-byte",
+        "loads and copies, over all cases in which a kernel is launched.",
         *("", *compiled(load("compile_matrix.jsonl"))),
     ]
     return "\n".join(parts) + "\n"

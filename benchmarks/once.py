@@ -1,6 +1,6 @@
 """Every op once, forward and backward, on one small shape each: what compute-sanitizer looks at.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.once --device cuda
+compute-sanitizer --tool memcheck python -m benchmarks.once --device cuda
 """
 
 from collections.abc import Iterator

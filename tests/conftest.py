@@ -8,11 +8,14 @@ if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if DEVICE == "cpu":
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    """Tests of kernels are tests of the GPU where there is one, and of Triton's interpreter elsewhere."""
+    for item in items:
+        if DEVICE == "cuda" and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        elif DEVICE == "cpu" and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture
