@@ -3,7 +3,7 @@
 compute-sanitizer --tool memcheck python -m benchmarks.once --device cuda
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Literal
@@ -13,6 +13,7 @@ import torch
 from benchmarks.cases import OPS, Case
 from bilevel_fast import errors, flags
 from bilevel_fast.errors import UserError
+from bilevel_kernels import adamw_ema_
 
 
 @dataclass(frozen=True)
@@ -23,24 +24,36 @@ class Settings:
     """Where to run; on the CPU in Triton's interpreter, with TRITON_INTERPRET=1."""
 
 
-def smallest(device: torch.device) -> Iterator[Case]:
-    """Of every op and every direction, the pruned case with the fewest elements."""
+def calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Of every op, in every direction and with every kept ratio, the case with the fewest elements."""
     for op in OPS:
-        cases: dict[str, Case] = {}
+        if op == "adamw_ema":  # its cases are as large as the model
+            yield "adamw_ema 100003", lambda: _adamw(device)
+            continue
+        cases: dict[tuple[str, ...], Case] = {}
         for case in import_module(f"benchmarks.cases.{op}").cases(1, device, torch.float16):
-            direction = case.name.split()[-1]
-            if "0.80" not in case.name and case.numel < cases.get(direction, case).numel + 1:
-                cases[direction] = case
-        yield from cases.values()
+            words = case.name.split()
+            kind = (words[-1], *(label for label in ("dense", "0.55") if label in words))
+            if "0.80" not in words and case.numel <= cases.get(kind, case).numel:
+                cases[kind] = case
+        for case in cases.values():
+            yield f"{op} {case.name}", lambda case=case: case.providers["triton"]()()
+
+
+def _adamw(device: torch.device) -> None:
+    p, m, v, ema = (torch.rand(100_003, device=device) for _ in range(4))
+    gradient, copy = (torch.rand_like(p).half() for _ in range(2))
+    one = torch.ones((), device=device)
+    adamw_ema_(p, gradient, m, v, lr=1e-3 * one, step=one, ema=ema, copy=copy)
 
 
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.once", __doc__)
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU")
-    for case in smallest(torch.device(settings.device)):
-        case.providers["triton"]()()
-        print(case.op, case.name)
+    for name, call in calls(torch.device(settings.device)):
+        call()
+        print(name, flush=True)
     if settings.device == "cuda":
         torch.cuda.synchronize()
 

@@ -15,7 +15,7 @@ KERNELS = sorted((ROOT / "kernels" / "bilevel_kernels").glob("*.py"))
 
 # A training step needs these modules, and they need nothing but the four packages below.
 CORE = [
-    *("architecture", "structure", "macs", "unet", "ops", "native", "randomness"),
+    *("architecture", "structure", "macs", "unet", "ops", "providers", "randomness"),
     *("diffusion", "teacher", "losses", "optim", "bilevel"),
 ]
 
@@ -67,7 +67,10 @@ def test_a_kernel_imports_torch_and_triton_only(path):
     assert set(top_level_names(path)) <= allowed
 
 
-@pytest.mark.parametrize("module", CORE)
+NATIVE = sorted(f"native/{path.stem}" for path in (ROOT / "bilevel_fast" / "native").glob("*.py"))
+
+
+@pytest.mark.parametrize("module", CORE + NATIVE)
 def test_the_core_imports_four_packages_only(module):
     path = ROOT / "bilevel_fast" / f"{module}.py"
     allowed = {"torch", "triton", "numpy", "safetensors", "bilevel_fast", "bilevel_kernels"}
