@@ -135,6 +135,8 @@ def main() -> None:
             if settings.out is not None:
                 with settings.out.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in found)
+    if not rows:
+        raise UserError(f"nothing to measure: no implementation of {settings.op} but torch's runs on the {device.type}")
     if settings.tune:
         tune(rows, device)
 

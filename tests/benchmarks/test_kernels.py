@@ -102,6 +102,7 @@ def test_rows_are_appended_once(tmp_path):
 
 def test_bad_input_is_one_line():
     assert run("--op", "geglo").stderr == "error: --op geglo: no such op; did you mean 'geglu'?\n"
+    assert run("--op", "geglu").stderr.startswith("error: nothing to measure: no implementation of geglu but torch's")
     if not torch.cuda.is_available():
         assert run("--device", "cuda").stderr == "error: --device cuda: this machine has no GPU\n"
 
