@@ -330,6 +330,8 @@ def pruned_attention(
             raise ValueError(f"{name}: {x.dtype} is none of float32, float16 and bfloat16")
         if (x.dtype, x.device) != (q.dtype, q.device):
             raise ValueError(f"{name}: {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
+        if x.shape[1] * x.shape[2] >= 2**31:
+            raise ValueError(f"{name}: a sample of {tuple(x.shape)} has 2**31 elements or more")
         if not x.is_contiguous():
             raise ValueError(f"{name}: strides {x.stride()} of shape {tuple(x.shape)} are not contiguous")
     if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:

@@ -192,6 +192,7 @@ def test_notices_keys_past_the_last_in_dq(tmp_path):
         (lambda q, k, v, _: (q, k.half(), v, HEADS), "k: torch.float16 on cpu, q is torch.float32"),
         (lambda q, k, v, _: (q, k, v.to("meta"), HEADS), "v: torch.float32 on meta"),
         (lambda q, k, v, _: (q.mT.contiguous().mT, k, v, HEADS), r"q: strides \(2368, 1, 37\) .* are not contiguous"),
+        (lambda q, k, v, _: (q[:, :1].expand(3, 2**25, 64), k, v, HEADS), r"q: a sample of .* has 2\*\*31 elements"),
         (lambda q, k, v, _: (q, k[:1], v[:1], HEADS), r"k: shape \(1, 77, 64\) does not fit q \(3, 37, 64\)"),
         (lambda q, k, v, _: (q, k, v[:, 1:].contiguous(), HEADS), r"v: shape \(3, 76, 64\), k has \(3, 77, 64\)"),
         (lambda q, k, v, _: (q, k, v, 5), "heads: 5 of 64 channels"),
