@@ -2,7 +2,7 @@
 
     python -m benchmarks.compile_matrix            compile and print
     python -m benchmarks.compile_matrix --check    fails on a row worse than the committed table, or not in it
-    python -m benchmarks.compile_matrix --write    replaces the committed table
+    python -m benchmarks.compile_matrix --write    replaces the committed table, or the rows of --op
 
 The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units.
 A row is worse if it spills, needs more shared memory than the card has, computes in fp64, holds fewer warps on an SM
@@ -41,7 +41,7 @@ class Settings:
     check: bool = False
     """Compare with the committed table; exit with 1 if a row is worse."""
     write: bool = False
-    """Replace the committed table."""
+    """Replace the committed table, or the rows of `op` in it."""
     json: bool = False
     """One JSON object per row instead of text."""
 
@@ -111,15 +111,15 @@ def main() -> None:
     settings = flags.parse(Settings, "benchmarks.compile_matrix", __doc__)
     if settings.op is not None and settings.op not in OPS:
         raise UserError(f"--op {settings.op}: no such op{nearest(settings.op, OPS)}")
-    if settings.op is not None and settings.write:
-        raise UserError("--write takes the rows of all ops: leave --op out")
     ops = OPS if settings.op is None else (settings.op,)
     table = [row for row in load() if row["op"] in ops] if settings.check else []
     rows = compile_all(ops)
     for row in rows if settings.json or not settings.check else []:
         print(json.dumps(row) if settings.json else text(row))
     if settings.write:
-        TABLE.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        others = [] if settings.op is None else [row for row in load() if row["op"] != settings.op]
+        table = sorted(others + rows, key=lambda row: OPS.index(row["op"]))
+        TABLE.write_text("".join(json.dumps(row) + "\n" for row in table))
     if settings.check:
         lines = check(rows, table)
         if lines:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case, Unavailable
 from bilevel_kernels.kept import Kept
-from bilevel_kernels.structured_conv2d import structured_conv2d, structured_conv2d_macs, structured_conv2d_ref
+from bilevel_kernels.structured_conv2d import structured_conv2d, structured_conv2d_macs
 
 LEVELS = ((320, 64), (640, 32), (1280, 16), (1280, 8))  # channels, side
 UNITS = 32
@@ -43,8 +45,22 @@ class Layer:
         tensors = [new(shape, device=self.device, dtype=self.dtype) for shape in shapes]
         return [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
 
-    def masked(self, op: Callable[..., Tensor]) -> Conv:
-        return lambda x, weight, bias: op(x, weight, bias, kept_in=self.kept_in, kept_out=self.kept_out)
+    def kernel(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return structured_conv2d(x, weight, bias, kept_in=self.kept_in, kept_out=self.kept_out)
+
+    def gated(self) -> Conv:
+        """Its masks are made beforehand: a model has them on its device."""
+        ones = torch.ones((), device=self.device, dtype=self.dtype)
+        mask_in, mask_out = (
+            lists.mask(self.channels // UNITS, 1, self.device)[:, :, None, None] * ones if lists else None
+            for lists in (self.kept_in, self.kept_out)
+        )
+
+        def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            out = F.conv2d(x if mask_in is None else x * mask_in, weight, bias, padding=1)
+            return out if mask_out is None else out * mask_out
+
+        return conv
 
 
 def kept(ratio: float) -> Kept:
@@ -73,11 +89,15 @@ def _case(layer: Layer, backward: bool) -> Case:
     def provider(conv: Conv, size: tuple[int, int]) -> Provider:
         return lambda: _call(conv, layer.make(*size), backward)
 
+    def gated() -> Callable[[], object]:
+        return _call(layer.gated(), layer.make(*dense), backward)
+
     def compiled() -> Callable[[], object]:
         if layer.device.type != "cuda":
             raise Unavailable("torch.compile is measured on a GPU only")
-        torch._dynamo.reset()
-        return _call(torch.compile(layer.masked(structured_conv2d_ref)), layer.make(*dense), backward)
+        functorch.donated_buffer = False  # the same graph is differentiated over and over
+        torch._dynamo.reset()  # cases share code: no trace of the shapes before
+        return _call(torch.compile(layer.gated(), dynamic=False), layer.make(*dense), backward)
 
     pixels = layer.side**2
     weight = torch.empty(layer.channels, layer.channels, 3, 3, device="meta")
@@ -87,8 +107,8 @@ def _case(layer: Layer, backward: bool) -> Case:
         "structured_conv2d",
         f"{layer.channels}x{layer.side}x{layer.side} b{layer.batch} {layer.name} {'bwd' if backward else 'fwd'}",
         {
-            "triton": provider(layer.masked(structured_conv2d), dense),
-            "torch": provider(layer.masked(structured_conv2d_ref), dense),
+            "triton": provider(layer.kernel, dense),
+            "torch": gated,
             "sliced": provider(lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1), sliced),
             "compile": compiled,
         },

@@ -9,19 +9,21 @@ Why fused  a batch may mix the experts of one dense storage in one launch; a mas
 Shapes     x: (B, C_in, H, W); weight: (C_out, C_in, k, k), k = 1 or 3, stride 1; time: (B, C_out) -> (B, C_out, H, W)
 Dtypes     fp32 | fp16 | bf16, the same of all; sums in fp32
 Layout     channels_last of all four-dimensional tensors; anything else is refused
-Numerics   implicit GEMM, channels within taps; no atomics, the same bits every run
+Numerics   implicit GEMM, taps within channels; no atomics, the same bits every run
 Traffic    out is filled with zeros (or the residual) first where channels are dropped: C_out a pixel more
 Source     own
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bilevel_kernels.dot import INTERPRETED, dot, precision
+from bilevel_kernels.dot import dot, precision
 from bilevel_kernels.kept import Index, Kept, decoded, vec
-from bilevel_kernels.structured_conv2d_wgrad import structured_conv2d_wgrad
+from bilevel_kernels.structured_conv2d_wgrad import kept_channels, structured_conv2d_wgrad, times
 
 # --- reference ------------------------------------------------------------------------------
 
@@ -52,62 +54,6 @@ def structured_conv2d_ref(
 
 
 @triton.jit
-def _channels(
-    list_ptr,  # (L,) int32 or None
-    place,  # (BLOCK,) positions among the kept channels
-    count,
-    VEC: tl.constexpr,
-):
-    """The channels at those positions. Runs of VEC start at a multiple of VEC, in the list as in memory."""
-    channels = place
-    if list_ptr is not None:
-        channels = tl.load(list_ptr + place, mask=place < count, other=0)
-        channels = tl.max_contiguous(tl.multiple_of(channels, [VEC]), [VEC])
-    return channels
-
-
-@triton.jit
-def _multiply(
-    acc,  # (BLOCK_M, BLOCK_N) fp32
-    step,
-    a_ptr,  # (H, W, C_A), of this sample
-    w_ptr,
-    c_list_ptr,  # (L,) int32 or None
-    y,  # (BLOCK_M,)
-    x,  # (BLOCK_M,)
-    n,  # (BLOCK_N,) channels of the result
-    in_n,  # (BLOCK_N,)
-    count,
-    H,
-    W,
-    C_A: tl.constexpr,
-    STRIDE_N: tl.constexpr,
-    STRIDE_C: tl.constexpr,
-    STRIDE_TAP: tl.constexpr,
-    SIZE: tl.constexpr,
-    MIRROR: tl.constexpr,
-    VEC_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One tap's BLOCK_K channels. MIRROR: from result to operand, as a transposed convolution reads."""
-    blocks = tl.cdiv(count, BLOCK_K)
-    tap = step // blocks
-    place = (step % blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    c = _channels(c_list_ptr, place, count, VEC_C)
-    in_c = place < count
-    down, right = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
-    if MIRROR:
-        down, right = -down, -right
-    yy, xx = y + down, x + right
-    inside = (yy >= 0) & (yy < H) & (xx >= 0) & (xx < W)
-    a = tl.load(a_ptr + ((yy * W + xx) * C_A)[:, None] + c[None, :], mask=inside[:, None] & in_c[None, :], other=0.0)
-    w_offs = c[:, None] * STRIDE_C + tap * STRIDE_TAP + n[None, :] * STRIDE_N
-    w = tl.load(w_ptr + w_offs, mask=in_c[:, None] & in_n[None, :], other=0.0)
-    return dot(a, w, acc, PRECISION)
-
-
-@triton.jit
 def _structured_conv2d_kernel(
     a_ptr,  # (B, H, W, C_A): x, or dout for dgrad
     w_ptr,  # (C_out, SIZE, SIZE, C_in)
@@ -121,12 +67,12 @@ def _structured_conv2d_kernel(
     n_list_ptr,  # (E, L_N) int32: kept channels of out; or None for all, as the next two
     n_count_ptr,  # (E,) int32
     n_row_ptr,  # (B,) int32
+    c_stride,
+    n_stride,
     H,
     W,
     C_A: tl.constexpr,
     C_O: tl.constexpr,
-    L_C: tl.constexpr,
-    L_N: tl.constexpr,
     STRIDE_N: tl.constexpr,
     STRIDE_C: tl.constexpr,
     STRIDE_TAP: tl.constexpr,
@@ -139,37 +85,44 @@ def _structured_conv2d_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    TAPS: tl.constexpr = SIZE * SIZE
     b = tl.program_id(2).to(tl.int64)
     n_count, c_count = C_O, C_A
     if n_list_ptr is not None:
         row = tl.load(n_row_ptr + b)
-        n_list_ptr += row * L_N
+        n_list_ptr += row * n_stride
         n_count = tl.multiple_of(tl.load(n_count_ptr + row), VEC_N)
     if tl.program_id(0) * BLOCK_N < n_count:  # past it lie masked channels only
         if c_list_ptr is not None:
             row = tl.load(c_row_ptr + b)
-            c_list_ptr += row * L_C
+            c_list_ptr += row * c_stride
             c_count = tl.multiple_of(tl.load(c_count_ptr + row), VEC_C)
         a_ptr += b * H * W * C_A
         p = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         # pixels past the last have rows past the last: their taps are outside, or masked by the store
         y, x = p // W, p % W
         place = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        n = _channels(n_list_ptr, place, n_count, VEC_N)
+        n = kept_channels(n_list_ptr, place, n_count, VEC_N)
         in_n = place < n_count
 
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        steps = SIZE * SIZE * tl.cdiv(c_count, BLOCK_K)
-        if INTERPRETED:  # its `range` takes no number from memory; compiled, a `while` is not pipelined
-            step = 0
-            while step < steps:
-                acc = _multiply(acc, step, a_ptr, w_ptr, c_list_ptr, y, x, n, in_n, c_count, H, W, C_A, STRIDE_N,
-                                STRIDE_C, STRIDE_TAP, SIZE, MIRROR, VEC_C, PRECISION, BLOCK_K)  # fmt: skip
-                step += 1
-        else:
-            for step in range(steps):
-                acc = _multiply(acc, step, a_ptr, w_ptr, c_list_ptr, y, x, n, in_n, c_count, H, W, C_A, STRIDE_N,
-                                STRIDE_C, STRIDE_TAP, SIZE, MIRROR, VEC_C, PRECISION, BLOCK_K)  # fmt: skip
+        c = kept_channels(c_list_ptr, tl.arange(0, BLOCK_K), c_count, VEC_C)
+        steps = TAPS * tl.cdiv(c_count, BLOCK_K)
+        for step in range(times(steps)):
+            tap = step % TAPS
+            down, right = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
+            if MIRROR:
+                down, right = -down, -right
+            yy, xx = y + down, x + right
+            inside = (yy >= 0) & (yy < H) & (xx >= 0) & (xx < W)
+            in_c = step // TAPS * BLOCK_K + tl.arange(0, BLOCK_K) < c_count
+            a_at = a_ptr + ((yy * W + xx) * C_A)[:, None] + c[None, :]
+            a = tl.load(a_at, mask=inside[:, None] & in_c[None, :], other=0.0)
+            w_at = w_ptr + c[:, None] * STRIDE_C + tap * STRIDE_TAP + n[None, :] * STRIDE_N
+            w = tl.load(w_at, mask=in_c[:, None] & in_n[None, :], other=0.0)
+            acc = dot(a, w, acc, PRECISION)
+            # one step ahead: were it loaded where it is used, the compiler would prefetch a and w less far
+            c = kept_channels(c_list_ptr, (step + 1) // TAPS * BLOCK_K + tl.arange(0, BLOCK_K), c_count, VEC_C)
 
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -188,7 +141,7 @@ def _structured_conv2d_kernel(
 def config(pixels: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles of one sample's pixels by result channels by operand channels."""
     if dtype == torch.float32:  # ieee fp32 products run on the CUDA cores, in registers
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     if pixels <= 64:  # 8 x 8: a sample has no more; narrow tiles make more programs
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4}
@@ -216,9 +169,8 @@ def _launch(
         *(a, weight, *epilogue, out),
         *(c_index[:3] if c_index else (None, None, None)),
         *(n_index[:3] if n_index else (None, None, None)),
+        *(index.channels.stride(0) if index else 0 for index in (c_index, n_index)),
         *(height, width, c_a, c_o),
-        L_C=c_index.channels.shape[1] if c_index else 0,
-        L_N=n_index.channels.shape[1] if n_index else 0,
         **(backward if mirror else forward),
         STRIDE_TAP=c_in,
         SIZE=size,
@@ -276,6 +228,19 @@ def structured_conv2d_dgrad(dout: Tensor, weight: Tensor, kept_in: list[int], ke
     return dx
 
 
+@torch.library.custom_op("bilevel_kernels::structured_conv2d_sums", mutates_args=())
+def structured_conv2d_sums(dout: Tensor, kept_out: list[int]) -> Tensor:
+    """(B, C_out) fp32: dout summed over the pixels of a sample, 0 in dropped channels."""
+    sums, outputs = dout.sum((2, 3), dtype=torch.float32), decoded(tuple(kept_out))
+    return sums if outputs is None else sums.masked_fill_(_dropped(outputs, *dout.shape[:2], dout.device), 0.0)
+
+
+@lru_cache(maxsize=1024)
+def _dropped(kept: Kept, batch: int, channels: int, device: torch.device) -> Tensor:
+    """(B, C) bool; kept on the device, so the copy is made once."""
+    return ~kept.mask(channels // kept.units, batch, device)
+
+
 # --- autograd -------------------------------------------------------------------------------
 
 
@@ -287,6 +252,11 @@ def _(x, weight, bias, time, residual, kept_in, kept_out):
 @structured_conv2d_dgrad.register_fake
 def _(dout, weight, kept_in, kept_out):
     return _like(dout, weight.shape[1])
+
+
+@structured_conv2d_sums.register_fake
+def _(dout, kept_out):
+    return dout.new_empty(dout.shape[:2], dtype=torch.float32)
 
 
 def _setup(ctx, inputs, output):
@@ -303,9 +273,7 @@ def _backward(ctx, dout):
     dweight = structured_conv2d_wgrad(dout, x, weight.shape[-1], ctx.kept_in, ctx.kept_out) if needs[1] else None
     dbias = dtime = None
     if needs[2] or needs[3]:
-        sums = dout.sum((2, 3), dtype=torch.float32)  # of every sample
-        if (kept := decoded(tuple(ctx.kept_out))) is not None:
-            sums = sums * kept.mask(dout.shape[1] // kept.units, dout.shape[0], dout.device)
+        sums = structured_conv2d_sums(dout, ctx.kept_out)
         dbias = sums.sum(0).to(dout.dtype) if needs[2] else None
         dtime = sums.to(dout.dtype) if needs[3] else None
     return dx, dweight, dbias, dtime, dout if needs[4] else None, None, None
@@ -373,7 +341,7 @@ def structured_conv2d(
             raise ValueError(f"{name}: {kept.units} units do not divide {channels} channels")
         if kept is not None and kept.rows and len(kept.rows) != batch:
             raise ValueError(f"{name}: lists for {len(kept.rows)} samples, the batch has {batch}")
-    lists = (kept.encoded() if kept is not None else [] for kept in (kept_in, kept_out))
+    lists = ([] if kept is None or kept.is_everything else kept.encoded() for kept in (kept_in, kept_out))
     return structured_conv2d_fwd(x, weight, bias, time, residual, *lists)
 
 

@@ -6,66 +6,89 @@ Shapes     dout: (B, C_out, H, W); x: (B, C_in, H, W) -> (C_out, C_in, k, k), ex
 Dtypes     fp32 | fp16 | bf16; sums in fp32
 Layout     channels_last
 Numerics   samples with the same two lists are one launch; its splits, and then the launches, are added in fixed order
-Traffic    fp32 partial sums of the kept weights, written and read once for each split
+Traffic    one list and tiles enough: dweight, written once. Else fp32 sums, written and read once for each launch and
+           once for each of its splits
 Source     own
 """
+
+from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bilevel_kernels.dot import dot, precision
+from bilevel_kernels.dot import INTERPRETED, dot, precision
 from bilevel_kernels.kept import Kept, decoded, vec
 
 PROGRAMS = 512  # at least, where there are samples to split over: a few on each SM of any card
+ROWS, COLUMNS = 4, 256  # of the kernel that adds the splits
 
 
 # --- kernels --------------------------------------------------------------------------------
 
 
 @triton.jit
+def times(n):
+    """A variable `n` as `range` takes it: the interpreter cannot count to one, and a `while` is not pipelined."""
+    return n.handle.data.item() if INTERPRETED else n
+
+
+@triton.jit
+def kept_channels(
+    list_ptr,  # (L,) int32 or None for all
+    place,  # (BLOCK,) positions among the kept channels
+    count,
+    VEC: tl.constexpr,
+):
+    """The channels at those positions. Runs of VEC start at a multiple of VEC, in the list as in memory."""
+    channels = place
+    if list_ptr is not None:
+        channels = tl.load(list_ptr + place, mask=place < count, other=0)
+        channels = tl.max_contiguous(tl.multiple_of(channels, [VEC]), [VEC])
+    return channels
+
+
+@triton.jit
 def _structured_conv2d_wgrad_kernel(
     dout_ptr,  # (B, H, W, C_OUT)
     x_ptr,  # (B, H, W, C_IN)
-    partial_ptr,  # (splits, N, SIZE * SIZE, C) fp32
-    n_list_ptr,  # (N,) int32: kept channels of dout; or None for all
-    c_list_ptr,  # (C,) int32: kept channels of x; or None for all
     samples_ptr,  # (samples,) int32: those with these lists; or None for all
+    n_list_ptr,  # (n_count,) int32: kept channels of dout; or None for all
+    c_list_ptr,  # (c_count,) int32: kept channels of x; or None for all
+    sums_ptr,  # (splits, C_OUT, SIZE * SIZE, C_IN)
+    n_count,
+    c_count,
     samples,
-    H: tl.constexpr,
+    per_split,
+    H: tl.constexpr,  # constants, as W: every step divides by them
     W: tl.constexpr,
     C_OUT: tl.constexpr,
     C_IN: tl.constexpr,
-    N: tl.constexpr,
-    C: tl.constexpr,
-    PER_SPLIT: tl.constexpr,
     SIZE: tl.constexpr,
     VEC_N: tl.constexpr,
     VEC_C: tl.constexpr,
+    ADD: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    tiles = tl.cdiv(N, BLOCK_N)
+    """One tap's tile of one split. ADD: to what is there."""
+    tiles = tl.cdiv(n_count, BLOCK_N)
     n_place = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     c_place = tl.program_id(0) // tiles * BLOCK_C + tl.arange(0, BLOCK_C)
     tap, split = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    in_n, in_c = n_place < N, c_place < C
-    n, c = n_place, c_place
-    if n_list_ptr is not None:
-        n = tl.load(n_list_ptr + n_place, mask=in_n, other=0)
-        n = tl.max_contiguous(tl.multiple_of(n, [VEC_N]), [VEC_N])
-    if c_list_ptr is not None:
-        c = tl.load(c_list_ptr + c_place, mask=in_c, other=0)
-        c = tl.max_contiguous(tl.multiple_of(c, [VEC_C]), [VEC_C])
+    n = kept_channels(n_list_ptr, n_place, n_count, VEC_N)
+    c = kept_channels(c_list_ptr, c_place, c_count, VEC_C)
+    in_n, in_c = tl.max_constancy(n_place < n_count, [VEC_N]), tl.max_constancy(c_place < c_count, [VEC_C])
     down, right = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
 
     acc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    blocks: tl.constexpr = (H * W + BLOCK_P - 1) // BLOCK_P
-    for step in range(PER_SPLIT * blocks):
-        place = split * PER_SPLIT + step // blocks
+    blocks = tl.cdiv(H * W, BLOCK_P)
+    first, steps = split * per_split, per_split * blocks
+    for step in range(times(steps)):
+        place = first + step // blocks
         there = place < samples
         sample = place
         if samples_ptr is not None:
@@ -74,14 +97,51 @@ def _structured_conv2d_wgrad_kernel(
         yy, xx = p // W + down, p % W + right
         real = (p < H * W) & there
         inside = real & (yy >= 0) & (yy < H) & (xx >= 0) & (xx < W)
-        dout_offs = sample * (H * W * C_OUT) + (p * C_OUT)[None, :] + n[:, None]
-        dout = tl.load(dout_ptr + dout_offs, mask=in_n[:, None] & real[None, :], other=0.0)
-        x_offs = sample * (H * W * C_IN) + ((yy * W + xx) * C_IN)[:, None] + c[None, :]
-        x = tl.load(x_ptr + x_offs, mask=inside[:, None] & in_c[None, :], other=0.0)
+        dout_at = dout_ptr + sample * (H * W * C_OUT) + (p * C_OUT)[None, :] + n[:, None]
+        dout = tl.load(dout_at, mask=in_n[:, None] & real[None, :], other=0.0)
+        x_at = x_ptr + sample * (H * W * C_IN) + ((yy * W + xx) * C_IN)[:, None] + c[None, :]
+        x = tl.load(x_at, mask=inside[:, None] & in_c[None, :], other=0.0)
         acc = dot(dout, x, acc, PRECISION)
 
-    offs = ((split * N + n_place[:, None]) * (SIZE * SIZE) + tap) * C + c_place[None, :]
-    tl.store(partial_ptr + offs, acc, mask=in_n[:, None] & in_c[None, :])
+    sums_ptr += split * (C_OUT * SIZE * SIZE * C_IN)
+    at = sums_ptr + (n * (SIZE * SIZE) + tap)[:, None] * C_IN + c[None, :]
+    mask = in_n[:, None] & in_c[None, :]
+    if ADD:
+        acc += tl.load(at, mask=mask, other=0.0)
+    tl.store(at, acc.to(sums_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_splits_kernel(
+    sums_ptr,  # (splits, C_OUT, TAPS, C_IN) fp32; written for kept channels only
+    n_list_ptr,  # (n_count,) int32 or None
+    c_list_ptr,  # (c_count,) int32 or None
+    out_ptr,  # (C_OUT, TAPS, C_IN)
+    n_count,
+    c_count,
+    splits,
+    C_OUT: tl.constexpr,
+    C_IN: tl.constexpr,
+    TAPS: tl.constexpr,
+    VEC_N: tl.constexpr,
+    VEC_C: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    n_place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c_place = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    n = kept_channels(n_list_ptr, n_place, n_count, VEC_N)
+    c = kept_channels(c_list_ptr, c_place, c_count, VEC_C)
+    at = (n * TAPS + tl.program_id(1))[:, None] * C_IN + c[None, :]
+    mask = (n_place < n_count)[:, None] & tl.max_constancy(c_place < c_count, [VEC_C])[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for _ in range(times(splits)):
+        acc += tl.load(sums_ptr + at, mask=mask, other=0.0)
+        sums_ptr += C_OUT * TAPS * C_IN
+    if ADD:
+        acc += tl.load(out_ptr + at, mask=mask, other=0.0)
+    tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # --- launchers ------------------------------------------------------------------------------
@@ -98,70 +158,83 @@ def config(dtype: torch.dtype) -> dict[str, int]:
 def structured_conv2d_wgrad(dout: Tensor, x: Tensor, size: int, kept_in: list[int], kept_out: list[int]) -> Tensor:
     inputs, outputs = decoded(tuple(kept_in)), decoded(tuple(kept_out))
     (batch, c_out), c_in = dout.shape[:2], x.shape[1]
-    total: Tensor | None = None
-    for (row_in, row_out), samples in _by_lists(inputs, outputs, batch).items():
-        n, c = (_list(kept, row, t) for kept, row, t in ((outputs, row_out, dout), (inputs, row_in, x)))
-        sums = _wgrad(dout, x, size, n, c, samples, vec(outputs, c_out), vec(inputs, c_in))
-        if n is None and c is None and total is None:
-            total = sums
-            continue
-        if total is None:
-            total = torch.zeros(c_out, size * size, c_in, dtype=torch.float32, device=x.device)
-        rows = torch.arange(c_out, device=x.device) if n is None else n.long()
-        columns = torch.arange(c_in, device=x.device) if c is None else c.long()
-        taps = torch.arange(size * size, device=x.device)
-        place = (rows[:, None, None], taps[None, :, None], columns[None, None, :])
-        total[place] = total[place] + sums
-    assert total is not None, "a batch has a sample"
-    return total.view(c_out, size, size, c_in).permute(0, 3, 1, 2).to(x.dtype, memory_format=torch.channels_last)
+    jobs = _jobs(inputs, outputs, batch, x.device)
+    whole = inputs is None and outputs is None  # every weight is written
+    # launches are added in fp32; where there is but one, it writes the gradient itself
+    dtype = x.dtype if len(jobs) == 1 else torch.float32
+    blank = torch.empty if whole else torch.zeros
+    total = blank((c_out, size, size, c_in), dtype=dtype, device=x.device)
+    for launch, (row_in, row_out, samples, chosen) in enumerate(jobs):
+        lists = _list(outputs, row_out, dout), _list(inputs, row_in, x)
+        vecs = {"VEC_N": vec(outputs, c_out), "VEC_C": vec(inputs, c_in)}
+        _add(dout, x, size, samples, chosen, lists, vecs, launch > 0, total)
+    return total.permute(0, 3, 1, 2).to(x.dtype)
 
 
-def _by_lists(inputs: Kept | None, outputs: Kept | None, batch: int) -> dict[tuple[int, int], list[int]]:
-    """(input list, output list) -> the samples that have both, in the order of first appearance."""
+@lru_cache(maxsize=1024)
+def _jobs(
+    inputs: Kept | None, outputs: Kept | None, batch: int, device: torch.device
+) -> list[tuple[int, int, int, Tensor | None]]:
+    """Each pair of an input and an output list: how many samples have both, and which; None if all do.
+
+    Kept on the device, so the copy is made once.
+    """
     found: dict[tuple[int, int], list[int]] = {}
     rows = (kept.samples(batch) if kept else (0,) * batch for kept in (inputs, outputs))
     for sample, pair in enumerate(zip(*rows, strict=True)):
         found.setdefault(pair, []).append(sample)
-    return found
+
+    def chosen(samples: list[int]) -> Tensor | None:
+        return None if len(samples) == batch else torch.tensor(samples, dtype=torch.int32, device=device)
+
+    return [(*pair, len(samples), chosen(samples)) for pair, samples in found.items()]
 
 
 def _list(kept: Kept | None, row: int, x: Tensor) -> Tensor | None:
     """(count,) int32 kept channels of x; None for all."""
     if kept is None or len(kept.lists[row]) == kept.units:
         return None
-    index = kept.index(x.shape[1] // kept.units, x.shape[0], x.device)
-    return index.channels[row, : len(kept.lists[row]) * (x.shape[1] // kept.units)]
+    width = x.shape[1] // kept.units
+    return kept.index(width, x.shape[0], x.device).channels[row, : len(kept.lists[row]) * width]
 
 
-def _wgrad(
-    dout: Tensor, x: Tensor, size: int, n: Tensor | None, c: Tensor | None, samples: list[int], vec_n: int, vec_c: int
-) -> Tensor:
-    """(N, k * k, C) fp32 of the samples, which share these lists."""
-    (batch, c_out, height, width), c_in = dout.shape, x.shape[1]
-    N, C = c_out if n is None else n.numel(), c_in if c is None else c.numel()
+def _add(
+    dout: Tensor,
+    x: Tensor,
+    size: int,
+    samples: int,
+    chosen: Tensor | None,
+    lists: tuple[Tensor | None, Tensor | None],
+    vecs: dict[str, int],
+    add: bool,
+    total: Tensor,
+) -> None:
+    """The gradient of the samples, which share these lists, is written to `total`, or added to it."""
+    (_, c_out, height, width), c_in, taps = dout.shape, x.shape[1], size * size
+    counts = [c if kept is None else kept.numel() for kept, c in zip(lists, (c_out, c_in), strict=True)]
     options = config(x.dtype)
-    tiles = triton.cdiv(N, options["BLOCK_N"]) * triton.cdiv(C, options["BLOCK_C"])
-    splits = min(len(samples), triton.cdiv(PROGRAMS, tiles * size * size))
-    per_split = triton.cdiv(len(samples), splits)
-    splits = triton.cdiv(len(samples), per_split)
-    partial = torch.empty(splits, N, size * size, C, dtype=torch.float32, device=x.device)
-    chosen = None if len(samples) == batch else torch.tensor(samples, dtype=torch.int32, device=x.device)
-    _structured_conv2d_wgrad_kernel[(tiles, size * size, splits)](
-        *(dout, x, partial, n, c, chosen, len(samples)),
+    tiles = triton.cdiv(counts[0], options["BLOCK_N"]) * triton.cdiv(counts[1], options["BLOCK_C"])
+    per_split = triton.cdiv(samples, min(samples, triton.cdiv(PROGRAMS, tiles * taps)))
+    splits = triton.cdiv(samples, per_split)
+    sums = total
+    if splits > 1:
+        sums = torch.empty((splits, *total.shape), dtype=torch.float32, device=x.device)
+    _structured_conv2d_wgrad_kernel[(tiles, taps, splits)](
+        *(dout, x, chosen, *lists, sums, *counts, samples, per_split),
         H=height,
         W=width,
         C_OUT=c_out,
         C_IN=c_in,
-        N=N,
-        C=C,
-        PER_SPLIT=per_split,
         SIZE=size,
-        VEC_N=vec_n,
-        VEC_C=vec_c,
+        ADD=add and splits == 1,
         PRECISION=precision(),
+        **vecs,
         **options,
     )
-    return partial[0] if splits == 1 else partial.sum(0)
+    if splits > 1:
+        grid = (triton.cdiv(counts[0], ROWS), taps, triton.cdiv(counts[1], COLUMNS))
+        sizes = {"C_OUT": c_out, "C_IN": c_in, "TAPS": taps, "ROWS": ROWS, "COLUMNS": COLUMNS}
+        _add_splits_kernel[grid](sums, *lists, total, *counts, splits, ADD=add, **sizes, **vecs)
 
 
 # --- autograd -------------------------------------------------------------------------------
