@@ -3,7 +3,9 @@
 #
 #   OUT=results bash benchmarks/gpu_kernels.sh
 #
-# Needs torch, triton, numpy, safetensors, pytest and a C++ compiler; tyro and pybind11 as wheels beside it or installed.
+# Needs torch, triton, numpy, pytest and a C++ compiler. Without a network, first fetch the rest where there is one:
+#
+#   pip download --no-deps -d wheels scikit-build-core pathspec pybind11 safetensors tyro docstring-parser typeguard hypothesis sortedcontainers
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to the folder for the results}
@@ -19,7 +21,8 @@ step() {  # step NAME SECONDS COMMAND...: runs it, keeps its output and how it e
 }
 
 nvidia-smi >"$out/nvidia-smi.txt" 2>&1
-step install 150 python -m pip install --no-index --find-links wheels --no-build-isolation --no-deps -e .
+[ -d wheels ] && step wheels 60 python -m pip install --no-index --no-deps wheels/*.whl
+step install 150 python -m pip install --no-build-isolation --no-deps -e .
 # Right before fast: a time of a kernel that is wrong says nothing.
 step tests 240 python -m pytest -q -m gpu tests/kernels tests/csrc tests/engine
 for op in group_norm_silu feature_kd adamw_ema pruned_attention geglu structured_conv2d denoise_loss noise_v steered_mse; do
