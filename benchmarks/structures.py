@@ -1,0 +1,77 @@
+"""The UNets that speed is measured on, by name: Stable Diffusion 2.1, dense, pruned and as BK-SDM cuts it.
+
+    dense           the teacher
+    0.80, 0.55      the same share of every width vector, and that share of the MACs (`true`) of the dense UNet
+    bk-sdm-base     one ResNet and one Transformer less in every block (arXiv:2305.15798)
+    bk-sdm-small    base without the mid block
+    bk-sdm-tiny     small without the innermost level
+
+The tiny ones cut the mini world's UNet in the same ways, to rehearse on a CPU. That one has a single layer per block
+already, so its `bk-sdm-base` is the dense UNet again: whatever is measured between the two is noise.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from bilevel_fast.architecture import MINI, SD21, UNetConfig
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.pruning.budget import MacBudget
+from bilevel_fast.pruning.uniform import uniform
+from bilevel_fast.structure import Structure
+from bilevel_fast.unet import UNet
+
+NAMES = ("dense", "0.80", "0.55", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A dense UNet and the sizes to measure it at."""
+
+    name: str
+    config: UNetConfig
+    latent: int
+    """Height and width of the latents."""
+    text: int
+    """Text tokens."""
+
+
+def model(tiny: bool = False) -> Model:
+    """SD 2.1 at 512 px, or the mini world."""
+    return Model("mini", MINI, 16, 12) if tiny else Model("sd21", SD21, 64, 77)
+
+
+@cache
+def structure(name: str, tiny: bool = False) -> Structure:
+    """One of `NAMES`; `structure(...).config` is the UNet to build it from.
+
+    Raises:
+        UserError: There is no such structure; the nearest are named.
+    """
+    if name not in NAMES:
+        raise UserError(f"no structure {name!r}{nearest(name, NAMES)}")
+    size = model(tiny)
+    if name == "dense":
+        return Structure.dense(size.config)
+    if name.startswith("bk-sdm"):
+        return Structure.dense(_bk_sdm(name, size.config))
+    with torch.device("meta"):
+        dense = UNet(size.config)
+    return uniform(dense, MacBudget(float(name), size.latent, size.text))
+
+
+def _bk_sdm(name: str, config: UNetConfig) -> UNetConfig:
+    config = dataclasses.replace(config, layers_per_block=1)
+    if name != "bk-sdm-base":
+        config = dataclasses.replace(config, mid_block_type=None)
+    if name == "bk-sdm-tiny":
+        config = dataclasses.replace(
+            config,
+            block_out_channels=config.block_out_channels[:-1],
+            num_heads=config.num_heads[:-1],
+            down_block_types=config.down_block_types[:-1],
+            up_block_types=config.up_block_types[1:],
+        )
+    return config
