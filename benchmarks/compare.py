@@ -34,6 +34,7 @@ PATTERNS: dict[Direction, tuple[str, ...]] = {
                "tflop_per_s", "tflop/s", "roofline"),
     "lower": ("ms", "us", "s", "seconds", "*_ms", "*_us", "*_seconds", "*gib", "*mib", "*bytes*", "*launches*"),
 }  # fmt: skip
+NO_SETTINGS = ("error", "bound", "prepare_s", "ops")  # what benchmarks.unet found out while it set up; no part of a key
 FAILURES = ("worse", "changed", "direction unknown")
 MISSING = ("only in old", "other device", "not measured")
 
@@ -118,7 +119,10 @@ def parse(line: str, where: str) -> Row:
 def key(row: Row) -> tuple[str, ...]:
     """What two rows must share to be compared, but for the device."""
     names = ("suite", "op", "case", "provider", "metric", "dtype")
-    return (*(str(row.get(name)) for name in names), json.dumps(row.get("config"), sort_keys=True))
+    config = row.get("config")
+    if isinstance(config, dict):
+        config = {name: value for name, value in config.items() if name not in NO_SETTINGS}
+    return (*(str(row.get(name)) for name in names), json.dumps(config, sort_keys=True))
 
 
 def device(row: Row) -> str:
@@ -174,7 +178,7 @@ def judge(old: Row, new: Row, tolerance: float) -> Line:
     if is_projection(old) != is_projection(new):
         return said("projection", "against a measurement: not compared")
     if line.new is None and line.old is not None:
-        return said("not measured", new.get("why") or "")
+        return said("not measured", str(new.get("why") or new.get("reason") or ""))
     if line.old is None or line.new is None or line.change is None:
         return said("only in new" if line.new is not None else "same", "" if line.new is not None else "not measured")
     way = direction(new)

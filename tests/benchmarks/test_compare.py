@@ -189,7 +189,7 @@ def test_the_command_prints_a_table_and_fails_on_a_worse_row(tmp_path):
     c.write_text("{\n")
     good, bad, damaged = run(a, a), run(a, b), run(a, c)
     assert (good.returncode, bad.returncode, damaged.returncode) == (0, 1, 2)
-    assert bad.stdout.splitlines()[1].split() == "step lower ours ms batch=4 100 110 +10.0% worse".split()
+    assert "lower  ours      ms      batch=4  100  110  +10.0%  worse" in bad.stdout
     assert "1 rows: 1 worse" in bad.stdout
     assert f"{b}: 1 rows without a metric are not compared" in bad.stdout
     assert damaged.stderr == f"error: {c}:1: not JSON (Expecting property name enclosed in double quotes at column 2)\n"
