@@ -56,7 +56,7 @@ def diffusers_unet(structure: Structure, state: Mapping[str, Tensor], **load: An
     some = next(iter(state.values()))
     unet.to_empty(device=some.device)
     unet.load_state_dict(dict(state))
-    return unet.to(**load) if load else unet
+    return nn.Module.to(unet, **load) if load else unet  # diffusers' own `to` warns of a cast that is meant
 
 
 def _cut(unet: nn.Module, site: Site, structure: Structure) -> None:
