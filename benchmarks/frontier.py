@@ -25,7 +25,7 @@ import tyro
 
 from benchmarks.machine import describe
 from bilevel_fast import errors
-from bilevel_fast.bilevel import Answers, bilevel, descend
+from bilevel_fast.bilevel import SharedAnswers, bilevel, descend
 from bilevel_fast.config import TrainConfig, Upper, preset
 from bilevel_fast.engine import Materials, levels
 from bilevel_fast.folder import ModelFolder, load_folder
@@ -85,7 +85,7 @@ def run(args: Run) -> None:
     teacher = folder.unet().requires_grad_(False)
     erased = mini.erased_styles(config.erase)
     materials = gather(config, folder, teacher, erased, args.cache / f"seed-{args.seed}")
-    answers = Answers(Teacher(teacher), materials.schedule, config.seed, config.lower.snr_gamma)
+    answers = SharedAnswers(Teacher(teacher), materials.schedule, config.seed, config.lower.snr_gamma)
 
     students: dict[str, UNet] = {}
     walks: list[Iterator[Any]] = []

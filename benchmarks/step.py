@@ -28,6 +28,7 @@ from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Noised, Schedule
 from bilevel_fast.errors import UserError, require
 from bilevel_fast.optim import LevelOptimizer
+from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.randomness import Stream, normal
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
@@ -59,14 +60,9 @@ def ours(weights: dict[str, Tensor], config: UNetConfig, batch: Batch, device: t
         unet.load_state_dict(weights)
         unet.to(device)
     answers = Answers(Teacher(teacher), Schedule.sd().to(device), seed=0)
-    optimizer = LevelOptimizer(student.parameters(), LR, warmup=0)
+    optimizer = LevelOptimizer(FlatParameters(student), LR, warmup=0)
     level = Level("lower", lambda step: batch, FineTuning(student, answers), optimizer)
-
-    def step() -> Tensor:
-        answers.last = None  # the batch is the same every time; the teacher must work all the same
-        return descend(level, 0)["lower/loss"]
-
-    return step
+    return lambda: descend(level, 0)["lower/loss"]
 
 
 def released(

@@ -116,6 +116,14 @@ class TrainConfig:
     mini: Mini = field(default_factory=Mini)
     clip_norm: float | None = None
     """Gradients are scaled down to this norm; None does not clip."""
+    ema: float | None = None
+    """Decay of a moving average of the student's weights, which is then what is saved and judged; None keeps none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the networks compute in; master weights, losses and moments are fp32. auto: bf16 on a GPU, else fp32."""
+    recompute: bool = False
+    """Compute the inside of the student's blocks again in backward instead of keeping it: less memory."""
+    graphs: bool = True
+    """Run each level's step as one CUDA graph, on a GPU."""
     log_every: int = 20
     """Lower steps per status line."""
     checkpoint_every: int = 100
@@ -159,6 +167,7 @@ class TrainConfig:
             "prune.budget": 0 < self.prune.budget <= 1,
             "erase": len(self.erase) >= 1,
             "clip-norm": self.clip_norm is None or self.clip_norm > 0,
+            "ema": self.ema is None or 0 < self.ema < 1,
             "log-every": self.log_every >= 1,
             "checkpoint-every": self.checkpoint_every >= 1,
         }
@@ -184,7 +193,7 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
 
-VOLATILE = ("out", "log_every", "checkpoint_every", "device", "resume", "dry_run")
+VOLATILE = ("out", "recompute", "graphs", "log_every", "checkpoint_every", "device", "resume", "dry_run")
 """Fields that a resumed run may change: none of them changes a result."""
 
 _MINI = TrainConfig(

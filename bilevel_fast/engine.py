@@ -5,8 +5,9 @@ step before it), batches and noise follow from the step number, so a run that wa
 bits as one that was not.
 """
 
+import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import torch
 from bilevel_fast import checkpoint
 from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, bilevel
 from bilevel_fast.config import TrainConfig
-from bilevel_fast.data.batches import Batch, Batches
+from bilevel_fast.data.batches import Batches
+from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.errors import UserError
-from bilevel_fast.optim import LevelOptimizer
+from bilevel_fast.graphs import Graphs, cuda_recorder, side_stream
+from bilevel_fast.optim import AdamW, LevelOptimizer
+from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.stats import Console, JsonLines, Stats, tensorboard
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.text_encoder import TextEncoder
@@ -68,32 +72,35 @@ def levels(
 ) -> tuple[Level, Level | None]:
     """Both levels over one set of student parameters; no upper one without concepts or with `upper.every` 0.
 
+    The student's parameters move into flat buffers, in the precision of the configuration; so does the teacher.
     `answers` may be shared by students that are trained side by side.
     """
-    lower, upper = config.lower, config.upper
-    answers = answers or Answers(
-        Teacher(materials.teacher), materials.schedule.to(device), config.seed, lower.snr_gamma
-    )
-    fine_tuning = FineTuning(student, answers, lower.weights)
-    batches = Batches(
-        materials.data, materials.text_encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond
-    )
-    optimizer = partial(LevelOptimizer, list(student.parameters()), clip_norm=config.clip_norm)
-    first = Level("lower", partial(_to, device, batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
+    lower, upper, dtype = config.lower, config.upper, compute_dtype(config.precision, device)
+    schedule = materials.schedule.to(device)
+    answers = answers or Answers(Teacher(materials.teacher.to(dtype)), schedule, config.seed, lower.snr_gamma)
+    student.recompute = config.recompute
+    flat = FlatParameters(student, dtype, average=config.ema is not None)
+    make = partial(AdamW, decay=config.ema or 0.0)
+    optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)
+    loader = partial(Loader, device=device, seed=config.seed, timesteps=schedule.num_train_timesteps)
+    encoder, fine_tuning = materials.text_encoder, FineTuning(student, answers, lower.weights)
+
+    batches = Batches(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
+    first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:
         return first, None
-    batches = Batches(
-        materials.concepts, materials.text_encoder, upper.batch, config.seed, level=1, anchor=upper.anchor
-    )
-    suppression = Suppression(fine_tuning, upper.eta, upper.penalty, upper.penalty_norm)
-    second = Level("upper", partial(_to, device, batches), suppression, optimizer(lr=upper.lr, warmup=upper.warmup))
+    batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
+    suppression = Suppression(fine_tuning, upper.eta, upper.penalty, upper.penalty_norm, flat)
+    second = Level("upper", loader(batches), suppression, optimizer(lr=upper.lr, warmup=upper.warmup))
     return first, second
 
 
-def _to(device: torch.device, batches: Batches, step: int) -> Batch:
-    batch = batches(step)
-    anchor = None if batch.anchor is None else batch.anchor.to(device)
-    return Batch(batch.latents.to(device, non_blocking=True), batch.text.to(device), anchor, batch.index)
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the networks compute in: for `auto`, bf16 on a GPU that has it in hardware (sm_80 and later), else fp32."""
+    if precision == "auto":
+        hardware = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if hardware else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def fit(
@@ -106,6 +113,8 @@ def fit(
 ) -> Progress:
     """Train `student` in place up to `config.lower.steps`, from its latest checkpoint if there is one.
 
+    Afterwards its parameters are its own again: fp32, and their moving average if `config.ema` is set.
+
     Raises:
         Interrupted: `stop` was requested; the state is saved.
         UserError: Too many steps in a row had a non-finite gradient (the state before them is saved), or a
@@ -113,7 +122,28 @@ def fit(
     """
     lower, upper = levels(config, student, materials, device)
     both = {level.name: level for level in (lower, upper) if level is not None}
-    progress = _restore(student, both, places.checkpoints)
+    with contextlib.ExitStack() as stack:
+        for level in both.values():
+            stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # levels() makes Loaders
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes do not change
+            torch.set_float32_matmul_precision("high")
+            stack.enter_context(side_stream(device))
+        progress = _steps(config, lower, upper, places, stop, device)
+        lower.optimizer.flat.release()
+    return progress
+
+
+def _steps(
+    config: TrainConfig,
+    lower: Level,
+    upper: Level | None,
+    places: Places,
+    stop: checkpoint.GracefulStop,
+    device: torch.device,
+) -> Progress:
+    both = {level.name: level for level in (lower, upper) if level is not None}
+    progress = _restore(both, places.checkpoints)
     if progress.step >= config.lower.steps:
         return progress
     sinks = [
@@ -121,43 +151,43 @@ def fit(
         JsonLines(places.stats, progress.step),
         tensorboard(places.events, progress.images),
     ]
+    graphs = Graphs(cuda_recorder(device) if config.graphs else None)
     with Stats(sinks, images=progress.images, seconds=progress.seconds) as stats:
-        for terms in bilevel(lower, upper, config.upper.every, progress.step, config.lower.steps):
-            for name, value in terms.items():
-                stats.report(name, value)
+        for _ in bilevel(lower, upper, config.upper.every, progress.step, config.lower.steps, graphs):
             step = progress.step + 1
             done = step == config.lower.steps
-            progress = Progress(
-                step=step,
-                upper_steps=upper.optimizer.steps if upper is not None else 0,
-                images=step * config.lower.batch,
-                seconds=progress.seconds,
-            )
+            upper_steps = step // config.upper.every if upper is not None else 0
+            progress = Progress(step, upper_steps, step * config.lower.batch, progress.seconds)
             if step % config.log_every == 0 or done or stop.requested:
                 rates = {f"{level.name}/lr": level.optimizer.next_lr for level in both.values()}
-                record = stats.flush(step, progress.images, **rates)
-                progress = Progress(step, progress.upper_steps, progress.images, record["seconds"])
-                _check_finite(both, config.max_bad_steps, student, progress, places.checkpoints)
+                record = stats.flush(step, progress.images, [level.means for level in both.values()], **rates)
+                progress = replace(progress, seconds=record["seconds"])
+                _check_finite(both, config.max_bad_steps, progress, places.checkpoints)
             if step % config.checkpoint_every == 0 or done or stop.requested:
-                _save(student, both, progress, places.checkpoints)
+                _save(both, progress, places.checkpoints)
             if stop.requested and not done:
                 raise Interrupted(f"stopped after lower step {step} of {config.lower.steps}")
     return progress
 
 
-def _save(student: UNet, both: dict[str, Level], progress: Progress, folder: Path) -> None:
+def _save(both: dict[str, Level], progress: Progress, folder: Path) -> None:
+    flat = both["lower"].optimizer.flat
     optimizers = {name: level.optimizer.state_dict() for name, level in both.items()}
-    checkpoint.save(folder, progress.step, student.state_dict(), optimizers, vars(progress))
+    if flat.average is not None:
+        optimizers["average"] = flat.state_dict(flat.average)
+    checkpoint.save(folder, progress.step, flat.state_dict(), optimizers, vars(progress))
 
 
-def _restore(student: UNet, both: dict[str, Level], folder: Path) -> Progress:
-    found = checkpoint.latest(folder)
+def _restore(both: dict[str, Level], folder: Path) -> Progress:
+    found, flat = checkpoint.latest(folder), both["lower"].optimizer.flat
     if found is None:
         return Progress()
     try:
-        student.load_state_dict(found.tensors)
+        flat.load_state_dict(found.tensors)
         for name, level in both.items():
             level.optimizer.load_state_dict(found.optimizers[name])
+        if flat.average is not None:
+            flat.load_state_dict(found.optimizers["average"], flat.average)
         state: dict[str, Any] = found.state
         progress = Progress(**state)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -167,12 +197,12 @@ def _restore(student: UNet, both: dict[str, Level], folder: Path) -> Progress:
     return progress
 
 
-def _check_finite(both: dict[str, Level], limit: int, student: UNet, progress: Progress, folder: Path) -> None:
+def _check_finite(both: dict[str, Level], limit: int, progress: Progress, folder: Path) -> None:
     """One read of the device per level, at the status line only."""
     for level in both.values():
         bad = int(level.optimizer.bad_in_a_row)
         if bad >= limit:
-            _save(student, both, progress, folder)
+            _save(both, progress, folder)
             raise UserError(
                 f"the last {bad} {level.name} steps had a non-finite gradient and were skipped; stopped at lower step "
                 f"{progress.step}, the weights before them are saved in {folder}; lower --{level.name}.lr"

@@ -1,127 +1,163 @@
-"""One level's optimizer: warm-up counted in its own steps, and steps with a non-finite gradient skipped.
+"""One level's optimizer over the flat parameters: AdamW, warm-up in its own steps, non-finite gradients skipped.
 
-Both levels move the same parameters, each with its own AdamW moments (as in the released trainer; arXiv:2412.15341,
+Both levels move the same parameters, each with its own moments (as in the released trainer; arXiv:2412.15341,
 Algorithm 1 with shared variables).
+
+All that changes from step to step (counters, learning rate, clip factor, whether to skip) is a number on the device. So
+no step waits for the host, and a CUDA graph of a step holds nothing that goes stale.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.adamw import adamw
 
+import bilevel_kernels as triton_ops
 from bilevel_fast import native
+from bilevel_fast.native import cuda
+from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.providers import choose
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+BETAS, EPS = (0.9, 0.999), 1e-8
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's fused AdamW without weight decay, whose arithmetic is native code where that wins.
+class AdamW:
+    """AdamW (arXiv:1711.05101) without weight decay, and the moving average and bf16 copy that follow from it.
 
-    State and state dict are torch's own: the first step is always torch's, which creates them.
+    Providers: `torch` (its fused kernel, then two passes for average and copy), and in one pass `native` (fp32 on the
+    CPU), `triton`, and `cuda` (csrc, fp32).
+
+    Args:
+        flat: What is moved.
+        decay: What the moving average keeps of itself in a step; read only where `flat` has one.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]):
-        super().__init__(parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-        self._trained: native.Trained | None = None
+    def __init__(self, flat: FlatParameters, decay: float = 0.0):
+        self.flat, self.decay = flat, decay
+        self.first, self.second = torch.zeros_like(flat.master), torch.zeros_like(flat.master)
+        self.done = torch.zeros((), device=flat.master.device)  # steps that were not skipped
+        emas = None if flat.average is None else [flat.average]
+        self._settings = native.AdamW(*BETAS, EPS, weight_decay=0.0, ema_decay=decay)
+        self._trained = native.Trained([flat.master], [self.first], [self.second], emas)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (group,) = self.param_groups
-        parameters = [p for p in group["params"] if p.grad is not None]
-        states = [self.state[p] for p in parameters]
-        if not self._is_native(parameters, states):
-            super().step()
-            return
-        trained = self._list(parameters, states)
-        found_inf = getattr(self, "found_inf", None)
-        skip = found_inf is not None and bool(found_inf)  # a CPU tensor: nobody waits for a device
-        beta1, beta2 = group["betas"]
-        settings = native.AdamW(beta1, beta2, group["eps"], group["weight_decay"])
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        settings.step(trained, gradients, group["lr"], int(states[0]["step"]) + 1, skip=skip)
-        if not skip:
-            torch._foreach_add_([state["step"] for state in states], 1)  # pyright: ignore[reportPrivateImportUsage]
+    def step(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
+        """Move the parameters by the gradient that `flat` holds, which may be scaled by `clip` in place.
 
-    def _is_native(self, parameters: list[nn.Parameter], states: list[dict[str, Tensor]]) -> bool:
-        """Whether native code takes these: fp32 on the CPU, all at the same step."""
-        if not parameters or not all(states) or len({float(state["step"]) for state in states}) != 1:
-            return False
-        able = all(p.device.type == "cpu" and p.dtype == torch.float32 for p in parameters)
-        numel = sum(p.numel() for p in parameters)
-        return choose("adamw_ema", parameters[0].device, numel, *["native"] * able) == "native"
+        Args:
+            lr, skip, clip: () fp32, on the device. Where `skip` is 1, no bit of anything changes.
+        """
+        provider = choose("adamw_ema", lr.device, self.flat.master.numel(), *self._able())
+        {"native": self._native, "cuda": self._cuda, "triton": self._triton}.get(provider, self._torch)(lr, skip, clip)
+        self.done += 1 - skip
 
-    def _list(self, parameters: list[nn.Parameter], states: list[dict[str, Tensor]]) -> native.Trained:
-        """The same list as long as it is of the same tensors: it remembers that it has been checked."""
-        lists = (parameters, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states])
-        held = self._trained and (self._trained.parameters, self._trained.exp_avgs, self._trained.exp_avg_sqs)
-        if not held or any(list(map(id, a)) != list(map(id, b)) for a, b in zip(lists, held, strict=True)):
-            self._trained = native.Trained(*lists)
-        assert self._trained is not None
-        return self._trained
+    def _able(self) -> list[str]:
+        flat = self.flat
+        if flat.master.device.type == "cpu":
+            on_cpu = ["native"] if flat.dtype == torch.float32 else []
+            return on_cpu + ["triton"] * triton_ops.INTERPRETED
+        return ["triton"] + ["cuda"] * (cuda.is_built() and flat.dtype == torch.float32)
+
+    def _torch(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
+        flat = self.flat
+        gradient = flat.gradient.float()
+        if clip is not None:
+            gradient.mul_(clip)
+        # its own counter, which it moves or not as `skip` says
+        buffers = ([flat.master], [gradient], [self.first], [self.second], [], [self.done.clone()])
+        beta1, beta2 = BETAS
+        adamw(
+            *buffers, fused=True, found_inf=skip, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0,
+            eps=EPS, maximize=False,
+        )  # fmt: skip
+        if flat.average is not None:
+            flat.average.lerp_(flat.master, (1 - self.decay) * (1 - skip))
+        if flat.compute is not flat.master:
+            flat.compute.copy_(flat.master)
+
+    def _triton(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
+        flat, (beta1, beta2) = self.flat, BETAS
+        triton_ops.adamw_ema_(
+            *(flat.master, flat.gradient, self.first, self.second),
+            lr=lr,
+            step=self.done + 1,
+            beta1=beta1,
+            beta2=beta2,
+            eps=EPS,
+            clip=clip,
+            skip=skip,
+            ema=flat.average,
+            ema_decay=self.decay,
+            copy=None if flat.compute is flat.master else flat.compute,
+        )
+
+    def _native(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
+        # reads its numbers here and now: they are on the CPU, nobody waits for a device
+        number, factor = int(self.done) + 1, 1.0 if clip is None else float(clip)
+        self._settings.step(self._trained, [self.flat.gradient], float(lr), number, factor, skip=bool(skip))
+
+    def _cuda(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
+        cuda.adamw_ema(self._settings, self._trained, [self.flat.gradient], lr, self.done + 1, clip, skip)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments by the names of the parameters, without padding: they fit wherever the parameters fit."""
+        first, second = (self.flat.state_dict(moment) for moment in (self.first, self.second))
+        return {"first": first, "second": second, "done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.flat.load_state_dict(state["first"], self.first)
+        self.flat.load_state_dict(state["second"], self.second)
+        self.done.copy_(state["done"])
 
 
 class LevelOptimizer:
-    """Wraps a fused torch optimizer.
-
-    The decision to skip is taken on the device: the fused kernels leave parameters and moments alone where
-    `found_inf` is set, so no step waits for the host.
+    """When and how far: what is the same for every rule that moves parameters.
 
     Args:
-        parameters: What is trained.
+        flat: What is trained; both levels share it.
         lr: Learning rate after the warm-up.
         warmup: Steps of linear warm-up from 0: step n runs at lr * min(1, n / warmup).
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
-        make: Builds the torch optimizer, which must be fused; `AdamW` if None.
+        make: Makes the rule that moves the parameters.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        flat: FlatParameters,
         lr: float,
         warmup: int,
         clip_norm: float | None = None,
-        make: MakeOptimizer | None = None,
+        make: Callable[[FlatParameters], AdamW] = AdamW,
     ):
-        self.parameters = list(parameters)
+        self.flat, self.rule = flat, make(flat)
         self.lr, self.warmup, self.clip_norm = lr, warmup, clip_norm
-        self.inner = (make or AdamW)(self.parameters)
-        self.steps = 0
-        self.bad_in_a_row = torch.zeros((), device=self.parameters[0].device)
+        self.steps, self.bad_in_a_row = (torch.zeros((), device=flat.master.device) for _ in range(2))
 
     @property
-    def next_lr(self) -> float:
-        return self.lr * (min(1.0, self.steps / self.warmup) if self.warmup else 1.0)
+    def next_lr(self) -> Tensor:
+        """(), on the device."""
+        return self.lr * ((self.steps / self.warmup).clamp(max=1.0) if self.warmup else torch.ones_like(self.steps))
 
     def zero_grad(self) -> None:
-        self.inner.zero_grad(set_to_none=True)
+        self.flat.zero_grad()
 
     def step(self) -> Tensor:
-        """Apply the gradients; returns their global norm before clipping, (), on the device."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        """Apply the gradient; returns its global norm before clipping, () fp32, on the device."""
+        norm = self.flat.norm()
         bad = (~norm.isfinite()).float()
-        self.bad_in_a_row = (self.bad_in_a_row + bad) * bad
-        for group in self.inner.param_groups:
-            group["lr"] = self.next_lr
-        self.inner.found_inf = bad  # type: ignore[attr-defined]  # read by torch's fused kernels
-        self.inner.grad_scale = None  # type: ignore[attr-defined]
-        self.inner.step()
-        self.steps += 1
+        clip = None if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.rule.step(self.next_lr, bad, clip)
+        # in place: a CUDA graph that holds this step moves the same counters
+        self.bad_in_a_row.add_(1).mul_(bad)
+        self.steps.add_(1)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"inner": self.inner.state_dict(), "steps": self.steps, "bad_in_a_row": self.bad_in_a_row}
+        return {"rule": self.rule.state_dict(), "steps": self.steps, "bad_in_a_row": self.bad_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state["inner"])
-        # the fused kernels walk parameters and moments in memory order: a moment must be laid out as its parameter
-        for parameter, moments in self.inner.state.items():
-            for name, value in moments.items():
-                if value.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter).copy_(value)
-        self.steps = state["steps"]
-        self.bad_in_a_row = state["bad_in_a_row"].to(self.bad_in_a_row.device)
+        self.rule.load_state_dict(state["rule"])
+        self.steps.copy_(state["steps"])
+        self.bad_in_a_row.copy_(state["bad_in_a_row"])

@@ -60,7 +60,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
         summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
         if config.on_mini_world:
-            models = {"teacher": teacher, **{name: trained[name][0] for name in reversed(names)}}
+            # read again: the trainer may have turned its own teacher into bf16
+            models = {"teacher": folder.unet().to(device), **{name: trained[name][0] for name in reversed(names)}}
             shown = {name: mini.portfolio(unet, folder, erased, config) for name, unet in models.items()}
             probe = Probe.load()
             summary["quality"] = {name: asdict(judge(samples, erased, probe)) for name, samples in shown.items()}

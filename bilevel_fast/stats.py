@@ -1,6 +1,6 @@
 """Training statistics: added up on the device, read back once per status line, written to every sink.
 
-`Stats.report` never waits for the device. `Stats.flush` does, once, and makes a record of JSON values:
+`Means.add` never waits for the device. `Stats.flush` does, once per level, and makes a record of JSON values:
 
     {"step": 40, "images": 640, "seconds": 12.5, "images_per_second": 51.2,
      "nonfinite": {"lower/loss": 3}, "lower/loss": 0.044, "lr": 1e-06}
@@ -12,9 +12,10 @@ counts the others, so a NaN is neither hidden nor able to hide the rest, and the
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self, TextIO
 
@@ -26,7 +27,6 @@ from bilevel_fast.files import write_atomic
 Record = dict[str, Any]
 
 _HEADER = ("step", "images", "seconds", "images_per_second", "nonfinite")
-_FOLD_EVERY = 256  # reports; bounds the device memory that they hold until the next record
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +39,44 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+class Means:
+    """Means of named scalars, added up on the device: in place, without a wait, so a CUDA graph may hold it.
+
+    Every call of `add` brings the same names, from the same device.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._moments = torch.zeros(0)
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        """Count each term, a tensor of one element, into the mean of its name.
+
+        Raises:
+            ValueError: Other names than at the first call.
+        """
+        x = torch.stack([value.detach().reshape(()).double() for value in terms.values()])
+        if not self._names:
+            assert not (taken := terms.keys() & set(_HEADER)), f"{taken} are fields of every record"
+            # finite count, finite sum, non-finite count, in fp64
+            self._names, self._moments = tuple(terms), x.new_zeros(3, len(terms))
+        if tuple(terms) != self._names:
+            raise ValueError(f"terms {', '.join(terms)}; before: {', '.join(self._names)}")
+        finite = x.isfinite()
+        self._moments.add_(torch.stack((finite.double(), x.where(finite, 0.0), (~finite).double())))
+
+    def take(self) -> tuple[dict[str, float | None], dict[str, int]]:
+        """Means of the finite values, and how many were not finite, since the last call: one transfer. Starts anew."""
+        counts, sums, bads = self._moments.tolist() if self._names else ([], [], [])
+        self._moments.zero_()
+        every = list(zip(self._names, counts, sums, bads, strict=True))
+        seen = [row for row in every if row[1] or row[3]]
+        means = {name: total / count if count else None for name, count, total, _ in seen}
+        return means, {name: int(bad) for name, _, _, bad in seen if bad}
+
+
 class Stats:
-    """Means of what the training loop reports, and its speed in images.
+    """Records of what the training loop measures, and its speed in images.
 
     Args:
         sinks: Get every record; closed with the Stats.
@@ -53,8 +89,6 @@ class Stats:
         self._images = images
         self._time = time.perf_counter()
         self._start = self._time - seconds
-        self._waiting: dict[tuple[str, torch.device], list[Tensor]] = {}
-        self._moments: dict[tuple[str, torch.device], Tensor] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -63,56 +97,32 @@ class Stats:
         for sink in self._sinks:
             sink.close()
 
-    def report(self, name: str, value: Tensor | float) -> None:
-        """Add a value, or every element of a tensor, to the mean `name`: one copy on the device, no wait."""
-        assert name not in _HEADER, f"{name!r} is a field of every record"
-        if not isinstance(value, Tensor):
-            value = torch.tensor(value, dtype=torch.float64)
-        key = (name, value.device)
-        # A copy, since losses may live in static buffers of CUDA graphs that the next step overwrites.
-        self._waiting.setdefault(key, []).append(value.detach().flatten().to(torch.float64, copy=True))
-        if len(self._waiting[key]) == _FOLD_EVERY:
-            self._fold(key)
-
-    def flush(self, step: int, images: int, **values: Tensor | float) -> Record:
+    def flush(self, step: int, images: int, means: Iterable[Means] = (), **values: Tensor | float) -> Record:
         """Read everything back, write a record to the sinks, and start anew.
 
         Args:
             step: Lower steps done.
             images: Images seen since the beginning of the run.
+            means: What has been added up since the last record.
             values: Numbers of this moment, such as the learning rate.
         """
+        found: dict[str, float | None] = {}
+        nonfinite: dict[str, int] = {}
+        for mean in means:
+            taken, bad = mean.take()
+            found, nonfinite = found | taken, nonfinite | bad
         for name, value in values.items():
-            self.report(name, value)
-        means, nonfinite = self._read_back()
+            number = float(value)
+            found[name] = number if math.isfinite(number) else None
+            nonfinite |= {} if math.isfinite(number) else {name: 1}
         now = time.perf_counter()  # After the read: all the work that is being timed is done.
         rate = (images - self._images) / (now - self._time)
         header = (step, images, round(now - self._start, 3), round(rate, 3), nonfinite)
-        record = dict(zip(_HEADER, header, strict=True)) | means
+        record = dict(zip(_HEADER, header, strict=True)) | found
         self._images, self._time = images, now
         for sink in self._sinks:
             sink.write(record)
         return record
-
-    def _fold(self, key: tuple[str, torch.device]) -> None:
-        """Bring waiting values into (finite count, finite sum, non-finite count), fp64, on their device."""
-        x = torch.cat(self._waiting.pop(key))
-        finite = x.isfinite()
-        moments = torch.stack((finite.sum(), x.where(finite, 0.0).sum(), (~finite).sum()))  # (3,)
-        self._moments[key] = self._moments[key] + moments if key in self._moments else moments
-
-    def _read_back(self) -> tuple[dict[str, float | None], dict[str, int]]:
-        for key in list(self._waiting):
-            self._fold(key)
-        totals = {name: [0.0, 0.0, 0.0] for name, _ in self._moments}
-        for device in {device for _, device in self._moments}:
-            names = [name for name, where in self._moments if where == device]
-            rows = torch.stack([self._moments[name, device] for name in names]).tolist()  # the one transfer
-            for name, row in zip(names, rows, strict=True):
-                totals[name] = [a + b for a, b in zip(totals[name], row, strict=True)]
-        self._moments.clear()
-        means = {name: total / count if count else None for name, (count, total, _) in totals.items()}
-        return means, {name: int(bad) for name, (_, _, bad) in totals.items() if bad}
 
 
 class Console:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bilevel_fast.diffusion import Noised
 from bilevel_fast.losses import suppression_target
+from bilevel_fast.rooms import room
 from bilevel_fast.unet import Prediction, UNet
 
 
@@ -15,27 +16,30 @@ class Teacher:
     """A frozen UNet that counts the images it has seen, so that a test can hold the engine to reusing its answers.
 
     Attributes:
-        images: Images that went through the UNet; `steer` sends two per sample.
+        images: Images that went through the UNet; `steer` sends two per sample. () int64 on the device, so that it
+            counts the replays of a CUDA graph as well.
     """
 
     def __init__(self, unet: UNet):
         self.unet = unet.eval().requires_grad_(False)
-        self.images = 0
+        self.images = torch.zeros((), dtype=torch.int64, device=unet.conv_in.weight.device)
 
-    @torch.no_grad()
     def predict(self, noised: Noised, text: Tensor) -> Prediction:
         """Output and block outputs for text states (B, L, D)."""
-        self.images += len(text)
-        return self.unet(noised.x, noised.t, text)
+        return self._ask(noised.x, noised.t, text)
 
-    @torch.no_grad()
     def steer(self, noised: Noised, text: Tensor, anchor: Tensor, eta: float) -> Tensor:
         """Negative guidance: a - eta * (c - a), (B, C, H, W).
 
         `c` and `a` are the outputs for the concept `text` and the `anchor`, both (B, L, D), computed as one batch
         of 2B. With the null prompt as anchor it is the target of ESD (arXiv:2303.07345, eq. 8).
         """
-        self.images += 2 * len(text)
-        both = self.unet(noised.x.repeat(2, 1, 1, 1), noised.t.repeat(2), torch.cat([text, anchor])).out
+        both = self._ask(noised.x.repeat(2, 1, 1, 1), noised.t.repeat(2), torch.cat([text, anchor])).out
         concept_out, anchor_out = both.chunk(2)
         return suppression_target(anchor_out, concept_out, eta)
+
+    @torch.no_grad()
+    def _ask(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:
+        with room("teacher"):
+            self.images.add_(len(text))
+            return self.unet(x, t, text)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bilevel_fast.architecture import Site, UNetConfig, sites
 from bilevel_fast.ops import attention, geglu, group_norm, group_norm_silu
@@ -193,10 +194,15 @@ class Block(nn.Module):
 
     Called with h (B, C, H, W), the SiLU of the time embedding, text states and the list of skip connections, which
     down blocks push to and up blocks pop from.
+
+    Attributes:
+        recompute: Whether backward computes the inside of a ResNet or Transformer again, from its inputs, instead of
+            finding it in memory.
     """
 
     def __init__(self, name: str, structure: Structure, align: int, resample: str | None):
         super().__init__()
+        self.recompute = False
         config = structure.config
         members = [site for site in sites(config) if site.block == name]
 
@@ -218,14 +224,23 @@ class Block(nn.Module):
         elif resample == "upsamplers":
             self.upsamplers = nn.ModuleList([Resample(channels, stride=1)])
 
+    def resnet(self, index: int, *inputs: Tensor | None) -> Tensor:
+        return self._run(self.resnets[index], *inputs)
+
     def attend(self, index: int, h: Tensor, text: Tensor) -> Tensor:
-        return self.attentions[index](h, text) if hasattr(self, "attentions") else h
+        return self._run(self.attentions[index], h, text) if hasattr(self, "attentions") else h
+
+    def _run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # nothing inside draws random numbers, and their state cannot be read while a CUDA graph is captured
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+        return module(*inputs)
 
 
 class DownBlock(Block):
     def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
-        for j, resnet in enumerate(self.resnets):
-            h = self.attend(j, resnet(h, None, time), text)
+        for j in range(len(self.resnets)):
+            h = self.attend(j, self.resnet(j, h, None, time), text)
             skips.append(h)
         if hasattr(self, "downsamplers"):
             h = self.downsamplers[0](h)
@@ -235,13 +250,13 @@ class DownBlock(Block):
 
 class MidBlock(Block):
     def forward(self, h: Tensor, time: Tensor, text: Tensor, _: list[Tensor]) -> Tensor:
-        return self.resnets[1](self.attend(0, self.resnets[0](h, None, time), text), None, time)
+        return self.resnet(1, self.attend(0, self.resnet(0, h, None, time), text), None, time)
 
 
 class UpBlock(Block):
     def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
-        for j, resnet in enumerate(self.resnets):
-            h = self.attend(j, resnet(h, skips.pop(), time), text)
+        for j in range(len(self.resnets)):
+            h = self.attend(j, self.resnet(j, h, skips.pop(), time), text)
         if hasattr(self, "upsamplers"):
             # to the size of the next skip connection: an odd size halved was rounded up
             h = self.upsamplers[0](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
@@ -296,6 +311,17 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
         self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # an overload its stub lacks
 
+    @property
+    def recompute(self) -> bool:
+        """Whether backward recomputes ResNets and Transformers: less memory, a third more time of forward."""
+        return self.down_blocks[0].recompute  # pyright: ignore[reportReturnType]
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.recompute = on
+
     def cut(self, structure: Structure, align: int = 1) -> "UNet":
         """A pruned copy of this dense UNet: the same weights, sliced; no memory is shared."""
         with torch.device("meta"):
@@ -305,16 +331,17 @@ class UNet(nn.Module):
         return student
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:
-        """Predict from a noisy batch.
+        """Predict from a noisy batch, in the dtype of the parameters.
 
         Args:
-            x: (B, C_in, H, W) noisy latents.
+            x: (B, C_in, H, W) noisy latents, any float dtype.
             t: (B,) timesteps.
-            text: (B, L, D) text states.
+            text: (B, L, D) text states, any float dtype.
         """
         blocks: list[Tensor] = []
-        time = F.silu(self.time_embedding(t))
-        h = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        dtype = self.conv_in.weight.dtype
+        time, text = F.silu(self.time_embedding(t)), text.to(dtype)
+        h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [h]
         for block in (*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks):
             h = block(h, time, text, skips)

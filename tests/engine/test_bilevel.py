@@ -1,44 +1,33 @@
 """The bilevel engine against a plain transcription of the algorithm card, and the properties it promises."""
 
-import dataclasses
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bilevel_fast.architecture import MINI
-from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, bilevel
-from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
+from bilevel_fast.bilevel import FineTuning, Level, SharedAnswers, bilevel
 from bilevel_fast.diffusion import Schedule
-from bilevel_fast.optim import LevelOptimizer
+from bilevel_fast.optim import AdamW, LevelOptimizer
+from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.randomness import Stream, integers, normal
-from bilevel_fast.structure import Structure
 from bilevel_fast.teacher import Teacher
-from bilevel_fast.unet import UNet
-
-TINY = dataclasses.replace(
-    MINI, in_channels=4, out_channels=4, block_out_channels=(16, 32, 32), num_heads=(1, 2, 2), norm_num_groups=8,
-    cross_attention_dim=16,
+from world import (
+    ETA,
+    LR_LOWER,
+    LR_UPPER,
+    SEED,
+    SHAPE,
+    WARMUP,
+    B,
+    Descent,
+    make_batch,
+    make_levels,
+    make_models,
 )  # fmt: skip
-B, SHAPE, SEED, LR_LOWER, LR_UPPER, WARMUP, ETA = 3, (4, 8, 8), 7, 0.02, 0.05, 4, 1.0
+
 SGD = partial(torch.optim.SGD, lr=0.0, fused=True)
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
-
-
-def make_batch(level: int, step: int) -> Batch:
-    index = torch.arange(step * B, (step + 1) * B) + level * LEVEL_STRIDE
-    text = normal(1, Stream.CAPTION, index, (5, 16))
-    return Batch(normal(2, Stream.VIEW, index, SHAPE), text, normal(3, Stream.CAPTION, index, (5, 16)), index)
-
-
-def make_models() -> tuple[UNet, UNet]:
-    """A teacher and its pruned student."""
-    torch.manual_seed(0)
-    teacher, structure = UNet(TINY), Structure.uniform(TINY, 0.6, ["up_blocks.2.attentions.1"])
-    student = UNet(TINY, structure)
-    student.load_state_dict(structure.slice(teacher.state_dict()))
-    return teacher, student
 
 
 def plain(teacher, student, steps, every, penalty, norm, make, null=False):
@@ -90,16 +79,10 @@ def plain(teacher, student, steps, every, penalty, norm, make, null=False):
     return losses
 
 
-def engine(teacher, student, steps, every, penalty, norm, make, start=0):
+def engine(teacher, student, steps, every, penalty, norm, make):
     """The same through the product's rooms."""
-    frozen = Teacher(teacher)
-    fine_tuning = FineTuning(student, Answers(frozen, Schedule.sd(), SEED))
-    suppression = Suppression(fine_tuning, ETA, penalty, norm)
-    optimizers = [LevelOptimizer(student.parameters(), lr, WARMUP, make=make) for lr in (LR_LOWER, LR_UPPER)]
-    lower = Level("lower", partial(make_batch, 0), fine_tuning, optimizers[0])
-    upper = Level("upper", partial(make_batch, 1), suppression, optimizers[1])
-    terms = list(bilevel(lower, upper, every, start, steps))
-    return terms, frozen
+    lower, upper = make_levels(teacher, student, penalty, norm, make)
+    return list(bilevel(lower, upper, every, 0, steps)), lower.gradient.answers.teacher
 
 
 def in_order(terms):
@@ -115,7 +98,7 @@ def test_equals_the_plain_transcription(penalty, norm):
     expected_student = make_models()[1]
     expected = plain(make_models()[0], expected_student, 10, 3, penalty, norm, SGD)
     teacher, student = make_models()
-    terms, _ = engine(teacher, student, 10, 3, penalty, norm, SGD)
+    terms, _ = engine(teacher, student, 10, 3, penalty, norm, Descent)
     assert len(expected) == 13
     torch.testing.assert_close(list(in_order(terms)), expected, rtol=1e-6, atol=0)
     moved = 0.0
@@ -131,13 +114,13 @@ def test_equals_the_plain_transcription_with_adamw(monkeypatch):
     """Two AdamW states over the same parameters. Adam makes steps of last digits: both sums are torch's."""
     monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")
     expected = plain(*make_models(), 10, 3, 0.0, "grad", ADAMW)
-    terms, _ = engine(*make_models(), 10, 3, 0.0, "grad", ADAMW)
+    terms, _ = engine(*make_models(), 10, 3, 0.0, "grad", AdamW)
     torch.testing.assert_close(list(in_order(terms)), expected, rtol=1e-4, atol=0)
 
 
 def test_first_step_of_each_level_has_learning_rate_zero():
     teacher, student = make_models()
-    engine(teacher, student, 1, 1, 0.0, "grad", ADAMW)
+    engine(teacher, student, 1, 1, 0.0, "grad", AdamW)
     for mine, start in zip(student.parameters(), make_models()[1].parameters(), strict=True):
         assert torch.equal(mine, start)
 
@@ -145,7 +128,7 @@ def test_first_step_of_each_level_has_learning_rate_zero():
 @pytest.mark.parametrize("penalty", [0.0, 1.0])
 def test_the_penalty_costs_no_teacher_forward(penalty):
     """B images per lower step, 2 B per upper step, with or without a penalty."""
-    _, teacher = engine(*make_models(), 6, 3, penalty, "grad", ADAMW)
+    _, teacher = engine(*make_models(), 6, 3, penalty, "grad", AdamW)
     assert teacher.images == 6 * B + 2 * 2 * B
 
 
@@ -162,10 +145,10 @@ def test_students_side_by_side_share_the_teacher():
 
 
 def side_by_side(students, rates):
-    answers = Answers(Teacher(make_models()[0]), Schedule.sd(), SEED)
+    answers = SharedAnswers(Teacher(make_models()[0]), Schedule.sd(), SEED)
     walks = []
     for student, lr in zip(students, rates, strict=True):
-        optimizer = LevelOptimizer(student.parameters(), lr, WARMUP, make=SGD)
+        optimizer = LevelOptimizer(FlatParameters(student), lr, WARMUP, make=Descent)
         level = Level("lower", partial(make_batch, 0), FineTuning(student, answers), optimizer)
         walks.append(bilevel(level, None, 1, 0, 4))
     for _ in zip(*walks, strict=True):
@@ -176,24 +159,24 @@ def side_by_side(students, rates):
 def test_the_teacher_never_changes():
     teacher, student = make_models()
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    engine(teacher, student, 4, 2, 1.0, "raw", ADAMW)
+    engine(teacher, student, 4, 2, 1.0, "raw", AdamW)
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_a_non_finite_gradient_is_skipped_and_counted():
     _, student = make_models()
-    optimizer = LevelOptimizer(student.parameters(), 0.1, warmup=0)
+    optimizer = LevelOptimizer(FlatParameters(student), 0.1, warmup=0)
     before = [p.detach().clone() for p in student.parameters()]
     for bad in (1, 2):
         for p in student.parameters():
-            p.grad = torch.full_like(p, 0.5)
+            p.grad.fill_(0.5)
         next(student.parameters()).grad[0, 0, 0, 0] = float("nan") if bad == 1 else float("inf")
         assert not optimizer.step().isfinite()
         assert optimizer.bad_in_a_row == bad
     assert all(torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
     for p in student.parameters():
-        p.grad = torch.full_like(p, 0.5)
+        p.grad.fill_(0.5)
     optimizer.step()
     assert optimizer.bad_in_a_row == 0
     # the skipped steps left no trace in the moments: the first real AdamW step is lr * sign(gradient)
@@ -203,10 +186,10 @@ def test_a_non_finite_gradient_is_skipped_and_counted():
 
 def test_clipping():
     _, student = make_models()
-    optimizer = LevelOptimizer(student.parameters(), 1.0, warmup=0, clip_norm=0.25, make=SGD)
+    optimizer = LevelOptimizer(FlatParameters(student), 1.0, warmup=0, clip_norm=0.25, make=Descent)
     before = torch.cat([p.detach().flatten().clone() for p in student.parameters()])
     for p in student.parameters():
-        p.grad = torch.randn_like(p)
+        p.grad.copy_(torch.randn_like(p))
     norm = optimizer.step()
     after = torch.cat([p.detach().flatten() for p in student.parameters()])
     assert norm > 10

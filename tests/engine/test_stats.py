@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bilevel_fast.stats import Console, JsonLines, Stats, tensorboard
+from bilevel_fast.stats import Console, JsonLines, Means, Stats, tensorboard
 
 
 class Kept:
@@ -42,65 +42,77 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+def scalars(device: str = "cpu", **values: float) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value, device=device) for name, value in values.items()}
+
+
 def test_means_start_anew_with_each_record(device: str) -> None:
-    stats = Stats()
+    stats, lower, upper = Stats(), Means(), Means()
     for value in (1.0, 2.0, 6.0):
-        stats.report("loss", torch.tensor(value, device=device))
-        stats.report("host", value)
-    stats.report("upper/loss", torch.tensor([0.5, 1.5], device=device, requires_grad=True))
-    first = stats.flush(3, 48, lr=1e-6)
-    stats.report("loss", torch.tensor(5, dtype=torch.int64, device=device))
-    second = stats.flush(4, 64)
+        lower.add(scalars(device, loss=value, norm=2 * value))
+    upper.add({"upper/loss": torch.tensor([1.5], device=device, requires_grad=True)})
+    first = stats.flush(3, 48, [lower, upper], lr=1e-6)
+    lower.add({"loss": torch.tensor(5, dtype=torch.int64, device=device), "norm": torch.zeros((), device=device)})
+    second = stats.flush(4, 64, [lower, upper])
 
     assert (first["step"], first["images"], first["nonfinite"]) == (3, 48, {})
-    assert (first["loss"], first["host"], first["upper/loss"], first["lr"]) == (3.0, 3.0, 1.0, 1e-6)
-    assert second["loss"] == 5.0
-    assert second.keys().isdisjoint({"host", "upper/loss", "lr"})
+    assert (first["loss"], first["norm"], first["upper/loss"], first["lr"]) == (3.0, 6.0, 1.5, 1e-6)
+    assert (second["loss"], second["norm"]) == (5.0, 0.0)
+    assert second.keys().isdisjoint({"upper/loss", "lr"}), "nothing was added to them"
 
 
-def test_many_reports_are_one_mean_in_fp64(device: str) -> None:
-    """1,000 reports pass the fold; in fp32 the small values would be lost beside the large one."""
-    stats = Stats()
-    stats.report("loss", torch.tensor(1e8, device=device))
+def test_many_values_are_one_mean_in_fp64(device: str) -> None:
+    """In fp32 the small values would be lost beside the large one."""
+    means = Means()
+    means.add({"loss": torch.tensor(1e8, device=device)})
     for _ in range(999):
-        stats.report("loss", torch.tensor(0.5, dtype=torch.bfloat16, device=device))
-    assert stats.flush(1, 1)["loss"] == (1e8 + 999 * 0.5) / 1000
+        means.add({"loss": torch.tensor(0.5, dtype=torch.bfloat16, device=device)})
+    assert means.take() == ({"loss": (1e8 + 999 * 0.5) / 1000}, {})
 
 
-def test_report_keeps_the_value_not_the_tensor(device: str) -> None:
+def test_the_value_counts_not_the_tensor(device: str) -> None:
     """A CUDA graph writes the loss of each step into the same tensor; fp64, where a cast is no copy."""
-    stats, loss = Stats(), torch.zeros((), device=device, dtype=torch.float64)
+    means, loss = Means(), torch.zeros((), device=device, dtype=torch.float64)
     for value in (1.0, 3.0):
-        stats.report("loss", loss.fill_(value))
-    assert stats.flush(2, 2)["loss"] == 2.0
+        means.add({"loss": loss.fill_(value)})
+    assert means.take()[0]["loss"] == 2.0
 
 
-def test_report_reads_nothing_back() -> None:
+def test_add_reads_nothing_back() -> None:
     """A meta tensor has no value: any read of it raises."""
-    stats = Stats()
-    for _ in range(600):
-        stats.report("loss", torch.zeros((), device="meta"))
+    means = Means()
+    for _ in range(3):
+        means.add({"loss": torch.zeros((), device="meta")})
+
+
+def test_other_names_are_refused() -> None:
+    means = Means()
+    means.add(scalars(loss=1.0))
+    with pytest.raises(ValueError, match="terms kd; before: loss"):
+        means.add(scalars(kd=1.0))
 
 
 @pytest.mark.gpu
-def test_report_does_not_wait_for_the_device() -> None:
-    stats, loss = Stats(), torch.ones((), device="cuda")
+def test_add_does_not_wait_for_the_device() -> None:
+    means, loss = Means(), torch.ones((), device="cuda")
+    means.add({"loss": loss})
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(600):
-            stats.report("loss", loss)
+            means.add({"loss": loss})
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert stats.flush(600, 600)["loss"] == 1.0
+    assert means.take()[0]["loss"] == 1.0
 
 
 def test_nonfinite_values_are_counted_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = Kept()
+    means, kd = Means(), Means()
     with Stats([kept, JsonLines(tmp_path / "stats.jsonl"), Console(total=9)]) as stats:
         for value in (1.0, math.nan, 2.0, math.inf, -math.inf):
-            stats.report("loss", torch.tensor(value))
-        stats.report("kd", torch.tensor(math.nan))
-        stats.flush(5, 80, lr=math.nan)
+            means.add(scalars(loss=value))
+        kd.add(scalars(kd=math.nan))
+        stats.flush(5, 80, [means, kd], lr=math.nan)
     (line,) = read_lines(tmp_path / "stats.jsonl")
     assert line == kept.records[0]
     assert (line["loss"], line["kd"], line["lr"]) == (1.5, None, None)
@@ -128,8 +140,8 @@ def test_speed_is_of_the_interval_and_time_of_the_run() -> None:
 
 
 def test_a_name_of_the_header_is_refused() -> None:
-    with pytest.raises(AssertionError, match="'step' is a field of every record"):
-        Stats().report("step", 1.0)
+    with pytest.raises(AssertionError, match="are fields of every record"):
+        Means().add(scalars(step=1.0))
 
 
 @pytest.mark.parametrize("torn", ['{"step": 1', '{"step": 15}'], ids=["half a line", "only the newline missing"])
