@@ -242,7 +242,7 @@ def conclusion(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.alignment", __doc__)
-    for flag, least in (("batch", 1), ("rounds", 2)):
+    for flag, least in (("batch", 1), ("rounds", 4)):
         if getattr(settings, flag) < least:
             raise UserError(f"--{flag} {getattr(settings, flag)}: wanted at least {least}")
     if settings.device == "cuda" and not torch.cuda.is_available():

@@ -2,12 +2,13 @@
 
     python -m benchmarks.unet --device cuda --providers eager torch graphs ours --out rows.jsonl
     python -m benchmarks.unet --device cuda --providers torch compile ours --structures dense 0.80 --batch 16
+    python -m benchmarks.unet --device cuda --sites  every distinct ResNet and Transformer alone, at several kept widths
     python -m benchmarks.unet --tiny                 a rehearsal on the CPU, with the mini world's UNet
     python -m benchmarks.unet --device cuda --check  fails if a speedup fell by more than 3 % against the committed rows
 
     eager     diffusers' UNet2DConditionModel, channels_last; it cannot hold a pruned UNet
     torch     our UNet on torch's ops
-    compile   the same through torch.compile, one graph, static shapes; a minute of compilation for each UNet and batch
+    compile   the same through torch.compile, one graph; compiled anew, which takes its time, for each UNet and batch
     graphs    the same as a CUDA graph
     ours      our UNet on the implementations that won on this hardware (`bilevel_fast.providers`); a CUDA graph on CUDA
 
@@ -36,6 +37,7 @@ from benchmarks.machine import describe
 from benchmarks.measure import Timing, interleaved
 from benchmarks.structures import NAMES, Model, model, structure
 from benchmarks.unet_providers import PROVIDERS, Inputs, bound, distance, plain
+from benchmarks.unet_sites import site_rows
 from bilevel_fast import errors, flags
 from bilevel_fast.errors import UserError, nearest
 from bilevel_fast.providers import TABLE, architecture
@@ -66,7 +68,9 @@ class Settings:
     rounds: int = 20
     """Rounds that count."""
     out: Path | None = None
-    """Append rows to this file after each batch size."""
+    """Append rows to this file as they come: after each batch size, or site."""
+    sites: bool = False
+    """Time every distinct site of the dense UNet alone instead, at several kept widths."""
     check: bool = False
     """Exit with 1 if `ours` realises less than `benchmarks/results/unet_<cpu or card>.jsonl` says."""
     json: bool = False
@@ -175,11 +179,17 @@ def _value(metric: str, unit: str, timing: Timing | None, factor: float, reason:
 
 
 def measure(settings: Settings) -> Iterator[list[Row]]:
-    """All rows of one batch size after the other."""
+    """All rows of one batch size after the other; with `sites`, of one site."""
     device, size = torch.device(settings.device), model(settings.tiny)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     align = settings.align or (8 if device.type == "cuda" else 1)
     machine = describe(device) | {"dtype": str(dtype).removeprefix("torch.")}
+    if settings.sites:
+        like = torch.empty(0, dtype=dtype, device=device)
+        for batch in settings.batch:
+            for rows in site_rows(size, batch, settings.rounds, align, like):
+                yield [row | machine for row in rows]
+        return
     unets: dict[str, tuple[UNet, float]] = {}
     for name in settings.structures:
         kept = structure(name, settings.tiny)
@@ -198,7 +208,7 @@ def measure(settings: Settings) -> Iterator[list[Row]]:
                 subjects.append(Subject(name, unet, provider, facts=facts))
                 prepare(subjects[-1], inputs, limit)
         time_all(subjects, settings.rounds, device)
-        yield [{**row, **machine} for row in rows_of(subjects, size, batch)]
+        yield [row | machine for row in rows_of(subjects, size, batch)]
         subjects.clear()
         gc.collect()
         torch.compiler.reset()
@@ -243,7 +253,7 @@ def regressions(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
 
 
 def text(row: Row) -> str:
-    start = f"{row['case']:<26}{row['provider']:<9}{row['metric']:<17}"
+    start = f"{row['case']:<{40 if row['suite'] == 'unet_sites' else 24}}{row['provider']:<8}{row['metric']:<17}"
     if row["value"] is None:
         return f"{start} not measured: {row['reason']}"
     return f"{start}{row['value']:>10.3f} {row['unit']:<3}({row['p20']:.3f} .. {row['p80']:.3f})"
@@ -262,10 +272,12 @@ def validate(settings: Settings) -> None:
             raise UserError(f"{flag}: wanted at least one name, and each of them once")
     if not settings.batch or any(b < 1 for b in settings.batch):
         raise UserError(f"--batch {' '.join(map(str, settings.batch))}: wanted positive numbers of images")
-    if settings.rounds < 2:
-        raise UserError(f"--rounds {settings.rounds}: wanted at least 2")
+    if settings.rounds < 4:
+        raise UserError(f"--rounds {settings.rounds}: wanted at least 4")
     if settings.align is not None and settings.align < 1:
         raise UserError(f"--align {settings.align}: wanted at least 1")
+    if settings.check and settings.sites:
+        raise UserError("--check compares whole UNets, it cannot go with --sites")
     if settings.check and not {"dense", "ours"} <= {*settings.structures, *settings.providers}:
         raise UserError("--check needs the structure dense and the provider ours")
     if settings.device == "cuda" and not torch.cuda.is_available():

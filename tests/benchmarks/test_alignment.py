@@ -18,7 +18,7 @@ LEVEL = bench.Level(32, 4, 16, (18, 24, 32))  # 2 channels in a group
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["alignment", "--tiny", "--batch", "1", "--rounds", "2", *arguments])
+    monkeypatch.setattr(sys, "argv", ["alignment", "--tiny", "--batch", "1", "--rounds", "4", *arguments])
     return errors.run(bench.main)
 
 
@@ -187,7 +187,7 @@ def test_json_is_rows_alone(monkeypatch, capsys):
     [
         (["--ful"], "there is no flag '--ful'; did you mean '--full'"),
         (["--batch", "0"], "--batch 0: wanted at least 1"),
-        (["--rounds", "1"], "--rounds 1: wanted at least 2"),
+        (["--rounds", "3"], "--rounds 3: wanted at least 4"),
     ],
 )
 def test_bad_flags_are_one_line(monkeypatch, capsys, arguments, message):

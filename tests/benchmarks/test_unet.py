@@ -5,16 +5,18 @@ import math
 import os
 import statistics
 import sys
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import unet as bench
-from benchmarks import unet_providers
+from benchmarks import unet_providers, unet_sites
+from benchmarks.cases import Unavailable
 from benchmarks.measure import Timing
 from benchmarks.structures import NAMES, model, structure
 from bilevel_fast import errors
-from bilevel_fast.architecture import sites
+from bilevel_fast.architecture import SD21, sites
 from bilevel_fast.errors import UserError
 from bilevel_fast.unet import UNet
 
@@ -23,7 +25,7 @@ MINI = model(tiny=True)
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["unet", "--tiny", "--batch", "1", "--rounds", "2", *arguments])
+    monkeypatch.setattr(sys, "argv", ["unet", "--tiny", "--batch", "1", "--rounds", "4", *arguments])
     return errors.run(bench.main)
 
 
@@ -124,11 +126,72 @@ def test_a_provider_that_computes_something_else_is_not_timed(monkeypatch):
         return unet_providers.plain(net, (x, t, text * 1.01), "torch")
 
     monkeypatch.setitem(unet_providers.PROVIDERS, "ours", wrong)
-    settings = bench.Settings(tiny=True, batch=(1,), structures=("dense",), providers=("torch", "ours"), rounds=2)
+    settings = bench.Settings(tiny=True, batch=(1,), structures=("dense",), providers=("torch", "ours"), rounds=4)
     ((good, bad),) = bench.measure(settings)
     assert good["value"] > 0
     assert bad["value"] is None
     assert bad["reason"].startswith("computes something else: 0.0")
+
+
+def test_a_graph_hands_out_what_the_replay_writes(monkeypatch):
+    """As on a GPU, with `captured` faked: it keeps the tensor of the last call, and a replay fills that."""
+    with pytest.raises(Unavailable, match="CUDA graphs need CUDA"):
+        unet_providers.graph(lambda: torch.zeros(1), CPU)
+    made = []
+
+    def captured(make):
+        step = make()
+        for _ in range(4):
+            step()
+        return (lambda: made[-1].fill_(7.0)), True
+
+    def call():
+        made.append(torch.zeros(1))
+        return made[-1]
+
+    monkeypatch.setattr(unet_providers, "captured", captured)
+    assert unet_providers.graph(call, torch.device("cuda"))().item() == 7.0
+    monkeypatch.setattr(unet_providers, "captured", lambda make: (make(), False))
+    with pytest.raises(Unavailable, match="could not be captured in a CUDA graph"):
+        unet_providers.graph(call, torch.device("cuda"))
+
+
+# --- sites ---
+
+
+def test_distinct_sites_are_all_sites():
+    groups = unet_sites.shapes(SD21)
+    assert sorted(s.name for same in groups for s in same) == sorted(s.name for s in sites(SD21))
+    assert len(groups) == 18
+    assert [s.name for s in groups[0]] == ["down_blocks.0.resnets.0", "down_blocks.0.resnets.1"]
+
+
+def test_a_site_alone_gets_what_it_gets_in_the_unet():
+    net = mini("0.55")
+    seen = {}
+
+    def note(name, module, args, out):
+        seen[name] = [a if a is None else (a.shape, a.stride(), a.dtype) for a in args]
+
+    for site in sites(net.config):
+        net.get_submodule(site.name).register_forward_hook(partial(note, site.name))
+    unet_providers.plain(net, bench.make_inputs(MINI, 2, CPU, torch.float32), "torch")()
+    in_the_unet = dict(seen)
+    for same in unet_sites.shapes(net.config):
+        for site in same:
+            unet_sites.call_of(net.get_submodule(site.name), same[0], MINI, 2, torch.empty(0))()
+            assert seen[site.name] == in_the_unet[site.name]
+
+
+def test_sites_by_the_command_line(monkeypatch, capsys):
+    assert run(monkeypatch, "--sites", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    groups = unet_sites.shapes(MINI.config)
+    assert len(rows) == len({row["case"] for row in rows}) == 4 * len(groups)
+    assert all(0 < row["p20"] <= row["value"] <= row["p80"] for row in rows)
+    first = [row["config"] for row in rows[:4]]
+    assert [config["kept"] for config in first] == [{"groups": k} for k in (16, 12, 8, 4)]
+    assert {name for row in rows for name in row["config"]["sites"]} == {site.name for site in sites(MINI.config)}
 
 
 # --- timing ---
@@ -252,8 +315,9 @@ def test_rows_are_appended_and_the_missing_say_why(monkeypatch, tmp_path, capsys
         (["--structures", "bk-sdm-bass"], "did you mean 'bk-sdm-base'"),
         (["--structures", "dense", "dense"], "--structures: wanted at least one name, and each of them once"),
         (["--batch", "0"], "--batch 0: wanted positive numbers of images"),
-        (["--rounds", "1"], "--rounds 1: wanted at least 2"),
+        (["--rounds", "3"], "--rounds 3: wanted at least 4"),
         (["--align", "0"], "--align 0: wanted at least 1"),
+        (["--check", "--sites"], "--check compares whole UNets, it cannot go with --sites"),
         (["--check", "--structures", "0.80"], "--check needs the structure dense and the provider ours"),
     ],
 )
