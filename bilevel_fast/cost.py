@@ -22,6 +22,7 @@ No card does; within `Counter` and `saved_bytes`, attention is FlashAttention th
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from math import prod
 from typing import Any, Self
 
@@ -29,7 +30,6 @@ import torch
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.autograd.graph import saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -77,13 +77,12 @@ def table(costs: Iterable[Cost]) -> list[Line]:
     ]
 
 
-class _FlashOnMeta(TorchFunctionMode):
-    """Attention without mask on the meta device goes to FlashAttention's operator."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+@cache
+def _flash_on_meta() -> torch.library.Library:
+    """From the first call on, attention without mask is FlashAttention's on the meta device, in all of this process."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+    return library  # which undoes it when it dies
 
 
 def _attention(
@@ -96,15 +95,22 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if query.device.type != "meta" or query.dim() != 4 or attn_mask is not None or enable_gqa:
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    if query.dim() != 4 or attn_mask is not None or enable_gqa:
+        options = {"scale": scale, "enable_gqa": enable_gqa}
+        return _composite(_SDPA, query, key, value, attn_mask, dropout_p, is_causal, **options)
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
 
-def _as_cudnn(func: torch._ops.OpOverload, args: Any, kwargs: Any, out: Any) -> Any:
+_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _composite(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """A composite op, as the ops that it is made of."""
+    return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _as_cudnn(func: torch._ops.OpOverload, args: Any, out: Any) -> Any:
     """The result of an op on the meta device; convolutions return channels_last if x or the weights are."""
     if func is torch.ops.aten.convolution.default:
         operands = args[:2]
@@ -122,22 +128,14 @@ def _as_cudnn(func: torch._ops.OpOverload, args: Any, kwargs: Any, out: Any) -> 
 
 
 class AsOnGPU(TorchDispatchMode):
-    """Within it, the meta device does as a GPU would where its own stand-ins do not; the others are left alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._flash = _FlashOnMeta()
+    """Within it, the meta device does as a GPU would where torch's stand-ins do not; other devices are left alone."""
 
     def __enter__(self) -> Self:
-        self._flash.__enter__()
+        _flash_on_meta()
         return super().__enter__()
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._flash.__exit__(*error)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _as_cudnn(func, args, kwargs, func(*args, **(kwargs or {})))
+        return _as_cudnn(func, args, func(*args, **(kwargs or {})))
 
 
 class Counter(AsOnGPU):
@@ -161,8 +159,9 @@ class Counter(AsOnGPU):
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with self, torch._C.DisableTorchFunction():  # inference mode leaves such an op whole
-                return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+            with self:  # inference mode leaves such an op whole
+                on_meta = func is _SDPA and args[0].device.type == "meta"
+                return (_attention if on_meta else partial(_composite, func))(*args, **kwargs)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         cost = _cost(func, args, kwargs, out)
         if cost is not None:
