@@ -5,7 +5,8 @@
 
 The linear layers of the Transformers compute in e4m3 (arXiv:2209.05433), weights scaled per output channel, activations
 per row and anew in every call; products are summed in fp32. Convolutions, norms, attention itself and everything that
-the timestep goes through stay as they are. It is the teacher alone that may be coarse: no gradient goes through it.
+the timestep goes through stay as they are. It is the teacher alone that may be coarse: no gradient goes through it. But
+its answers are the student's targets: the mini world's teacher is off by 4 to 5 %, five times what bf16 costs.
 
     y[m, n] = scale_x[m] scale_w[n] sum_k q_x[m, k] q_w[n, k] + bias[n],    scale = max |row| / 448,  q = row / scale
 

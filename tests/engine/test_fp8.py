@@ -3,6 +3,7 @@
 `torch._scaled_mm` takes row-wise scales on a GPU only; elsewhere the same rounded numbers are multiplied in fp32.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -12,8 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from bilevel_fast.architecture import MINI
+from bilevel_fast.diffusion import noise
 from bilevel_fast.errors import UserError
+from bilevel_fast.folder import load_folder, load_unet
 from bilevel_fast.fp8 import CARDS, E4M3, Fp8GEGLU, Fp8Linear, _check_card, kd_error, quantise, to_fp8
+from bilevel_fast.mini import TEACHER
+from bilevel_fast.mini.world import SCENES, render
+from bilevel_fast.randomness import Stream, integers, normal
 from bilevel_fast.unet import GEGLU, UNet
 
 TINY = dataclasses.replace(
@@ -184,6 +190,22 @@ def test_kd_error_is_what_it_says(dtype):
     assert found == pytest.approx(expected, rel=1e-3)
     assert all(1e-3 < v < 0.1 for k, v in found.items() if k.endswith("relative"))
     assert set(kd_error(unet, unet, *given).values()) == {0.0, math.inf}
+
+
+def test_on_a_trained_teacher():
+    """The mini world's: several times what bf16 costs, which is why `kd_error` is to be read before a training."""
+    folder = load_folder(TEACHER)
+    unet, scenes, index = load_unet(TEACHER).requires_grad_(False), SCENES[::20], torch.arange(len(SCENES[::20]))
+    labels = torch.tensor([(scene.object, scene.color, scene.style) for scene in scenes]).T
+    latents = folder.vae.moments(render(*labels, seed=0, indices=index))[:, : folder.config.in_channels]
+    t = integers(0, Stream.TIMESTEP, index, 1000)
+    x = noise(folder.schedule, latents, normal(0, Stream.NOISE, index, tuple(latents.shape[1:])), t).x
+    text = folder.text_encoder.encode([scene.caption for scene in scenes])
+    found = kd_error(unet, to_fp8(unet, emulate=True), x, t, text)
+    low = copy.deepcopy(unet).bfloat16()
+    bf16 = relative(low(x.bfloat16(), t, text.bfloat16()).out, unet(x, t, text).out)
+    assert 20 < found["output/sqnr_db"] < 30
+    assert 3 * bf16 < found["output/relative"] < 10 * bf16
 
 
 def test_the_unet_through_triton(monkeypatch):
