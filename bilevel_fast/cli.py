@@ -10,6 +10,7 @@ COMMANDS = {
     "prune": "prune a model folder to a MAC budget",
     "sample": "prompts to a PNG grid, with any model folder",
     "evaluate": "judge a model of the mini world",
+    "profile": "where the time of a training step goes",
 }
 
 

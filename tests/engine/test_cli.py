@@ -70,7 +70,7 @@ def test_command():
     code = "import sys; from bilevel_fast.cli import main; main()"
     listed = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert listed.returncode == 0
-    for name in ("train", "prune", "sample", "evaluate"):
+    for name in ("train", "prune", "sample", "evaluate", "profile"):
         assert f"  {name} " in listed.stdout
     wrong = subprocess.run([sys.executable, "-c", code, "trian"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2

@@ -1,0 +1,89 @@
+"""Where the time of a training step goes, room by room.
+
+    python -m bilevel_fast.profile                        the built-in mini world, on a GPU if there is one
+    python -m bilevel_fast.profile --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
+
+Profiles the steps that `bilevel_fast.train` would take with the same flags: prints time, share, launches, TFLOP/s and
+GB/s of every room of the lower and the upper step, and the ops that take most of them. Leaves profile.json, trace.json
+(for ui.perfetto.dev) and step.png in --profile-out. Keeps no student: --out and --resume have no effect.
+
+The rooms are NVTX ranges, too: nsys profile python -m bilevel_fast.profile ...
+"""
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bilevel_fast import errors, flags
+from bilevel_fast.config import TrainConfig, preset
+from bilevel_fast.errors import UserError
+
+_BY_DATA = "mini, or paper with --data"
+
+
+@dataclass(frozen=True)
+class ProfileConfig(TrainConfig):
+    """Settings of a run, and of its profile."""
+
+    preset: str = _BY_DATA
+    """Where the defaults come from: mini, smoke, paper or released."""
+    steps: int = 8
+    """Lower steps to record; upper ones as many as training would take meanwhile, at least one."""
+    warmup: int = 2
+    """Steps of each level before anything is measured."""
+    profile_out: Path = Path("runs/profile")
+    """Folder of the results; must be new or empty, unless --overwrite."""
+    overwrite: bool = False
+    """Replace the results in --profile-out."""
+
+
+def parse(argv: Sequence[str]) -> ProfileConfig:
+    """Read the command line; as for `train`, the preset is `paper` if there is --data, otherwise `mini`.
+
+    Raises:
+        UserError: Names the flag.
+    """
+    read = partial(flags.parse, ProfileConfig, "bilevel_fast.profile", __doc__, args=argv)
+    given = read(default=_defaults("mini", preset=_BY_DATA))
+    name = given.preset if given.preset != _BY_DATA else "mini" if given.data is None else "paper"
+    config = read(default=_defaults(name))
+    config.check()
+    if config.steps < 1 or config.warmup < 0:
+        raise UserError(f"--steps {config.steps} --warmup {config.warmup}: wanted at least 1 and at least 0")
+    return config
+
+
+def _defaults(name: str, **changes: Any) -> ProfileConfig:
+    return ProfileConfig(**{**vars(preset(name)), **changes})
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    config = parse(sys.argv[1:])
+    if config.dry_run:
+        print(json.dumps(config.to_dict(), indent=2))
+        return
+    # after parsing: --help and a typo should not wait for the engine
+    from bilevel_fast import profile_report, profiling, session
+
+    profile_report.check_free(config.profile_out, config.overwrite)
+    device = session.pick_device(config.device)
+    with TemporaryDirectory() as scratch:
+        trace = Path(scratch) / "trace.json"
+        steps, graphs = profiling.training(config, device, config.steps, config.warmup, Path(scratch), trace)
+        about = {**profile_report.machine(device), "graphs": graphs, "config": config.to_dict()}
+        profile_report.save(config.profile_out, steps, about, trace)
+    print("\n\n".join(profile_report.tables(step, device.type == "cuda") for step in steps))
+    if graphs:
+        print("\nWithout the profiler, and in training, a step is one CUDA graph; it is profiled as single launches.")
+    print(f"\n{config.profile_out / 'step.png'}   trace.json   profile.json")
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))
