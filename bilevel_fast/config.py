@@ -120,6 +120,8 @@ class TrainConfig:
     """Decay of a moving average of the student's weights, which is then what is saved and judged; None keeps none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """What the networks compute in; master weights, losses and moments are fp32. auto: bf16 on a GPU, else fp32."""
+    fp8_teacher: bool = False
+    """Compute the teacher's linear layers in fp8, on sm_89 and sm_90; the error that it causes is printed."""
     recompute: bool = False
     """Compute the inside of the student's blocks again in backward instead of keeping it: less memory."""
     graphs: bool = True

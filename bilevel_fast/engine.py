@@ -17,11 +17,12 @@ import torch
 from bilevel_fast import checkpoint
 from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, bilevel
 from bilevel_fast.config import TrainConfig
-from bilevel_fast.data.batches import Batches
+from bilevel_fast.data.batches import Batch, Batches
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.errors import UserError
+from bilevel_fast.fp8 import kd_error, to_fp8
 from bilevel_fast.graphs import Graphs, cuda_recorder, side_stream
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
@@ -77,15 +78,20 @@ def levels(
     """
     lower, upper, dtype = config.lower, config.upper, compute_dtype(config.precision, device)
     schedule = materials.schedule.to(device)
-    answers = answers or Answers(Teacher(materials.teacher.to(dtype)), schedule, config.seed, lower.snr_gamma)
     student.recompute = config.recompute
     flat = FlatParameters(student, dtype, average=config.ema is not None)
     make = partial(AdamW, decay=config.ema or 0.0)
     optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)
     loader = partial(Loader, device=device, seed=config.seed, timesteps=schedule.num_train_timesteps)
-    encoder, fine_tuning = materials.text_encoder, FineTuning(student, answers, lower.weights)
+    encoder = materials.text_encoder
 
     batches = Batches(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
+    if answers is None:
+        unet = materials.teacher.to(dtype)
+        answers = Answers(Teacher(unet), schedule, config.seed, lower.snr_gamma)
+        if config.fp8_teacher:
+            answers.teacher = _in_fp8(answers, loader(batches)(0))
+    fine_tuning = FineTuning(student, answers, lower.weights)
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:
         return first, None
@@ -93,6 +99,19 @@ def levels(
     suppression = Suppression(fine_tuning, upper.eta, upper.penalty, upper.penalty_norm, flat)
     second = Level("upper", loader(batches), suppression, optimizer(lr=upper.lr, warmup=upper.warmup))
     return first, second
+
+
+def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
+    """The teacher in fp8; says how far its answers to a batch are from those it gave before."""
+    exact, noised = answers.teacher.unet, answers.noise(batch)
+    fp8 = to_fp8(exact)
+    found = kd_error(exact, fp8, noised.x, noised.t, batch.text)
+    blocks = [value for name, value in found.items() if name.endswith("/relative") and not name.startswith("output")]
+    _log.info(
+        "fp8 teacher: its output is off by %.2f %% (%.1f dB), its blocks by %.2f to %.2f %%, on the first lower batch",
+        *(100 * found["output/relative"], found["output/sqnr_db"], 100 * min(blocks), 100 * max(blocks)),
+    )
+    return Teacher(fp8)
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -18,10 +18,11 @@ from bilevel_fast import report
 from bilevel_fast.checkpoint import GracefulStop, latest
 from bilevel_fast.config import VOLATILE, TrainConfig
 from bilevel_fast.data.cache import Cache
-from bilevel_fast.engine import Materials, Places, Progress, fit
+from bilevel_fast.engine import Materials, Places, Progress, compute_dtype, fit
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.macs import count
+from bilevel_fast.memory import describe, estimate
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini
 from bilevel_fast.mini.judge import Samples, judge
@@ -157,9 +158,29 @@ def _train(
     _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
     if name == "distilled":
         materials = replace(materials, concepts=None)
-    progress = fit(config, student, materials, places, stop, device)
+    try:
+        progress = fit(config, student, materials, places, stop, device)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, student.structure, folder, device) from error
     save_student(out, folder, student)
     return student, progress
+
+
+def out_of_memory(config: TrainConfig, structure: Structure, folder: ModelFolder, device: torch.device) -> UserError:
+    """What the memory model says about the batch that did not fit, and about those that would."""
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    precision = "bf16" if compute_dtype(config.precision, device) == torch.bfloat16 else "fp32"
+    wanted = estimate(
+        structure,
+        folder.config.sample_size,
+        folder.text_encoder.length,
+        max(config.lower.batch, config.upper.batch if config.upper.every else 0),
+        precision=precision,
+        recompute=config.recompute,
+        ema=config.ema is not None,
+        upper=config.upper.every > 0,
+    )
+    return UserError(f"{device} is out of memory; what was saved is whole\n{describe(wanted, card)}")
 
 
 def _summary(config: TrainConfig, folder: ModelFolder, student: UNet, progress: Progress) -> dict[str, Any]:

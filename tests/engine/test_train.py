@@ -137,3 +137,61 @@ def test_presets_are_consistent():
     assert parse([*folders, "--preset=released"]).preset == "released"
     with pytest.raises(UserError, match=r"--prune\.budget is 1\.5"):
         parse(["--prune.budget", "1.5"])
+
+
+def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
+    """What is saved is fp32 and the average; a stop in between changes no bit."""
+    flags = ["--preset", "smoke", "--no-twin", "--precision", "bf16", "--ema", "0.9", "--recompute"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = train(*flags, "--out", whole)
+    assert result.returncode == 0, result.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bilevel_fast.train", *flags, "--out", parts], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 4/8"):
+            process.terminate()
+    assert process.wait() == 130
+    assert train(*flags, "--out", parts, "--resume").returncode == 0
+    first, second = (load_folder(path / "student").unet().state_dict() for path in (whole, parts))
+    assert all(value.dtype == torch.float32 for value in first.values())
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    trained = torch.load(next(whole.glob("checkpoints/student/step-000008*")) / "optimizer.pt", weights_only=True)
+    assert all(torch.equal(trained["average"][k], first[k]) for k in first)
+
+
+def in_process(monkeypatch, capsys, *flags) -> tuple[int, str]:
+    """Exit code and standard error of a run that a test reaches into."""
+    from bilevel_fast import errors
+    from bilevel_fast.train import main
+
+    monkeypatch.setattr("sys.argv", ["train", "--preset", "smoke", "--no-twin", *map(str, flags)])
+    return errors.run(main), capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_would_fit(monkeypatch, capsys, tmp_path):
+    def fit(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("bilevel_fast.session.fit", fit)
+    code, err = in_process(monkeypatch, capsys, "--out", tmp_path / "run", "--lower.batch", 32)
+    assert code == 2
+    assert "error: cpu is out of memory; what was saved is whole\nbatch 32 at latents of 16 x 16 (fp32) wants" in err
+    assert "student activations" in err
+
+
+def test_the_error_of_an_fp8_teacher_is_said(monkeypatch, capsys, tmp_path, caplog):
+    from bilevel_fast.fp8 import to_fp8
+
+    monkeypatch.setattr("bilevel_fast.engine.to_fp8", lambda unet: to_fp8(unet, emulate=True))
+    caplog.set_level("INFO")
+    code, err = in_process(monkeypatch, capsys, "--out", tmp_path / "run", "--fp8-teacher")
+    assert code == 0, err
+    (line,) = [message for message in caplog.messages if message.startswith("fp8 teacher")]
+    assert 0.5 < float(line.split("off by ")[1].split(" ")[0]) < 20
+
+
+def test_an_fp8_teacher_wants_its_card(tmp_path):
+    result = train("--preset", "smoke", "--fp8-teacher", "--device", "cpu", "--out", tmp_path / "run")
+    refused(result, "fp8: the teacher is on cpu; wanted a GPU of sm_89 or sm_90")

@@ -173,6 +173,32 @@ def test_cut_shares_no_memory_with_the_teacher():
     assert all(torch.equal(v, before[k]) for k, v in dense.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_changes_nothing_but_memory(dtype):
+    """The same outputs and gradients to the bit, and less kept in between."""
+    model, given = UNet(MINI, Structure.uniform(MINI, 0.6), align=8).to(dtype), inputs(MINI, size=16)
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model.recompute = recompute
+        model.zero_grad()
+
+        def pack(x):
+            kept[-1][x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        kept.append({})
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model(*given).out
+        out.float().square().mean().backward()
+        gradients.append([out.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    plain, recomputed = (sum(size for at, size in found.items() if at not in parameters) for found in kept)
+    assert recomputed < 0.5 * plain
+    with torch.no_grad():
+        assert torch.equal(model(*given).out, gradients[0][0]), "and nothing without gradients"
+
+
 def test_odd_latent_sizes():
     """Latents that the strides do not divide: the upsampler follows the skip connection, as diffusers' does."""
     theirs, ours = diffusers_unet(SD21_NARROW), UNet(SD21_NARROW)
