@@ -23,6 +23,7 @@ the median over the rounds: 1 if all MACs that were pruned were worth their time
 
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -208,7 +209,8 @@ def measure(settings: Settings) -> Iterator[list[Row]]:
                 subjects.append(Subject(name, unet, provider, facts=facts))
                 prepare(subjects[-1], inputs, limit)
         time_all(subjects, settings.rounds, device)
-        yield [row | machine for row in rows_of(subjects, size, batch)]
+        load = {"load": os.getloadavg()[0]}  # processes that ran, those of others included: what a CPU's ms are worth
+        yield [row | machine | load for row in rows_of(subjects, size, batch)]
         subjects.clear()
         gc.collect()
         torch.compiler.reset()

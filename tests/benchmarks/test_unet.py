@@ -302,7 +302,7 @@ def test_rows_are_appended_and_the_missing_say_why(monkeypatch, tmp_path, capsys
     }
     if not torch.cuda.is_available():
         assert got["dense", "graphs", "ms"]["reason"] == "CUDA graphs need CUDA"
-    for field in ("p20", "p80", "device", "torch", "triton", "commit", "date", "dtype"):
+    for field in ("p20", "p80", "device", "torch", "triton", "commit", "date", "dtype", "load"):
         assert got["0.80", "ours", "ms"][field], field
     assert got["dense", "ours", "ms"]["config"]["ops"], "the table that `ours` went by"
 
