@@ -1,40 +1,56 @@
-"""One lower step: ours against the same step through diffusers' UNet with hooks.
+"""The lower and the upper step: ours against the same steps through diffusers, and the ladder from there to here.
 
-    python -m benchmarks.step --device cpu
-    python -m benchmarks.step --device cpu --check       fails if ours is slower than the released way
+    python -m benchmarks.step --device cpu               the mini world's UNets, against `released` and `eager`
+    python -m benchmarks.step --device cuda --ladder     Stable Diffusion 2.1 at 512 px, every technique by itself
+    python -m benchmarks.step --device cpu --check       fails if ours is slower than `released`
 
-`released` transcribes how the authors' trainer computes a lower step: two diffusers UNets in NCHW, forward hooks that
-collect the block outputs, one `mse_loss` per block, foreach AdamW, and the loss read by the host. Both providers get
-the same weights, batch, noise and timesteps, and a dense student, since diffusers cannot hold a pruned one; the losses
-are compared before anything is timed.
+`benchmarks.peers` says what the peers are. All have the same weights, batches, noise and timesteps and hold the same
+pruned student; a peer whose first losses are not ours is not timed. Each is timed in turns with ours in one run: the
+ratio is the median over rounds. Rows are written as they come.
+
+    ms, images_per_second     of a step of --batch images
+    mfu                       matrix products that the step needs over its time, as a share of the rate that this
+                              machine reaches: lower, the teacher once and the student three times; upper, the teacher
+                              twice and the student six times, three without the penalty, as in `released`
+    peak_gib                  memory that the provider adds at its peak, on a GPU
+    launches                  ops that the host dispatches in a step; the replay of a graph is none of them
+    host_syncs                times that a step waits for the GPU
 """
 
 import json
-from collections.abc import Callable
+import math
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from benchmarks import cards, peers
 from benchmarks.machine import describe
-from benchmarks.measure import interleaved
+from benchmarks.measure import Timing, interleaved
+from benchmarks.ours import Rung, beside, ladder, ours, warm_up
+from benchmarks.peers import Inputs, Peer
+from benchmarks.structures import Model, model, structure
 from bilevel_fast import errors, flags
-from bilevel_fast.architecture import MINI, UNetConfig
-from bilevel_fast.bilevel import Answers, FineTuning, Level, descend
-from bilevel_fast.data.batches import Batch
-from bilevel_fast.diffusion import Noised, Schedule
-from bilevel_fast.errors import UserError, require
-from bilevel_fast.optim import LevelOptimizer
-from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.cost import Counter
+from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
+from bilevel_fast.errors import UserError
 from bilevel_fast.randomness import Stream, normal
-from bilevel_fast.teacher import Teacher
+from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
-LR = 1e-6
-SAME = 1e-4  # relative difference of the losses above which the providers do not compute the same step
+SAME = {torch.float32: 1e-3, torch.bfloat16: 3e-2}  # relative difference of losses that is rounding
+LEVELS = ("lower", "upper")
+RELEASED = {
+    "as released": {},
+    "no anomaly mode": {"anomaly": False},
+    "cached latents": {"anomaly": False, "vae": None},
+}  # each with what is above it
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,118 +58,214 @@ class Settings:
     """Settings of the benchmark."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to run."""
+    """Where to run. On the CPU it is always the mini world's UNets, in fp32, and `released` encodes no pixels."""
+    tiny: bool = False
+    """The mini world's UNets on a GPU as well: a rehearsal."""
+    structure: str = "0.80"
+    """The student: dense, 0.80 or 0.55 of the MACs."""
     batch: int = 16
     """Images per step."""
     rounds: int = 20
     """Rounds that count."""
+    peers: tuple[Literal["released", "eager", "compile"], ...] = ("released", "eager")
+    """Whom to compare with; compile takes minutes before its first step."""
+    ladder: bool = False
+    """Also time every rung between `released` and ours, and the options beside."""
+    out: Path | None = None
+    """Append rows to this file as they come."""
     json: bool = False
     """One JSON object per row instead of text."""
     check: bool = False
     """Exit with 1 if ours is slower than `released`."""
 
 
-def ours(weights: dict[str, Tensor], config: UNetConfig, batch: Batch, device: torch.device) -> Callable[[], Tensor]:
-    """A lower step through the engine."""
-    teacher, student = UNet(config), UNet(config)
-    for unet in (teacher, student):
-        unet.load_state_dict(weights)
-        unet.to(device)
-    answers = Answers(Teacher(teacher), Schedule.sd().to(device), seed=0)
-    optimizer = LevelOptimizer(FlatParameters(student), LR, warmup=0)
-    level = Level("lower", lambda step: batch, FineTuning(student, answers), optimizer)
-    return lambda: descend(level, 0)["lower/loss"]
+def make_inputs(size: Model, kept: Structure, batch: int) -> Inputs:
+    """Random weights; student and teacher agree where the student has weights."""
+    torch.manual_seed(0)
+    dense = UNet(size.config)
+    shape = (size.config.in_channels, size.latent, size.latent)
+
+    def draw(level: int) -> Batch:
+        index = torch.arange(batch) + level * LEVEL_STRIDE
+        text, anchor = (
+            normal(number, Stream.CAPTION, index, (size.text, size.config.cross_attention_dim)) for number in (0, 1)
+        )
+        return Batch(normal(0, Stream.WORLD, index, shape), text, anchor, index)
+
+    student = dense.cut(kept)
+    return Inputs(kept, dense.state_dict(), student.state_dict(), draw(0), draw(1))
 
 
-def released(
-    weights: dict[str, Tensor], config: UNetConfig, batch: Batch, noised: Noised, device: torch.device
-) -> Callable[[], Tensor]:
-    """The same step, as the released trainer computes it."""
-    diffusers = require("diffusers", "sd")
-    blocks: dict[str, list[Tensor]] = {"teacher": [], "student": []}
-    unets = {}
-    for role in blocks:
-        unet = diffusers.UNet2DConditionModel.from_config(config.to_dict()).to(device)
-        unet.load_state_dict(weights)
-        for module in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
-            module.register_forward_hook(partial(_collect, blocks[role]))
-        unets[role] = unet
-    unets["teacher"].requires_grad_(False)
-    optimizer = torch.optim.AdamW(unets["student"].parameters(), lr=LR, weight_decay=0.0, foreach=True)
-    text = batch.text.to(device)
-
-    def step() -> Tensor:
-        for found in blocks.values():
-            found.clear()
-        with torch.no_grad():
-            teacher = unets["teacher"](noised.x, noised.t, text).sample
-        student = unets["student"](noised.x, noised.t, text).sample
-        diffusion = (F.mse_loss(student, noised.target, reduction="none").mean((1, 2, 3)) * noised.weight).mean()
-        pairs = list(zip(blocks["student"], blocks["teacher"], strict=True))
-        feature = torch.stack([F.mse_loss(a, b) for a, b in pairs]).mean()
-        loss = diffusion + 2.0 * F.mse_loss(student, teacher) + 0.1 * feature
-        loss.item()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
+def products(size: Model, kept: Structure, batch: int, case: str, provider: str) -> float:
+    """FLOPs of the matrix products that a step needs."""
+    teacher, student = (2 * s.macs(size.latent, size.text).true * batch for s in (Structure.dense(size.config), kept))
+    if case == "lower":
+        return teacher + 3 * student
+    return 2 * teacher + (3 if provider == "released" else 6) * student
 
 
-def _collect(into: list[Tensor], module: object, args: object, out: Any) -> None:
-    into.append(out[0] if isinstance(out, tuple) else out)
+@dataclass(frozen=True)
+class Contender:
+    """Somebody's steps, named as in the rows, and how far its losses may be from ours."""
+
+    provider: str
+    rung: str
+    build: Callable[[], Peer]
+    same: float
+    rung_settings: Rung | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the ratio's metric."""
+        whole = {"as released": "released", self.provider: self.provider}
+        return whole.get(self.rung, f"{self.provider}_{self.rung}").replace(" ", "_")
 
 
-def measure(settings: Settings, config: UNetConfig = MINI, text_tokens: int = 12) -> list[dict[str, Any]]:
-    """Time both providers, interleaved; rows of milliseconds, and of ours against `released`.
+def contenders(settings: Settings, inputs: Inputs, device: torch.device) -> Iterator[Contender]:
+    """Everybody but the top of our ladder."""
+    low = torch.float32 if device.type == "cpu" else torch.bfloat16
+    vae = None if device.type == "cpu" else peers.TINY_VAE if settings.tiny else peers.SD_VAE
+    rungs = ladder(device)
+    tolerance = {rung.name: SAME[low] for rung in (*rungs, *beside(device))}
+    if "released" in settings.peers:
+        for name, changes in RELEASED.items():
+            if name == "as released" or (settings.ladder and not (vae is None and "vae" in changes)):
+                build = partial(peers.released, inputs, device, **{"vae": vae, **changes})
+                yield Contender("released", name, build, SAME[low])
+    if "eager" in settings.peers:
+        yield Contender("eager", "eager", partial(peers.eager, inputs, device, dtype=low), SAME[low])
+    if "compile" in settings.peers:
+        yield Contender("compile", "compile", partial(peers.compiled, inputs, device, dtype=low), SAME[low])
+    if settings.ladder:
+        for rung in (*rungs[:-1], *beside(device)):
+            yield Contender("ours", rung.name, partial(ours, inputs, device, rung), tolerance[rung.name], rung)
+
+
+def measure(settings: Settings) -> Iterator[Row]:
+    """Rows, as they are measured. Whoever fails leaves a row without a value that says why.
 
     Raises:
-        UserError: There is no such device, or the providers disagree on the loss.
+        UserError: There is no such device.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU")
     device = torch.device(settings.device)
-    torch.manual_seed(0)
-    weights = UNet(config).state_dict()
-    index = torch.arange(settings.batch)
-    size = config.sample_size
-    latents = normal(0, Stream.WORLD, index, (config.in_channels, size, size)).to(device)
-    text = normal(0, Stream.CAPTION, index, (text_tokens, config.cross_attention_dim)).to(device)
-    batch = Batch(latents, text, None, index)
-    noised = Answers(Teacher(UNet(config)), Schedule.sd().to(device), seed=0).noise(batch)
-    providers = {
-        "ours": ours(weights, config, batch, device),
-        "released": released(weights, config, batch, noised, device),
-    }
-    losses = {name: step().item() for name, step in providers.items()}
-    if abs(losses["ours"] - losses["released"]) > SAME * abs(losses["released"]):
-        raise UserError(f"the providers disagree on the loss, no time is worth measuring: {losses}")
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    timings = interleaved(providers, settings.rounds, synchronize=synchronize)
-    shared = {"suite": "step", "case": "lower", "config": {"batch": settings.batch, "unet": config.to_dict()}}
-    speedup = timings["ours"].times_faster_than(timings["released"])
-    rows = [
-        {**shared, "provider": name, "metric": "ms", "value": t.p50 * 1e3, "unit": "ms", "p20": t.p20 * 1e3,
-         "p80": t.p80 * 1e3}
-        for name, t in timings.items()
-    ]  # fmt: skip
-    rows.append({**shared, "provider": "ours", "metric": "times_faster_than_released", "value": speedup.p50,
-                 "unit": "x", "p20": speedup.p20, "p80": speedup.p80})  # fmt: skip
-    return [{**row, **describe(device)} for row in rows]
+    size = model(tiny=settings.tiny or device.type == "cpu")
+    kept = structure(settings.structure, tiny=size.name == "mini")
+    inputs = make_inputs(size, kept, settings.batch)
+    rate = cards.this_machine(device).matmul
+    config = {"unet": size.name, "structure": settings.structure, "batch": settings.batch, "latent": size.latent}
+    machine = describe(device)
+
+    def row(
+        case: str, provider: str, rung: str, metric: str, timing: Timing | float | None, unit: str, **more: Any
+    ) -> Row:
+        value = timing.p50 if isinstance(timing, Timing) else timing
+        spread = {"p20": timing.p20, "p80": timing.p80} if isinstance(timing, Timing) else {"p20": None, "p80": None}
+        return {
+            "suite": "step", "case": case, "provider": provider, "metric": metric, "value": value, "unit": unit,
+            **spread, "config": {**config, "rung": rung}, **machine, **more,
+        }  # fmt: skip
+
+    def speed(provider: str, rung: str, case: str, timing: Timing) -> Iterator[Row]:
+        needed = products(size, kept, settings.batch, case, provider)
+        yield row(case, provider, rung, "ms", timing.map(lambda s: s * 1e3), "ms")
+        yield row(case, provider, rung, "images_per_second", timing.map(lambda s: settings.batch / s), "img/s")
+        yield row(case, provider, rung, "mfu", timing.map(lambda s: needed / s / rate), "of measured matmul rate")
+
+    def once(provider: str, rung: str, peer: Peer, before: int) -> Iterator[Row]:
+        for case, call in zip(LEVELS, (peer.lower, peer.upper), strict=True):
+            with Counter() as counter:
+                call()
+            yield row(case, provider, rung, "launches", counter.launches, "ops")
+            if device.type == "cuda":
+                yield row(case, provider, rung, "host_syncs", host_syncs(call), "waits")
+                peak = (torch.cuda.max_memory_allocated(device) - before) / 2**30
+                yield row(case, provider, rung, "peak_gib", peak, "GiB")
+
+    top, before = ladder(device)[-1], _allocated(device)
+    best = ours(inputs, device, top)
+    losses = warm_up(best, top)
+    yield from once("ours", top.name, best, before)
+    timed = False
+    for other in contenders(settings, inputs, device):
+        try:
+            before = _allocated(device)
+            peer = other.build()
+            check(other, warm_up(peer, other.rung_settings), losses)
+            yield from once(other.provider, other.rung, peer, before)
+            for case in LEVELS:
+                calls = {"ours": getattr(best, case), "theirs": getattr(peer, case)}
+                found = interleaved(calls, settings.rounds, synchronize=_synchronize(device))
+                if not timed:
+                    yield from speed("ours", top.name, case, found["ours"])
+                yield from speed(other.provider, other.rung, case, found["theirs"])
+                ratio = found["ours"].times_faster_than(found["theirs"])
+                yield row(case, "ours", top.name, f"times_faster_than_{other.name}", ratio, "x", against=other.rung)
+            timed = True
+        except (RuntimeError, UserError, ImportError) as error:  # one that fails takes nobody along
+            reason = str(error).strip().splitlines()[0]
+            yield row("lower", other.provider, other.rung, "ms", None, "ms", reason=reason)
+        peer = None
+        _empty(device)
+
+
+def check(other: Contender, found: tuple[float, float], wanted: tuple[float, float]) -> None:
+    """No time of something that computes something else is worth measuring."""
+    for case, mine, theirs in zip(LEVELS, wanted, found, strict=True):
+        if not math.isclose(mine, theirs, rel_tol=other.same):
+            raise UserError(f"{other.rung}: its first {case} loss is {theirs:.6g}, ours {mine:.6g}; it is not timed")
+
+
+def host_syncs(call: Callable[[], object]) -> int:
+    """How often a call waits for the GPU, by torch's own count."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes in use; from here on a new peak is looked for."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _empty(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _synchronize(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def text(row: Row) -> str:
+    name = f"{row['case']} {row['provider']} ({row['config']['rung']}) {row['metric']}"
+    if row["value"] is None:
+        return f"{name:<64} not measured: {row['reason']}"
+    spread = f" ({row['p20']:.3f} .. {row['p80']:.3f})" if row["p20"] is not None else ""
+    return f"{name:<64}{row['value']:>12.3f} {row['unit']}{spread}"
 
 
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.step", __doc__)
-    rows = measure(settings)
-    for row in rows:
-        if settings.json:
-            print(json.dumps(row))
-        else:
-            name = f"{row['case']} {row['provider']} {row['metric']}"
-            print(f"{name:<45}{row['value']:>9.3f} {row['unit']:<3} ({row['p20']:.3f} .. {row['p80']:.3f})")
-    if settings.check and rows[-1]["value"] < 1.0:
-        raise SystemExit(f"ours is slower than `released`: {rows[-1]['value']:.3f}x")
+    slower = []
+    for row in measure(settings):
+        print(json.dumps(row) if settings.json else text(row), flush=True)
+        if settings.out is not None:
+            with settings.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        if row["case"] == "lower" and row["metric"] == "times_faster_than_released" and row["value"] < 1.0:
+            slower.append(f"{row['value']:.3f}x")
+    if settings.check and slower:
+        raise SystemExit(f"ours is slower than `released`: {slower[0]}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bilevel_fast.architecture import Site, UNetConfig, sites
-from bilevel_fast.ops import attention, geglu, group_norm, group_norm_silu
+from bilevel_fast.ops import attention, geglu, group_norm, group_norm_silu, layer_norm
 from bilevel_fast.structure import Structure
 
 
@@ -142,10 +142,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(channels, kept["ff"] * ff.unit_size)
 
     def forward(self, h: Tensor, text: Tensor) -> Tensor:
-        n = self.norm1(h)
+        n = layer_norm(h, self.norm1)
         h = h + self.attn1(n, n)
-        h = h + self.attn2(self.norm2(h), text)
-        return h + self.ff(self.norm3(h))
+        h = h + self.attn2(layer_norm(h, self.norm2), text)
+        return h + self.ff(layer_norm(h, self.norm3))
 
 
 class Transformer(nn.Module):
