@@ -226,7 +226,7 @@ def _operands(func: torch._ops.OpOverload, name: str, given: dict[str, Any]) -> 
     reads: list[Tensor] = []
     writes: list[Tensor] = []
     if name in _WHEN_NEEDED:
-        return [given["factor"]], [given["factor"][:0]]
+        return [given["factor"]], [given["factor"].new_empty(0)]
     for argument in func._schema.arguments:
         found = list(_tensors(given.get(argument.name)))
         written = argument.alias_info is not None and argument.alias_info.is_write

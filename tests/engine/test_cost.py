@@ -13,7 +13,7 @@ from bilevel_fast.macs import fixed_costs
 from bilevel_fast.rooms import room
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
-from bilevel_kernels import Kept, pruned_attention, structured_conv2d
+from bilevel_kernels import Kept, feature_kd, pruned_attention, structured_conv2d
 from bilevel_kernels.adamw_ema import adamw_ema_, adamw_ema_bytes
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -234,6 +234,17 @@ def test_triton_ops_count_what_they_keep():
         with Counter() as back:
             out.backward(torch.zeros_like(out))
         assert flops(back.costs, "conv") == 2 * 2 * channels * 36 * 9
+
+
+def test_scaling_by_one_moves_nothing():
+    """Forward stores the gradient of a distillation loss; backward launches, looks at the factor and leaves it."""
+    student, teacher = (torch.zeros(2, 8, 4, 4, device="meta", requires_grad=wants) for wants in (True, False))
+    with Counter() as there:
+        total, _ = feature_kd([student], [teacher], 0.1)
+    assert [c.kind for c in there.costs if "feature_kd" in c.op] == ["pointwise"]
+    with Counter() as back:
+        total.backward()
+    assert [c.bytes for c in back.costs if "scale_unless_one" in c.op] == [4]
 
 
 def test_optimizers():
