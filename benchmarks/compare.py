@@ -32,7 +32,8 @@ PATTERNS: dict[Direction, tuple[str, ...]] = {
     "exact": ("macs", "*_macs", "mac", "flops", "*_flops", "params", "parameters"),
     "higher": ("images_per_second", "img/s", "*mfu*", "*_faster_than_*", "*speedup*", "gb_per_s", "gb/s",
                "tflop_per_s", "tflop/s", "roofline"),
-    "lower": ("ms", "us", "s", "seconds", "*_ms", "*_us", "*_seconds", "*gib", "*mib", "*bytes*", "*launches*"),
+    "lower": ("ms", "us", "s", "seconds", "*_ms", "*_us", "*_seconds", "*gib", "*mib", "*bytes*", "*launches*",
+              "*syncs*"),
 }  # fmt: skip
 NO_SETTINGS = ("error", "bound", "prepare_s", "ops")  # what benchmarks.unet found out while it set up; no part of a key
 FAILURES = ("worse", "changed", "direction unknown")

@@ -66,8 +66,7 @@ def need(row: Row, name: str) -> Any:
     Raises:
         UserError: It has none; names file and line.
     """
-    config = row.get("config")
-    value = row.get(name, config.get(name) if isinstance(config, dict) else None)
+    value = row.get(name, _config(row).get(name))
     if value is None:
         raise UserError(f"{row['file']}:{row['line']}: a row of suite {row['suite']!r} needs {name!r}")
     return value
@@ -126,26 +125,31 @@ def ladder(rows: list[Row]) -> str:
     """Bars of a step, one table per machine, case, settings and metric; one bar per provider and rung."""
 
     def settings(row: Row) -> str:
-        config = row.get("config") if isinstance(row.get("config"), dict) else {}
-        return config_text({**row, "config": {k: v for k, v in config.items() if k != "rung"}})
+        return config_text({"config": {k: v for k, v in _config(row).items() if k != "rung"}})
 
-    parts = ""
-    for (place, case, config, _), found in grouped(
-        rows, lambda row: (device(row), row["case"], settings(row), row["metric"])
-    ).items():
-        first = found[0]
+    shown = rest = ""
+    groups = grouped(rows, lambda row: (device(row), row["case"], settings(row), row["metric"]))
+    for (place, case, config, metric), found in groups.items():
         items = []
         for row in found:
-            rung = row["config"].get("rung") if isinstance(row.get("config"), dict) else None
-            label = f"{row['provider']}, {rung}" if rung else row["provider"]
-            value = row["value"]
+            rung, name, value = _config(row).get("rung"), row["provider"], row["value"]
+            label = name if rung in (None, name, f"as {name}") else f"{name}, {rung}"
             cells = ("not measured: " + why(row),) if value is None else (short(value), spread(row))
-            items.append(Bar(label, value, cells, color(row["provider"])))
-        unit = first.get("unit") or ""
-        what = first["metric"].replace("_", " ") + f" ({unit})" * (unit not in ("", first["metric"]))
-        caption = "; ".join(filter(None, (f"{case} step", what, config, place, better(first))))
-        parts += bars(("", "median", "20 .. 80 %"), items, caption=caption)
-    return parts
+            items.append(Bar(label, value, cells, color(name)))
+        unit = found[0].get("unit") or ""
+        what = metric.replace("_", " ") + f" ({unit})" * (unit not in ("", metric))
+        caption = "; ".join(filter(None, (f"{case} step", what, config, place, better(found[0]))))
+        text = bars(("", "median", "20 .. 80 %"), items, caption=caption)
+        if metric == "images_per_second" or metric.startswith("times_faster"):
+            shown += text
+        else:
+            rest += text
+    return shown + (f"<details><summary>other metrics of the same steps</summary>{rest}</details>" if rest else "")
+
+
+def _config(row: Row) -> dict[str, Any]:
+    config = row.get("config")
+    return config if isinstance(config, dict) else {}
 
 
 def pruning(rows: list[Row]) -> str:
@@ -267,19 +271,37 @@ def launches(rows: list[Row]) -> str:
 
 
 def projections(rows: list[Row]) -> str:
-    """Hatched bars, one table per device and metric."""
+    """Hatched bars, one table per device and metric, the first one open."""
     parts = ""
     for (place, metric), found in grouped(rows, lambda row: (row["device"], row["metric"])).items():
+        first = found[0]
+        common = {k: v for k, v in _config(first).items() if all(_config(row).get(k) == v for row in found)}
         items = []
         for row in found:
-            label = ", ".join(filter(None, (row["case"], row["provider"], config_text(row))))
-            items.append(Bar(label, row["value"], (short(row["value"]),), color(row["provider"]), hatched=True))
-        unit = found[0].get("unit") or ""
-        caption = "; ".join(filter(None, (f"projection for {place}", metric, unit, better(found[0]))))
-        parts += bars(("", "projected"), items, caption=caption)
-        formulas = sorted({row["formula"] for row in found if row.get("formula")})
-        parts += "".join(f"<p class=soft>formula: <code>{escape(formula)}</code></p>" for formula in formulas)
-    return parts
+            label = ", ".join(filter(None, (row["case"], _config(row).get("structure"), row["provider"])))
+            more = (row.get("images_per_second"), row.get("mfu"))
+            cells = (short(row["value"]), short(more[0]) if more[0] else "", f"{more[1]:.0%}" if more[1] else "")
+            items.append(Bar(label, row["value"], cells, color(row["provider"]), hatched=True))
+        unit = first.get("unit") or metric
+        rates = "".join(f", {name} {short(rate)}" for name, rate in (first.get("rates") or {}).items())
+        caption = "; ".join(
+            filter(None, (f"projection in {unit}{rates}", config_text({"config": common}), better(first)))
+        )
+        parts += f"<details{' open' * (not parts)}><summary>{escape(place)}: {len(found)} projections</summary>"
+        parts += bars(("", unit, "img/s", "MFU"), items, caption=caption) + "</details>"
+    formulas = sorted({row["formula"] for row in rows if row.get("formula")})
+    return parts + "".join(f"<p class=soft>formula: <code>{escape(formula)}</code></p>" for formula in formulas)
+
+
+def validation(rows: list[Row]) -> str:
+    """How far projections were from what was measured on the same machine."""
+    lines = [
+        (device(row), row["case"], short(need(row, "predicted")), short(row["value"]), spread(row),
+         f"{need(row, 'predicted') / row['value'] - 1:+.0%}")
+        for row in rows if row["value"]
+    ]  # fmt: skip
+    head = ("machine", "step", "projected, ms", "measured, ms", "20 .. 80 %", "error")
+    return "<h3>How good is the model?</h3>" + (table(head, lines, (2, 3, 4, 5)) if lines else NOT_MEASURED)
 
 
 def suites(rows: list[Row]) -> str:
@@ -334,7 +356,7 @@ def page(rows: list[Row]) -> str:
         "Launches per step": ("", launches(steps) if steps else NOT_MEASURED),
         "Projections": (
             "Numbers of a model, none of them measured. Hatched, so that nobody takes them for measurements.",
-            projections(model) if model else NOT_MEASURED,
+            (projections(model) if model else NOT_MEASURED) + validation(of(rows, "roofline_validation")),
         ),
         "Every row": ("Machine, command, commit and date of all rows on this page and beside it.", suites(rows)),
     }

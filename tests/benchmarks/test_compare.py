@@ -91,6 +91,11 @@ def test_rows_are_joined_by_all_that_names_them():
     assert verdict(one, other) == "worse", "the order of a config's fields is no difference"
 
 
+def test_what_a_benchmark_found_out_while_setting_up_is_no_setting():
+    one, other = ({"batch": 4, "error": e, "prepare_s": 10 * e, "bound": 0.1, "ops": {"geglu": e}} for e in (0.1, 0.2))
+    assert verdict(row(1.0, config=one), row(2.0, config=other)) == "worse"
+
+
 def test_later_rows_replace_earlier_ones():
     (line,) = compare([row(50.0), row(100.0)], [row(500.0), row(101.0)], 0.03)
     assert (line.old, line.new, line.verdict) == (100.0, 101.0, "same")

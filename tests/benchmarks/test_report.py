@@ -64,6 +64,7 @@ def launch(kind, n):
 ROWS = [
     *(step("released", 7.25), step("ours", 24.5, "bf16"), step("ours", 33.75, "kernels")),
     {**step("xformers", None), "why": "not built here"},
+    step("released", 130.5, "as released", metric="ms", unit="ms"),
     step("ours", 3.5, metric="times_faster_than_released", unit="x", **CPU),
     *(*unet("dense", "ours", 400.0, 20.0), *unet("0.80", "ours", 320.0, 17.0, 0.941)),
     *unet("0.55", "eager", 220.0, None, reason="cannot hold it"),
@@ -72,8 +73,11 @@ ROWS = [
     kernel("pruned_attention", "triton", 30.0, 60.0, 97.5, 0.75),
     {**kernel("geglu", "apex", None, None, None, None), "why": "not installed"},
     *(launch("all", 4321), launch("conv", 170)),
-    {"suite": "roofline", "case": "lower 0.80", "provider": "model", "metric": "ms", "unit": "ms", "value": 633.0,
-     "device": "Card Z", "config": {"batch": 16}, "formula": "max(flops < peak, bytes)"},
+    {"suite": "roofline", "case": "lower", "provider": "triton", "metric": "projection", "unit": "ms", "value": 633.0,
+     "device": "Card Z", "config": {"structure": "0.80", "batch": 16}, "formula": "max(flops < peak, bytes)",
+     "images_per_second": 25.28, "mfu": 0.51, "rates": {"gb_per_s": 768.0}, "projection": True},
+    {"suite": "roofline_validation", "case": "lower", "provider": "torch", "metric": "ms", "unit": "ms", "value": 300.0,
+     "p20": 290.0, "p80": 310.0, "predicted": 240.0, **CPU},
     {"suite": "compile_matrix", "op": "geglu", "sm": 90},
 ]  # fmt: skip
 
@@ -138,7 +142,10 @@ def test_the_ladder_has_a_bar_per_rung_and_says_what_could_not_run(full):
     assert ["ours", "3.5", "2.5 .. 4.5", ""] in rows
     text = sections(full)["A training step"]
     widths = re.findall(r'class="fill c\d" style="width:([\d.]+)%"', text)
-    assert widths == ["21.5", "72.6", "100.0", "100.0"], "shares of the largest of a table"
+    assert widths == ["21.5", "72.6", "100.0", "100.0", "100.0"], "shares of the largest of a table"
+    aside = text[text.index("<details>") : text.index("</details>") + len("</details>")]
+    assert ["released", "130.5", "129.5 .. 131.5", ""] in cells(aside)
+    assert "images per second" not in aside
     assert "lower step; images per second (img/s); batch=16; Card X; longer is better" in text
     assert "lower step; times faster than released (x); batch=16; Chip Y, 2 cores, 2 threads; longer" in text
 
@@ -184,10 +191,17 @@ def test_kernels_show_the_rate_that_binds_them(full):
     assert re.findall(r'style="width:([\d.]+)%"', text) == ["80.0", "40.0", "75.0"], "a full bar is the roofline"
 
 
+def test_the_data_sheet_of_a_known_card_is_quoted(tmp_path):
+    rows = [kernel("geglu", "triton", 10.0, 480.0, 1.0, 0.8, device="NVIDIA RTX A6000")]
+    assert "; data sheet: 768 GB/s, 155 TFLOP/s" in page(load(write(tmp_path / "r", rows)))
+
+
 def test_launches_and_projections(full):
     found = sections(full)
     assert ["sd21 dense lower", "meta", "4,321", "170"] in cells(found["Launches per step"])
-    assert ["lower 0.80, model, batch=16", "633", ""] in cells(found["Projections"])
+    assert ["lower, 0.80, triton", "633", "25.28", "51%", ""] in cells(found["Projections"])
+    assert "projection in ms, gb_per_s 768; structure=0.80 batch=16; shorter is better" in found["Projections"]
+    assert ["Chip Y, 2 cores, 2 threads", "lower", "240", "300", "290 .. 310", "-20%"] in cells(found["Projections"])
     assert "max(flops &lt; peak, bytes)" in found["Projections"]
     assert found["Projections"].count("hatched") == 1
     others = "".join(text for name, text in found.items() if name != "Projections")
@@ -204,7 +218,7 @@ def test_every_row_is_accounted_for(full):
     rows = cells(sections(full)["Every row"])[1:]
     assert sum(int(row[2]) for row in rows) == len(ROWS)
     machine = "Card X, 8 threads, torch 2.11.0, driver 580.1"
-    step_row = ["step", "rows.jsonl", "4", machine, "python -m benchmarks.step --device cuda", "abc1234", "2026-11-21"]
+    step_row = ["step", "rows.jsonl", "5", machine, "python -m benchmarks.step --device cuda", "abc1234", "2026-11-21"]
     assert step_row in rows
     assert any(row[0] == "roofline (projection)" for row in rows)
     assert any(row[0] == "compile_matrix" and row[3] == "none: computed, not timed" for row in rows)
@@ -238,7 +252,10 @@ def test_later_rows_and_other_files_replace_the_baseline(tmp_path):
             json.dumps({k: v for k, v in kernel("geglu", "triton", 1.0, 1.0, 1.0, 1.0).items() if k != "roofline"}),
             "a row of suite 'kernels' needs 'roofline'",
         ),
-        (json.dumps(ROWS[5]).replace('"gmacs"', '"gmac"'), "a row of suite 'unet' needs 'gmacs'"),
+        (
+            json.dumps(unet("dense", "ours", 1.0, 1.0)[0]).replace('"gmacs"', '"gmac"'),
+            "a row of suite 'unet' needs 'gmacs'",
+        ),
     ],
 )
 def test_a_damaged_row_is_named_with_file_and_line(line, message, tmp_path):
