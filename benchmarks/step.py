@@ -150,6 +150,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU")
     device = torch.device(settings.device)
+    torch.backends.cudnn.benchmark = True  # for all alike: shapes do not change
     size = model(tiny=settings.tiny or device.type == "cpu")
     kept = structure(settings.structure, tiny=size.name == "mini")
     inputs = make_inputs(size, kept, settings.batch)

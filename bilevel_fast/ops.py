@@ -69,8 +69,8 @@ def _triton_runs(x: Tensor) -> bool:
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """LayerNorm of x (..., C).
 
-    On the CPU torch 2.11 adds up the gradients of a 16-bit gain and bias in 16 bits: off by a third after 4,096 rows. With
-    the affine part by itself they are sums like any other, in fp32.
+    On the CPU torch 2.11 adds up the gradients of a 16-bit gain and bias in 16 bits: off by a third after 4,096 rows.
+    With the affine part by itself they are sums like any other, in fp32.
     """
     if x.device.type == "cpu" and x.dtype != torch.float32:
         return F.layer_norm(x, norm.normalized_shape, eps=norm.eps) * norm.weight + norm.bias

@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
-from world import SEED, make_batch
 
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.randomness import Stream, integers, normal
+from world import SEED, make_batch
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -23,7 +23,9 @@ def test_batches_come_drawn_and_on_the_device(device):
             batch, wanted = loader(step), make_batch(0, step)
             assert torch.equal(batch.index, wanted.index)
             assert torch.equal(batch.latents.cpu(), wanted.latents)
-            assert torch.equal(batch.eps.cpu(), normal(SEED, Stream.NOISE, wanted.index, tuple(wanted.latents.shape[1:])))
+            assert torch.equal(
+                batch.eps.cpu(), normal(SEED, Stream.NOISE, wanted.index, tuple(wanted.latents.shape[1:]))
+            )
             assert torch.equal(batch.t.cpu(), integers(SEED, Stream.TIMESTEP, wanted.index, 1000))
             assert {x.device.type for x in (batch.latents, batch.text, batch.anchor, batch.eps, batch.t)} == {device}
 
