@@ -8,7 +8,6 @@ projection, which is a model's number, is hatched and called one. Of rows with o
 benchmarks.compare; those of baseline.jsonl give way to all others.
 """
 
-import importlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cards import CARDS
 from benchmarks.compare import Row, config_text, device, direction, is_projection, latest, number, parse
 from benchmarks.report_plots import STYLE, Bar, Point, bars, escape, plane, strips, table
 from bilevel_fast import errors, flags
@@ -247,12 +247,8 @@ def _cases(rows: list[Row], copy: float, product: float) -> str:
 
 
 def _datasheet(place: str) -> str:
-    """What benchmarks.cards knows about a card, if it knows it."""
-    try:
-        known = importlib.import_module("benchmarks.cards")
-    except ModuleNotFoundError:
-        return ""
-    card = next((card for name, card in getattr(known, "CARDS", {}).items() if name in place), None)
+    """What the data sheet of a known card says."""
+    card = next((card for name, card in CARDS.items() if name in place), None)
     return "" if card is None else f"; data sheet: {card.bytes_per_s / 1e9:,.0f} GB/s, {card.flops / 1e12:,.0f} TFLOP/s"
 
 
