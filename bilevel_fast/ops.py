@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import bilevel_kernels as triton_ops
 from bilevel_fast.native import operators as native
+from bilevel_fast.native.cuda import is_built
 from bilevel_fast.providers import choose
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -105,6 +106,21 @@ def _has_xformers() -> bool:
         return import_module("xformers.ops.fmha").cutlass.FwOp.is_available()
     except (ImportError, OSError, AttributeError):
         return False
+
+
+def missing(device: torch.device) -> dict[str, str]:
+    """Providers that cannot run on a device, each with the reason and, where there is one, the command that helps."""
+    cuda = device.type == "cuda"
+    able = {
+        "native": (device.type == "cpu", "its code is for the CPU"),
+        "triton": (cuda or triton_ops.INTERPRETED, "it wants a GPU"),
+        "cuda": (cuda and is_built(), "bilevel_fast._cuda is not built; with nvcc on the PATH, run: pip install -e ."),
+        "xformers": (
+            cuda and _has_xformers(),
+            "xformers does not load; for the torch that is here: pip install xformers",
+        ),
+    }
+    return {name: reason for name, (can, reason) in able.items() if not can}
 
 
 def geglu(x: Tensor, proj: nn.Linear) -> Tensor:

@@ -11,6 +11,7 @@ that provider can take the inputs.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ import torch
 from bilevel_fast.errors import UserError, nearest
 
 VARIABLE = "BILEVEL_FAST_OPS"
-PROVIDERS = ("torch", "native", "triton", "cuda", "xformers", "apex")
+PROVIDERS = ("torch", "native", "triton", "cuda", "xformers")
 SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
 
 # architecture -> op -> size class -> provider
@@ -43,6 +44,24 @@ def choose(op: str, device: torch.device, numel: int, *able: str) -> str:
     elif wanted not in PROVIDERS:
         raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
     return wanted if wanted in able else "torch"
+
+
+def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
+    """What a run should say about its ops before it starts: what was asked for and is not there, or was never measured.
+
+    Args:
+        device: Where the run is.
+        missing: Why a provider cannot run here, by name; those that can are not in it.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted is not None:
+        return [f"{VARIABLE}={wanted}: {missing[wanted]}; torch runs all ops instead"] if wanted in missing else []
+    here = architecture(device)
+    if here in TABLE:
+        return []
+    known = ", ".join(sorted(TABLE)) or "none"
+    return [f"no op was measured on {here} (only on {known}), torch runs them all; "
+            f"to measure: python -m benchmarks.kernels --device {device.type} --tune"]  # fmt: skip
 
 
 def size_class(numel: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bilevel_fast import report
+from bilevel_fast import ops, providers, report
 from bilevel_fast.checkpoint import GracefulStop, latest
 from bilevel_fast.config import VOLATILE, TrainConfig
 from bilevel_fast.data.cache import Cache
@@ -47,6 +47,8 @@ def run(config: TrainConfig) -> dict[str, Any]:
     started = time.perf_counter()
     device = pick_device(config.device)
     erased = mini.erased_styles(config.erase) if config.on_mini_world else []
+    for note in providers.notes(device, ops.missing(device)):
+        _log.info(note)
     folder = load_folder(config.teacher or TEACHER)
     if config.on_mini_world and not folder.is_mini:
         raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")

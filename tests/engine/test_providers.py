@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel_fast import providers
+from bilevel_fast import ops, providers
 from bilevel_fast.errors import UserError
-from bilevel_fast.providers import choose
+from bilevel_fast.providers import choose, notes
 
 CPU = torch.device("cpu")
 SMALL, MEDIUM, LARGE = (CPU, 8), (CPU, 2**20), (CPU, 2**22)
@@ -47,6 +47,31 @@ def test_a_mistyped_provider(monkeypatch):
     monkeypatch.setenv("BILEVEL_FAST_OPS", "tritn")
     with pytest.raises(UserError, match=r"BILEVEL_FAST_OPS=tritn .* no such provider; did you mean 'triton'"):
         choose("op", *SMALL)
+
+
+def test_what_was_asked_for_and_is_missing_is_named(monkeypatch):
+    missing = {"xformers": "it does not load; run: pip install xformers"}
+    assert notes(CPU, missing) == []
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "xformers")
+    assert notes(CPU, missing) == [
+        "BILEVEL_FAST_OPS=xformers: it does not load; run: pip install xformers; torch runs all ops instead"
+    ]
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "native")
+    assert notes(CPU, missing) == []
+
+
+def test_hardware_that_nobody_measured_is_named(monkeypatch):
+    (note,) = notes(torch.device("meta"), {})
+    assert note == (
+        "no op was measured on meta (only on cpu, sm_90), torch runs them all; "
+        "to measure: python -m benchmarks.kernels --device meta --tune"
+    )
+
+
+def test_what_is_missing_on_a_cpu():
+    assert set(ops.missing(CPU)) >= {"cuda", "xformers"}
+    assert "native" not in ops.missing(CPU)
+    assert set(ops.missing(CPU)) < set(providers.PROVIDERS)
 
 
 def test_size_classes():
