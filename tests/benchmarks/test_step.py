@@ -94,14 +94,15 @@ def test_who_computes_something_else_is_not_timed(monkeypatch):
 
 
 def test_who_runs_out_of_memory_takes_nobody_along(monkeypatch):
+    reason = "CUDA out of memory. Tried to allocate 9 GiB"
+
     def broken(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        raise torch.OutOfMemoryError(reason)
 
     monkeypatch.setattr(peers, "eager", broken)
     rows = list(step.measure(QUICK))
-    assert [row["reason"] for row in rows if row["provider"] == "eager"] == [
-        "CUDA out of memory. Tried to allocate 9 GiB"
-    ]
+    assert [row["reason"] for row in rows if row["provider"] == "eager"] == [reason]
+    assert any(row["provider"] == "released" and row["value"] for row in rows)
 
 
 def test_timings_in_other_units():

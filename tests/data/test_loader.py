@@ -5,15 +5,9 @@ import threading
 import pytest
 import torch
 
-from bilevel_fast.data.batches import Batch
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.randomness import Stream, integers, normal
 from world import SEED, make_batch
-
-
-def same(one: Batch, other: Batch) -> bool:
-    fields = ("latents", "text", "anchor", "eps", "t", "index")
-    return all(torch.equal(getattr(one, f).cpu(), getattr(other, f).cpu()) for f in fields)
 
 
 def test_batches_come_drawn_and_on_the_device(device):
