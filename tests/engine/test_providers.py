@@ -82,8 +82,8 @@ def test_size_classes():
 
 def test_the_shipped_table_is_well_formed():
     shipped = json.loads((Path(providers.__file__).parent / "providers.json").read_text())
-    for architecture, ops in shipped.items():
+    for architecture, table in shipped.items():
         assert architecture == "cpu" or architecture.startswith("sm_")
-        for sizes in ops.values():
+        for sizes in table.values():
             assert set(sizes) <= {*providers.SIZES, "large"}
             assert set(sizes.values()) <= set(providers.PROVIDERS)
