@@ -129,7 +129,7 @@ def key(row: Row) -> tuple[str, ...]:
 def device(row: Row) -> str:
     """Where the row was measured. Threads count on a CPU only, and where the row names them."""
     threads = None if row.get("driver") else row.get("threads")
-    return row["device"] if threads is None else f"{row['device']}, {threads} threads"
+    return row["device"] if threads is None else f"{row['device']}, {threads} thread{'s' * (threads != 1)}"
 
 
 def is_projection(row: Row) -> bool:
