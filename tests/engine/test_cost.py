@@ -149,6 +149,7 @@ def test_bytes(device):
     assert moved(lambda: torch.add(x, y, out=y)) == 3 * n
     assert moved(lambda: row.expand(8, 8) + x) == 4 * 8 + 2 * n
     assert moved(lambda: row.expand(8, 8).clone(memory_format=torch.contiguous_format)) == 4 * 8 + n
+    assert moved(lambda: wide[:1, ::2].expand(8, 8) + x) == 4 * 8 + 2 * n
     assert moved(lambda: wide[:, :8] * wide[:, 8:]) == 3 * n
     assert moved(lambda: x[:4] + x[4:]) == n + n // 2
     assert moved(lambda: x[:5] + x[3:]) == n + 5 * 8 * 4
