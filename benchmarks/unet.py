@@ -73,7 +73,7 @@ class Settings:
     sites: bool = False
     """Time every distinct site of the dense UNet alone instead, at several kept widths."""
     check: bool = False
-    """Exit with 1 if `ours` realises less than `benchmarks/results/unet_<cpu or card>.jsonl` says."""
+    """Exit with 1 if `ours` realises less than the rows of this machine in `benchmarks/results` say."""
     json: bool = False
     """One JSON object per row instead of text."""
 
@@ -221,10 +221,17 @@ def measure(settings: Settings) -> Iterator[list[Row]]:
 # --- the committed rows ---
 
 
-def baseline_path(device: torch.device) -> Path:
-    """`unet_cpu.jsonl`, `unet_h200.jsonl`, `unet_rtx_a6000.jsonl`."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return RESULTS / f"unet_{card.lower().removeprefix('nvidia ').replace(' ', '_')}.jsonl"
+def committed(machine: str) -> list[Row]:
+    """The rows of this benchmark in `benchmarks/results` that were measured on `machine`; of equals, the last counts.
+
+    Raises:
+        UserError: There are none.
+    """
+    lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines() if line.strip()]
+    rows = [row for row in map(json.loads, lines) if (row.get("suite"), row.get("device")) == ("unet", machine)]
+    if not rows:
+        raise UserError(f"--check: benchmarks/results has no rows of this machine ({machine})")
+    return rows
 
 
 def regressions(rows: Sequence[Row], baseline: Sequence[Row]) -> list[str]:
@@ -289,12 +296,7 @@ def validate(settings: Settings) -> None:
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.unet", __doc__)
     validate(settings)
-    baseline: list[Row] = []
-    if settings.check:
-        path = baseline_path(torch.device(settings.device))
-        if not path.exists():
-            raise UserError(f"--check: no rows of this machine are committed, {path.name} is missing")
-        baseline = [json.loads(line) for line in path.read_text().splitlines()]
+    baseline = committed(describe(torch.device(settings.device))["device"]) if settings.check else []
     rows: list[Row] = []
     for found in measure(settings):
         rows += found

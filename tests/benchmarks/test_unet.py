@@ -13,6 +13,7 @@ import torch
 from benchmarks import unet as bench
 from benchmarks import unet_providers, unet_sites
 from benchmarks.cases import Unavailable
+from benchmarks.machine import cpu_name
 from benchmarks.measure import Timing
 from benchmarks.structures import NAMES, model, structure
 from bilevel_fast import errors
@@ -268,8 +269,19 @@ def test_check_reads_the_rows_of_this_machine(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     arguments = ("--structures", "dense", "0.55", "--providers", "ours", "--check")
     assert run(monkeypatch, *arguments) == 2
-    assert "no rows of this machine are committed, unet_cpu.jsonl is missing" in capsys.readouterr().err
-    impossible = {"case": "mini 0.55 b1", "provider": "ours", "metric": "realised_speedup", "value": 1e3}
+    assert f"benchmarks/results has no rows of this machine ({cpu_name()})" in capsys.readouterr().err
+    impossible = {
+        "suite": "unet",
+        "device": cpu_name(),
+        "case": "mini 0.55 b1",
+        "provider": "ours",
+        "metric": "realised_speedup",
+        "value": 1e3,
+    }
+    other = json.dumps(impossible | {"device": "another"}) + "\n" + json.dumps(impossible | {"suite": "another"}) + "\n"
+    (tmp_path / "other.jsonl").write_text(other)
+    assert run(monkeypatch, *arguments) == 2, "of another machine, of another benchmark"
+    capsys.readouterr()
     (tmp_path / "unet_cpu.jsonl").write_text(json.dumps(impossible) + "\n")
     with pytest.raises(SystemExit, match=r"mini 0.55 b1: realised speedup .*, was 1000.000"):
         run(monkeypatch, *arguments)
