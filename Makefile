@@ -17,11 +17,11 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench bench-check clean
 
 help:
 	@sed -n '1,3s/^# *//p' Makefile
-	@echo "other targets: lint, bench (SUITE=$(SUITE)), clean"
+	@echo "other targets: lint, bench (SUITE=$(SUITE)), bench-check, clean"
 
 train: $(VENV)/.installed-core
 	$(BIN)/python -m bilevel_fast.train $(ARGS)
@@ -37,6 +37,10 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.$(SUITE) $(ARGS)
+
+# Fails if MACs, launches, compiled kernels or the CPU step's ratio are worse than benchmarks/results/baseline.jsonl.
+bench-check: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.bench_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,8 @@
 #
 #   OUT=results bash benchmarks/gpu.sh                     SD 2.1 with random weights, 512 px, batch 16, bf16
 #   OUT=results bash benchmarks/gpu.sh --device cpu --tiny     the rehearsal, on the mini world
-#   BUDGET=1700 OUT=results bash benchmarks/gpu.sh         more time: nothing is begun that would end after it
+#   BUDGET=1700 OUT=results bash benchmarks/gpu.sh         more time: nothing is begun that might end after it
+#   SLOW=4 ROUNDS=4 BUDGET=3600 ...                        every limit four times as long, for a small machine
 #
 # Needs torch, triton, numpy, pytest and a C++ compiler. Where there is no network, first fetch the rest where there is:
 #
@@ -12,7 +13,8 @@
 #     hypothesis sortedcontainers diffusers huggingface_hub httpx httpcore h11 anyio regex importlib_metadata zipp
 #
 # Afterwards, for the card's name in CARD: cat rows.jsonl >> benchmarks/results/CARD.jsonl, and python -m benchmarks.report.
-# Kernels one by one, sanitizers and the table of providers: benchmarks/gpu_kernels.sh.
+# Kernels one by one, sanitizers and the table of providers: benchmarks/gpu_kernels.sh. On a card that the table does not
+# know, run that first and bring its providers.json along: without it, ours is torch's ops in CUDA graphs.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to the folder for the results}
@@ -26,13 +28,14 @@ while [ $# -gt 0 ]; do
   esac
 done
 python=${PYTHON:-python}
-begin=$SECONDS budget=${BUDGET:-540} rounds=${ROUNDS:-10}
+begin=$SECONDS budget=${BUDGET:-540} rounds=${ROUNDS:-10} slow=${SLOW:-1}
 
 step() {  # step NAME SECONDS COMMAND...: runs it if it can end in time; keeps its output and how it ended
-  local name=$1 limit=$2 status
+  local name=$1 limit=$(($2 * slow)) status
   shift 2
   if [ $((SECONDS - begin + limit)) -gt "$budget" ]; then
-    echo "$(date -u +%H:%M:%S) $name: not run, it may take $limit s of the $((budget - SECONDS + begin)) s left" | tee -a "$out/steps.txt"
+    local left=$((budget - SECONDS + begin))
+    echo "$(date -u +%H:%M:%S) $name: not run, it may take $limit s and $left s are left" | tee -a "$out/steps.txt"
     return
   fi
   timeout "$limit" "$@" >"$out/$name.txt" 2>&1
@@ -51,7 +54,7 @@ if [ "$device" = cuda ]; then
   step tests 60 "$python" -m pytest -q -m gpu tests/engine tests/data
 fi
 step step 150 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --ladder
-step alignment 45 "$python" -m benchmarks.alignment "${tiny[@]}" "${common[@]}"
+step alignment 60 "$python" -m benchmarks.alignment "${tiny[@]}" "${common[@]}" --full
 step unet 90 "$python" -m benchmarks.unet "${tiny[@]}" "${common[@]}" --providers eager torch graphs ours
 step roofline 40 bash -c "'$python' -m benchmarks.roofline --validate --device $device --json | tee -a '$out/rows.jsonl'"
 step profile 60 "$python" -m bilevel_fast.profile --device "$device" --profile-out "$out/profile" --preset smoke --lower.batch 16

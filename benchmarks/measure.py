@@ -22,11 +22,11 @@ class Timing:
 
     @property
     def p20(self) -> float:
-        return quantiles(self.seconds, n=5)[0]
+        return quantiles(self.seconds, n=5, method="inclusive")[0]
 
     @property
     def p80(self) -> float:
-        return quantiles(self.seconds, n=5)[3]
+        return quantiles(self.seconds, n=5, method="inclusive")[3]
 
     def map(self, function: Callable[[float], float]) -> "Timing":
         """The same rounds in other units, such as images per second."""
