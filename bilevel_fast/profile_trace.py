@@ -56,8 +56,8 @@ def digest(events: Iterable[Mapping[str, Any]], cuda: bool) -> dict[str, list[Re
     """Read the `traceEvents` of a Chrome trace: the steps of each kind, in order."""
     ranges: dict[Any, list[Span]] = defaultdict(list)
     ops: dict[Any, list[Span]] = defaultdict(list)
-    launched: dict[int, tuple[Any, int]] = {}
-    kernels: list[tuple[Span, int]] = []
+    launched: dict[int | None, tuple[Any, int]] = {}
+    kernels: list[tuple[Span, int | None]] = []
     steps: list[tuple[Span, Any]] = []
     for event in events:
         kind = event.get("cat")
@@ -72,9 +72,9 @@ def digest(events: Iterable[Mapping[str, Any]], cuda: bool) -> dict[str, list[Re
         elif kind == "cpu_op":
             ops[thread].append(span)
         elif kind in _LAUNCHES:
-            launched[event["args"]["correlation"]] = (thread, start)
+            launched[event["args"].get("correlation")] = (thread, start)
         elif kind in _ON_DEVICE:
-            kernels.append((span, event["args"]["correlation"]))
+            kernels.append((span, event["args"].get("correlation")))
 
     found: dict[str, list[Recorded]] = defaultdict(list)
     own = {thread: innermost(spans) for thread, spans in ranges.items()}

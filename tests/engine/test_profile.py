@@ -84,16 +84,13 @@ def test_a_slow_room_shows(tmp_path):
     adds_up(upper)
     rows = rows_of(lower)
     assert rows["teacher"].ms >= PAUSE * 1e3
-    assert rows["teacher"].share > 0.5
     assert rows["data"].ms == rows["optimizer"].ms == 0
     assert rows["losses"].ms > 0
     assert lower.plain_ms >= PAUSE * 1e3
     assert lower.wall_ms == pytest.approx(rows[TOTAL].ms)
     assert lower.busy_ms is None
-    asleep = next(op for op in lower.ops if op.room == "teacher")  # the first: the most time
-    assert asleep.op == OUTSIDE
-    assert asleep.ms >= PAUSE * 1e3
-    assert rows_of(upper)["teacher"].ms < PAUSE * 1e3
+    slept = {(op.op, op.room): op.ms for op in lower.ops}
+    assert slept[OUTSIDE, "teacher"] >= PAUSE * 1e3
     # one to warm up, three without the profiler, one to start it, three with it, one to count
     assert (lower.repeats, toys["lower"].calls) == (3, 9)
 

@@ -79,7 +79,9 @@ def test_kernels_belong_to_the_room_of_their_launch():
         event("user_annotation", "step/lower", 0, 100),
         event("user_annotation", "room/teacher", 0, 20),
         event("user_annotation", "room/backward", 40, 80),
-        event("gpu_user_annotation", "room/optimizer", 0, 1000, tid=7),  # torch's echo of a range on the device
+        # torch's echo of ranges on the device: on stream 3, which is no thread
+        event("gpu_user_annotation", "step/lower", 0, 1000, tid=3),
+        event("gpu_user_annotation", "room/optimizer", 0, 1000, tid=3),
         event("cpu_op", backward_op, 45, 60, tid=3),
         *kernel("gemm", 100, 130, launched=5),
         *kernel("gemm", 130, 140, launched=50, tid=3),
