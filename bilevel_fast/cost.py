@@ -105,6 +105,13 @@ def _attention(
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
+@cache
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    """Whether an op is nothing but other ops: some have a kernel besides that definition, as the backward of SiLU."""
+    has = partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    return has("CompositeImplicitAutograd") and not has("CPU") and not has("CUDA")
+
+
 def _composite(func: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """A composite op, as the ops that it is made of."""
     return func._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
@@ -158,7 +165,7 @@ class Counter(AsOnGPU):
         kwargs = kwargs or {}
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
-        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        if _is_composite(func):
             with self:  # inference mode leaves such an op whole
                 on_meta = func is _SDPA and args[0].device.type == "meta"
                 return (_attention if on_meta else partial(_composite, func))(*args, **kwargs)

@@ -170,6 +170,18 @@ def test_views_and_allocations_launch_nothing(device):
     assert [c.flops for c in counter.costs] == [2 * 4 * 6 * 5]
 
 
+@DEVICES
+def test_backward_of_silu_is_one_op(device):
+    """It has a kernel and, besides, a definition by other ops, which a GPU does not run."""
+    x = torch.zeros(4, 6, device=device, requires_grad=True)
+    out = F.silu(x)
+    with Counter() as counter:
+        out.backward(torch.zeros_like(out))
+    silu = [c for c in counter.costs if c.op == "aten::silu_backward"]
+    assert [(c.kind, c.bytes) for c in silu] == [("pointwise", 3 * x.nbytes)]
+    assert counter.launches <= 3  # with zeros_like and, perhaps, the gradient's first copy
+
+
 def test_reading_a_scalar_is_seen():
     x = torch.ones(())
     with Counter() as counter:
