@@ -20,10 +20,8 @@ in the projected time; backward of attention has five products.
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,7 +30,8 @@ from benchmarks.cards import CARDS, Card, Ceilings, this_machine
 from benchmarks.machine import describe
 from benchmarks.measure import interleaved
 from benchmarks.structures import Model, model, structure
-from bilevel_fast import errors, flags, ops, providers
+from benchmarks.unet_providers import ops
+from bilevel_fast import errors, flags
 from bilevel_fast.cost import KINDS, PRODUCTS, Cost, Counter
 from bilevel_fast.diffusion import Noised
 from bilevel_fast.errors import UserError, nearest
@@ -151,16 +150,9 @@ class Steps:
         return Cost("optimizer", "optimizer", "adamw", 0, moved)
 
 
-@contextmanager
-def triton_on_meta() -> Iterator[None]:
-    """All ops go to this repository's Triton kernels, which on the meta device are operators that compute nothing."""
-    with patch.object(ops, "_triton_runs", lambda x: True), patch.dict("os.environ", {providers.VARIABLE: "triton"}):
-        yield
-
-
 def count(size: Model, kept: Structure, batch: int, provider: str) -> dict[str, list[Cost]]:
     """The ops of each of `CASES`, in bf16."""
-    with triton_on_meta() if provider == "triton" else nullcontext():
+    with ops(provider if provider == "triton" else "torch"):
         steps = Steps(size, kept, batch, torch.device("meta"), torch.bfloat16)
         calls: dict[str, Callable[[], None]] = {
             "lower": steps.lower,

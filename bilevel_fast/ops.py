@@ -63,8 +63,8 @@ def _group_norm_providers(x: Tensor, norm: nn.GroupNorm) -> list[str]:
 
 
 def _triton_runs(x: Tensor) -> bool:
-    """On a GPU; on the CPU in Triton's interpreter only, which tests turn on."""
-    return x.dtype in _FLOATS and (x.is_cuda or (x.device.type == "cpu" and triton_ops.INTERPRETED))
+    """On a GPU; on the CPU in Triton's interpreter only, which tests turn on; on meta, to be counted, if asked for."""
+    return x.dtype in _FLOATS and (x.is_cuda or x.is_meta or (x.device.type == "cpu" and triton_ops.INTERPRETED))
 
 
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:

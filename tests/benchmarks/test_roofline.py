@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import cards, memory, roofline, structures
 from benchmarks.cards import CARDS, Card
-from bilevel_fast import errors, ops
+from bilevel_fast import errors
 from bilevel_fast.architecture import MINI, sites
 from bilevel_fast.cost import PRODUCTS, Cost
 from bilevel_fast.memory import largest_batch
@@ -156,7 +156,6 @@ def test_triton_ops_save_launches_and_traffic_but_no_products(projected):
         assert sum(c.bytes for c in ours) < 0.95 * sum(c.bytes for c in torchs)
         assert any(c.op == "bilevel_kernels::group_norm_silu_bwd" for c in ours)
         assert not any(c.op.startswith("bilevel_") for c in torchs)
-    assert not ops._triton_runs(torch.zeros(1, device="meta"))
     assert os.environ.get("BILEVEL_FAST_OPS") != "triton"
 
 
