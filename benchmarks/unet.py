@@ -6,7 +6,7 @@
     python -m benchmarks.unet --tiny                 a rehearsal on the CPU, with the mini world's UNet
     python -m benchmarks.unet --device cuda --check  fails if a speedup fell by more than 3 % against the committed rows
 
-    eager     diffusers' UNet2DConditionModel, channels_last; it cannot hold a pruned UNet
+    eager     diffusers' UNet2DConditionModel, channels_last; a pruned one is cut as the authors cut theirs
     torch     our UNet on torch's ops
     compile   the same through torch.compile, one graph; compiled anew, which takes its time, for each UNet and batch
     graphs    the same as a CUDA graph

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Unavailable
+from benchmarks.diffusers_unet import diffusers_unet
 from benchmarks.measure import captured
-from bilevel_fast.errors import require
 from bilevel_fast.providers import VARIABLE
 from bilevel_fast.unet import UNet
 
@@ -45,13 +45,7 @@ def plain(unet: Callable[..., Any], inputs: Inputs, provider: str | None) -> Cal
 
 
 def eager(unet: UNet, inputs: Inputs) -> Callable[[], Tensor]:
-    if not unet.structure.is_dense:
-        raise Unavailable("diffusers cannot hold a pruned UNet")
-    diffusers = require("diffusers", "sd")
-    with torch.device("meta"):
-        theirs = diffusers.UNet2DConditionModel.from_config(unet.config.to_dict())
-    theirs.load_state_dict(unet.state_dict(), assign=True)  # the same memory, channels_last as it lies
-    theirs.eval()
+    theirs = diffusers_unet(unet.structure, unet.state_dict(), memory_format=torch.channels_last).eval()
 
     def call() -> Tensor:
         with torch.no_grad():

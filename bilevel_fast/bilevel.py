@@ -203,11 +203,13 @@ class Suppression:
         suppression.
         """
         flat = self.flat
-        suppression, norm = flat.gradient.clone(), flat.norm()
-        flat.zero_grad()
+        with room("losses"):
+            suppression, norm = flat.gradient.clone(), flat.norm()
+            flat.zero_grad()
         _backward(penalty)
-        scale = (self.penalty * norm / flat.norm()).to(flat.dtype)
-        torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
+        with room("losses"):
+            scale = (self.penalty * norm / flat.norm()).to(flat.dtype)
+            torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
 
 
 def _backward(loss: Tensor) -> None:

@@ -7,6 +7,7 @@ bits as one that was not.
 
 import contextlib
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -140,17 +141,23 @@ def fit(
             checkpoint does not fit the student.
     """
     lower, upper = levels(config, student, materials, device)
-    both = {level.name: level for level in (lower, upper) if level is not None}
+    with running([level for level in (lower, upper) if level is not None], device):
+        progress = _steps(config, lower, upper, places, stop, device)
+        lower.optimizer.flat.release()
+    return progress
+
+
+@contextlib.contextmanager
+def running(both: Sequence[Level], device: torch.device) -> Iterator[None]:
+    """What the steps of `levels` need around them: loaders that are closed, library settings, a stream to capture."""
     with contextlib.ExitStack() as stack:
-        for level in both.values():
+        for level in both:
             stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # levels() makes Loaders
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes do not change
             torch.set_float32_matmul_precision("high")
             stack.enter_context(side_stream(device))
-        progress = _steps(config, lower, upper, places, stop, device)
-        lower.optimizer.flat.release()
-    return progress
+        yield
 
 
 def _steps(

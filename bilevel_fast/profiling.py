@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -29,7 +29,7 @@ from bilevel_fast.cost import Cost, Counter
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
-from bilevel_fast.graphs import WARMUP, Graphs, Record, cuda_recorder, side_stream
+from bilevel_fast.graphs import WARMUP, Graphs, Record, cuda_recorder
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini.experiment import erased_styles
 from bilevel_fast.profile_trace import OTHER, STEP, Recorded, Work, digest
@@ -254,13 +254,7 @@ def training(
         UserError: Bad input of any kind, as in `session.run`.
     """
     levels = [level for level in _levels(config, device, scratch) if level is not None]
-    with ExitStack() as stack:
-        for level in levels:
-            stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # levels() makes Loaders
-        if device.type == "cuda":  # as `engine.fit` does
-            torch.backends.cudnn.benchmark = True
-            torch.set_float32_matmul_precision("high")
-            stack.enter_context(side_stream(device))
+    with engine.running(levels, device):
         repeats = {"lower": steps, "upper": max(1, steps // max(1, config.upper.every))}
         record = cuda_recorder(device) if config.graphs else None
         return descents(levels, device, repeats, warmup, record, trace)
