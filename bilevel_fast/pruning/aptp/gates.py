@@ -1,0 +1,195 @@
+"""The dense UNet with gates in front of everything that pruning may remove, one set of gates per sample.
+
+    attention     q, k, v of head i times g_i                   (so g_i^2 on its logits and g_i on its values)
+    feed-forward  both halves of the GEGLU of group i times g_i
+    ResNet        compat   conv1 + time embedding, group i times g_i, before GroupNorm
+                  exact    SiLU(GroupNorm(.)), group i times g_i
+    depth         (1 - m) h + m block(h)       h without the skip connection
+
+A gate of 1 changes nothing, and hard gates compute what `UNet.cut` computes: what is learned through them is what
+the expert inherits. For ResNets that is true of `exact` only. `compat` is what APTP trains with (arXiv:2406.12042):
+GroupNorm divides a soft gate out again, so the network hardly feels it, and behind a group that is zero it leaves SiLU
+of the norm's bias, which the expert does not have.
+
+Legend: B batch, C channels, H W latent size, T image tokens, V entries of the architecture vector.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bilevel_fast.architecture import UNetConfig
+from bilevel_fast.errors import UserError
+from bilevel_fast.ops import attention, group_norm, group_norm_silu, layer_norm
+from bilevel_fast.pruning.aptp.layout import layout
+from bilevel_fast.unet import Attention, Block, FeedForward, Prediction, ResNet, Transformer, UNet
+
+ResNetGate = Literal["exact", "compat"]
+
+
+@dataclass(frozen=True, eq=False)
+class SiteGates:
+    """The gates of one site."""
+
+    widths: Mapping[str, Tensor]
+    """(B, units) by the name of the width vector."""
+    depth: Tensor | None
+    """(B,); None where the vector has no depth entry."""
+
+
+def split(config: UNetConfig, gates: Tensor) -> dict[str, SiteGates]:
+    """Gates (B, V), in the layout of `Structure.to_vector`, by site.
+
+    Raises:
+        ValueError: The shape is another.
+    """
+    plan = layout(config)
+    widths, depths = plan.split(gates)
+    by_site: dict[str, dict[str, Tensor]] = {}
+    for segment, values in zip(plan.segments, widths, strict=True):
+        by_site.setdefault(segment.site.name, {})[segment.width.name] = values
+    depth = {site.name: depths[:, i] for i, site in enumerate(plan.depths)}
+    return {name: SiteGates(values, depth.get(name)) for name, values in by_site.items()}
+
+
+def gated(unet: UNet, x: Tensor, t: Tensor, text: Tensor, gates: Tensor, resnet: ResNetGate = "exact") -> Prediction:
+    """What the dense UNet predicts behind gates; differentiable with respect to them, and to whatever else wants it.
+
+    Args:
+        unet: Dense. If its `recompute` is set, backward computes the inside of each site again.
+        x, t, text: As `UNet.forward`.
+        gates: (B, V) in [0, 1], any float dtype.
+        resnet: Where the gates of the ResNets lie.
+
+    Raises:
+        UserError: The UNet is pruned.
+        ValueError: The gates have another shape.
+    """
+    if not unet.structure.is_dense:
+        raise UserError("gates want the dense UNet; this one is pruned")
+    dtype = unet.conv_in.weight.dtype
+    if gates.shape[:1] != x.shape[:1]:
+        raise ValueError(f"{len(x)} samples came with gates of shape {tuple(gates.shape)}")
+    by_site = split(unet.config, gates.to(dtype))
+    time, text = F.silu(unet.time_embedding(t)), text.to(dtype)
+    h = unet.conv_in(x.to(dtype, memory_format=torch.channels_last))
+    skips, outputs = [h], []
+    modules = (*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks)
+    for name, block in zip(unet.config.blocks, modules, strict=True):
+        assert isinstance(block, Block)
+        h = _Walk(name, block, by_site, time, text, resnet).run(h, skips)
+        outputs.append(h)
+    return Prediction(unet.conv_out(group_norm_silu(h, unet.conv_norm_out)), tuple(outputs))
+
+
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """One block, executed as the modules of `bilevel_fast.unet` would, but site by site through the gates."""
+
+    name: str
+    block: Block
+    gates: Mapping[str, SiteGates]
+    time: Tensor
+    text: Tensor
+    mode: ResNetGate
+
+    def run(self, h: Tensor, skips: list[Tensor]) -> Tensor:
+        count, down, up = len(self.block.resnets), self.name.startswith("down"), self.name.startswith("up")
+        if not down and not up:
+            return self.resnet(1, self.transformer(0, self.resnet(0, h, None)), None)
+        for j in range(count):
+            h = self.transformer(j, self.resnet(j, h, skips.pop() if up else None))
+            if down:
+                skips.append(h)
+        if hasattr(self.block, "downsamplers"):
+            h = self.block.downsamplers[0](h)  # pyright: ignore[reportIndexIssue]
+            skips.append(h)
+        if hasattr(self.block, "upsamplers"):
+            h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
+            h = self.block.upsamplers[0](h)  # pyright: ignore[reportIndexIssue]
+        return h
+
+    def resnet(self, index: int, h: Tensor, skip: Tensor | None) -> Tensor:
+        module, gates = self.block.resnets[index], self.gates[f"{self.name}.resnets.{index}"]
+        assert isinstance(module, ResNet)
+        return self._run(_resnet, module, h, skip, self.time, gates.widths["groups"], gates.depth, self.mode)
+
+    def transformer(self, index: int, h: Tensor) -> Tensor:
+        if not hasattr(self.block, "attentions"):
+            return h
+        module, gates = self.block.attentions[index], self.gates[f"{self.name}.attentions.{index}"]
+        assert isinstance(module, Transformer)
+        w = gates.widths
+        return self._run(_transformer, module, h, self.text, w["attn1"], w["attn2"], w["ff"], gates.depth)
+
+    def _run(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
+        if self.block.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
+        return function(*inputs)
+
+
+def _resnet(
+    module: ResNet,
+    h: Tensor,
+    skip: Tensor | None,
+    time: Tensor,
+    width: Tensor,
+    depth: Tensor | None,
+    mode: ResNetGate,
+) -> Tensor:
+    x = h if skip is None else torch.cat([h, skip], dim=1)
+    gate = F.pad(_spread(width, module.inner), (0, module.pad))[:, :, None, None]
+    inner, shift = module.conv1(group_norm_silu(x, module.norm1)), module.time_emb_proj(time)
+    if mode == "compat":
+        inner = group_norm_silu((inner + shift[:, :, None, None]) * gate, module.norm2, module.pad)
+    else:
+        inner = group_norm_silu(inner, module.norm2, module.pad, shift) * gate
+    out = module.conv2(inner) + (x if module.conv_shortcut is None else module.conv_shortcut(x))
+    return _mix(h, out, depth)
+
+
+def _transformer(
+    module: Transformer, x: Tensor, text: Tensor, attn1: Tensor, attn2: Tensor, ff: Tensor, depth: Tensor | None
+) -> Tensor:
+    block = module.transformer_blocks[0]
+    h = group_norm(x, module.norm)
+    h = _to_tokens(h) if module.linear else _to_tokens(module.proj_in(h))
+    h = module.proj_in(h) if module.linear else h
+    n = layer_norm(h, block.norm1)  # pyright: ignore[reportArgumentType]
+    h = h + _attention(block.attn1, n, n, attn1)  # pyright: ignore[reportArgumentType]
+    h = h + _attention(block.attn2, layer_norm(h, block.norm2), text, attn2)  # pyright: ignore[reportArgumentType]
+    h = h + _feed_forward(block.ff, layer_norm(h, block.norm3), ff)  # pyright: ignore[reportArgumentType]
+    h = module.proj_out(h) if module.linear else h
+    h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return _mix(x, x + (h if module.linear else module.proj_out(h)), depth)
+
+
+def _attention(module: Attention, x: Tensor, context: Tensor, gate: Tensor) -> Tensor:
+    q, k, v = module.to_q(x), module.to_k(context), module.to_v(context)
+    gate = _spread(gate, q.shape[-1])[:, None]
+    return module.to_out[0](attention(q * gate, k * gate, v * gate, module.heads))
+
+
+def _feed_forward(module: FeedForward, x: Tensor, gate: Tensor) -> Tensor:
+    value, act = module.net[0].proj(x).chunk(2, dim=-1)  # pyright: ignore[reportAttributeAccessIssue,reportCallIssue]
+    gate = _spread(gate, value.shape[-1])[:, None]
+    return module.net[2](value * gate * F.gelu(act * gate))
+
+
+def _spread(gate: Tensor, channels: int) -> Tensor:
+    """(B, units) -> (B, channels): each gate over the channels of its unit."""
+    return gate.repeat_interleave(channels // gate.shape[1], dim=1)
+
+
+def _mix(h: Tensor, out: Tensor, depth: Tensor | None) -> Tensor:
+    return out if depth is None else torch.lerp(h, out, depth[:, None, None, None])
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) channels_last -> (B, T, C), a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
