@@ -40,6 +40,7 @@ class Stream(IntEnum):
     INITIAL = 7
     BANK = 8
     WORLD = 9
+    GATE = 10
 
 
 def normal(seed: int, stream: Stream, indices: Indices, shape: tuple[int, ...]) -> Tensor:
