@@ -1,18 +1,47 @@
 """What a pruning method may spend, and what it can buy: units of width vectors, each at its price in MACs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bilevel_fast.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.errors import UserError
-from bilevel_fast.macs import dense_true, site_costs
+from bilevel_fast.macs import dense_true, fixed_costs, site_costs
 from bilevel_fast.structure import Structure
 
 Calibration = Sequence[tuple[Tensor, Tensor]]
 """Batches of scaled latents (B, C, H, W) and text states (B, L, D) that a method may try the teacher on."""
+
+
+@dataclass(frozen=True)
+class SitePrice:
+    """What a site takes, in whole units of the budget: `fixed` while it stands, and `widths[w][k]` for k kept units of
+    width vector w, (units + 1,) int64. A dropped site takes nothing."""
+
+    fixed: int
+    widths: Mapping[str, NDArray[np.int64]]
+
+    @property
+    def dense(self) -> int:
+        return self.fixed + sum(int(prices[-1]) for prices in self.widths.values())
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What everything takes: the sites, and `outside` them what pruning never touches."""
+
+    what: str
+    """In the plural, for messages: `MACs`."""
+    sites: Mapping[str, SitePrice]
+    outside: int
+
+    @property
+    def dense(self) -> int:
+        return self.outside + sum(site.dense for site in self.sites.values())
 
 
 @dataclass(frozen=True)
@@ -32,10 +61,31 @@ class MacBudget:
     """Share of each width vector that stays in any case, rounded up to whole units."""
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.ratio <= 1.0:
-            raise UserError(f"budget is {self.ratio}, wanted a share of the dense MACs, 0 < budget <= 1")
-        if not 0.0 < self.min_keep <= 1.0:
-            raise UserError(f"min_keep is {self.min_keep}, wanted 0 < min_keep <= 1")
+        check_share("budget", self.ratio, "a share of the dense MACs, ")
+        check_share("min_keep", self.min_keep)
+
+    def prices(self, config: UNetConfig) -> Prices:
+        """MACs of every site: each kept unit adds the same."""
+        table = site_costs(config, self.latent, self.text)
+        sold = {
+            site.name: SitePrice(
+                table[site.name].fixed.true,
+                {w.name: np.arange(w.units + 1) * table[site.name].units[w.name].true for w in site.widths},
+            )
+            for site in sites(config)
+        }
+        return Prices("MACs", sold, sum(cost.true for cost in fixed_costs(config, self.latent).values()))
+
+
+def check_share(name: str, value: float, meaning: str = "") -> None:
+    """Refuse what is outside (0, 1], with a UserError."""
+    if not 0.0 < value <= 1.0:
+        raise UserError(f"{name} is {value}, wanted {meaning}0 < {name} <= 1")
+
+
+def least_units(width: Width, keep: float) -> int:
+    """The share `keep` of a width vector, rounded up to whole units but for the last digits of a product."""
+    return max(1, ceil(keep * width.units - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -56,7 +106,7 @@ def choices(config: UNetConfig, budget: MacBudget) -> tuple[tuple[Choice, ...], 
     """
     table = site_costs(config, budget.latent, budget.text)
     found = tuple(
-        Choice(site, width, ceil(budget.min_keep * width.units), table[site.name].units[width.name].true)
+        Choice(site, width, least_units(width, budget.min_keep), table[site.name].units[width.name].true)
         for site in sites(config)
         for width in site.widths
     )

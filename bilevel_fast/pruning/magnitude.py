@@ -16,39 +16,22 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.errors import UserError
-from bilevel_fast.native import plan
-from bilevel_fast.pruning.budget import Calibration, Choice, MacBudget, assemble, choices, fill
+from bilevel_fast.pruning.budget import Calibration, Choice, MacBudget, choices
+from bilevel_fast.pruning.planner import spend
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
-STEPS = 50_000
-"""Into which the knapsack divides the spare MACs. Prices are rounded up to whole steps, which for the 70 vectors of
-SD 2.1 can waste 0.14 % of the spare MACs; `fill` spends them."""
-
 
 def magnitude(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
-    """The structure within the budget with the largest product of kept shares.
+    """The structure within the budget with the largest product of kept shares; no site is dropped.
 
     Raises:
         UserError: The budget is below what `min_keep` takes, or a weight of the teacher is not finite.
     """
-    found, spare = choices(teacher.config, budget)
-    state = teacher.state_dict()
-    step = max(1, spare // STEPS)
-    rankings, values, prices, ranks = [], [], [], []
-    for c in found:
-        importance, ranking = unit_importance(c, state).sort(descending=True, stable=True)
-        log_share = (importance.cumsum(0) / importance.sum()).log()
-        gain = log_share.diff(prepend=log_share.new_full((1,), -torch.inf))
-        rankings.append(ranking.tolist())
-        values.append(log_share[c.least - 1 :].tolist())
-        prices.append([-(-extra * c.price // step) for extra in range(c.width.units - c.least + 1)])
-        ranks.append((-gain / c.price).tolist())
-    chosen = plan(prices, values, spare // step).choice
-    counts = [c.least + extra for c, extra in zip(found, chosen, strict=True)]
-    spent = sum(extra * c.price for c, extra in zip(found, chosen, strict=True))
-    counts = fill(found, counts, spare - spent, ranks)
-    return assemble(teacher.config, found, (r[:k] for r, k in zip(rankings, counts, strict=True)))
+    state, importance = teacher.state_dict(), dict[str, dict[str, Tensor]]()
+    for c in choices(teacher.config, budget)[0]:
+        importance.setdefault(c.site.name, {})[c.width.name] = unit_importance(c, state)
+    return spend(teacher.config, budget, importance)
 
 
 def unit_importance(choice: Choice, state: Mapping[str, Tensor]) -> Tensor:

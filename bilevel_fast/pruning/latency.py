@@ -1,0 +1,185 @@
+"""A budget of time: what each site takes at each kept count, read from rows that measured it.
+
+`python -m benchmarks.unet --sites --out sites.jsonl` times each distinct site at a few kept shares; rows of a model of
+the hardware do as well, if they have the same fields (`suite`, `value` in ms, and in `config` `sites`, `kept`, `batch`,
+`latent`, `text`, `align`). Between two measured counts time is interpolated. Below the smallest it stays what it was
+there: nobody measured that more would be saved.
+
+A Transformer is timed with its three width vectors narrowed together. What a step from one such row to the next saves
+is divided among the three by the MACs that each of them gives up. So the measured rows are met exactly, and what lies
+off their line is a model.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bilevel_fast.architecture import Site, UNetConfig, sites
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.macs import SiteCost, site_costs
+from bilevel_fast.pruning.budget import Prices, SitePrice, check_share
+
+SUITE = "unet_sites"
+RESOLUTION = 1e9
+"""Whole units of the budget per ms: picoseconds, so that rounding is far below what any clock shows."""
+_SETTINGS = ("batch", "latent", "text", "align")
+_FIELDS = {"sites": list, "kept": dict, **dict.fromkeys(_SETTINGS, int)}
+
+
+@dataclass(frozen=True)
+class SiteLatency:
+    """Milliseconds of a site: `fixed` while it stands, and `widths[w][k]` for k kept units of width vector w, with
+    units + 1 entries that need not ascend."""
+
+    fixed: float
+    widths: Mapping[str, tuple[float, ...]]
+
+    def ms(self, kept: Mapping[str, int]) -> float:
+        """The whole site with `kept` units of each width vector."""
+        return self.fixed + sum(self.widths[width][k] for width, k in kept.items())
+
+
+LatencyTable = Mapping[str, SiteLatency]
+"""By name of the site, all sites of a UNet."""
+
+
+@dataclass(frozen=True)
+class LatencyBudget:
+    """At most `ratio` of the time that the sites of the dense UNet take together, by `table`.
+
+    What lies outside the sites (resamplers, first and last convolution) is not in the table and not in the budget.
+
+    Raises:
+        UserError: `ratio` or `min_keep` is outside (0, 1].
+    """
+
+    ratio: float
+    table: LatencyTable
+    min_keep: float = 0.25
+    """Share of each width vector that stays in any case, rounded up to whole units."""
+
+    def __post_init__(self) -> None:
+        check_share("budget", self.ratio, "a share of the dense latency, ")
+        check_share("min_keep", self.min_keep)
+
+    def prices(self, config: UNetConfig) -> Prices:
+        """Picoseconds of every site.
+
+        Raises:
+            UserError: The table lacks a site or a kept count, or a time is negative or not finite; the site is named.
+        """
+        sold = {}
+        for site in sites(config):
+            if site.name not in self.table:
+                raise UserError(f"latency table: site {site.name} is missing")
+            timed = self.table[site.name]
+            for width in site.widths:
+                has, wanted = len(timed.widths.get(width.name, ())), width.units + 1
+                if has != wanted:
+                    raise UserError(f"latency table: site {site.name}, {width.name!r}: {has} times, wanted {wanted}")
+            times = [timed.fixed, *(ms for w in site.widths for ms in timed.widths[w.name])]
+            if not all(math.isfinite(ms) and ms >= 0 for ms in times):
+                raise UserError(f"latency table: site {site.name} has a time that is negative or not finite")
+            widths = {w.name: np.array(timed.widths[w.name]) * RESOLUTION for w in site.widths}
+            whole = {name: np.rint(times).astype(np.int64) for name, times in widths.items()}
+            sold[site.name] = SitePrice(round(timed.fixed * RESOLUTION), whole)
+        return Prices("latency", sold, 0)
+
+
+def read_latencies(path: Path, config: UNetConfig, batch: int | None = None) -> LatencyTable:
+    """Read the rows of suite `unet_sites` in a file of JSON lines; of rows of the same site and counts the last counts.
+
+    Args:
+        path: The file.
+        config: The dense UNet.
+        batch: Use the rows of this batch only; needed if there are several.
+
+    Raises:
+        UserError: The file is missing or a line is no JSON object; a row lacks a field, has no positive time, or is
+            about another UNet; rows were made with different settings; a site has no row, or none that is dense.
+            Line or site is named.
+    """
+    rows = _rows(path, batch)
+    if not rows:
+        raise UserError(f"{path} has no rows of sites" + ("" if batch is None else f" at batch {batch}"))
+    settings = {", ".join([*(f"{k} {row['config'][k]}" for k in _SETTINGS), str(row.get("device"))]) for row in rows}
+    if len(settings) > 1:
+        raise UserError(f"{path} has rows of several settings, wanted one: {'; '.join(sorted(settings)[:3])}")
+    costs = site_costs(config, rows[0]["config"]["latent"], rows[0]["config"]["text"])
+    known = {site.name: site for site in sites(config)}
+    points: dict[str, dict[tuple[int, ...], float]] = {name: {} for name in known}
+    for row in rows:
+        for name in row["config"]["sites"]:
+            if name not in known:
+                raise UserError(f"{path}:{row['line']}: no site {name!r} in this UNet{nearest(name, known)}")
+            points[name][_counts(row, known[name], path)] = row["value"]
+    return {name: _site(known[name], costs[name], found, path) for name, found in points.items()}
+
+
+def _rows(path: Path, batch: int | None) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text: {error}") from error
+    found = []
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{n} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{n}: wanted a JSON object, found {type(row).__name__}")
+        if row.get("suite") != SUITE:
+            continue
+        settings, value = row.get("config"), row.get("value")
+        settings = settings if isinstance(settings, dict) else {}
+        for name, kind in _FIELDS.items():
+            if type(settings.get(name)) is not kind:
+                raise UserError(f"{path}:{n}: config has {settings.get(name)!r} for {name!r}, wanted {kind.__name__}")
+        if batch is not None and settings["batch"] != batch:
+            continue
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{path}:{n}: value is {value!r}, wanted milliseconds")
+        found.append({**row, "line": n})
+    return found
+
+
+def _counts(row: dict[str, Any], site: Site, path: Path) -> tuple[int, ...]:
+    """Kept units of each width vector of the site that a row timed."""
+    kept = row["config"]["kept"]
+    for width in site.widths:
+        count = kept.get(width.name)
+        if type(count) is not int or not 1 <= count <= width.units:
+            raise UserError(
+                f"{path}:{row['line']}: {site.name} keeps {count!r} of {width.name!r}, wanted 1..{width.units}"
+            )
+    return tuple(kept[width.name] for width in site.widths)
+
+
+def _site(site: Site, cost: SiteCost, points: Mapping[tuple[int, ...], float], path: Path) -> SiteLatency:
+    """Times at every kept count from those at some: (counts) -> ms."""
+    full = tuple(width.units for width in site.widths)
+    if full not in points:
+        raise UserError(f"{path}: site {site.name} is not timed with all its units, {', '.join(map(str, full))}")
+    line = sorted(points)
+    steps = np.diff(line, axis=0)
+    if (steps < 0).any():
+        raise UserError(f"{path}: rows of site {site.name} narrow one width vector while they widen another")
+    macs = steps * [cost.units[width.name].true for width in site.widths]
+    saved = np.diff([points[counts] for counts in line])[:, None] * macs / macs.sum(axis=1, keepdims=True)
+    widths = {w.name: _interpolate(w.units, [p[i] for p in line], saved[:, i]) for i, w in enumerate(site.widths)}
+    return SiteLatency(points[line[0]], widths)
+
+
+def _interpolate(units: int, counts: Sequence[int], steps: np.ndarray) -> tuple[float, ...]:
+    """Sum of the steps up to each count 0..units; a count may repeat, the step between is then 0."""
+    return tuple(np.interp(np.arange(units + 1), counts, [0.0, *np.cumsum(steps)]).tolist())

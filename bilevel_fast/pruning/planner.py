@@ -1,0 +1,217 @@
+"""Spend a budget on the units that matter most: any importance, all sites at once, optimal to the last MAC.
+
+    kept share   p_v(k) = sum of the k largest importances of width vector v / sum of all its importances
+    objective    max  sum over standing sites of sum_v log p_v(k_v)  +  sum over dropped sites of log d_s
+    such that    the standing sites' costs fit the budget, and each vector keeps `min_keep` of its units
+
+`magnitude.py` says why shares and why their logarithm. A site that is dropped keeps no share, and log 0 would forbid
+it; what the network loses without it has to be scored apart: log d_s <= 0, the share of the signal that remains, on the
+scale of the kept shares. `importance[site]["drop"]` holds log d_s; without it a site is never dropped. With log d_s = 0
+a site goes whenever that buys anything elsewhere, with a very negative one never.
+
+For `MacBudget` costs are whole MACs, for `LatencyBudget` whole picoseconds, and nothing is rounded on the way: the plan
+is the best there is (`knapsack.solve`). A site that may be dropped is one group, as its fixed part goes with all of its
+units: of the combinations of its width vectors, those stay that no other beats in cost and value together.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import ceil
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bilevel_fast.architecture import Site, UNetConfig, Width, sites
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.pruning.budget import MacBudget, Prices, SitePrice, check_share, least_units
+from bilevel_fast.pruning.knapsack import frontier, solve
+from bilevel_fast.pruning.latency import LatencyBudget
+from bilevel_fast.structure import Structure
+
+__all__ = ["DROP", "Budget", "Importance", "LatencyBudget", "MacBudget", "spend"]
+
+Importance = Mapping[str, Mapping[str, Tensor]]
+"""Site -> width vector -> (units,) fp64, >= 0 and finite. Only ratios within a vector count. A vector of zeros says
+nothing, as one of ones does. Site -> `DROP` -> () fp64, <= 0."""
+Budget = MacBudget | LatencyBudget
+
+DROP = "drop"
+
+
+@dataclass(frozen=True)
+class _Vector:
+    """A width vector: which units it keeps first, and cost and value of each count it may keep."""
+
+    site: Site
+    width: Width
+    ranking: tuple[int, ...]
+    counts: NDArray[np.int64]  # ascending; the last keeps all
+    costs: NDArray[np.int64]
+    values: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What is decided together. At row i of `picks`: for each vector, a number into its `counts`, or -1 if the site is
+    dropped."""
+
+    vectors: tuple[_Vector, ...]
+    costs: NDArray[np.int64]
+    values: NDArray[np.float64]
+    picks: NDArray[np.int64]  # (options, vectors)
+
+
+def spend(
+    config: UNetConfig,
+    budget: Budget,
+    importance: Importance,
+    *,
+    droppable: Collection[str] = (),
+    min_keep: float | None = None,
+    align: int = 1,
+) -> Structure:
+    """The structure within the budget with the largest product of kept shares. Deterministic.
+
+    Units of no importance are bought, too, while they fit, in ascending kept share: the budget is there to be spent.
+
+    Args:
+        config: The dense UNet.
+        budget: What may be spent.
+        importance: Of every unit of every site.
+        droppable: Names of sites that may be dropped, if they have an importance for it.
+        min_keep: Instead of the budget's.
+        align: ResNets keep only group counts whose inner width is a multiple of this, or all their groups.
+
+    Raises:
+        UserError: The budget is below what these rules allow (the smallest possible one is named); an importance is
+            missing, unknown, of a wrong shape, negative or not finite (the site is named); or a site in `droppable`
+            is unknown or changes the number of channels.
+    """
+    keep = budget.min_keep if min_keep is None else min_keep
+    check_share("min_keep", keep)
+    if align < 1:
+        raise UserError(f"align is {align}, wanted at least 1")
+    _check_names(config, importance, droppable)
+    prices = budget.prices(config)
+    fixed, groups = prices.outside, list[_Group]()
+    for site in sites(config):
+        given, price = importance[site.name], prices.sites[site.name]
+        vectors = tuple(_vector(site, w, price, given, keep, align) for w in site.widths)
+        drop = _drop_value(site, given)
+        if site.name in droppable and drop is not None:
+            groups.append(_joint(vectors, price.fixed, drop))
+        else:
+            fixed += price.fixed
+            groups += [_Group((v,), v.costs, v.values, np.arange(len(v.counts))[:, None]) for v in vectors]
+    spare = _spare(prices, budget.ratio, keep, fixed, groups)
+    choice = solve([g.costs for g in groups], [g.values for g in groups], spare).choice
+    picks = {
+        (v.site.name, v.width.name): (v, int(pick))
+        for group, option in zip(groups, choice, strict=True)
+        for v, pick in zip(group.vectors, group.picks[option], strict=True)
+        if pick >= 0
+    }
+    spare -= sum(int(group.costs[option]) for group, option in zip(groups, choice, strict=True))
+    kept: dict[str, dict[str, tuple[int, ...]]] = {}
+    for (site_name, width_name), k in _fill(picks, spare).items():
+        ranking = picks[site_name, width_name][0].ranking
+        kept.setdefault(site_name, {})[width_name] = tuple(sorted(ranking[:k]))
+    return Structure(config, kept, frozenset(site.name for site in sites(config)) - frozenset(kept))
+
+
+def _check_names(config: UNetConfig, importance: Importance, droppable: Collection[str]) -> None:
+    known = {site.name: site for site in sites(config)}
+    for what, names in (("importance", importance), ("droppable", droppable)):
+        for name in names:
+            if name not in known:
+                raise UserError(f"{what}: no site {name!r} in this UNet{nearest(name, known)}")
+    for name in droppable:
+        if not known[name].droppable:
+            raise UserError(f"droppable: site {name} cannot be dropped, it changes the number of channels")
+    for name, site in known.items():
+        if name not in importance:
+            raise UserError(f"importance: site {name} is missing")
+        allowed = [*(w.name for w in site.widths), *([DROP] if site.droppable else [])]
+        for given in importance[name]:
+            if given not in allowed:
+                raise UserError(f"importance: site {name} has no {given!r}{nearest(given, allowed)}")
+
+
+def _vector(
+    site: Site, width: Width, price: SitePrice, given: Mapping[str, Tensor], keep: float, align: int
+) -> _Vector:
+    where = f"importance: site {site.name}, {width.name!r}"
+    if width.name not in given:
+        raise UserError(f"{where} is missing")
+    found = given[width.name].detach().to("cpu", torch.float64)
+    if found.shape != (width.units,):
+        raise UserError(f"{where} has shape {tuple(found.shape)}, wanted ({width.units},)")
+    if not found.isfinite().all():
+        raise UserError(f"{where} holds numbers that are not finite")
+    if (found < 0).any():
+        raise UserError(f"{where} holds negative numbers")
+    largest, ranking = found.sort(descending=True, stable=True)
+    # scaled first, so that no sum overflows; a vector of zeros is one of ones
+    scaled = largest / largest[0] if largest[0] > 0 else torch.ones_like(largest)
+    values = (scaled.cumsum(0) / scaled.sum()).log().numpy()
+    values[-1] = 0.0
+    wide = align if width.name == "groups" else 1
+    allowed = range(least_units(width, keep), width.units + 1)
+    counts = np.array([k for k in allowed if k * width.unit_size % wide == 0 or k == width.units])
+    costs = price.widths[width.name][counts]
+    return _Vector(site, width, tuple(ranking.tolist()), counts, costs, values[counts - 1])
+
+
+def _drop_value(site: Site, given: Mapping[str, Tensor]) -> float | None:
+    if DROP not in given:
+        return None
+    found = given[DROP]
+    if found.shape != ():
+        raise UserError(f"importance: site {site.name}, {DROP!r} has shape {tuple(found.shape)}, wanted ()")
+    if not -np.inf < (value := float(found)) <= 0.0:
+        raise UserError(f"importance: site {site.name}, {DROP!r} is {value}, wanted a finite number <= 0")
+    return value
+
+
+def _joint(vectors: tuple[_Vector, ...], fixed: int, drop: float) -> _Group:
+    """The site whole, or not at all: combinations of its vectors, merged one vector after the other."""
+    costs, values, picks = np.array([fixed]), np.zeros(1), np.zeros((1, 0), np.int64)
+    for vector in vectors:
+        options = np.arange(len(vector.counts))
+        costs = (costs[:, None] + vector.costs).ravel()
+        values = (values[:, None] + vector.values).ravel()
+        picks = np.column_stack([picks.repeat(len(options), axis=0), np.tile(options, len(picks))])
+        best = frontier(costs, values)
+        costs, values, picks = costs[best], values[best], picks[best]
+    gone = np.full((1, len(vectors)), -1)
+    return _Group(vectors, np.append(costs, 0), np.append(values, drop), np.concatenate([picks, gone]))
+
+
+def _spare(prices: Prices, ratio: float, keep: float, fixed: int, groups: Collection[_Group]) -> int:
+    """What the budget leaves for the groups."""
+    least = fixed + sum(int(group.costs.min()) for group in groups)
+    limit = int(ratio * prices.dense)
+    if limit < least:
+        dropping = " with every droppable site dropped" if any((g.picks < 0).any() for g in groups) else ""
+        raise UserError(
+            f"budget {ratio:g} is too small: keeping {keep:.0%} of every width vector{dropping} "
+            f"takes {ceil(1000 * least / prices.dense) / 1000:.3f} of the dense {prices.what}"
+        )
+    return limit - fixed
+
+
+def _fill(picks: Mapping[tuple[str, str], tuple[_Vector, int]], spare: int) -> dict[tuple[str, str], int]:
+    """Kept count of each vector after whatever still fits was bought: units of no importance, the others are chosen."""
+    chosen = {name: pick for name, (_, pick) in picks.items()}
+    while True:
+        offers = []
+        for i, (name, (v, _)) in enumerate(picks.items()):
+            if (k := chosen[name]) + 1 < len(v.counts) and (price := int(v.costs[k + 1] - v.costs[k])) <= spare:
+                offers.append((v.counts[k] / v.width.units, i, name, price))
+        if not offers:
+            return {name: int(v.counts[chosen[name]]) for name, (v, _) in picks.items()}
+        _, _, name, price = min(offers)
+        chosen[name] += 1
+        spare -= price
