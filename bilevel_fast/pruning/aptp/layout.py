@@ -45,9 +45,19 @@ class Layout:
     def depth_of_width(self) -> Tensor:
         """For each width entry the number of its site's depth, `len(depths)` where there is none: (widths,) int64."""
         number = {site.name: i for i, site in enumerate(self.depths)}
-        return torch.tensor(
-            [number.get(s.site.name, len(self.depths)) for s in self.segments for _ in range(s.width.units)]
-        )
+        numbers = [number.get(s.site.name, len(self.depths)) for s in self.segments for _ in range(s.width.units)]
+        return torch.tensor(numbers, device="cpu")
+
+    @property
+    def units(self) -> Tensor:
+        """For each entry the units of its width vector, 1 for depths: (V,) int64."""
+        counts = [s.width.units for s in self.segments for _ in range(s.width.units)]
+        return torch.tensor(counts + [1] * len(self.depths), device="cpu")
+
+    def stretch(self, depths: Tensor) -> Tensor:
+        """Depths (B, len(depths)) -> (B, widths): each over the width entries of its site, 1 where there is none."""
+        padded = torch.cat([depths, depths.new_ones(len(depths), 1)], dim=1)
+        return padded[:, self.depth_of_width.to(depths.device)]
 
     def split(self, vectors: Tensor) -> tuple[list[Tensor], Tensor]:
         """Vectors (B, V) as one (B, units) per width vector, and the depths (B, len(depths)); views.
