@@ -44,6 +44,9 @@ class Settings:
     """Folder of rows, *.jsonl."""
 
 
+RATIO = "ours, times as fast as"
+
+
 def load(folder: Path) -> list[Row]:
     """All rows, each with the `file` and `line` it comes from; the baseline's first.
 
@@ -122,29 +125,38 @@ def short(value: float | None) -> str:
 
 
 def ladder(rows: list[Row]) -> str:
-    """Bars of a step, one table per machine, case, settings and metric; one bar per provider and rung."""
+    """Bars of a step, one table per machine, case, settings and metric; one bar per provider and rung.
+
+    Ratios to all rivals are one table. They come first: each is of one interleaved run, and times are not.
+    """
 
     def settings(row: Row) -> str:
         return config_text({"config": {k: v for k, v in _config(row).items() if k != "rung"}})
 
     shown = rest = ""
-    groups = grouped(rows, lambda row: (device(row), row["case"], settings(row), row["metric"]))
+    groups = grouped(rows, lambda row: (device(row), row["case"], settings(row), _metric(row)))
     for (place, case, config, metric), found in groups.items():
         items = []
         for row in found:
             rung, name, value = _config(row).get("rung"), row["provider"], row["value"]
             label = name if rung in (None, name, f"as {name}") else f"{name}, {rung}"
+            if metric == RATIO:
+                label = row["metric"].removeprefix("times_faster_than_").replace("_", " ")
             cells = ("not measured: " + why(row),) if value is None else (short(value), spread(row))
             items.append(Bar(label, value, cells, color(name)))
         unit = found[0].get("unit") or ""
-        what = metric.replace("_", " ") + f" ({unit})" * (unit not in ("", metric))
+        what = metric.replace("_", " ") + f" ({unit})" * (unit not in ("", metric) and metric != RATIO)
         caption = "; ".join(filter(None, (f"{case} step", what, config, place, better(found[0]))))
         text = bars(("", "median", "20 .. 80 %"), items, caption=caption)
-        if metric == "images_per_second" or metric.startswith("times_faster"):
+        if metric == RATIO or (metric == "images_per_second" and found[0].get("driver")):
             shown += text
         else:
             rest += text
     return shown + (f"<details><summary>other metrics of the same steps</summary>{rest}</details>" if rest else "")
+
+
+def _metric(row: Row) -> str:
+    return RATIO if row["metric"].startswith("times_faster_than_") else row["metric"]
 
 
 def _config(row: Row) -> dict[str, Any]:
@@ -337,7 +349,7 @@ def page(rows: list[Row]) -> str:
     sections = {
         "A training step": (
             "One lower or upper step, technique by technique: `released` is the step as the authors' trainer computes "
-            "it, `ours` this engine's.",
+            "it, `ours` this engine's. The released upper step takes no penalty and so does half of the work.",
             places(measured[0], ladder),
         ),
         "What pruning brings": (
