@@ -91,7 +91,8 @@ def levels(
         unet = materials.teacher.to(dtype)
         answers = Answers(Teacher(unet), schedule, config.seed, lower.snr_gamma)
         if config.fp8_teacher:
-            answers.teacher = _in_fp8(answers, loader(batches)(0))
+            with loader(batches) as ahead:
+                answers.teacher = _in_fp8(answers, ahead(0))
     fine_tuning = FineTuning(student, answers, lower.weights)
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:

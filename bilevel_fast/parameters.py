@@ -8,6 +8,9 @@
 The optimizer step, the norm of the gradient, zeroing it and the cast to bf16 are then a launch or two each, at
 addresses that never change, as a CUDA graph wants them. Every parameter starts at a multiple of `ALIGN` elements and
 keeps its memory order (channels_last); N is a multiple of `CHUNK`. What lies between parameters is and stays zero.
+
+The price: backward adds each gradient to its view instead of handing it over, a launch per parameter and 6 more bytes
+per element in bf16. By `benchmarks.roofline` that is 1 % of a step of SD 2.1 at batch 16.
 """
 
 from collections.abc import Iterator, Mapping
