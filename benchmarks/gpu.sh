@@ -7,10 +7,11 @@
 #   BUDGET=1700 OUT=results bash benchmarks/gpu.sh         more time: nothing is begun that might end after it
 #   SLOW=4 ROUNDS=4 BUDGET=3600 ...                        every limit four times as long, for a small machine
 #
-# Needs torch, triton, numpy, pytest and a C++ compiler. Where there is no network, first fetch the rest where there is:
+# Needs torch, triton, numpy, transformers, pytest and a C++ compiler. Without a network, first fetch the rest where there
+# is one; all of it is pure Python:
 #
-#   pip download --no-deps -d wheels scikit-build-core pathspec pybind11 safetensors tyro docstring-parser typeguard \
-#     hypothesis sortedcontainers diffusers huggingface_hub httpx httpcore h11 anyio regex importlib_metadata zipp
+#   pip download --no-deps -d wheels scikit-build-core pathspec pybind11 tyro docstring-parser typeguard diffusers \
+#     importlib-metadata zipp
 #
 # Afterwards, for the card's name in CARD: cat rows.jsonl >> benchmarks/results/CARD.jsonl, and python -m benchmarks.report.
 # Kernels one by one, sanitizers and the table of providers: benchmarks/gpu_kernels.sh. On a card that the table does not
