@@ -7,7 +7,8 @@ there: nobody measured that more would be saved.
 
 A Transformer is timed with its three width vectors narrowed together. What a step from one such row to the next saves
 is divided among the three by the MACs that each of them gives up. So the measured rows are met exactly, and what lies
-off their line is a model.
+off their line is a model. That model cannot have a wider Transformer be quicker: where rows say so they are averaged
+(isotonic regression), as such noise, divided, could make a time less than nothing. ResNets keep their rows as they are.
 """
 
 import json
@@ -34,7 +35,8 @@ _FIELDS = {"sites": list, "kept": dict, **dict.fromkeys(_SETTINGS, int)}
 @dataclass(frozen=True)
 class SiteLatency:
     """Milliseconds of a site: `fixed` while it stands, and `widths[w][k]` for k kept units of width vector w, with
-    units + 1 entries that need not ascend."""
+    units + 1 entries that need not ascend. Entries may be negative, but no sum of them with `fixed`; nothing reads [0].
+    """
 
     fixed: float
     widths: Mapping[str, tuple[float, ...]]
@@ -71,7 +73,8 @@ class LatencyBudget:
         """Picoseconds of every site.
 
         Raises:
-            UserError: The table lacks a site or a kept count, or a time is negative or not finite; the site is named.
+            UserError: The table lacks a site or a kept count, or has times that are not finite or sum up to less than
+                nothing; the site is named.
         """
         sold = {}
         for site in sites(config):
@@ -82,9 +85,9 @@ class LatencyBudget:
                 has, wanted = len(timed.widths.get(width.name, ())), width.units + 1
                 if has != wanted:
                     raise UserError(f"latency table: site {site.name}, {width.name!r}: {has} times, wanted {wanted}")
-            times = [timed.fixed, *(ms for w in site.widths for ms in timed.widths[w.name])]
-            if not all(math.isfinite(ms) and ms >= 0 for ms in times):
-                raise UserError(f"latency table: site {site.name} has a time that is negative or not finite")
+            times = [[timed.fixed], *(timed.widths[w.name][1:] for w in site.widths)]
+            if not math.isfinite(sum(map(sum, times))) or sum(map(min, times)) < 0:
+                raise UserError(f"latency table: site {site.name} takes a time that is negative or not finite")
             widths = {w.name: np.array(timed.widths[w.name]) * RESOLUTION for w in site.widths}
             whole = {name: np.rint(times).astype(np.int64) for name, times in widths.items()}
             sold[site.name] = SitePrice(round(timed.fixed * RESOLUTION), whole)
@@ -174,10 +177,24 @@ def _site(site: Site, cost: SiteCost, points: Mapping[tuple[int, ...], float], p
     steps = np.diff(line, axis=0)
     if (steps < 0).any():
         raise UserError(f"{path}: rows of site {site.name} narrow one width vector while they widen another")
+    times = [points[counts] for counts in line]
+    if len(site.widths) > 1:
+        times = _isotonic(times)
     macs = steps * [cost.units[width.name].true for width in site.widths]
-    saved = np.diff([points[counts] for counts in line])[:, None] * macs / macs.sum(axis=1, keepdims=True)
+    saved = np.diff(times)[:, None] * macs / macs.sum(axis=1, keepdims=True)
     widths = {w.name: _interpolate(w.units, [p[i] for p in line], saved[:, i]) for i, w in enumerate(site.widths)}
-    return SiteLatency(points[line[0]], widths)
+    return SiteLatency(times[0], widths)
+
+
+def _isotonic(values: Sequence[float]) -> list[float]:
+    """The nearest sequence that never falls, in least squares: neighbours that fall are pooled into their mean."""
+    pools: list[tuple[float, int]] = []
+    for value in values:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, n), (b, m) = pools[-2:]
+            pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    return [mean for mean, n in pools for _ in range(n)]
 
 
 def _interpolate(units: int, counts: Sequence[int], steps: np.ndarray) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ is the best there is (`knapsack.solve`). A site that may be dropped is one group
 units: of the combinations of its width vectors, those stay that no other beats in cost and value together.
 """
 
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -105,17 +106,20 @@ def spend(
         else:
             fixed += price.fixed
             groups += [_Group((v,), v.costs, v.values, np.arange(len(v.counts))[:, None]) for v in vectors]
-    spare = _spare(prices, budget.ratio, keep, fixed, groups)
-    choice = solve([g.costs for g in groups], [g.values for g in groups], spare).choice
+    spare = _spare(prices, budget.ratio, f"keeping {keep:.0%} of every width vector", align, fixed, groups)
+    choice, _, spent, gap = solve([g.costs for g in groups], [g.values for g in groups], spare)
+    if gap:
+        warnings.warn(
+            f"spend: the plan is not proven to be the best; its kept shares may be e^{gap:.2g} off", stacklevel=2
+        )
     picks = {
         (v.site.name, v.width.name): (v, int(pick))
         for group, option in zip(groups, choice, strict=True)
         for v, pick in zip(group.vectors, group.picks[option], strict=True)
         if pick >= 0
     }
-    spare -= sum(int(group.costs[option]) for group, option in zip(groups, choice, strict=True))
     kept: dict[str, dict[str, tuple[int, ...]]] = {}
-    for (site_name, width_name), k in _fill(picks, spare).items():
+    for (site_name, width_name), k in _fill(picks, spare - spent).items():
         ranking = picks[site_name, width_name][0].ranking
         kept.setdefault(site_name, {})[width_name] = tuple(sorted(ranking[:k]))
     return Structure(config, kept, frozenset(site.name for site in sites(config)) - frozenset(kept))
@@ -189,15 +193,16 @@ def _joint(vectors: tuple[_Vector, ...], fixed: int, drop: float) -> _Group:
     return _Group(vectors, np.append(costs, 0), np.append(values, drop), np.concatenate([picks, gone]))
 
 
-def _spare(prices: Prices, ratio: float, keep: float, fixed: int, groups: Collection[_Group]) -> int:
+def _spare(prices: Prices, ratio: float, rule: str, align: int, fixed: int, groups: Collection[_Group]) -> int:
     """What the budget leaves for the groups."""
     least = fixed + sum(int(group.costs.min()) for group in groups)
     limit = int(ratio * prices.dense)
     if limit < least:
-        dropping = " with every droppable site dropped" if any((g.picks < 0).any() for g in groups) else ""
+        rule += f" at alignment {align}" * (align > 1)
+        rule += " with every droppable site dropped" * any((g.picks < 0).any() for g in groups)
         raise UserError(
-            f"budget {ratio:g} is too small: keeping {keep:.0%} of every width vector{dropping} "
-            f"takes {ceil(1000 * least / prices.dense) / 1000:.3f} of the dense {prices.what}"
+            f"budget {ratio:g} is too small: {rule} takes {ceil(1000 * least / prices.dense) / 1000:.3f} "
+            f"of the dense {prices.what}"
         )
     return limit - fixed
 
