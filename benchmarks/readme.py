@@ -45,6 +45,50 @@ def load(name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
+def headline() -> str:
+    """The one number."""
+    rows = load("train_cpu.jsonl")
+    if not rows:
+        return "not measured"
+    row = rows[-1]
+    quality, ratio = row["summary"]["quality"], row["summary"]["macs"]["ratio"]
+    student = quality["student"]
+    return (
+        f"**{ratio:.2f} of the MACs, the erased style drawn on {student['concept_hit']:.0%} of its prompts instead of "
+        f"{quality['teacher']['concept_hit']:.0%}, every other style still on {student['other_style_hit']:.0%}: mini world, "
+        f"seed 0, {row['value']:.0f} s and {row['peak_gib']:.2f} GiB, {row['device']}, commit {row['commit']} "
+        f"(`python -m benchmarks.train`: the run of `make train`, with a clock).**"
+    )
+
+
+def quality() -> str:
+    """What the run came to."""
+    rows = load("train_cpu.jsonl")
+    if not rows:
+        return "not measured"
+    found = rows[-1]["summary"]["quality"]
+    lines = ["| | " + " | ".join(frontier_report.METRICS) + " |", "|---|" + "--:|" * len(frontier_report.METRICS)]
+    for name, values in found.items():
+        lines.append(f"| {name} | " + " | ".join(f"{values[m]:.3f}" for m in frontier_report.METRICS) + " |")
+    return "\n".join(lines)
+
+
+def kernels() -> str:
+    """Native code against torch, the range over the cases of each op."""
+    rows = [row for row in load("kernels_cpu.jsonl") if row["value"] is not None]
+    if not rows:
+        return "not measured"
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        times.setdefault(row["op"], {}).setdefault(row["case"], {})[row["provider"]] = row["value"]
+    lines = ["| native, times as fast as torch | least | most |", "|---|--:|--:|"]
+    for op, cases in times.items():
+        ratios = {case: by["torch"] / by["native"] for case, by in cases.items() if {"torch", "native"} <= set(by)}
+        least, most = min(ratios, key=lambda c: ratios[c]), max(ratios, key=lambda c: ratios[c])
+        lines.append(f"| {op} | {ratios[least]:.1f} ({least}) | {ratios[most]:.1f} ({most}) |")
+    return "\n".join([*lines, "", machines(rows)])
+
+
 def step() -> str:
     """Ours against every peer on the CPU."""
     rows = [row for row in load("step_cpu.jsonl") if row["metric"].startswith("times_faster_than_")]
@@ -140,8 +184,11 @@ def machines(rows: Iterable[Row]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "quality": quality,
     "frontier": lambda: frontier_report.table(load("frontier.jsonl")),
     "step": step,
+    "kernels": kernels,
     "gpu": gpu,
     "projections": projections,
     "memory": memory,

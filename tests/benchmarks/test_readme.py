@@ -29,9 +29,29 @@ def test_readme_is_what_the_rows_say():
 
 def test_what_has_no_rows_is_not_measured(results):
     text = readme.renew(MARKED)
-    assert text.count("not measured") == 3
+    assert text.count("not measured") == 6
     assert text.count("not projected") == 2
     assert "old" not in text
+
+
+def test_kernels(results):
+    def row(case, provider, us):
+        return {"suite": "kernels", "op": "geglu", "case": case, "provider": provider, "value": us, **WHO}
+
+    slow, fast = [row("a", "native", 10.0), row("a", "torch", 15.0)], [row("b", "native", 1.0), row("b", "torch", 9.0)]
+    results("kernels_cpu.jsonl", *slow, *fast, row("c", "torch", 1.0))
+    assert "| geglu | 1.5 (a) | 9.0 (b) |" in readme.renew(MARKED)
+
+
+def test_the_headline(results):
+    values = dict.fromkeys(readme.frontier_report.METRICS, 0.25)
+    quality = {"teacher": values | {"concept_hit": 1.0}, "student": values | {"concept_hit": 0.05}}
+    summary = {"macs": {"ratio": 0.7996}, "quality": quality}
+    results("train_cpu.jsonl", {"suite": "train", "value": 171.6, "peak_gib": 1.634, "summary": summary, **WHO})
+    text = readme.renew(MARKED)
+    assert "**0.80 of the MACs, the erased style drawn on 5% of its prompts instead of 100%" in text
+    assert "seed 0, 172 s and 1.63 GiB, a CPU" in text
+    assert "| student | 0.050 | 0.250 |" in text
 
 
 def test_steps_and_bf16(results):
