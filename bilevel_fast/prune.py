@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -11,29 +12,48 @@ from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder, save_student
 from bilevel_fast.macs import count
 from bilevel_fast.mini import TEACHER
-from bilevel_fast.pruning import MacBudget, method
+from bilevel_fast.pruning import FIXED, MacBudget, calibration_set, described, method, reinitialise
+from bilevel_fast.session import pick_device
 from bilevel_fast.structure import Structure
 
 BAR = 10
+BUDGET = 0.8
+"""Of a method that needs one, if none is given."""
 UNITS = {"groups": "groups", "attn1": "heads", "attn2": "heads", "ff": "groups"}
+
+Name = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(help="\n\n".join(f"{n}: {d}" for n, d in described().items()))
+]
 
 
 @dataclass(frozen=True)
 class Args:
     """Prune a dense model to a MAC budget, show what is kept, and write the student's model folder."""
 
-    method: tyro.conf.Positional[str]
-    """magnitude (keep the largest weights) or uniform (keep the same share everywhere)."""
+    method: Name
     out: Path
     """Folder for the student; must be new."""
     teacher: Path = TEACHER
     """Dense model folder in the diffusers layout; by default the built-in mini teacher."""
-    budget: float = 0.8
-    """MACs of the student as a share of the teacher's: never more, and as close as whole units allow."""
+    budget: float | None = None
+    """MACs of the student as a share of the teacher's: never more, and as close as whole units allow. By default 0.8,
+    and for BK-SDM, which leaves no choice, whatever it costs."""
     latent: int | None = None
     """Height and width of the latents to count at; by default the UNet's sample size."""
     text: int | None = None
     """Text tokens to count at; by default the length of the text encoder."""
+    data: Path | None = None
+    """Latent cache to try the teacher on, for methods that do; the mini world draws its own images."""
+    images: int = 64
+    """How many images the teacher is tried on, at most."""
+    batch: int = 16
+    """Images at a time."""
+    seed: int = 0
+    """Of everything random."""
+    random_init: bool = False
+    """Write random weights in the shape of the student: what a model of that shape begins with, not what is left."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 
 
 def picture(structure: Structure, latent: int, text: int) -> str:
@@ -59,21 +79,37 @@ def picture(structure: Structure, latent: int, text: int) -> str:
 def main() -> None:
     args = flags.parse(Args, "bilevel_fast.prune", __doc__)
     prune = method(args.method)
-    folder = load_folder(args.teacher)
+    device = pick_device(args.device)
+    folder = load_folder(args.teacher, device)
     if folder.structure is not None:
         raise UserError(f"{args.teacher} is pruned already; wanted a dense model")
-    teacher = folder.unet()
+    if args.out.exists():  # better now than after an hour of calibration
+        raise UserError(f"{args.out} exists already; delete it or choose another folder")
     latent = folder.config.sample_size if args.latent is None else args.latent
     text = folder.text_encoder.length if args.text is None else args.text
-    structure = prune(teacher, MacBudget(args.budget, latent, text), ())
-    save_student(args.out, folder, teacher.cut(structure))
+    ratio = args.budget
+    if ratio is None:
+        ratio = 1.0 if args.method in FIXED else BUDGET
+    budget = MacBudget(ratio, latent, text)
+    calibration = calibration_set(
+        folder, args.data, images=args.images, batch=args.batch, seed=args.seed, device=device
+    )
+    teacher = folder.unet().to(device).requires_grad_(False)
+    structure = prune(teacher, budget, calibration)
+    student = teacher.cut(structure)
+    if args.random_init:
+        reinitialise(student, args.seed)
+    save_student(args.out, folder, student)
 
-    dense, student = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
+    dense, left = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
     print(picture(structure, latent, text))
     print(f"\nlatents {latent}x{latent}, {text} text tokens")
-    change = f"{dense.true / 1e9:.3f} G -> {student.true / 1e9:.3f} G"
-    print(f"MACs        {change}: {student.ratio:.4f}, budget {args.budget:g}")
-    print(f"parameters  {dense.params:,} -> {student.params:,}")
+    change = f"{dense.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G"
+    limit = f"fixed by {args.method}" if args.budget is None and args.method in FIXED else f"budget {ratio:g}"
+    print(f"MACs        {change}: {left.ratio:.4f}, {limit}")
+    print(f"parameters  {dense.params:,} -> {left.params:,}")
+    if args.random_init:
+        print(f"weights     random, seed {args.seed}")
     print(f"written     {args.out}")
 
 

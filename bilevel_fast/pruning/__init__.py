@@ -3,16 +3,41 @@
 from collections.abc import Callable
 
 from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.pruning.bk_sdm import FIXED, TINY, bk_sdm_base, bk_sdm_small
 from bilevel_fast.pruning.budget import Calibration, MacBudget
+from bilevel_fast.pruning.calibration import CalibrationSet, calibration_set
+from bilevel_fast.pruning.initial import reinitialise
+from bilevel_fast.pruning.layers import laptop
 from bilevel_fast.pruning.magnitude import magnitude
+from bilevel_fast.pruning.random import random
+from bilevel_fast.pruning.taylor import diff_pruning
 from bilevel_fast.pruning.uniform import uniform
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
-__all__ = ["METHODS", "Calibration", "MacBudget", "Method", "method"]
+__all__ = [
+    "FIXED",
+    "METHODS",
+    "Calibration",
+    "CalibrationSet",
+    "MacBudget",
+    "Method",
+    "calibration_set",
+    "described",
+    "method",
+    "reinitialise",
+]
 
 Method = Callable[[UNet, MacBudget, Calibration], Structure]
-METHODS: dict[str, Method] = {"magnitude": magnitude, "uniform": uniform}
+METHODS: dict[str, Method] = {
+    "magnitude": magnitude,
+    "diff-pruning": diff_pruning,
+    "laptop": laptop,
+    "bk-sdm-base": bk_sdm_base,
+    "bk-sdm-small": bk_sdm_small,
+    "uniform": uniform,
+    "random": random,
+}
 
 
 def method(name: str) -> Method:
@@ -21,6 +46,13 @@ def method(name: str) -> Method:
     Raises:
         UserError: There is none of that name; the nearest are suggested.
     """
+    if name == "bk-sdm-tiny":
+        raise UserError(TINY)
     if name not in METHODS:
         raise UserError(f"no pruning method {name!r}{nearest(name, METHODS)}")
     return METHODS[name]
+
+
+def described() -> dict[str, str]:
+    """What each method does, in one sentence: the first line of its docstring."""
+    return {name: (function.__doc__ or "").partition("\n")[0] for name, function in METHODS.items()}

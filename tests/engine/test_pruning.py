@@ -9,7 +9,7 @@ import torch
 from bilevel_fast.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.errors import UserError
 from bilevel_fast.macs import count
-from bilevel_fast.pruning import METHODS, MacBudget, method
+from bilevel_fast.pruning import MacBudget, method
 from bilevel_fast.pruning.budget import choices
 from bilevel_fast.pruning.magnitude import magnitude, unit_importance
 from bilevel_fast.pruning.uniform import uniform
@@ -40,7 +40,7 @@ def spread_importance(monkeypatch):
 
 @pytest.mark.parametrize("ratio", [0.80, 0.55])
 @pytest.mark.parametrize("size", ["sd21", "mini"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["magnitude", "uniform"])
 def test_meets_the_budget(name, size, ratio, spread_importance):
     config, latent, text = SIZES[size]
     structure = method(name)(make_teacher(config), MacBudget(ratio, latent, text), ())
@@ -51,9 +51,9 @@ def test_meets_the_budget(name, size, ratio, spread_importance):
             assert structure.count(site, width) >= 0.25 * width.units
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["magnitude", "uniform"])
 def test_whole_budget_keeps_everything(name):
-    assert METHODS[name](make_teacher(MINI), MacBudget(1.0, 16, 12), ()).is_dense
+    assert method(name)(make_teacher(MINI), MacBudget(1.0, 16, 12), ()).is_dense
 
 
 def test_min_keep_binds():

@@ -1,0 +1,70 @@
+"""BK-SDM (arXiv:2305.15798, section 3.1): a Stable Diffusion UNet with whole layers taken out by hand.
+
+    base    one ResNet-Transformer pair per down block, the first, and two per up block, the first and the last
+    small   base without the mid block
+    tiny    small without the innermost level
+
+Which pairs stay follows from the skip connections: the first pair of a down block and the first and last of an up block
+are those that change the number of channels. On SD 1.4 these are BK-SDM, on SD 2.1 its "v2".
+
+Base and small are structures: a dropped layer of a down block hands on what the one before it gave, so every ResNet
+that stays reads the very skip connection it reads in BK-SDM's own UNet. Tiny is not: without the innermost level the
+resamplers that lead there and back go too, and a structure never drops those.
+"""
+
+from typing import Literal
+
+from bilevel_fast.architecture import UNetConfig, sites
+from bilevel_fast.errors import UserError
+from bilevel_fast.pruning.budget import Calibration, MacBudget
+from bilevel_fast.structure import Structure
+from bilevel_fast.unet import UNet
+
+FIXED = ("bk-sdm-base", "bk-sdm-small")
+"""Methods that say themselves what is left, whatever the budget."""
+
+TINY = (
+    "bk-sdm-tiny is a UNet of its own: it lacks the innermost level with its resamplers, which a structure cannot "
+    "drop; bk-sdm-base and bk-sdm-small are there"
+)
+"""Why there is no such method."""
+
+
+def bk_sdm_base(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+    """Drop the layers that BK-SDM-Base drops: the budget is a limit, not a goal.
+
+    Raises:
+        UserError: What is left exceeds the budget, or there is nothing to drop in this UNet.
+    """
+    return _within(budget, "bk-sdm-base", structure(teacher.config, "base"))
+
+
+def bk_sdm_small(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+    """Drop the layers that BK-SDM-Small drops, the mid block among them: the budget is a limit, not a goal.
+
+    Raises:
+        UserError: What is left exceeds the budget, or there is nothing to drop in this UNet.
+    """
+    return _within(budget, "bk-sdm-small", structure(teacher.config, "small"))
+
+
+def structure(config: UNetConfig, size: Literal["base", "small"]) -> Structure:
+    """The structure itself, whatever it costs. Dense if no block has a layer to spare."""
+    return Structure.uniform(config, 1.0, [site.name for site in sites(config) if _goes(config, site.name, size)])
+
+
+def _goes(config: UNetConfig, name: str, size: str) -> bool:
+    block, _, index = name.rpartition(".")
+    if block.startswith("mid_block"):
+        return size == "small"
+    last = config.layers_per_block if block.startswith("up_blocks") else 0
+    return int(index) not in (0, last)
+
+
+def _within(budget: MacBudget, name: str, found: Structure) -> Structure:
+    if found.is_dense:
+        raise UserError(f"{name} drops nothing of this UNet: {found.config.layers_per_block} layer per block, as it is")
+    ratio = found.macs(budget.latent, budget.text).ratio
+    if ratio > budget.ratio:
+        raise UserError(f"budget {budget.ratio:g} is too small: {name} costs {ratio:.4f} of the dense MACs, no less")
+    return found

@@ -1,0 +1,109 @@
+"""Drop whole layers, as LAPTOP-Diff does (arXiv:2404.11098, sections 3.2 and 3.3).
+
+    output loss   l_i = E |F(x_t, t, c) - F_without_i(x_t, t, c)|^2     of each layer i, dropped alone
+    objective     min  sum of l_i over the dropped layers  within the MACs
+
+The sum is the paper's: what several layers cost together is taken for the sum of what each costs alone. It spends a
+budget of parameters, we one of MACs. Layers are the sites that leave the shapes as they are: a ResNet that changes the
+number of channels stays.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+
+from bilevel_fast.architecture import Site, UNetConfig, sites
+from bilevel_fast.errors import UserError
+from bilevel_fast.pruning.budget import Calibration
+from bilevel_fast.pruning.calibration import CalibrationSet, numbered
+from bilevel_fast.pruning.knapsack import solve
+from bilevel_fast.pruning.planner import Budget
+from bilevel_fast.structure import Structure
+from bilevel_fast.unet import Dropped, UNet
+
+
+def laptop(teacher: UNet, budget: Budget, calibration: Calibration) -> Structure:
+    """Drop whole layers: those without which the teacher's output changes least.
+
+    Every unit of the layers that stay is kept; `min_keep` has no say. The budget is met to the layer: none of the
+    dropped ones would still fit.
+
+    Raises:
+        UserError: The calibration set is empty, the teacher's output is not finite, or the budget is too small even
+            with all droppable layers dropped.
+    """
+    batches = CalibrationSet.of(calibration)
+    losses = output_losses(teacher, CalibrationSet(batches.loaded("laptop"), batches.schedule, batches.seed))
+    return cheapest_drops(teacher.config, budget, losses)
+
+
+def cheapest_drops(config: UNetConfig, budget: Budget, losses: Mapping[str, float]) -> Structure:
+    """Drop some of the sites named in `losses`: within the budget, with the smallest sum of losses there is.
+
+    Raises:
+        UserError: The budget is too small even with all of them dropped; the smallest possible one is named.
+    """
+    prices = budget.prices(config)
+    costs = {name: prices.sites[name].dense for name in losses}
+    spare = int(budget.ratio * prices.dense) - (prices.dense - sum(costs.values()))
+    if spare < 0:
+        least = 1 - sum(costs.values()) / prices.dense
+        raise UserError(
+            f"budget {budget.ratio:g} is too small: dropping all {len(costs)} layers that can go leaves "
+            f"{math.ceil(1000 * least) / 1000:.3f} of the dense {prices.what}"
+        )
+    options = [np.array([0, cost]) for cost in costs.values()]
+    choice = solve(options, [np.array([-loss, 0.0]) for loss in losses.values()], spare).choice
+    dropped = {name for name, kept in zip(losses, choice, strict=True) if not kept}
+    spare -= sum(cost for name, cost in costs.items() if name not in dropped)
+    for name in losses:  # a layer without any loss is cheaper dropped and no worse; it stays all the same if it fits
+        if name in dropped and costs[name] <= spare:
+            dropped.remove(name)
+            spare -= costs[name]
+    return Structure.uniform(config, 1.0, dropped)
+
+
+@torch.no_grad()
+def output_losses(teacher: UNet, calibration: CalibrationSet) -> dict[str, float]:
+    """Mean squared change of the teacher's output when a site is dropped, for each site that can be.
+
+    Every sample has a timestep and noise of its own, the same for all sites; the timesteps of the whole set are spread
+    evenly over the noise process. The teacher is as before afterwards.
+
+    Raises:
+        UserError: An output is not finite.
+    """
+    batches = list(calibration)
+    t = calibration.timesteps(sum(len(latents) for latents, _ in batches))
+    members = [site for site in sites(teacher.config) if site.droppable]
+    totals = dict.fromkeys((site.name for site in members), 0.0)
+    elements = 0
+    for first, latents, text in numbered(batches):
+        noised = calibration.noised(latents, t[first : first + len(latents)], first)
+        whole = teacher(noised.x, noised.t, text).out.double()
+        elements += whole.numel()
+        for site in members:
+            with without(teacher, site):
+                change = teacher(noised.x, noised.t, text).out.double() - whole
+            totals[site.name] += change.square().sum().item()
+    losses = {name: total / elements for name, total in totals.items()}
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            raise UserError(f"teacher: the output without {name} is not finite on the calibration set")
+    return losses
+
+
+@contextlib.contextmanager
+def without(unet: UNet, site: Site) -> Iterator[None]:
+    """Drop a site for a while; nothing is copied."""
+    parent, _, index = site.name.rpartition(".")
+    members = unet.get_submodule(parent)
+    own = members[int(index)]  # pyright: ignore[reportIndexIssue]  # a ModuleList
+    members[int(index)] = Dropped()  # pyright: ignore[reportIndexIssue]
+    try:
+        yield
+    finally:
+        members[int(index)] = own  # pyright: ignore[reportIndexIssue]

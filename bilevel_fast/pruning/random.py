@@ -1,0 +1,26 @@
+"""Keep units at random, the same share of every width vector: the floor that a criterion has to beat."""
+
+from bilevel_fast.pruning.budget import Calibration, MacBudget, assemble, choices
+from bilevel_fast.pruning.calibration import FIRST, CalibrationSet
+from bilevel_fast.pruning.uniform import uniform
+from bilevel_fast.randomness import Stream, permutation
+from bilevel_fast.structure import Structure
+from bilevel_fast.unet import UNet
+
+
+def random(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+    """Keep random units, as many of each width vector as `uniform` keeps.
+
+    The seed is that of the `CalibrationSet`, 0 without one; no batch of it is read. The i-th width vector keeps the
+    first units of a random order of its own, so the units kept at a small budget are among those of a larger one.
+
+    Raises:
+        UserError: The budget is below what `min_keep` takes.
+    """
+    seed, counts = CalibrationSet.of(calibration).seed, uniform(teacher, budget)
+    found, _ = choices(teacher.config, budget)
+    kept = []
+    for i, c in enumerate(found):
+        order = permutation(seed, Stream.SHUFFLE, FIRST + i, c.width.units).tolist()
+        kept.append(order[: counts.count(c.site, c.width)])
+    return assemble(teacher.config, found, kept)
