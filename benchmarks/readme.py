@@ -55,8 +55,8 @@ def headline() -> str:
     student = quality["student"]
     return (
         f"**{ratio:.2f} of the MACs, the erased style drawn on {student['concept_hit']:.0%} of its prompts instead of "
-        f"{quality['teacher']['concept_hit']:.0%}, every other style still on {student['other_style_hit']:.0%}: mini world, "
-        f"seed 0, {row['value']:.0f} s and {row['peak_gib']:.2f} GiB, {row['device']}, commit {row['commit']} "
+        f"{quality['teacher']['concept_hit']:.0%}, every other style still on {student['other_style_hit']:.0%}: mini "
+        f"world, seed 0, {row['value']:.0f} s and {row['peak_gib']:.2f} GiB, {row['device']}, commit {row['commit']} "
         f"(`python -m benchmarks.train`: the run of `make train`, with a clock).**"
     )
 
