@@ -1,0 +1,151 @@
+"""From codes to experts: our own, and those that APTP's authors publish (arXiv:2406.12042).
+
+    arch_vector.pt              (1, V) or (V,)   the gates of one expert           torch.save of a tensor
+    quantizer_embeddings.pt     (K, V)           the soft gates of all experts     torch.save of a tensor
+    unet/diffusion_pytorch_model.safetensors     one expert's weights, fine-tuned, under diffusers' names
+
+A gate >= 0.5 stays. Pickles are read as plain tensors or not at all; nothing in them runs.
+
+Legend: K codes, V entries of the architecture vector (1620 for SD 2.1).
+"""
+
+import pickle
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from bilevel_fast.architecture import SD21, UNetConfig
+from bilevel_fast.errors import UserError
+from bilevel_fast.folder import UNET_STEM
+from bilevel_fast.pruning.aptp.layout import layout
+from bilevel_fast.structure import Structure
+from bilevel_fast.unet import UNet
+from bilevel_fast.weights import check_names, read_weights
+
+VECTOR = "arch_vector.pt"
+
+
+def experts(config: UNetConfig, gates: Tensor) -> tuple[Structure, ...]:
+    """The structures of codes (K, V), soft or hard.
+
+    Raises:
+        UserError: Their length is another, or a width vector of a code keeps nothing; code and site are named.
+    """
+    found: list[Structure] = []
+    for number, row in enumerate(gates):
+        try:
+            found.append(Structure.from_vector(config, row))
+        except UserError as error:
+            raise UserError(f"expert {number}: {error}") from error
+    return tuple(found)
+
+
+def read_vector(path: Path, config: UNetConfig) -> Structure:
+    """The structure in an `arch_vector.pt`.
+
+    Args:
+        path: The file.
+        config: The dense UNet that the expert was cut from.
+
+    Raises:
+        UserError: The file is missing, unreadable, holds code or something else than one vector of this UNet's length,
+            or a width vector, such as the heads of an attention, keeps nothing.
+    """
+    gates = _read_gates(path, config)
+    if len(gates) != 1:
+        raise UserError(f"{path} has {len(gates)} architecture vectors, wanted one; read it as a codebook")
+    try:
+        return Structure.from_vector(config, gates[0])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_codebook(path: Path, config: UNetConfig) -> tuple[Structure, ...]:
+    """The structures of all experts in a file of soft codes (K, V).
+
+    Raises:
+        UserError: As `read_vector`; the expert is named.
+    """
+    gates = _read_gates(path, config)
+    try:
+        return experts(config, gates)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_expert(folder: Path, config: UNetConfig) -> UNet:
+    """A published expert: fp32 on the CPU, in eval mode; `folder.save_student` makes a model folder of it.
+
+    Args:
+        folder: Holds `unet/`, and `arch_vector.pt` beside it or in it.
+        config: The dense UNet that the expert was cut from.
+
+    Raises:
+        UserError: As `read_vector`; or the weights are missing, or not those of this structure.
+    """
+    places = [folder / VECTOR, folder / "unet" / VECTOR]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise UserError(f"{places[0]} is missing, and so is {places[1]}")
+    structure = read_vector(path, config)
+    with torch.device("meta"):
+        unet = UNet(config, structure)
+    weights, wanted = read_weights(folder / "unet", UNET_STEM), unet.state_dict()
+    check_names(str(folder / "unet"), weights, wanted)
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            came, asked = list(tensor.shape), list(wanted[name].shape)
+            raise UserError(f"{folder / 'unet'}: {name} has shape {came}, {path.name} wants {asked}")
+    unet.load_state_dict(weights, assign=True)
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    return unet.eval()
+
+
+def _read_gates(path: Path, config: UNetConfig) -> Tensor:
+    """(K, V) fp32, finite, in [0, 1]."""
+    gates = _load_tensor(path).detach()
+    gates = gates[None] if gates.ndim == 1 else gates
+    if gates.ndim != 2 or not len(gates) or gates.is_complex():
+        raise UserError(f"{path} has a {gates.dtype} tensor of shape {list(gates.shape)}, wanted rows of gates")
+    wanted, came = layout(config).size, gates.shape[1]
+    if came != wanted:
+        whose = " (those of SD 2.1)" if came == layout(SD21).size else ""
+        raise UserError(f"{path} has vectors of {came} entries{whose}, this UNet wants {wanted}: another base model")
+    gates = gates.to("cpu", torch.float32)
+    if not gates.isfinite().all():
+        raise UserError(f"{path} has {int((~gates.isfinite()).sum())} entries that are not finite")
+    low, high = gates.min().item(), gates.max().item()
+    if low < 0.0 or high > 1.0:
+        raise UserError(f"{path} has entries from {low:.3g} to {high:.3g}, wanted gates in 0..1: are they logits?")
+    return gates
+
+
+def _load_tensor(path: Path) -> Tensor:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle's protocol: one line about a bad file is enough
+            value: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, wanted a file that torch.save wrote") from error
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if code := _code_in(path):
+            raise UserError(f"{path} is refused: it holds code ({', '.join(code)}), wanted one tensor") from error
+        raise UserError(f"{path} cannot be read as one tensor that torch.save wrote; nothing in it was run") from error
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        raise UserError(f"{path} holds {type(value).__name__}, wanted one dense tensor")
+    return value
+
+
+def _code_in(path: Path) -> Sequence[str]:
+    """Names that unpickling would import beyond what tensors need; nothing is imported or run to find out."""
+    try:
+        return sorted(get_unsafe_globals_in_checkpoint(path))
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError):
+        return ()
