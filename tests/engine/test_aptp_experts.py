@@ -229,9 +229,9 @@ def test_other_contents(write):
     assert refused(write(torch.ones(size).to_sparse())) == " holds Tensor, wanted one dense tensor"
     assert refused(write(torch.ones(2, size))) == " has 2 architecture vectors, wanted one; read it as a codebook"
     assert refused(write(torch.full((size,), float("nan")))) == f" has {size} entries that are not finite"
-    assert refused(write(torch.linspace(-3, 4, size))) == (
-        " has entries from -3 to 4, wanted gates in 0..1: are they logits?"
-    )
+    for low, high in ((-3, 1), (0, 4)):
+        wanted = f" has entries from {low} to {high}, wanted gates in 0..1: are they logits?"
+        assert refused(write(torch.linspace(low, high, size))) == wanted
 
 
 @pytest.mark.parametrize("read", [read_vector, read_codebook])
