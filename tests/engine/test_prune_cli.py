@@ -7,8 +7,11 @@ import torch
 
 from bilevel_fast import errors, prune
 from bilevel_fast.architecture import MINI, sites
+from bilevel_fast.data.cache import Index
+from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.folder import load_folder, load_unet
 from bilevel_fast.macs import count
+from bilevel_fast.pruning import FIXED, METHODS, bk_sdm, reinitialise
 from bilevel_fast.structure import Structure
 from mini_folder import TINY, make_mini_folder
 
@@ -29,17 +32,20 @@ def run(monkeypatch, capsys):
     return command
 
 
-@pytest.mark.parametrize("method", ["uniform", "magnitude"])
+FEW = ("--images", 4, "--batch", 2)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in FIXED])
 def test_writes_the_student(method, teacher, run, tmp_path):
     out = tmp_path / "student"
-    code, stdout, stderr = run(method, "--teacher", teacher, "--budget", "0.7", "--out", out)
+    code, stdout, stderr = run(method, "--teacher", teacher, "--budget", "0.7", "--out", out, *FEW)
     assert (code, stderr) == (0, "")
 
     folder = load_folder(out)
     structure = folder.structure
     assert structure is not None
     macs = count(structure, TINY.sample_size, folder.text_encoder.length)
-    assert 0.698 <= macs.ratio <= 0.7
+    assert (0.6 if structure.dropped else 0.698) <= macs.ratio <= 0.7
     weights = structure.slice(load_unet(teacher).state_dict())
     student = folder.unet().state_dict()
     assert student.keys() == weights.keys()
@@ -48,12 +54,118 @@ def test_writes_the_student(method, teacher, run, tmp_path):
 
     lines = stdout.splitlines()
     assert len(lines) == len(sites(TINY)) + 5
-    for site, line in zip(sites(TINY), lines, strict=False):
-        counts = [int(n) for n in re.findall(r"(\d+)/", line)]
-        assert line.startswith(site.name)
-        assert counts == [structure.count(site, width) for width in site.widths]
+    shows(lines, structure)
     assert f"{macs.ratio:.4f}, budget 0.7" in stdout
     assert f"-> {macs.params:,}" in stdout
+
+
+def shows(lines, structure):
+    """The picture says what the structure keeps and drops, site by site."""
+    for site, line in zip(sites(structure.config), lines, strict=False):
+        name, bar, *rest = line.split()
+        assert name == site.name
+        if site.name in structure.dropped:
+            assert (bar, rest) == ("░" * 10, ["dropped"])
+        else:
+            assert [int(n) for n in re.findall(r"(\d+)/", line)] == [structure.count(site, w) for w in site.widths]
+
+
+def test_random_init(teacher, run, tmp_path):
+    """The shape is the method's, the weights are those of the seed, and the output says so."""
+    out, plain = tmp_path / "fresh", tmp_path / "plain"
+    code, stdout, _ = run("magnitude", "--teacher", teacher, "--out", out, "--random-init", "--seed", 3)
+    assert code == 0
+    assert "weights     random, seed 3" in stdout
+    assert run("magnitude", "--teacher", teacher, "--out", plain)[0] == 0
+    fresh, pruned = load_folder(out), load_folder(plain)
+    assert fresh.structure == pruned.structure
+    wanted = reinitialise(pruned.unet(), 3).state_dict()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in fresh.unet().state_dict().items())
+
+
+def test_seed_reaches_the_method(teacher, run, tmp_path):
+    found = []
+    for seed in (0, 1):
+        assert run("random", "--teacher", teacher, "--out", tmp_path / str(seed), "--seed", seed)[0] == 0
+        found.append(load_folder(tmp_path / str(seed)).structure)
+    assert found[0] != found[1]
+
+
+def test_help_lists_the_methods(run, capsys):
+    """With the first line of each docstring."""
+    with pytest.raises(SystemExit) as end:
+        run("--help")
+    assert end.value.code == 0
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    for name, function in METHODS.items():
+        first = function.__doc__.partition("\n")[0]
+        assert len(first) > 20
+        assert f"{name}: {first}" in shown
+
+
+@pytest.fixture(scope="module")
+def sd(tmp_path_factory):
+    """A folder of Stable Diffusion's layout: teacher/, and cache/ of six images' latents."""
+    pytest.importorskip("diffusers")
+    from sd_folder import make_sd_folder
+
+    root = tmp_path_factory.mktemp("sd")
+    folder = load_folder(make_sd_folder(root / "teacher"))
+    writer = CacheWriter(root / "cache", Index(kind="images", latent_shape=(4, 8, 8), vae=folder.vae_fingerprint))
+    for i in range(6):
+        moments = torch.randn(1, 8, 8, 8, generator=torch.Generator().manual_seed(i))
+        writer.add(moments, [f"a photo of a house {i}"])
+    writer.finish()
+    return root
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_on_sd_folders(method, sd, run, tmp_path):
+    """BK-SDM needs no budget, and says what it costs."""
+    out, fixed = tmp_path / "student", method in FIXED
+    size = () if fixed else ("--budget", 0.8)
+    code, stdout, stderr = run(method, "--teacher", sd / "teacher", "--data", sd / "cache", "--out", out, *size, *FEW)
+    assert (code, stderr) == (0, "")
+    folder = load_folder(out)
+    assert folder.structure is not None
+    shows(stdout.splitlines(), folder.structure)
+    ratio = folder.structure.macs(8, folder.text_encoder.length).ratio
+    if fixed:
+        assert folder.structure == bk_sdm.structure(folder.config, method.removeprefix("bk-sdm-"))
+        assert f"{ratio:.4f}, fixed by {method}" in stdout
+    else:
+        assert (0.7 if method == "laptop" else 0.798) <= ratio <= 0.8
+    latents = torch.randn(1, 4, 8, 8), torch.tensor([500]), folder.text_encoder.encode(["a red star"])
+    assert folder.unet()(*latents).out.isfinite().all()
+
+
+def test_calibration_refusals(sd, run, tmp_path):
+    """Data that is missing or not of this model."""
+    out, foreign = tmp_path / "student", tmp_path / "foreign"
+    writer = CacheWriter(foreign, Index(kind="images", latent_shape=(4, 8, 8), vae="other"))
+    writer.add(torch.zeros(1, 8, 8, 8), ["a house"])
+    writer.finish()
+    base = ("--teacher", sd / "teacher", "--out", out)
+    for message, arguments in {
+        "laptop tries the teacher on data, and the calibration set is empty": ("laptop", *base),
+        "diff-pruning tries the teacher on data, and the calibration set is empty": ("diff-pruning", *base),
+        "foreign: latents of VAE other": ("diff-pruning", *base, "--data", foreign),
+        "images of the calibration set: 0, wanted 1 or more": ("laptop", *base, "--images", 0),
+        r"budget 0.6 is too small: bk-sdm-base costs 0\.\d{4} of the dense MACs": (
+            "bk-sdm-base",
+            *base,
+            "--budget",
+            0.6,
+        ),
+        "bk-sdm-tiny is a UNet of its own": ("bk-sdm-tiny", *base),
+        r"budget 0.05 is too small: dropping all \d+ layers that can go leaves 0\.\d+ of the dense MACs": (
+            ("laptop", *base, "--data", sd / "cache", "--budget", 0.05, *FEW)
+        ),
+    }.items():
+        code, stdout, stderr = run(*arguments)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+        assert re.search(message, stderr), stderr
+    assert not out.exists()
 
 
 def test_picture():
@@ -104,7 +216,10 @@ def test_refusals(teacher, run, tmp_path):
             ("uniform", "--teacher", teacher, "--budget", 0.1, "--out", out)
         ),
         "budget is 1.5, wanted a share": ("uniform", "--teacher", teacher, "--budget", 1.5, "--out", out),
-        "pruned is pruned already; wanted a dense model": ("uniform", "--teacher", pruned, "--out", out),
+        "pruned is pruned already; wanted a dense model": ("laptop", "--teacher", pruned, "--out", out),
+        "bk-sdm-base drops nothing of this UNet": ("bk-sdm-base", "--teacher", teacher, "--out", out),
+        "seed is -1": ("random", "--teacher", teacher, "--seed", -1, "--out", out),
+        "--device nonsense": ("uniform", "--teacher", teacher, "--device", "nonsense", "--out", out),
         "nowhere does not exist": ("uniform", "--teacher", tmp_path / "nowhere", "--out", out),
         "full exists already": ("uniform", "--teacher", teacher, "--out", full),
         "latent size is 0": ("uniform", "--teacher", teacher, "--latent", 0, "--out", out),
