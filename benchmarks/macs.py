@@ -3,15 +3,19 @@
     python -m benchmarks.macs --model sd21 --latent 64 --text 77
     python -m benchmarks.macs --model sd21 --keep 0.5 --drop mid_block.attentions.0 --json
     python -m benchmarks.macs --model runs/mini/student
+    python -m benchmarks.macs --latent 64 --compare 0.55 planned-0.55 runs/pruned/unet/structure.json
 
 `bilevel_fast.macs` says what `true` and `official` count.
 """
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.structures import NAMES, PLANNED
+from benchmarks.structures import structure as named
 from bilevel_fast import errors
 from bilevel_fast.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.errors import UserError, nearest
@@ -19,6 +23,7 @@ from bilevel_fast.macs import Macs, count
 from bilevel_fast.structure import Structure
 
 MODELS = {"sd21": SD21, "mini": MINI}
+PARTS = ("true", "official", "params")
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +49,8 @@ def parser() -> Parser:
     p.add_argument("--structure", type=Path, help="structure.json to count, instead of the model's own")
     p.add_argument("--keep", type=float, help="keep this share of every width vector of the dense model")
     p.add_argument("--drop", help="remove these sites, separated by commas")
+    p.add_argument("--compare", nargs="+", metavar="STRUCTURE", help="dense against these, block by block: files, or "
+                   f"{', '.join((*NAMES, *PLANNED))}")  # fmt: skip
     p.add_argument("--json", action="store_true", help="print one JSON object")
     return p
 
@@ -99,11 +106,15 @@ def to_table(structure: Structure, macs: Macs, dense: Macs) -> str:
 
     head = ("GMAC", "kept", "dense true", "true", "dense official", "official", "dense parameters", "parameters")
     body = [line(now.name, kept(now.name), was, now) for was, now in zip(dense.rows, macs.rows, strict=True)]
-    lines = [head, *body, line("total", "", dense, macs)]
+    return layout([head, *body, line("total", "", dense, macs)], left=2)
+
+
+def layout(lines: Sequence[Sequence[str]], left: int) -> str:
+    """Aligned columns, the first `left` of them to the left; rules below the head and above the last line."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
         "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in lines
     ]
@@ -111,11 +122,71 @@ def to_table(structure: Structure, macs: Macs, dense: Macs) -> str:
     return "\n".join([text[0], rule, *text[1:-1], rule, text[-1]])
 
 
+def choose_compared(args: argparse.Namespace, config: UNetConfig) -> dict[str, Structure]:
+    """The structures of --compare, by what the user calls them."""
+    if any(given is not None for given in (args.structure, args.keep, args.drop)):
+        raise UserError("--compare says what is counted; it cannot go with --structure, --keep or --drop")
+    found = {}
+    for name in args.compare:
+        if name in found:
+            raise UserError(f"--compare names {name!r} twice")
+        known = {MINI: True, SD21: False}
+        if name in (*NAMES, *PLANNED) and config in known:
+            found[name] = named(name, tiny=known[config])
+        elif Path(name).suffix == ".json" or Path(name).is_file():
+            found[name] = Structure.load(Path(name))
+        else:
+            raise UserError(f"--compare {name!r} is neither a file nor a name{nearest(name, (*NAMES, *PLANNED))}")
+        levels, wanted = len(found[name].config.block_out_channels), len(config.block_out_channels)
+        if levels != wanted:  # their blocks of one name would not be at one place
+            raise UserError(f"--compare {name}: a UNet of {levels} levels, that of --model {args.model} has {wanted}")
+    return found
+
+
+def by_block(macs: Macs, blocks: Sequence[str]) -> dict[str, dict[str, int]]:
+    """`true`, `official` and `params` of each of `blocks`, of everything else as `other`, and in total."""
+    sums = {block: dict.fromkeys(PARTS, 0) for block in (*blocks, "other", "total")}
+    for row in macs.rows:
+        block = next((b for b in blocks if row.name.startswith(f"{b}.")), "other")
+        for part in PARTS:
+            sums[block][part] += getattr(row, part)
+            sums["total"][part] += getattr(row, part)
+    return sums
+
+
+def compare(compared: Mapping[str, Structure], config: UNetConfig, latent: int, text: int) -> dict[str, Any]:
+    """By name, the dense UNet first: MACs and parameters of each block; see `by_block`."""
+    everything = {"dense": Structure.dense(config), **compared}
+    return {name: by_block(count(s, latent, text), config.blocks) for name, s in everything.items()}
+
+
+def compared_table(found: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """GMAC of each block, and what share of the dense block that is."""
+    dense = found["dense"]
+    head = ["GMAC", *(f"{name} {part}" for name in found for part in PARTS[:2])]
+    lines = [head]
+    for block, was in dense.items():
+        line = [block]
+        for name, blocks in found.items():
+            for part in PARTS[:2]:
+                share = f" {blocks[block][part] / was[part]:7.2%}" if was[part] and name != "dense" else ""
+                line.append(f"{blocks[block][part] / 1e9:.3f}{share}")
+        lines.append(line)
+    return layout(lines, left=1)
+
+
 def main() -> None:
     args = parser().parse()
-    structure = choose_structure(args)
+    structure = choose_structure(args) if args.compare is None else load_model(args.model)[1]
     latent = structure.config.sample_size if args.latent is None else args.latent
     text = (12 if structure.config == MINI else 77) if args.text is None else args.text
+    if args.compare is not None:
+        found = compare(choose_compared(args, structure.config), structure.config, latent, text)
+        if args.json:
+            print(json.dumps({"model": args.model, "latent": latent, "text": text, "structures": found}))
+        else:
+            print(f"{args.model}, latents {latent}x{latent}, {text} text tokens, one sample\n\n{compared_table(found)}")
+        return
     macs = count(structure, latent, text)
     if args.json:
         print(json.dumps(to_json(structure, macs, model=args.model, latent=latent, text=text)))

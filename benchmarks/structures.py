@@ -2,6 +2,8 @@
 
     dense           the teacher
     0.80, 0.55      the same share of every width vector, and that share of the MACs (`true`) of the dense UNet
+    planned-...     those MACs as the planner spends them if all units of a width vector matter alike: shares differ by
+                    what they cost. Those of SD 2.1 are files, which `python -m benchmarks.structures` writes.
     bk-sdm-base     one ResNet and one Transformer less in every block (arXiv:2305.15798)
     bk-sdm-small    base without the mid block
     bk-sdm-tiny     small without the innermost level
@@ -11,19 +13,25 @@ already, so its `bk-sdm-base` is the dense UNet again: whatever is measured betw
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
-from bilevel_fast.architecture import MINI, SD21, UNetConfig
+from bilevel_fast.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.files import write_atomic
 from bilevel_fast.pruning.budget import MacBudget
+from bilevel_fast.pruning.planner import spend
 from bilevel_fast.pruning.uniform import uniform
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
 NAMES = ("dense", "0.80", "0.55", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
+PLANNED = ("planned-0.80", "planned-0.55")
+FOLDER = Path(__file__).with_suffix("")
 
 
 @dataclass(frozen=True)
@@ -45,14 +53,16 @@ def model(tiny: bool = False) -> Model:
 
 @cache
 def structure(name: str, tiny: bool = False) -> Structure:
-    """One of `NAMES`; `structure(...).config` is the UNet to build it from.
+    """One of `NAMES` or `PLANNED`; `structure(...).config` is the UNet to build it from.
 
     Raises:
         UserError: There is no such structure; the nearest are named.
     """
-    if name not in NAMES:
-        raise UserError(f"no structure {name!r}{nearest(name, NAMES)}")
+    if name not in (*NAMES, *PLANNED):
+        raise UserError(f"no structure {name!r}{nearest(name, (*NAMES, *PLANNED))}")
     size = model(tiny)
+    if name in PLANNED:
+        return plan(name, size) if tiny else Structure.load(FOLDER / f"{name}.json")
     if name == "dense":
         return Structure.dense(size.config)
     if name.startswith("bk-sdm"):
@@ -60,6 +70,33 @@ def structure(name: str, tiny: bool = False) -> Structure:
     with torch.device("meta"):
         dense = UNet(size.config)
     return uniform(dense, MacBudget(float(name), size.latent, size.text))
+
+
+def plan(name: str, size: Model) -> Structure:
+    """One of `PLANNED`, from nothing: without weights: all units of a width vector are equally important."""
+    ones = {s.name: {w.name: torch.ones(w.units) for w in s.widths} for s in sites(size.config)}
+    return spend(size.config, MacBudget(float(name.removeprefix("planned-")), size.latent, size.text), ones)
+
+
+def write(folder: Path = FOLDER) -> None:
+    """Write the planned structures of SD 2.1, with what they cost and where they come from."""
+    size = model()
+    for name in PLANNED:
+        found = plan(name, size)
+        macs = found.macs(size.latent, size.text)
+        provenance = {
+            "command": "python -m benchmarks.structures",
+            "planner": "bilevel_fast.pruning.planner.spend",
+            "importance": "uniform within each width vector: no weights of SD 2.1 were at hand. Which units stay says "
+            "nothing, the first ones do; how many of each vector is what was planned.",
+            "latent": size.latent, "text": size.text, "budget": float(name.removeprefix("planned-")),
+            "true_ratio": macs.ratio, "true_macs": macs.true, "official_macs": macs.official,
+            "official_ratio": macs.official / Structure.dense(size.config).macs(size.latent, size.text).official,
+            "params": macs.params,
+        }  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"{name}.json", json.dumps({"provenance": provenance, **found.to_dict()}).encode())
+        print(f"{folder / name}.json  {macs.true / 1e9:.3f} GMAC true, {macs.official / 1e9:.3f} official")
 
 
 def _bk_sdm(name: str, config: UNetConfig) -> UNetConfig:
@@ -75,3 +112,7 @@ def _bk_sdm(name: str, config: UNetConfig) -> UNetConfig:
             up_block_types=config.up_block_types[1:],
         )
     return config
+
+
+if __name__ == "__main__":
+    write()

@@ -119,3 +119,69 @@ def test_refusals(arguments, message, run, tmp_path, monkeypatch):
     code, stdout, stderr = run(*arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1)
     assert re.search(re.escape(message).replace(r"\.\*", ".*"), stderr), stderr
+
+
+# --- compare ---
+
+
+def test_compare_json(run_json, tmp_path):
+    """Blocks add up to what the structure costs, and a block is the sum of its sites and resamplers."""
+    dropped = ["up_blocks.3.attentions.2", "mid_block.resnets.0"]
+    path = tmp_path / "structure.json"
+    Structure.uniform(SD21, 0.5, dropped).save(path)
+    found = run_json("--latent", 64, "--compare", path, "planned-0.55", "bk-sdm-small")["structures"]
+    assert list(found) == ["dense", str(path), "planned-0.55", "bk-sdm-small"]
+    assert list(found["dense"]) == [*SD21.blocks, "other", "total"]
+    for name, wanted in (("dense", Structure.dense(SD21)), (str(path), Structure.load(path))):
+        macs_of = count(wanted, 64, 77)
+        totals = {"true": macs_of.true, "official": macs_of.official, "params": macs_of.params}
+        assert found[name]["total"] == totals
+        for part, total in totals.items():
+            assert sum(found[name][block][part] for block in (*SD21.blocks, "other")) == total
+    one = run_json("--latent", 64, "--structure", path)
+    rows = one["sites"] | one["other"]
+    for block in SD21.blocks:
+        true = sum(row["true_g"] for name, row in rows.items() if name.startswith(block + "."))
+        assert found[str(path)][block]["true"] == pytest.approx(1e9 * true, rel=1e-12)
+    assert found["bk-sdm-small"]["mid_block"] == {"true": 0, "official": 0, "params": 0}
+
+
+def test_compare_table(run):
+    code, stdout, _ = run("--latent", 64, "--compare", "0.55", "planned-0.55")
+    table = stdout.splitlines()[2:]
+    assert code == 0
+    assert len({len(line) for line in table}) == 1
+    assert [line.split()[0] for line in table if line[0] != "-"] == ["GMAC", *SD21.blocks, "other", "total"]
+    uniform, planned = (["221.518", "55.00%", "247.365", "53.27%"], ["221.531", "55.00%", "282.688", "60.88%"])
+    assert table[-1].split() == ["total", "402.784", "464.327", *uniform, *planned]
+    mid = next(line for line in table if line.startswith("mid_block"))
+    assert mid.split()[3:5] == ["3.178", "52.08%"]
+
+
+def test_compare_of_the_mini_unet(run_json):
+    found = run_json("--model", "mini", "--compare", "planned-0.80")["structures"]
+    assert found["dense"]["total"]["true"] == count(Structure.dense(MINI), 16, 12).true
+    assert 0.798 <= found["planned-0.80"]["total"]["true"] / found["dense"]["total"]["true"] <= 0.8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--compare", "planed-0.80"),
+            "--compare 'planed-0.80' is neither a file nor a name; did you mean 'planned-0.80'",
+        ),
+        (("--compare", "nowhere.json"), "nowhere.json is missing"),
+        (("--compare", "mini.json"), "--compare mini.json: a UNet of 3 levels, that of --model sd21 has 4"),
+        (("--compare", "bk-sdm-tiny"), "--compare bk-sdm-tiny: a UNet of 3 levels"),
+        (("--compare", "dense", "dense"), "--compare names 'dense' twice"),
+        (("--compare", "0.55", "--keep", 0.5), "--compare says what is counted; it cannot go with --structure, --keep"),
+        (("--compare",), "argument --compare: expected at least one argument"),
+    ],
+)
+def test_compare_refuses(arguments, message, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Structure.dense(MINI).save(tmp_path / "mini.json")
+    code, stdout, stderr = run(*arguments)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1)
+    assert message in stderr
