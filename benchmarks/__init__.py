@@ -7,7 +7,7 @@ projected   roofline (time), memory (largest batch)
 judged      compare (two files of rows), bench_check (against the committed baseline)
 shown       report (one HTML page), readme (the README's tables), kernels_report, frontier_report
 on a GPU    gpu.sh, gpu_kernels.sh, once (for sanitizers), aot (what a compiler makes of a kernel)
-shared      measure (interleaved timing), machine, cards, structures, peers and diffusers_unet (how others run it), ours,
+shared      measure (interleaved timing), machine, cards, structures, peers and diffusers_unet (how others do it), ours,
             cases/ (one file per kernel)
 results/    rows: one JSON object each, committed by the machine that made them
 """
