@@ -1,13 +1,19 @@
 """Spend a budget on the units that matter most: any importance, all sites at once, optimal to the last MAC.
 
     kept share   p_v(k) = sum of the k largest importances of width vector v / sum of all its importances
-    objective    max  sum over standing sites of sum_v log p_v(k_v)  +  sum over dropped sites of log d_s
+    lost sum     l_v(k) = sum of all importances of v - sum of its k largest
+    "shares"     max  sum over standing sites of sum_v log p_v(k_v)  +  sum over dropped sites of d_s
+    "sum"        max  - sum over standing sites of sum_v l_v(k_v)  +  sum over dropped sites of d_s
     such that    the standing sites' costs fit the budget, and each vector keeps `min_keep` of its units
 
-`magnitude.py` says why shares and why their logarithm. A site that is dropped keeps no share, and log 0 would forbid
-it; what the network loses without it has to be scored apart: log d_s <= 0, the share of the signal that remains, on the
-scale of the kept shares. `importance[site]["drop"]` holds log d_s; without it a site is never dropped. With log d_s = 0
-a site goes whenever that buys anything elsewhere, with a very negative one never.
+Shares are for importances that compare within a width vector only, as norms of weights do; `magnitude.py` says why
+their logarithm. If importances have one unit everywhere, as changes of a loss do, their sum says more
+(`python -m benchmarks.planner`): what it takes from a vector depends on how much the network hangs on that vector.
+
+A site that is dropped keeps no share, and log 0 would forbid it; what the network loses without it has to be scored
+apart, in `importance[site]["drop"]`: d_s <= 0, with "shares" the logarithm of the share of the signal that remains,
+with "sum" minus the importance of the whole site. Without it a site is never dropped. With d_s = 0 a site goes whenever
+that buys anything elsewhere, with a very negative one never.
 
 For `MacBudget` costs are whole MACs, for `LatencyBudget` whole picoseconds, and nothing is rounded on the way: the plan
 is the best there is (`knapsack.solve`). A site that may be dropped is one group, as its fixed part goes with all of its
@@ -17,7 +23,8 @@ units: of the combinations of its width vectors, those stay that no other beats 
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, fsum
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,17 +33,18 @@ from torch import Tensor
 
 from bilevel_fast.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.pruning.budget import MacBudget, Prices, SitePrice, check_share, least_units
+from bilevel_fast.pruning.budget import MacBudget, Prices, check_share, least_units
 from bilevel_fast.pruning.knapsack import frontier, solve
 from bilevel_fast.pruning.latency import LatencyBudget
 from bilevel_fast.structure import Structure
 
-__all__ = ["DROP", "Budget", "Importance", "LatencyBudget", "MacBudget", "spend"]
+__all__ = ["DROP", "Budget", "Importance", "LatencyBudget", "MacBudget", "Objective", "spend"]
 
 Importance = Mapping[str, Mapping[str, Tensor]]
-"""Site -> width vector -> (units,) fp64, >= 0 and finite. Only ratios within a vector count. A vector of zeros says
-nothing, as one of ones does. Site -> `DROP` -> () fp64, <= 0."""
+"""Site -> width vector -> (units,) fp64, >= 0 and finite. For shares, only ratios within a vector count, and a vector
+of zeros says nothing, as one of ones does. Site -> `DROP` -> () fp64, <= 0."""
 Budget = MacBudget | LatencyBudget
+Objective = Literal["shares", "sum"]
 
 DROP = "drop"
 
@@ -72,8 +80,9 @@ def spend(
     droppable: Collection[str] = (),
     min_keep: float | None = None,
     align: int = 1,
+    objective: Objective = "shares",
 ) -> Structure:
-    """The structure within the budget with the largest product of kept shares. Deterministic.
+    """The structure within the budget that keeps the most importance, by `objective`. Deterministic.
 
     Units of no importance are bought, too, while they fit, in ascending kept share: the budget is there to be spent.
 
@@ -84,6 +93,7 @@ def spend(
         droppable: Names of sites that may be dropped, if they have an importance for it.
         min_keep: Instead of the budget's.
         align: ResNets keep only group counts whose inner width is a multiple of this, or all their groups.
+        objective: How importances of different width vectors add up; see above.
 
     Raises:
         UserError: The budget is below what these rules allow (the smallest possible one is named); an importance is
@@ -95,23 +105,25 @@ def spend(
     if align < 1:
         raise UserError(f"align is {align}, wanted at least 1")
     _check_names(config, importance, droppable)
+    given = {site.name: _checked(site, importance[site.name]) for site in sites(config)}
+    # sums of any scale come down to that of shares, which the solver's precision is meant for
+    scale = _total(given) if objective == "sum" else 1.0
     prices = budget.prices(config)
     fixed, groups = prices.outside, list[_Group]()
     for site in sites(config):
-        given, price = importance[site.name], prices.sites[site.name]
-        vectors = tuple(_vector(site, w, price, given, keep, align) for w in site.widths)
-        drop = _drop_value(site, given)
-        if site.name in droppable and drop is not None:
-            groups.append(_joint(vectors, price.fixed, drop))
+        found, price = given[site.name], prices.sites[site.name]
+        vectors = tuple(
+            _vector(site, w, price.widths[w.name], found[w.name] / scale, keep, align, objective) for w in site.widths
+        )
+        if site.name in droppable and DROP in found:
+            groups.append(_joint(vectors, price.fixed, float(found[DROP]) / scale))
         else:
             fixed += price.fixed
             groups += [_Group((v,), v.costs, v.values, np.arange(len(v.counts))[:, None]) for v in vectors]
     spare = _spare(prices, budget.ratio, f"keeping {keep:.0%} of every width vector", align, fixed, groups)
     choice, _, spent, gap = solve([g.costs for g in groups], [g.values for g in groups], spare)
     if gap:
-        warnings.warn(
-            f"spend: the plan is not proven to be the best; its kept shares may be e^{gap:.2g} off", stacklevel=2
-        )
+        warnings.warn(f"spend: the plan is not proven to be the best; its value may be {gap:.2g} too low", stacklevel=2)
     picks = {
         (v.site.name, v.width.name): (v, int(pick))
         for group, option in zip(groups, choice, strict=True)
@@ -143,40 +155,55 @@ def _check_names(config: UNetConfig, importance: Importance, droppable: Collecti
                 raise UserError(f"importance: site {name} has no {given!r}{nearest(given, allowed)}")
 
 
+def _checked(site: Site, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The importances of a site, fp64 on the CPU."""
+    found = {name: values.detach().to("cpu", torch.float64) for name, values in given.items()}
+    for width in site.widths:
+        where = f"importance: site {site.name}, {width.name!r}"
+        if width.name not in found:
+            raise UserError(f"{where} is missing")
+        values = found[width.name]
+        if values.shape != (width.units,):
+            raise UserError(f"{where} has shape {tuple(values.shape)}, wanted ({width.units},)")
+        if not values.isfinite().all():
+            raise UserError(f"{where} holds numbers that are not finite")
+        if (values < 0).any():
+            raise UserError(f"{where} holds negative numbers")
+    if DROP in found:
+        where, drop = f"importance: site {site.name}, {DROP!r}", found[DROP]
+        if drop.shape != ():
+            raise UserError(f"{where} has shape {tuple(drop.shape)}, wanted ()")
+        if not -np.inf < float(drop) <= 0.0:
+            raise UserError(f"{where} is {float(drop)}, wanted a finite number <= 0")
+    return found
+
+
+def _total(importance: Importance) -> float:
+    total = fsum(float(v.sum()) for widths in importance.values() for name, v in widths.items() if name != DROP)
+    return total if total > 0 else 1.0
+
+
 def _vector(
-    site: Site, width: Width, price: SitePrice, given: Mapping[str, Tensor], keep: float, align: int
+    site: Site,
+    width: Width,
+    price: NDArray[np.int64],
+    importance: Tensor,
+    keep: float,
+    align: int,
+    objective: Objective,
 ) -> _Vector:
-    where = f"importance: site {site.name}, {width.name!r}"
-    if width.name not in given:
-        raise UserError(f"{where} is missing")
-    found = given[width.name].detach().to("cpu", torch.float64)
-    if found.shape != (width.units,):
-        raise UserError(f"{where} has shape {tuple(found.shape)}, wanted ({width.units},)")
-    if not found.isfinite().all():
-        raise UserError(f"{where} holds numbers that are not finite")
-    if (found < 0).any():
-        raise UserError(f"{where} holds negative numbers")
-    largest, ranking = found.sort(descending=True, stable=True)
-    # scaled first, so that no sum overflows; a vector of zeros is one of ones
-    scaled = largest / largest[0] if largest[0] > 0 else torch.ones_like(largest)
-    values = (scaled.cumsum(0) / scaled.sum()).log().numpy()
+    largest, ranking = importance.sort(descending=True, stable=True)
+    if objective == "sum":
+        values = -(largest.sum() - largest.cumsum(0)).clamp(min=0.0).numpy()
+    else:
+        # scaled first, so that no sum overflows; a vector of zeros is one of ones
+        scaled = largest / largest[0] if largest[0] > 0 else torch.ones_like(largest)
+        values = (scaled.cumsum(0) / scaled.sum()).log().numpy()
     values[-1] = 0.0
     wide = align if width.name == "groups" else 1
     allowed = range(least_units(width, keep), width.units + 1)
     counts = np.array([k for k in allowed if k * width.unit_size % wide == 0 or k == width.units])
-    costs = price.widths[width.name][counts]
-    return _Vector(site, width, tuple(ranking.tolist()), counts, costs, values[counts - 1])
-
-
-def _drop_value(site: Site, given: Mapping[str, Tensor]) -> float | None:
-    if DROP not in given:
-        return None
-    found = given[DROP]
-    if found.shape != ():
-        raise UserError(f"importance: site {site.name}, {DROP!r} has shape {tuple(found.shape)}, wanted ()")
-    if not -np.inf < (value := float(found)) <= 0.0:
-        raise UserError(f"importance: site {site.name}, {DROP!r} is {value}, wanted a finite number <= 0")
-    return value
+    return _Vector(site, width, tuple(ranking.tolist()), counts, price[counts], values[counts - 1])
 
 
 def _joint(vectors: tuple[_Vector, ...], fixed: int, drop: float) -> _Group:

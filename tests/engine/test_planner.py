@@ -30,7 +30,11 @@ def macs(config, ratio, **rules):
     return MacBudget(ratio, *SIZES[config], **rules)
 
 
-def best_by_milp(config, importance, ratio, drops, align=1, least=0.25):
+def share(ranked, k):
+    return math.log(ranked[:k].sum() / ranked.sum())
+
+
+def best_by_milp(config, importance, ratio, drops, align=1, least=0.25, value=share):
     """The best objective by an integer program: one variable for each count of each vector, one for each drop."""
     table, (latent, text) = site_costs(config, *SIZES[config]), SIZES[config]
     dense = count(Structure.dense(config), latent, text).true
@@ -52,7 +56,7 @@ def best_by_milp(config, importance, ratio, drops, align=1, least=0.25):
                     continue
                 ones_of.append((groups, len(costs)))
                 costs.append(k * table[site.name].units[width.name].true)
-                values.append(math.log(ranked[:k].sum() / ranked.sum()))
+                values.append(value(ranked, k))
             groups += 1
     rows, columns = zip(*ones_of, strict=True)
     one_each = csr_array((np.ones(len(rows)), (rows, columns)), shape=(groups, len(costs)))
@@ -171,6 +175,34 @@ def test_more_budget_is_never_worth_less(config):
     assert freer.dropped
     assert objective(spend(config, macs(config, 0.6, min_keep=0.05), importance), importance) >= worth[1]
     assert objective(spend(config, macs(config, 0.6), importance, align=4), importance) < worth[1]
+
+
+@pytest.mark.parametrize(("seed", "ratio", "drops", "scale"), [(0, 0.8, 0, 1.0), (1, 0.55, 9, 1e-9), (2, 0.6, 9, 1e12)])
+def test_sum_equals_an_integer_program_on_the_mini_unet(seed, ratio, drops, scale):
+    """The other objective: what is lost adds up over all vectors, and its unit does not matter."""
+    drops = depth_sites(MINI)[:drops]
+    importance = random(MINI, seed, drops)
+    for name in drops:
+        importance[name][DROP] *= 20.0  # of the importance of some dozen units
+    best = best_by_milp(MINI, importance, ratio, drops, value=lambda ranked, k: -ranked[k:].sum().item())
+    scaled = {name: {w: v * scale for w, v in widths.items()} for name, widths in importance.items()}
+    structure = spend(MINI, macs(MINI, ratio), scaled, droppable=drops, objective="sum")
+    lost = sum(importance[name][DROP].item() for name in structure.dropped)
+    for name, widths in structure.kept.items():
+        lost += sum(
+            importance[name][w][list(k)].sum().item() - importance[name][w].sum().item() for w, k in widths.items()
+        )
+    assert lost == pytest.approx(best, abs=1e-4)
+    assert bool(structure.dropped) == bool(drops)
+    assert ratio - 0.002 <= structure.macs(16, 12).ratio <= ratio
+
+
+def test_sum_of_nothing_is_spent_evenly():
+    zeros = {name: {w: 0.0 * v for w, v in widths.items()} for name, widths in ones(MINI).items()}
+    structure = spend(MINI, macs(MINI, 0.7), zeros, objective="sum")
+    shares = [structure.count(s, w) / w.units for s in sites(MINI) for w in s.widths if w.name in ("groups", "ff")]
+    assert 0.698 <= structure.macs(16, 12).ratio <= 0.7
+    assert max(shares) - min(shares) <= 2 / 16
 
 
 # --- the budget ---
