@@ -59,7 +59,7 @@ class Prune:
     """How the student is made where no --student is given."""
 
     method: str = "magnitude"
-    """A name in bilevel_fast.pruning.METHODS."""
+    """As for bilevel_fast.prune, whose --help lists them."""
     budget: float = 0.80
     """MACs of the student as a share of the dense model's."""
 

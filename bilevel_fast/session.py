@@ -28,7 +28,7 @@ from bilevel_fast.mini import experiment as mini
 from bilevel_fast.mini.judge import Samples, judge
 from bilevel_fast.mini.probe import Probe
 from bilevel_fast.mini.vae import PixelUnshuffleVAE
-from bilevel_fast.pruning import MacBudget, method
+from bilevel_fast.pruning import MacBudget, calibration_set, method
 from bilevel_fast.runfolder import RunFolder
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
@@ -114,7 +114,9 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
         return student
     dense = folder.unet()
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
-    return dense.cut(method(config.prune.method)(dense, budget, ()), align)
+    erased = mini.erased_styles(config.erase) if config.on_mini_world else []
+    calibration = calibration_set(folder, config.data, seed=config.seed, erased=erased)
+    return dense.cut(method(config.prune.method)(dense, budget, calibration), align)
 
 
 def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:

@@ -195,3 +195,17 @@ def test_the_error_of_an_fp8_teacher_is_said(monkeypatch, capsys, tmp_path, capl
 def test_an_fp8_teacher_wants_its_card(tmp_path):
     result = train("--preset", "smoke", "--fp8-teacher", "--device", "cpu", "--out", tmp_path / "run")
     refused(result, "fp8: the teacher is on cpu; wanted a GPU of sm_89 or sm_90")
+
+
+def test_methods_that_want_data_or_a_seed_get_them():
+    from dataclasses import replace
+
+    from bilevel_fast.mini import TEACHER
+    from bilevel_fast.session import initial_student
+
+    folder, config = load_folder(TEACHER), preset("smoke")
+    random = replace(config, prune=replace(config.prune, method="random"))
+    first, again, other = (initial_student(replace(random, seed=seed), folder, 1).structure for seed in (0, 0, 1))
+    assert first == again != other
+    laptop = replace(config, prune=replace(config.prune, method="laptop"))
+    assert initial_student(laptop, folder, 1).structure.dropped, "it has looked at what layers do to images"
