@@ -36,10 +36,13 @@ THRESHOLD = 0.05
 def diff_pruning(teacher: UNet, budget: Budget, calibration: Calibration) -> Structure:
     """Keep the units on which the diffusion loss depends most, by Taylor expansion over the timesteps that matter.
 
+    The importance of all vectors is in units of the loss, so it adds up across them: `benchmarks.planner` has how much
+    that is worth against shares of each vector.
+
     Raises:
         UserError: The calibration set is empty, the budget too small, or a loss or gradient is not finite.
     """
-    return spend(teacher.config, budget, taylor_importance(teacher, calibration))
+    return spend(teacher.config, budget, taylor_importance(teacher, calibration), objective="sum")
 
 
 def taylor_importance(
