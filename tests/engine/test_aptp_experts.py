@@ -11,9 +11,10 @@ from bilevel_fast.architecture import MINI, SD21
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder, save_student
 from bilevel_fast.pruning.aptp.codebook import Router
-from bilevel_fast.pruning.aptp.experts import experts, read_codebook, read_expert, read_vector
+from bilevel_fast.pruning.aptp.experts import experts, planned, read_codebook, read_expert, read_vector
 from bilevel_fast.pruning.aptp.gates import gated
 from bilevel_fast.pruning.aptp.layout import layout
+from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.structure import Structure
 from mini_folder import TINY, make_mini_folder
 
@@ -75,6 +76,42 @@ def test_expert_computes_what_its_gates_computed(tmp_path):
         torch.testing.assert_close(
             unet.cut(structure)(x, t, text).out, gated(unet, x, t, text, vector.expand(2, -1)).out, rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.7])
+def test_planned_experts_meet_the_budget_in_the_order_of_their_gates(ratio):
+    """Whatever share the gates ask for; within a width vector the units with the larger gates stay."""
+    gates = torch.sigmoid(torch.randn(3, layout(MINI).size, generator=torch.Generator().manual_seed(0)) + 3)
+    gates[:, layout(MINI).widths :] = 0.99
+    gates[1, layout(MINI).widths + 2] = 1e-4  # the second expert has no use for this site
+    found = planned(MINI, gates, MacBudget(ratio, 16, 12))
+    for row, structure in zip(gates, found, strict=True):
+        assert ratio - 0.002 < structure.macs(16, 12).ratio <= ratio
+        for s in layout(MINI).segments:
+            if s.site.name not in structure.dropped:
+                units, values = list(structure.kept[s.site.name][s.width.name]), row[s.start : s.stop]
+                gone = [i for i in range(s.width.units) if i not in units]
+                assert not gone or values[units].min() >= values[gone].max()
+    assert [layout(MINI).depths[2].name in structure.dropped for structure in found] == [False, True, False]
+    assert found[0] != found[2]
+
+
+def test_planned_is_the_threshold_moved():
+    """Units with gates on two levels: all of the upper one stay, and of the lower one what still fits."""
+    plan, generator = layout(MINI), torch.Generator().manual_seed(1)
+    high = torch.rand(plan.size, generator=generator) < 0.8
+    for s in plan.segments:
+        high[s.start] = True
+    gates = torch.where(high, 0.9, 0.2)[None]
+    gates[:, plan.widths :] = 1.0
+    (cut,) = experts(MINI, gates)
+    (same,) = planned(MINI, gates, MacBudget(cut.macs(16, 12).ratio, 16, 12))
+    assert same == cut
+    (more,) = planned(MINI, gates, MacBudget(cut.macs(16, 12).ratio + 0.02, 16, 12))
+    kept = [set(more.kept[name][w]) >= set(units) for name, widths in cut.kept.items() for w, units in widths.items()]
+    assert all(kept)
+    with pytest.raises(UserError, match=r"budget 0\.1 is too small"):
+        planned(MINI, gates, MacBudget(0.1, 16, 12))
 
 
 def test_code_without_a_head_is_refused():

@@ -180,6 +180,23 @@ def test_weights_are_used():
         assert (doubled.total - base.total).item() == pytest.approx(weight * base.terms[name].item(), abs=2e-5)
 
 
+def test_per_expert_holds_each_sample_to_the_budget():
+    """R is the mean over samples, not R of the mean, and nothing pulls sizes apart."""
+    share = torch.tensor([0.25, 1.0], dtype=torch.float64)
+    assert resource_loss(share, 0.625).item() == pytest.approx(0)
+    wanted = (math.log(0.625 / 0.25) + math.log(1 / 0.625)) / 2
+    assert resource_loss(share, 0.625, per_expert=True).item() == pytest.approx(wanted)
+    student, teacher, noised = make_batch()
+    size, prices = layout(TINY).size, Prices(TINY, 8, 12)
+    gates, space, prompts = torch.rand(4, size), torch.rand(4, size), torch.randn(4, 7)
+    common = (student, teacher, noised, gates, space, prompts, prices, 0.5)
+    mean, each = router_loss(*common, RouterWeights()), router_loss(*common, RouterWeights(), per_expert=True)
+    change = 2 * (each.terms["resource"] - mean.terms["resource"])
+    change = change - 0.1 * mean.terms["spread"] - 0.1 * mean.terms["largest"]
+    assert change.abs() > 0.01
+    assert (each.total - mean.total).item() == pytest.approx(change.item(), abs=2e-5)
+
+
 def test_weights_refuse():
     with pytest.raises(UserError, match="weight of the spread loss is -1, wanted 0 or more"):
         RouterWeights(spread=-1)

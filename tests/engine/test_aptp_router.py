@@ -5,11 +5,12 @@ import math
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from bilevel_fast.architecture import MINI, SD21
 from bilevel_fast.errors import UserError
 from bilevel_fast.pruning.aptp.binarise import binarise
-from bilevel_fast.pruning.aptp.codebook import Router, cosines, embed, sinkhorn
+from bilevel_fast.pruning.aptp.codebook import Router, balance, cosines, embed, sinkhorn
 from bilevel_fast.pruning.aptp.layout import layout
 from bilevel_fast.pruning.aptp.predictor import Predictor, orthogonal
 from mini_folder import TINY
@@ -155,3 +156,33 @@ def test_route_is_a_prompts_own_affair():
 def test_route_refuses_another_encoder():
     with pytest.raises(UserError, match=r"shape \(3, 20\), this router wants \(B, 16\)"):
         spread_router().route(torch.randn(3, 20))
+
+
+def test_balance_shares_out_one_by_one():
+    """Everybody likes code 2 best, by far more than they differ: with the balance all codes get their turn."""
+    similarity = 0.01 * torch.rand(60, 4, generator=torch.Generator().manual_seed(0))
+    similarity[:, 2] += 0.5
+    found = balance(similarity)
+    assert found.mean().item() == pytest.approx(0, abs=1e-9)
+    assert found.argmin() == 2
+    routes = (similarity + found).argmax(dim=1)
+    assert routes.bincount(minlength=4).tolist() == pytest.approx([15] * 4, abs=2)
+    # no other even assignment has more similarity: scipy solves the same transport
+    cost = -similarity.double().repeat_interleave(15, dim=1).numpy()
+    rows, columns = linear_sum_assignment(cost)
+    assert similarity.gather(1, routes[:, None]).sum().item() >= -cost[rows, columns].sum() - 0.02
+    assert (routes.numpy() == columns[rows.argsort()] // 15).mean() > 0.9
+
+
+def test_rebalanced_routes_are_a_prompts_own_affair():
+    router = spread_router()
+    prompts = torch.randn(1, 16) + 0.02 * torch.randn(48, 16)
+    before = router.route(prompts)
+    assert before.bincount(minlength=4).max() > 30
+    router.rebalance(prompts)
+    routes = router.route(prompts)
+    assert routes.bincount(minlength=4).tolist() == pytest.approx([12] * 4, abs=2)
+    assert torch.equal(torch.cat([router.route(p[None]) for p in prompts]), routes)
+    again = Router(TINY, 16, 4, 1)
+    again.load_state_dict(router.state_dict())  # the balance is part of the router
+    assert torch.equal(again.route(prompts), routes)

@@ -3,7 +3,12 @@
     similarity space   N(a) = [ s_w a_w m | 1[m >= 1/2] ]      of the width entries of a site with depth m
                               [ s_w 1[a_w >= 1/2] ]            of the others;  s_w = 1 / sqrt(units of the width vector)
     learning           O = cos(N(G(e)), N(codes)), codes shared out evenly among the batch by Sinkhorn, argmax
-    afterwards         the code with the largest cosine, without noise
+    afterwards         argmax_k O_k + b_k, without noise
+
+The balance b is ours. Cosines of one code may be the largest for nearly every prompt; Sinkhorn evens that out, but over
+a batch, so that a prompt's route would hang on its neighbours. What Sinkhorn adds to the cosines of a code, taken once
+over all training prompts, shares them out as evenly, and each prompt by itself. With b = 0, as before `rebalance`, it
+is APTP's rule.
 
 Gradients of the task reach the code that a prompt was given, and never the predictor; the contrastive loss reaches the
 predictor.
@@ -11,6 +16,7 @@ predictor.
 Legend: B prompts, K codes, V entries of the architecture vector, D width of the prompt embedding.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +31,8 @@ from bilevel_fast.pruning.aptp.predictor import Predictor, orthogonal
 from bilevel_fast.randomness import Indices
 
 _SHARPNESS, _ITERATIONS = 0.05, 3
+_ANNEALED = tuple(_SHARPNESS * 4.0**-i for i in range(7))  # down to where a route is one code and no mixture
+_SWEEPS = 200
 _CODES = 1 << 32  # number of the codes' initial values among those of the predictor
 _NOISE_FROM = 1 << 61  # sample indices of the codes' noise, far from those of the prompts
 
@@ -66,6 +74,8 @@ class Router(nn.Module):
         self.config, self.seed = config, seed
         self.predictor = Predictor(config, width, seed)
         self.codes = nn.Parameter(orthogonal(experts, layout(config).size, seed, _CODES))
+        self.balance: Tensor
+        self.register_buffer("balance", torch.zeros(experts, dtype=torch.float64))
 
     def forward(self, prompts: Tensor, indices: Indices, step: int) -> Routed:
         """Give the prompts of a training batch their codes, evenly, with noise in all gates.
@@ -91,11 +101,24 @@ class Router(nn.Module):
         Raises:
             UserError: The embeddings have another width than those that the router was trained on.
         """
+        return (self._similarity(prompts) + self.balance).argmax(dim=1)
+
+    @torch.no_grad()
+    def rebalance(self, prompts: Tensor) -> None:
+        """Set the balance so that these prompts, (N, D), are shared out evenly. Training ends with it.
+
+        Raises:
+            UserError: As `route`.
+        """
+        self.balance.copy_(balance(self._similarity(prompts)))
+
+    def _similarity(self, prompts: Tensor) -> Tensor:
+        """(B, K) fp64, without noise."""
         if prompts.ndim != 2 or prompts.shape[1] != self.predictor.linear.in_features:
             wanted = self.predictor.linear.in_features
             raise UserError(f"prompt embeddings have shape {tuple(prompts.shape)}, this router wants (B, {wanted})")
         own = embed(self.config, binarise(self.config, self.predictor(prompts)))
-        return cosines(own, embed(self.config, self.gates())).argmax(dim=1)
+        return cosines(own, embed(self.config, self.gates())).double()
 
     @torch.no_grad()
     def gates(self) -> Tensor:
@@ -127,3 +150,25 @@ def sinkhorn(similarity: Tensor) -> Tensor:
         shares = shares / shares.sum(dim=0) / shares.shape[1]
         shares = shares / shares.sum(dim=1, keepdim=True) / shares.shape[0]
     return shares * len(shares)
+
+
+def balance(similarity: Tensor) -> Tensor:
+    """b of every code, so that argmax_k O_bk + b_k gives each the same number of samples, as far as ties allow.
+
+    The potentials of optimal transport between samples and codes (Cuturi, arXiv:1306.0895), annealed until a sample
+    belongs to one code: sum_b softmax_k((O + b) / T)_bk = B / K, for T = 0.05, 0.0125, ...
+
+    Args:
+        similarity: O, (B, K).
+
+    Returns:
+        (K,) fp64; zero on average.
+    """
+    similarity = similarity.double()
+    found = similarity.new_zeros(similarity.shape[1])
+    wanted = math.log(len(similarity) / similarity.shape[1])
+    for temperature in _ANNEALED:
+        for _ in range(_SWEEPS):
+            share = ((similarity + found) / temperature).log_softmax(dim=1).logsumexp(dim=0)
+            found = found + temperature * (wanted - share)
+    return found - found.mean()

@@ -4,7 +4,8 @@
     quantizer_embeddings.pt     (K, V)           the soft gates of all experts     torch.save of a tensor
     unet/diffusion_pytorch_model.safetensors     one expert's weights, fine-tuned, under diffusers' names
 
-A gate >= 0.5 stays. Pickles are read as plain tensors or not at all; nothing in them runs.
+Of published gates, one >= 0.5 stays; `planned` cuts those of a training to its budget. Pickles are read as plain tensors
+or not at all; nothing in them runs.
 
 Legend: K codes, V entries of the architecture vector (1620 for SD 2.1).
 """
@@ -22,12 +23,17 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 from bilevel_fast.architecture import SD21, UNetConfig
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import UNET_STEM
+from bilevel_fast.pruning.aptp.binarise import TEMPERATURE
 from bilevel_fast.pruning.aptp.layout import layout
+from bilevel_fast.pruning.budget import MacBudget
+from bilevel_fast.pruning.planner import DROP, spend
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 from bilevel_fast.weights import check_names, read_weights
 
 VECTOR = "arch_vector.pt"
+_EPS = 1e-6  # gates of 0 and 1 have finite odds
+_ONE_UNIT = 1e-9  # as `min_keep`: how little stays of a width vector is up to the gates
 
 
 def experts(config: UNetConfig, gates: Tensor) -> tuple[Structure, ...]:
@@ -42,6 +48,34 @@ def experts(config: UNetConfig, gates: Tensor) -> tuple[Structure, ...]:
             found.append(Structure.from_vector(config, row))
         except UserError as error:
             raise UserError(f"expert {number}: {error}") from error
+    return tuple(found)
+
+
+def planned(config: UNetConfig, gates: Tensor, budget: MacBudget) -> tuple[Structure, ...]:
+    """The structures of codes (K, V), each at the budget to the last unit; `min_keep` is not looked at.
+
+    A unit is worth its MACs times odds^tau of its gate, tau the temperature of `binarise`: e^(z + b) of its logit. Per
+    MAC that is what the gates say, so the plan that keeps the most (`planner.spend`, by sums) moves the threshold from
+    one half to where the budget is met. A unit is not worth more per MAC than its site is by its depth gate.
+
+    Raises:
+        UserError: The length is another, or the budget is out of reach.
+    """
+    plan, prices = layout(config), budget.prices(config)
+    worth = gates.detach().double().cpu().clamp(_EPS, 1.0 - _EPS).logit().mul(TEMPERATURE).exp()
+    widths, depths = plan.split(worth)
+    found: list[Structure] = []
+    for row in range(len(gates)):
+        depth = {site.name: depths[row, i] for i, site in enumerate(plan.depths)}
+        importance: dict[str, dict[str, Tensor]] = {}
+        for segment, values in zip(plan.segments, widths, strict=True):
+            name, price = segment.site.name, float(prices.sites[segment.site.name].widths[segment.width.name][1])
+            values = values[row] if name not in depth else values[row].minimum(depth[name])
+            importance.setdefault(name, {})[segment.width.name] = price * values
+        for name, value in depth.items():
+            units = sum(values.sum() for values in importance[name].values())
+            importance[name][DROP] = -(prices.sites[name].fixed * value + units)
+        found.append(spend(config, budget, importance, droppable=depth, min_keep=_ONE_UNIT, objective="sum"))
     return tuple(found)
 
 

@@ -5,13 +5,16 @@
       + 100 C,   C = mean BCE(softmax_j(cos(N(a_b), N(a_j)) / 0.03), softmax_j(cos(c_b, c_j) / 0.03))
       - 0.1 std_b r_b + 0.1 (1 - max_b r_b)                 experts of different sizes, one of them large
 
+With `per_expert` every sample's gates are held to the budget, not their mean: R = mean_b |log(r_b / p')|, and the last
+line, which pulls experts apart in size, is left out.
+
 p' is the prunable share at which the whole UNet has the wanted share of its MACs. MACs are the `true` ones of
 `macs.count`; the authors count by `official` rules.
 
 Legend: B samples, V entries of the architecture vector, D width of the prompt embedding.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -103,9 +106,9 @@ class Prices:
         return wanted
 
 
-def resource_loss(share: Tensor, target: float) -> Tensor:
-    """R of shares (B,): 0 where their mean is the target, and as much for half of it as for twice. ()"""
-    return (share.mean() / target).log().abs()
+def resource_loss(share: Tensor, target: float, per_expert: bool = False) -> Tensor:
+    """R of shares (B,): 0 where their mean, or each of them, is the target; as much for half of it as for twice. ()"""
+    return ((share if per_expert else share.mean()) / target).log().abs().mean()
 
 
 def contrastive_loss(architectures: Tensor, prompts: Tensor) -> Tensor:
@@ -131,6 +134,7 @@ def router_loss(
     prices: Prices,
     target: float,
     weights: RouterWeights,
+    per_expert: bool = False,
 ) -> Loss:
     """L and its terms.
 
@@ -144,17 +148,19 @@ def router_loss(
         prices: Of the gates.
         target: p', from `Prices.target`.
         weights: Of the terms. One of weight 0 is still measured.
+        per_expert: Every expert is held to the budget; see above.
     """
     task = fine_tuning_loss(student, teacher, noised, weights.task)
     share = prices.share(harden(gates))
     std = share.std(correction=min(1, len(share) - 1))
     terms = {
-        "resource": resource_loss(share, target),
+        "resource": resource_loss(share, target, per_expert),
         "contrastive": contrastive_loss(architectures, prompts),
         "spread": -std,
         "largest": 1.0 - share.max(),
     }
-    total = task.total + sum(getattr(weights, name) * term for name, term in terms.items())
+    wanted = replace(weights, spread=0.0, largest=0.0) if per_expert else weights
+    total = task.total + sum(getattr(wanted, name) * term for name, term in terms.items())
     terms = {name: term.detach().float() for name, term in terms.items()}
     return Loss(
         total.float(), {**task.terms, **terms, "macs": (prices.macs(harden(gates)).mean() / prices.dense).detach()}

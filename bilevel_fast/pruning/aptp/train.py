@@ -32,7 +32,7 @@ from bilevel_fast.unet import UNet
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """How the router is trained. The defaults are APTP's, but for `resnet`.
+    """How the router is trained. The defaults are APTP's, but for `resnet` and `per_expert`.
 
     Raises:
         UserError: A number is out of range.
@@ -48,6 +48,8 @@ class RouterConfig:
     """Steps until the learning rate is reached, linearly."""
     resnet: ResNetGate = "exact"
     """Where the gates of ResNets lie. APTP's own are `compat`."""
+    per_expert: bool = True
+    """Hold every expert to the budget. APTP's own hold the mean to it, over the prompts of a batch."""
     weights: RouterWeights = field(default_factory=RouterWeights)
     snr_gamma: float | None = 5.0
     seed: int = 0
@@ -66,7 +68,7 @@ class RouterTraining:
     Args:
         teacher: The dense UNet, on its device. It is frozen: its parameters no longer want gradients.
         schedule: Of the noise.
-        budget: MACs that the prompts of a batch should take on average; `min_keep` is not looked at.
+        budget: MACs of each expert, or of the prompts of a batch on average; `min_keep` is not looked at.
         width: D.
         batch_size: B, for the learning rate.
         config: The rest.
@@ -111,8 +113,9 @@ class RouterTraining:
             teacher = self.teacher(noised.x, t, text)
         student = gated(self.teacher, noised.x, t, text, gates, self.config.resnet)
         architectures = embed(self.teacher.config, routed.own)
+        weights, each = self.config.weights, self.config.per_expert
         loss = router_loss(
-            student, teacher, noised, gates, architectures, prompts, self.prices, self.target, self.config.weights
+            student, teacher, noised, gates, architectures, prompts, self.prices, self.target, weights, each
         )
         self.optimizer.zero_grad()
         loss.total.backward()
