@@ -14,20 +14,19 @@ of the norm's bias, which the expert does not have.
 Legend: B batch, C channels, H W latent size, T image tokens, V entries of the architecture vector.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from bilevel_fast.architecture import UNetConfig
-from bilevel_fast.errors import UserError
 from bilevel_fast.ops import attention, group_norm, group_norm_silu, layer_norm
 from bilevel_fast.pruning.aptp.layout import layout
-from bilevel_fast.unet import Attention, Block, FeedForward, Prediction, ResNet, Transformer, UNet
+from bilevel_fast.pruning.aptp.walk import walk
+from bilevel_fast.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
 
 ResNetGate = Literal["exact", "compat"]
 
@@ -70,67 +69,19 @@ def gated(unet: UNet, x: Tensor, t: Tensor, text: Tensor, gates: Tensor, resnet:
         UserError: The UNet is pruned.
         ValueError: The gates have another shape.
     """
-    if not unet.structure.is_dense:
-        raise UserError("gates want the dense UNet; this one is pruned")
-    dtype = unet.conv_in.weight.dtype
     if gates.shape[:1] != x.shape[:1]:
         raise ValueError(f"{len(x)} samples came with gates of shape {tuple(gates.shape)}")
-    by_site = split(unet.config, gates.to(dtype))
-    time, text = F.silu(unet.time_embedding(t)), text.to(dtype)
-    h = unet.conv_in(x.to(dtype, memory_format=torch.channels_last))
-    skips, outputs = [h], []
-    modules = (*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks)
-    for name, block in zip(unet.config.blocks, modules, strict=True):
-        assert isinstance(block, Block)
-        h = _Walk(name, block, by_site, time, text, resnet).run(h, skips)
-        outputs.append(h)
-    return Prediction(unet.conv_out(group_norm_silu(h, unet.conv_norm_out)), tuple(outputs))
+    by_site = split(unet.config, gates.to(unet.conv_in.weight.dtype))
 
+    def residual(name: str, module: ResNet, h: Tensor, skip: Tensor | None, time: Tensor) -> Tensor:
+        site = by_site[name]
+        return _resnet(module, h, skip, time, site.widths["groups"], site.depth, resnet)
 
-@dataclass(frozen=True, eq=False)
-class _Walk:
-    """One block, executed as the modules of `bilevel_fast.unet` would, but site by site through the gates."""
+    def transformer(name: str, module: Transformer, h: Tensor, text: Tensor) -> Tensor:
+        site = by_site[name]
+        return _transformer(module, h, text, *(site.widths[w] for w in ("attn1", "attn2", "ff")), site.depth)
 
-    name: str
-    block: Block
-    gates: Mapping[str, SiteGates]
-    time: Tensor
-    text: Tensor
-    mode: ResNetGate
-
-    def run(self, h: Tensor, skips: list[Tensor]) -> Tensor:
-        count, down, up = len(self.block.resnets), self.name.startswith("down"), self.name.startswith("up")
-        if not down and not up:
-            return self.resnet(1, self.transformer(0, self.resnet(0, h, None)), None)
-        for j in range(count):
-            h = self.transformer(j, self.resnet(j, h, skips.pop() if up else None))
-            if down:
-                skips.append(h)
-        if hasattr(self.block, "downsamplers"):
-            h = self.block.downsamplers[0](h)  # pyright: ignore[reportIndexIssue]
-            skips.append(h)
-        if hasattr(self.block, "upsamplers"):
-            h = F.interpolate(h, size=skips[-1].shape[2:], mode="nearest")
-            h = self.block.upsamplers[0](h)  # pyright: ignore[reportIndexIssue]
-        return h
-
-    def resnet(self, index: int, h: Tensor, skip: Tensor | None) -> Tensor:
-        module, gates = self.block.resnets[index], self.gates[f"{self.name}.resnets.{index}"]
-        assert isinstance(module, ResNet)
-        return self._run(_resnet, module, h, skip, self.time, gates.widths["groups"], gates.depth, self.mode)
-
-    def transformer(self, index: int, h: Tensor) -> Tensor:
-        if not hasattr(self.block, "attentions"):
-            return h
-        module, gates = self.block.attentions[index], self.gates[f"{self.name}.attentions.{index}"]
-        assert isinstance(module, Transformer)
-        w = gates.widths
-        return self._run(_transformer, module, h, self.text, w["attn1"], w["attn2"], w["ff"], gates.depth)
-
-    def _run(self, function: Callable[..., Tensor], *inputs: object) -> Tensor:
-        if self.block.recompute and torch.is_grad_enabled():
-            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore
-        return function(*inputs)
+    return walk(unet, x, t, text, residual, transformer)
 
 
 def _resnet(
