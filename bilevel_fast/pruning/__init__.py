@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from bilevel_fast.errors import UserError, nearest
 from bilevel_fast.pruning.bk_sdm import FIXED, TINY, bk_sdm_base, bk_sdm_small
-from bilevel_fast.pruning.budget import Calibration, MacBudget
+from bilevel_fast.pruning.budget import Budget, Calibration, MacBudget
 from bilevel_fast.pruning.calibration import CalibrationSet, calibration_set
 from bilevel_fast.pruning.initial import reinitialise
+from bilevel_fast.pruning.latency import LatencyBudget, read_latencies
 from bilevel_fast.pruning.layers import laptop
 from bilevel_fast.pruning.magnitude import magnitude
 from bilevel_fast.pruning.random import random
@@ -18,17 +19,20 @@ from bilevel_fast.unet import UNet
 __all__ = [
     "FIXED",
     "METHODS",
+    "Budget",
     "Calibration",
     "CalibrationSet",
+    "LatencyBudget",
     "MacBudget",
     "Method",
     "calibration_set",
     "described",
     "method",
+    "read_latencies",
     "reinitialise",
 ]
 
-Method = Callable[[UNet, MacBudget, Calibration], Structure]
+Method = Callable[[UNet, Budget, Calibration], Structure]
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
     "diff-pruning": diff_pruning,

@@ -12,11 +12,12 @@ that stays reads the very skip connection it reads in BK-SDM's own UNet. Tiny is
 resamplers that lead there and back go too, and a structure never drops those.
 """
 
+from math import ceil
 from typing import Literal
 
 from bilevel_fast.architecture import UNetConfig, sites
 from bilevel_fast.errors import UserError
-from bilevel_fast.pruning.budget import Calibration, MacBudget
+from bilevel_fast.pruning.budget import Budget, Calibration
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
@@ -30,7 +31,7 @@ TINY = (
 """Why there is no such method."""
 
 
-def bk_sdm_base(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+def bk_sdm_base(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
     """Drop the layers that BK-SDM-Base drops: the budget is a limit, not a goal.
 
     Raises:
@@ -39,7 +40,7 @@ def bk_sdm_base(teacher: UNet, budget: MacBudget, calibration: Calibration = ())
     return _within(budget, "bk-sdm-base", structure(teacher.config, "base"))
 
 
-def bk_sdm_small(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+def bk_sdm_small(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
     """Drop the layers that BK-SDM-Small drops, the mid block among them: the budget is a limit, not a goal.
 
     Raises:
@@ -61,10 +62,14 @@ def _goes(config: UNetConfig, name: str, size: str) -> bool:
     return int(index) not in (0, last)
 
 
-def _within(budget: MacBudget, name: str, found: Structure) -> Structure:
+def _within(budget: Budget, name: str, found: Structure) -> Structure:
     if found.is_dense:
         raise UserError(f"{name} drops nothing of this UNet: {found.config.layers_per_block} layer per block, as it is")
-    ratio = found.macs(budget.latent, budget.text).ratio
+    prices = budget.prices(found.config)
+    ratio = prices.of(found) / prices.dense
     if ratio > budget.ratio:
-        raise UserError(f"budget {budget.ratio:g} is too small: {name} costs {ratio:.4f} of the dense MACs, no less")
+        raise UserError(
+            f"budget {budget.ratio:g} is too small: {name} takes {ceil(1e4 * ratio) / 1e4:.4f} of the dense "
+            f"{prices.what}, no less"
+        )
     return found

@@ -1,8 +1,9 @@
-"""What a pruning method may spend, and what it can buy: units of width vectors, each at its price in MACs."""
+"""What a pruning method may spend, and what it can buy: units of width vectors, at a price in MACs or in time."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bilevel_fast.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.errors import UserError
-from bilevel_fast.macs import dense_true, fixed_costs, site_costs
+from bilevel_fast.macs import fixed_costs, site_costs
 from bilevel_fast.structure import Structure
 
 Calibration = Sequence[tuple[Tensor, Tensor]]
@@ -42,6 +43,26 @@ class Prices:
     @property
     def dense(self) -> int:
         return self.outside + sum(site.dense for site in self.sites.values())
+
+    def of(self, structure: Structure) -> int:
+        """What a structure takes."""
+        total = self.outside
+        for name, kept in structure.kept.items():
+            site = self.sites[name]
+            total += site.fixed + sum(int(site.widths[width][len(units)]) for width, units in kept.items())
+        return total
+
+
+class Budget(Protocol):
+    """At most `ratio` of what the dense UNet takes, and at least `min_keep` of every width vector."""
+
+    @property
+    def ratio(self) -> float: ...
+
+    @property
+    def min_keep(self) -> float: ...
+
+    def prices(self, config: UNetConfig) -> Prices: ...
 
 
 @dataclass(frozen=True)
@@ -90,33 +111,32 @@ def least_units(width: Width, keep: float) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """One width vector to decide on: it keeps `least` to `width.units` units, at `price` MACs each."""
+    """One width vector to decide on: it keeps k units, `least` to `width.units`, and takes `prices[k]` for them."""
 
     site: Site
     width: Width
     least: int
-    price: int
+    prices: NDArray[np.int64]
 
 
-def choices(config: UNetConfig, budget: MacBudget) -> tuple[tuple[Choice, ...], int]:
-    """All width vectors in the order of the architecture vector, and the MACs left when each keeps its least.
+def choices(config: UNetConfig, budget: Budget) -> tuple[tuple[Choice, ...], int]:
+    """All width vectors in the order of the architecture vector, and what is left when each keeps its least.
 
     Raises:
         UserError: Even the least exceeds the budget; the smallest possible budget is named.
     """
-    table = site_costs(config, budget.latent, budget.text)
+    prices = budget.prices(config)
     found = tuple(
-        Choice(site, width, least_units(width, budget.min_keep), table[site.name].units[width.name].true)
+        Choice(site, width, least_units(width, budget.min_keep), prices.sites[site.name].widths[width.name])
         for site in sites(config)
         for width in site.widths
     )
-    dense = dense_true(config, budget.latent, budget.text)
-    least = dense - sum((c.width.units - c.least) * c.price for c in found)
-    spare = int(budget.ratio * dense) - least
+    least = prices.dense - sum(int(c.prices[-1] - c.prices[c.least]) for c in found)
+    spare = int(budget.ratio * prices.dense) - least
     if spare < 0:
         raise UserError(
             f"budget {budget.ratio:g} is too small: keeping {budget.min_keep:.0%} of every width vector "
-            f"takes {ceil(1000 * least / dense) / 1000:.3f} of the dense MACs"
+            f"takes {ceil(1000 * least / prices.dense) / 1000:.3f} of the dense {prices.what}"
         )
     return found, spare
 
@@ -127,18 +147,25 @@ def fill(found: Sequence[Choice], counts: Sequence[int], spare: int, ranks: Sequ
     Args:
         found: The width vectors.
         counts: Units that each keeps already.
-        spare: MACs to spend.
+        spare: What there is to spend.
         ranks: For each vector, the rank of its k-th unit at [k - 1], ascending. A tie goes to the earlier vector.
 
     Returns:
-        Units that each vector keeps. What is left of `spare` buys none of the units still missing.
+        Units that each vector keeps. What is left of `spare` buys no vector its next unit.
     """
     filled = list(counts)
     missing = [(ranks[i][k], i) for i, c in enumerate(found) for k in range(counts[i], c.width.units)]
-    for _, i in sorted(missing):
-        if found[i].price <= spare:
-            filled[i] += 1
-            spare -= found[i].price
+    bought = True
+    while bought:  # by time a unit may cost less than nothing, and what did not fit before it does then
+        bought = False
+        for _, i in sorted(missing):
+            if filled[i] == found[i].width.units:
+                continue
+            price = int(found[i].prices[filled[i] + 1] - found[i].prices[filled[i]])
+            if price <= spare:
+                filled[i] += 1
+                spare -= price
+                bought = True
     return filled
 
 

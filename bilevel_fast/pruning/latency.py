@@ -50,6 +50,18 @@ LatencyTable = Mapping[str, SiteLatency]
 """By name of the site, all sites of a UNet."""
 
 
+class ReadLatencies(dict[str, SiteLatency]):
+    """A table from a file.
+
+    Attributes:
+        settings: What its rows were made with, in words: sizes, device, and whether they are a projection.
+    """
+
+    def __init__(self, table: LatencyTable, settings: str) -> None:
+        super().__init__(table)
+        self.settings = settings
+
+
 @dataclass(frozen=True)
 class LatencyBudget:
     """At most `ratio` of the time that the sites of the dense UNet take together, by `table`.
@@ -94,7 +106,7 @@ class LatencyBudget:
         return Prices("latency", sold, 0)
 
 
-def read_latencies(path: Path, config: UNetConfig, batch: int | None = None) -> LatencyTable:
+def read_latencies(path: Path, config: UNetConfig, batch: int | None = None) -> ReadLatencies:
     """Read the rows of suite `unet_sites` in a file of JSON lines; of rows of the same site and counts the last counts.
 
     Args:
@@ -110,7 +122,7 @@ def read_latencies(path: Path, config: UNetConfig, batch: int | None = None) -> 
     rows = _rows(path, batch)
     if not rows:
         raise UserError(f"{path} has no rows of sites" + ("" if batch is None else f" at batch {batch}"))
-    settings = {", ".join([*(f"{k} {row['config'][k]}" for k in _SETTINGS), str(row.get("device"))]) for row in rows}
+    settings = {_settings(row) for row in rows}
     if len(settings) > 1:
         raise UserError(f"{path} has rows of several settings, wanted one: {'; '.join(sorted(settings)[:3])}")
     costs = site_costs(config, rows[0]["config"]["latent"], rows[0]["config"]["text"])
@@ -121,7 +133,13 @@ def read_latencies(path: Path, config: UNetConfig, batch: int | None = None) -> 
             if name not in known:
                 raise UserError(f"{path}:{row['line']}: no site {name!r} in this UNet{nearest(name, known)}")
             points[name][_counts(row, known[name], path)] = row["value"]
-    return {name: _site(known[name], costs[name], found, path) for name, found in points.items()}
+    table = {name: _site(known[name], costs[name], found, path) for name, found in points.items()}
+    return ReadLatencies(table, settings.pop())
+
+
+def _settings(row: dict[str, Any]) -> str:
+    found = [*(f"{k} {row['config'][k]}" for k in _SETTINGS), str(row.get("device"))]
+    return ", ".join([*found, "projection"] if row.get("projection") else found)
 
 
 def _rows(path: Path, batch: int | None) -> list[dict[str, Any]]:

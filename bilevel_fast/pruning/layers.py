@@ -17,10 +17,9 @@ import torch
 
 from bilevel_fast.architecture import Site, UNetConfig, sites
 from bilevel_fast.errors import UserError
-from bilevel_fast.pruning.budget import Calibration
+from bilevel_fast.pruning.budget import Budget, Calibration
 from bilevel_fast.pruning.calibration import CalibrationSet, numbered
 from bilevel_fast.pruning.knapsack import solve
-from bilevel_fast.pruning.planner import Budget
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import Dropped, UNet
 

@@ -2,7 +2,7 @@
 
     importance   I_u = sum of the squared weights that unit u is cut from            (DepGraph, arXiv:2301.12900)
     kept share   p_v = sum of I_u over the kept units of width vector v / sum of I_u over all its units
-    objective    max  sum_v log p_v  within the MACs, each vector keeping `min_keep`
+    objective    max  sum_v log p_v  within the budget, each vector keeping `min_keep`
 
 Norms cannot be compared across width vectors, they follow from fan-in and initialisation; shares can. Their product is
 what survives of a signal that passes through all vectors in turn. The plain sum of shares would be at its best where
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.errors import UserError
-from bilevel_fast.pruning.budget import Calibration, Choice, MacBudget, choices
+from bilevel_fast.pruning.budget import Budget, Calibration, Choice, choices
 from bilevel_fast.pruning.planner import spend
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
 
-def magnitude(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+def magnitude(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
     """The structure within the budget with the largest product of kept shares; no site is dropped.
 
     Raises:

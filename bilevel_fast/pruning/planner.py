@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bilevel_fast.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.pruning.budget import MacBudget, Prices, check_share, least_units
+from bilevel_fast.pruning.budget import Budget, MacBudget, Prices, check_share, least_units
 from bilevel_fast.pruning.knapsack import frontier, solve
 from bilevel_fast.pruning.latency import LatencyBudget
 from bilevel_fast.structure import Structure
@@ -43,7 +43,6 @@ __all__ = ["DROP", "Budget", "Importance", "LatencyBudget", "MacBudget", "Object
 Importance = Mapping[str, Mapping[str, Tensor]]
 """Site -> width vector -> (units,) fp64, >= 0 and finite. For shares, only ratios within a vector count, and a vector
 of zeros says nothing, as one of ones does. Site -> `DROP` -> () fp64, <= 0."""
-Budget = MacBudget | LatencyBudget
 Objective = Literal["shares", "sum"]
 
 DROP = "drop"

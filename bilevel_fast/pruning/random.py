@@ -1,6 +1,6 @@
 """Keep units at random, the same share of every width vector: the floor that a criterion has to beat."""
 
-from bilevel_fast.pruning.budget import Calibration, MacBudget, assemble, choices
+from bilevel_fast.pruning.budget import Budget, Calibration, assemble, choices
 from bilevel_fast.pruning.calibration import FIRST, CalibrationSet
 from bilevel_fast.pruning.uniform import uniform
 from bilevel_fast.randomness import Stream, permutation
@@ -8,7 +8,7 @@ from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
 
-def random(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+def random(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
     """Keep random units, as many of each width vector as `uniform` keeps.
 
     The seed is that of the `CalibrationSet`, 0 without one; no batch of it is read. The i-th width vector keeps the

@@ -20,9 +20,9 @@ from torch.func import functional_call
 
 from bilevel_fast.architecture import Cut, Site, Width, sites
 from bilevel_fast.errors import UserError
-from bilevel_fast.pruning.budget import Calibration
+from bilevel_fast.pruning.budget import Budget, Calibration
 from bilevel_fast.pruning.calibration import CalibrationSet, numbered
-from bilevel_fast.pruning.planner import Budget, spend
+from bilevel_fast.pruning.planner import spend
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 

@@ -1,16 +1,17 @@
 """Keep the same share of every width vector."""
 
-from bilevel_fast.pruning.budget import Calibration, MacBudget, assemble, choices, fill
+from bilevel_fast.pruning.budget import Budget, Calibration, assemble, choices, fill
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
 
 
-def uniform(teacher: UNet, budget: MacBudget, calibration: Calibration = ()) -> Structure:
+def uniform(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
     """The largest uniform structure within the budget, filled up. The first units of each vector are kept.
 
     Units are bought in the order of k / w, for the k-th of the w units of a vector, and at equal k / w in the
     order of the architecture vector. Every `Structure.uniform` above `min_keep` is a beginning of that sequence,
-    so the result contains the largest one that fits; what is left then buys the units that follow, while they fit.
+    so with MACs the result contains the largest one that fits; what is left then buys the units that follow, while they
+    fit.
 
     Raises:
         UserError: The budget is below what `min_keep` takes.

@@ -98,7 +98,7 @@ def test_uniform_contains_the_largest_uniform_structure(ratio):
             assert len(units) >= inner.count(site, width)
     left = ratio * count(Structure.dense(SD21), 64, 77).true - count(ours, 64, 77).true
     found, _ = choices(SD21, MacBudget(ratio, 64, 77))
-    missing = [c.price for c in found if ours.count(c.site, c.width) < c.width.units]
+    missing = [int(c.prices[1]) for c in found if ours.count(c.site, c.width) < c.width.units]
     assert 0 <= left < min(missing)
 
 
@@ -145,7 +145,7 @@ def test_weak_units_go_first():
                 tensor = teacher.get_parameter(f"{c.site.name}.{cut.tensor}").movedim(cut.axis, 0)
                 tensor.unflatten(0, (cut.copies, c.width.units, -1))[:, unit] *= 0.1
     dense = count(Structure.dense(TINY), 8, 12).true
-    ratio = 1 - 0.9 * sum(c.price for c in found) / dense
+    ratio = 1 - 0.9 * sum(int(c.prices[1]) for c in found) / dense
     kept = magnitude(teacher, MacBudget(ratio, 8, 12), ()).kept
     for c in found:
         gone = set(range(c.width.units)) - set(kept[c.site.name][c.width.name])
@@ -163,7 +163,7 @@ def test_magnitude_is_optimal():
         tables.append((largest.cumsum(0) / largest.sum()).log()[c.least - 1 :])
 
     def bound(price: float) -> float:
-        costs = (c.price * torch.arange(len(t)) for c, t in zip(found, tables, strict=True))
+        costs = (int(c.prices[1]) * torch.arange(len(t)) for c, t in zip(found, tables, strict=True))
         return sum((t - price * cost).max().item() for t, cost in zip(tables, costs, strict=True)) + price * spare
 
     best = min(bound(2.0 ** (i / 50) / spare) for i in range(-500, 500))
