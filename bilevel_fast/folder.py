@@ -160,16 +160,31 @@ def load_unet(path: Path | str, align: int = 1) -> UNet:
     """
     folder = Path(path) / "unet"
     config, structure = _read_architecture(folder)
+    source = "the config without a structure.json" if structure is None else "the structure"
+    return read_unet(folder, config, structure, source, align)
+
+
+def read_unet(folder: Path, config: UNetConfig, structure: Structure | None, source: str, align: int = 1) -> UNet:
+    """As `load_unet`, where something else than the folder says what the UNet keeps.
+
+    Args:
+        folder: The `unet/` folder itself; only the weights in it are read.
+        config: Of the dense UNet.
+        structure: What is kept; None is everything.
+        source: Who says so, for the message about weights that do not fit.
+        align: As `UNet`.
+
+    Raises:
+        UserError: A file is missing or broken, or the weights are not those of this structure; says which.
+    """
     with torch.device("meta"):
         unet = UNet(config, structure, align)
-    weights = read_weights(folder, UNET_STEM)
-    wanted = unet.state_dict()
+    weights, wanted = read_weights(folder, UNET_STEM), unet.state_dict()
     check_names(str(folder), weights, wanted)
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
-            asks = "config without a structure.json" if structure is None else "structure"
             came, asked = list(tensor.shape), list(wanted[name].shape)
-            raise UserError(f"{folder}: {name} has shape {came}, the {asks} wants {asked}")
+            raise UserError(f"{folder}: {name} has shape {came}, {source} wants {asked}")
     unet.load_state_dict(weights, assign=True)
     unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
     return unet.eval()

@@ -1,5 +1,6 @@
 """Prune a dense model to a MAC budget: `python -m bilevel_fast.prune magnitude --budget 0.8 --out runs/pruned`."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from bilevel_fast.folder import load_folder, save_student
 from bilevel_fast.macs import count
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.pruning import FIXED, MacBudget, calibration_set, described, method, reinitialise
+from bilevel_fast.pruning.aptp.cli import COMMANDS
 from bilevel_fast.session import pick_device
 from bilevel_fast.structure import Structure
 
@@ -77,7 +79,11 @@ def picture(structure: Structure, latent: int, text: int) -> str:
 
 
 def main() -> None:
-    args = flags.parse(Args, "bilevel_fast.prune", __doc__)
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        COMMANDS[sys.argv[1]](sys.argv[2:])
+        return
+    commands = "\n".join(f"  {name:<12} {function.__doc__}" for name, function in COMMANDS.items())
+    args = flags.parse(Args, "bilevel_fast.prune", f"{__doc__}\n\nInstead of a method:\n{commands}")
     prune = method(args.method)
     device = pick_device(args.device)
     folder = load_folder(args.teacher, device)

@@ -86,7 +86,13 @@ class ClipTextEncoder:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """States (B, L, D) fp32 on the device of the encoder; longer prompts are cut."""
-        tokens = self.tokenizer(
+        return self.model(self._tokens(prompts).input_ids.to(self.model.device)).last_hidden_state.float()
+
+    def mask(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
+        return self._tokens(prompts).attention_mask.bool()
+
+    def _tokens(self, prompts: Sequence[str]) -> Any:
+        return self.tokenizer(
             list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         )
-        return self.model(tokens.input_ids.to(self.model.device)).last_hidden_state.float()

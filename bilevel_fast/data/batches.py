@@ -42,6 +42,8 @@ class Batch:
     """(B, C, H, W) fp32 standard normal noise; None until it is drawn."""
     t: Tensor | None = None
     """(B,) int64 timesteps; None until they are drawn."""
+    captions: tuple[str, ...] = ()
+    """The B captions that `text` holds the states of; empty where nobody wrote them down."""
 
     def drawn(self, seed: int, timesteps: int) -> "Batch":
         """With noise and timesteps in [0, timesteps), next to the latents; itself if it has them already."""
@@ -114,7 +116,8 @@ class Batches:
         index = torch.as_tensor(samples, dtype=torch.int64) + self._offset
         positions = [self._position(sample) for sample in samples]
         captions = self._captions(positions, index)
-        return Batch(self._latents(positions, index), self._states(captions), self._anchors(positions), index)
+        latents, anchors = self._latents(positions, index), self._anchors(positions)
+        return Batch(latents, self._states(captions), anchors, index, captions=tuple(captions))
 
     def _position(self, sample: int) -> int:
         """Where in the source the sample lies."""

@@ -126,6 +126,14 @@ class MiniTextEncoder(nn.Module):
         """
         return self(self.tokenizer(prompts).to(self.position.device)).float()
 
+    def mask(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it.
+
+        Raises:
+            UserError: As `encode`.
+        """
+        return self.tokenizer(prompts) != _PAD
+
     def save(self, folder: Path) -> None:
         """Write `text_encoder/` and `tokenizer/` of a model folder. Weights in fp16."""
         self.tokenizer.save(folder / "tokenizer")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.cache import Cache
+from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Noised, Schedule, noise
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder
@@ -120,19 +121,30 @@ def calibration_set(
     for name, value in (("images", images), ("batch", batch)):
         if value < 1:
             raise UserError(f"{name} of the calibration set: {value}, wanted 1 or more")
+    source = image_source(folder, data, images, seed, erased)
+    if source is None:
+        return CalibrationSet((), folder.schedule, seed, device)
+    images = min(images, len(source))
+    batch = min(batch, images)
+    drawn = _Drawn(Batches(source, folder.text_encoder, batch, seed, level=_LEVEL), images // batch)
+    return CalibrationSet(drawn, folder.schedule, seed, device)
+
+
+def image_source(
+    folder: ModelFolder, data: Path | None, images: int, seed: int, erased: Sequence[int] = ()
+) -> LatentSource | None:
+    """A teacher's own kind of data: a latent cache or, of the mini world, so many drawn images; None of any other model.
+
+    Raises:
+        UserError: The cache is broken, of another kind, or made with another VAE.
+    """
     if data is not None:
         source = Cache.open(data)
         if source.index.kind != "images":
             raise UserError(f"--data {data} is a cache of {source.index.kind}, wanted one of images")
         source.check_model(folder.config, folder.vae_fingerprint)
-        images = min(images, len(source))
-    elif isinstance(folder.vae, PixelUnshuffleVAE):
-        source = drawn_source(folder.vae, erased, images, seed)
-    else:
-        return CalibrationSet((), folder.schedule, seed, device)
-    batch = min(batch, images)
-    drawn = _Drawn(Batches(source, folder.text_encoder, batch, seed, level=_LEVEL), images // batch)
-    return CalibrationSet(drawn, folder.schedule, seed, device)
+        return source
+    return drawn_source(folder.vae, erased, images, seed) if isinstance(folder.vae, PixelUnshuffleVAE) else None
 
 
 def numbered(batches: Sequence[tuple[Tensor, Tensor]], first: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -4,8 +4,8 @@
     quantizer_embeddings.pt     (K, V)           the soft gates of all experts     torch.save of a tensor
     unet/diffusion_pytorch_model.safetensors     one expert's weights, fine-tuned, under diffusers' names
 
-Of published gates, one >= 0.5 stays; `planned` cuts those of a training to its budget. Pickles are read as plain tensors
-or not at all; nothing in them runs.
+Of published gates, one >= 0.5 stays; `planned` cuts those of a training to its budget. Pickles are read as plain
+tensors or not at all; nothing in them runs.
 
 Legend: K codes, V entries of the architecture vector (1620 for SD 2.1).
 """
@@ -22,14 +22,13 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bilevel_fast.architecture import SD21, UNetConfig
 from bilevel_fast.errors import UserError
-from bilevel_fast.folder import UNET_STEM
+from bilevel_fast.folder import read_unet
 from bilevel_fast.pruning.aptp.binarise import TEMPERATURE
 from bilevel_fast.pruning.aptp.layout import layout
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.planner import DROP, spend
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
-from bilevel_fast.weights import check_names, read_weights
 
 VECTOR = "arch_vector.pt"
 _EPS = 1e-6  # gates of 0 and 1 have finite odds
@@ -122,22 +121,21 @@ def read_expert(folder: Path, config: UNetConfig) -> UNet:
     Raises:
         UserError: As `read_vector`; or the weights are missing, or not those of this structure.
     """
+    path = find_vector(folder)
+    return read_unet(folder / "unet", config, read_vector(path, config), path.name)
+
+
+def find_vector(folder: Path) -> Path:
+    """The `arch_vector.pt` of a published expert, beside `unet/` or in it.
+
+    Raises:
+        UserError: There is none.
+    """
     places = [folder / VECTOR, folder / "unet" / VECTOR]
     path = next((p for p in places if p.is_file()), None)
     if path is None:
         raise UserError(f"{places[0]} is missing, and so is {places[1]}")
-    structure = read_vector(path, config)
-    with torch.device("meta"):
-        unet = UNet(config, structure)
-    weights, wanted = read_weights(folder / "unet", UNET_STEM), unet.state_dict()
-    check_names(str(folder / "unet"), weights, wanted)
-    for name, tensor in weights.items():
-        if tensor.shape != wanted[name].shape:
-            came, asked = list(tensor.shape), list(wanted[name].shape)
-            raise UserError(f"{folder / 'unet'}: {name} has shape {came}, {path.name} wants {asked}")
-    unet.load_state_dict(weights, assign=True)
-    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
-    return unet.eval()
+    return path
 
 
 def _read_gates(path: Path, config: UNetConfig) -> Tensor:
