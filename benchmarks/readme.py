@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import frontier_report, precision
+from benchmarks import frontier_report, methods_report, precision
 from bilevel_fast import errors, flags
 from bilevel_fast.errors import UserError
 
@@ -87,6 +87,12 @@ def kernels() -> str:
         least, most = min(ratios, key=lambda c: ratios[c]), max(ratios, key=lambda c: ratios[c])
         lines.append(f"| {op} | {ratios[least]:.1f} ({least}) | {ratios[most]:.1f} ({most}) |")
     return "\n".join([*lines, "", machines(rows)])
+
+
+def methods() -> str:
+    """Pruning methods, before and after distillation."""
+    rows = load("methods.jsonl")
+    return methods_report.table(rows) if rows else "not measured"
 
 
 def step() -> str:
@@ -187,6 +193,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "quality": quality,
     "frontier": lambda: frontier_report.table(load("frontier.jsonl")),
+    "methods": methods,
     "step": step,
     "kernels": kernels,
     "gpu": gpu,

@@ -1,0 +1,161 @@
+"""Table and plots of `benchmarks.methods`: mean over seeds, spread as (max - min) / 2."""
+
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.methods_cases import BUDGETS, DIFFUSION, DISTILLATION, FIGURES, PLAIN, RANDOM
+
+Row = dict[str, Any]
+Points = dict[int, list[float]]
+"""Step -> value of each seed."""
+
+METRICS = {"output_error": "output error", "fid": "FID"}
+AXES = {
+    "fid": "FID of drawings against the mini world's",
+    "output_error": "squared error to the teacher's output\n(of its mean square)",
+    "target_error": "squared error to the true v\n(of its mean square)",
+}
+FIGURE4 = {DIFFUSION: "the diffusion loss alone", DISTILLATION: "distillation alone", PLAIN: "both together"}
+FIGURE5 = {RANDOM: "a start from random weights", PLAIN: "a start from pruned weights"}
+
+
+def curves(rows: list[Row]) -> dict[str, dict[str, Points]]:
+    """Case -> metric -> points. Of rows with one case, seed and step the last counts."""
+    found: dict[str, dict[str, Points]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for row in {(row["case"], row["seed"], row["step"]): row for row in rows}.values():
+        for metric in AXES:
+            if metric in row:
+                found[row["case"]][metric][row["step"]].append(row[metric])
+    return found
+
+
+def last_step(rows: list[Row]) -> int:
+    """The step that the longest run was to end with."""
+    return max(row["config"]["steps"] for row in rows)
+
+
+def members(rows: list[Row]) -> list[str]:
+    """The methods of the table, without budget, in the order in which they were measured; not the figures' variants."""
+    names = [row["case"].removeprefix(f"{b:.2f} ") for b in BUDGETS for row in rows if row["case"][:5] == f"{b:.2f} "]
+    names = dict.fromkeys(name for name in names if name not in (DIFFUSION, DISTILLATION, RANDOM))
+    return [*names, RANDOM]
+
+
+def fixed(rows: list[Row]) -> dict[str, float]:
+    """Methods without a budget: share of the MACs that they leave."""
+    prefixes = tuple(f"{b:.2f} " for b in BUDGETS)
+    return {r["case"]: r["macs_ratio"] for r in rows if r["case"] != "teacher" and not r["case"].startswith(prefixes)}
+
+
+def spread(values: list[float], seeds: int) -> str:
+    """Mean and half the range; says so if a seed is missing."""
+    digits = 4 if mean(values) < 0.1 else 2 if mean(values) < 100 else 0
+    note = "" if len(values) == seeds else f" ({len(values)} of {seeds} seeds)"
+    return f"{mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}{note}"
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown: a line per method, and below it what the figures show, in words."""
+    found, seeds, last = curves(rows), sorted({row["seed"] for row in rows}), last_step(rows)
+
+    def cell(case: str, metric: str) -> str:
+        points = found[case][metric] if case in found else {}
+        if not points.get(last):
+            return "not measured"
+        return f"{mean(points[0]):.3g} → {spread(points[last], len(seeds))}"
+
+    heads = [f"{budget:.2f}: {says}" for budget in BUDGETS for says in METRICS.values()]
+    lines = [
+        f"| seeds {', '.join(map(str, seeds))}; before → after {last} steps | " + " | ".join(heads) + " |",
+        "|---|" + "--:|" * len(heads),
+    ]
+    for name in members(rows):
+        cells = [cell(f"{budget:.2f} {name}", metric) for budget in BUDGETS for metric in METRICS]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    for name, ratio in fixed(rows).items():
+        cells = [cell(name, metric) for metric in METRICS] + ["-"] * len(METRICS) * (len(BUDGETS) - 1)
+        lines.append(f"| {name}, which leaves {ratio:.2f} of the MACs | {' | '.join(cells)} |")
+    if teachers := found["teacher"]["fid"][0]:
+        lines.append(f"| teacher, all of the MACs | 0 | {spread(teachers, len(seeds))} |" + " - |" * len(heads[2:]))
+    machines = {f"{r['device']}, torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in rows}
+    return "\n".join([*lines, "", *findings(found, last), "", f"Measured on {'; '.join(sorted(machines))}."])
+
+
+def findings(found: dict[str, dict[str, Points]], last: int) -> list[str]:
+    """When the faster of two is where the slower ends, by the mean over seeds; only what was measured."""
+    pairs = ((DISTILLATION, DIFFUSION, FIGURE4), (PLAIN, DIFFUSION, FIGURE4), (PLAIN, RANDOM, FIGURE5))
+    lines = []
+    for fast, slow, says in pairs:
+        told = []
+        for metric in ("target_error", "fid"):
+            quick, late = (found.get(f"{FIGURES:.2f} {case}", {}).get(metric, {}) for case in (fast, slow))
+            if not (quick.get(last) and late.get(last)):
+                continue
+            step = reached(quick, mean(late[last]))
+            when = f"after {step} steps" if step is not None else f"not within {last} steps"
+            told.append(f"{'error to the truth' if metric == 'target_error' else 'FID'} {when}")
+        if told:
+            lines.append(f"At {FIGURES:.2f}, {says[fast]} gets to where {says[slow]} ends: {', '.join(told)}.")
+    return lines
+
+
+def reached(points: Points, value: float) -> int | None:
+    """The first measured step at which the mean is no more than `value`."""
+    return next((step for step in sorted(points) if mean(points[step]) <= value), None)
+
+
+def plots(rows: list[Row], out: Path) -> None:
+    """methods.png, figure4.png and figure5.png."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found, last = curves(rows), last_step(rows)
+    figure, grid = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained", sharex="col")
+    for axes, budget in zip(grid, BUDGETS, strict=True):
+        names = [n for n in members(rows) if found.get(f"{budget:.2f} {n}", {}).get("fid", {}).get(last)]
+        for axis, metric in zip(axes, ("fid", "output_error"), strict=True):
+            _before_and_after(axis, [found[f"{budget:.2f} {name}"][metric] for name in names], last)
+            if metric == "fid" and (teachers := found["teacher"]["fid"][0]):
+                axis.axvline(mean(teachers), color="k", linestyle=":", label="teacher")
+            axis.set(xlabel=AXES[metric], yticks=range(len(names)), yticklabels=names)
+            axis.set_title(f"{budget:.2f} of the MACs")
+    grid[0][0].legend(fontsize=9)
+    figure.suptitle("mini world, mean and range over seeds; left is better")
+    figure.savefig(out / "methods.png", dpi=110)
+    plt.close(figure)
+    for number, shown in ((4, FIGURE4), (5, FIGURE5)):
+        figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), layout="constrained")
+        for axis, metric in zip(axes, AXES, strict=True):
+            for name, label in shown.items():
+                _curve(axis, found.get(f"{FIGURES:.2f} {name}", {}).get(metric, {}), label)
+            axis.set(xlabel="distillation steps", ylabel=AXES[metric], yscale="log")
+            axis.grid(alpha=0.3, which="both")
+        axes[0].legend()
+        figure.suptitle(f"mini world, magnitude pruning to {FIGURES:.2f} of the MACs; mean and range over seeds")
+        figure.savefig(out / f"figure{number}.png", dpi=110)
+        plt.close(figure)
+
+
+def _before_and_after(axis: Any, lines: list[Points], last: int) -> None:
+    """One line per method, from the first: where it starts and where it ends."""
+    for y, points in enumerate(lines):
+        axis.plot([mean(points[last]), mean(points[0])], [y, y], color="0.8", zorder=0)
+        for step, color in ((0, "tab:orange"), (last, "tab:blue")):
+            label = None if y else f"after {step} steps" if step else "as pruned"
+            axis.hlines(y, min(points[step]), max(points[step]), color=color, linewidth=6, alpha=0.35)
+            axis.plot(mean(points[step]), y, "o", color=color, label=label)
+    axis.set_xscale("log")
+    axis.grid(alpha=0.3, axis="x", which="both")
+    axis.invert_yaxis()
+
+
+def _curve(axis: Any, points: Points, label: str) -> None:
+    """Mean over seeds, in a band of their range."""
+    steps = sorted(points)
+    (line,) = axis.plot(steps, [mean(points[s]) for s in steps], "o-", markersize=4, label=label)
+    band = [min(points[s]) for s in steps], [max(points[s]) for s in steps]
+    axis.fill_between(steps, *band, color=line.get_color(), alpha=0.2, linewidth=0)
