@@ -1,4 +1,4 @@
-"""Prune a dense model to a MAC budget: `python -m bilevel_fast.prune magnitude --budget 0.8 --out runs/pruned`."""
+"""Prune a dense model to a budget: `python -m bilevel_fast.prune magnitude --budget 0.8 --out runs/pruned`."""
 
 import sys
 from dataclasses import dataclass
@@ -8,13 +8,24 @@ from typing import Annotated
 import tyro
 
 from bilevel_fast import errors, flags
-from bilevel_fast.architecture import Site, sites
+from bilevel_fast.architecture import Site, Width, sites
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder, save_student
 from bilevel_fast.macs import count
 from bilevel_fast.mini import TEACHER
-from bilevel_fast.pruning import FIXED, MacBudget, calibration_set, described, method, reinitialise
+from bilevel_fast.pruning import (
+    FIXED,
+    LatencyBudget,
+    MacBudget,
+    calibration_set,
+    described,
+    method,
+    read_latencies,
+    reinitialise,
+)
 from bilevel_fast.pruning.aptp.cli import COMMANDS
+from bilevel_fast.pruning.budget import Prices
+from bilevel_fast.pruning.latency import RESOLUTION
 from bilevel_fast.session import pick_device
 from bilevel_fast.structure import Structure
 
@@ -40,6 +51,11 @@ class Args:
     budget: float | None = None
     """MACs of the student as a share of the teacher's: never more, and as close as whole units allow. By default 0.8,
     and for BK-SDM, which leaves no choice, whatever it costs."""
+    latency: Path | None = None
+    """Rows of `python -m benchmarks.unet --sites` or `benchmarks.roofline_sites`: the budget is then a share of the
+    time that the sites take by them."""
+    latency_batch: int | None = None
+    """Use the rows of this batch, if there are those of several."""
     latent: int | None = None
     """Height and width of the latents to count at; by default the UNet's sample size."""
     text: int | None = None
@@ -58,24 +74,40 @@ class Args:
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 
 
-def picture(structure: Structure, latent: int, text: int) -> str:
-    """One line per site: a bar of the share of its MACs that stays, and the units kept of each width vector."""
-    rows = {row.name: row.true for row in count(structure, latent, text).rows}
-    dense = {row.name: row.true for row in count(Structure.dense(structure.config), latent, text).rows}
+def picture(structure: Structure, prices: Prices) -> str:
+    """One line per site: a bar of the share that stays of what it takes, how much of the whole UNet that saves, and the
+    units kept of each width vector. A bar is full where everything is kept, and empty where the site is dropped."""
     members = sites(structure.config)
     pad = max(len(site.name) for site in members)
+    full, empty = marks()
 
     def kept(site: Site) -> str:
         if site.name in structure.dropped:
             return "dropped"
-        shown = [(w.name, f"{structure.count(site, w)}/{w.units} {UNITS[w.name]}") for w in site.widths]
-        return "  ".join(f"{name} {units}" if site.kind == "transformer" else units for name, units in shown)
+        return "  ".join(units(site, width) for width in site.widths)
+
+    def units(site: Site, width: Width) -> str:
+        name = f"{width.name} " if len(site.widths) > 1 else ""
+        return f"{name}{structure.count(site, width):2}/{width.units} {UNITS[width.name]}"
 
     def line(site: Site) -> str:
-        full = round(BAR * rows[site.name] / dense[site.name])
-        return f"{site.name:{pad}}  {'█' * full + '░' * (BAR - full)}  {kept(site)}"
+        dense, left = prices.sites[site.name].dense, prices.site(structure, site.name)
+        whole = all(structure.count(site, width) == width.units for width in site.widths)
+        bar = BAR if whole else 0 if site.name in structure.dropped else min(max(round(BAR * left / dense), 1), BAR - 1)
+        saved = (dense - left) / prices.dense
+        return f"{site.name:{pad}}  {full * bar + empty * (BAR - bar)} {left / dense:5.0%} {saved:7.2%}  {kept(site)}"
 
-    return "\n".join(map(line, members))
+    head = f"{'site':{pad}}  {f'{prices.what} kept':{BAR + 6}} {'saved':>7}  units kept"
+    return "\n".join([head, *map(line, members)])
+
+
+def marks() -> tuple[str, str]:
+    """What bars are drawn with: blocks where the terminal has them."""
+    try:
+        "█░".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "#", "."
+    return "█", "░"
 
 
 def main() -> None:
@@ -96,7 +128,13 @@ def main() -> None:
     ratio = args.budget
     if ratio is None:
         ratio = 1.0 if args.method in FIXED else BUDGET
-    budget = MacBudget(ratio, latent, text)
+    timed = None
+    if args.latency is not None:
+        timed = read_latencies(args.latency, folder.config, args.latency_batch)
+    elif args.latency_batch is not None:
+        raise UserError("--latency-batch says which rows of --latency to use, and there is no --latency")
+    budget = MacBudget(ratio, latent, text) if timed is None else LatencyBudget(ratio, timed)
+    prices = budget.prices(folder.config)
     calibration = calibration_set(
         folder, args.data, images=args.images, batch=args.batch, seed=args.seed, device=device
     )
@@ -108,11 +146,16 @@ def main() -> None:
     save_student(args.out, folder, student)
 
     dense, left = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
-    print(picture(structure, latent, text))
+    limit = f", fixed by {args.method}" if args.budget is None and args.method in FIXED else f", budget {ratio:g}"
+    print(picture(structure, prices))
     print(f"\nlatents {latent}x{latent}, {text} text tokens")
-    change = f"{dense.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G"
-    limit = f"fixed by {args.method}" if args.budget is None and args.method in FIXED else f"budget {ratio:g}"
-    print(f"MACs        {change}: {left.ratio:.4f}, {limit}")
+    if timed is not None:
+        taken = prices.of(structure)
+        change = f"{prices.dense / RESOLUTION:.3f} ms -> {taken / RESOLUTION:.3f} ms"
+        print(f"time        {change}: {taken / prices.dense:.4f}{limit}")
+        print(f"            of the sites alone, by {args.latency}: {timed.settings}")
+        limit = ""
+    print(f"MACs        {dense.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G: {left.ratio:.4f}{limit}")
     print(f"parameters  {dense.params:,} -> {left.params:,}")
     if args.random_init:
         print(f"weights     random, seed {args.seed}")

@@ -31,6 +31,12 @@ def depth_sites(config):
     return [site.name for site in sites(config) if site.depth_bit]
 
 
+def timed_row(site, kept, ms, **changes):
+    """A row of `benchmarks.unet --sites`: one site with so many units of each vector takes so many ms."""
+    settings = {"batch": 1, "latent": 8, "text": 5, "align": 1, "sites": [site], "kept": kept}
+    return {"suite": "unet_sites", "value": ms, "device": "d", "config": settings | changes}
+
+
 def log_share(importance, kept):
     return math.log(importance[list(kept)].sum() / importance.sum())
 

@@ -46,11 +46,14 @@ class Prices:
 
     def of(self, structure: Structure) -> int:
         """What a structure takes."""
-        total = self.outside
-        for name, kept in structure.kept.items():
-            site = self.sites[name]
-            total += site.fixed + sum(int(site.widths[width][len(units)]) for width, units in kept.items())
-        return total
+        return self.outside + sum(self.site(structure, name) for name in structure.kept)
+
+    def site(self, structure: Structure, name: str) -> int:
+        """What one site of a structure takes."""
+        if name in structure.dropped:
+            return 0
+        kept, price = structure.kept[name], self.sites[name]
+        return price.fixed + sum(int(price.widths[width][len(units)]) for width, units in kept.items())
 
 
 class Budget(Protocol):

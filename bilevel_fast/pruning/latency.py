@@ -124,7 +124,8 @@ def read_latencies(path: Path, config: UNetConfig, batch: int | None = None) -> 
         raise UserError(f"{path} has no rows of sites" + ("" if batch is None else f" at batch {batch}"))
     settings = {_settings(row) for row in rows}
     if len(settings) > 1:
-        raise UserError(f"{path} has rows of several settings, wanted one: {'; '.join(sorted(settings)[:3])}")
+        hint = "; --latency-batch picks one" if len({row["config"]["batch"] for row in rows}) > 1 else ""
+        raise UserError(f"{path} has rows of several settings, wanted one: {'; '.join(sorted(settings)[:3])}{hint}")
     costs = site_costs(config, rows[0]["config"]["latent"], rows[0]["config"]["text"])
     known = {site.name: site for site in sites(config)}
     points: dict[str, dict[tuple[int, ...], float]] = {name: {} for name in known}

@@ -10,7 +10,7 @@ number of channels stays.
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ def laptop(teacher: UNet, budget: Budget, calibration: Calibration) -> Structure
         UserError: The calibration set is empty, the teacher's output is not finite, or the budget is too small even
             with all droppable layers dropped.
     """
+    _affordable(teacher.config, budget, [s.name for s in sites(teacher.config) if s.droppable])  # refuses at once
     batches = CalibrationSet.of(calibration)
     losses = output_losses(teacher, CalibrationSet(batches.loaded("laptop"), batches.schedule, batches.seed))
     return cheapest_drops(teacher.config, budget, losses)
@@ -45,15 +46,7 @@ def cheapest_drops(config: UNetConfig, budget: Budget, losses: Mapping[str, floa
     Raises:
         UserError: The budget is too small even with all of them dropped; the smallest possible one is named.
     """
-    prices = budget.prices(config)
-    costs = {name: prices.sites[name].dense for name in losses}
-    spare = int(budget.ratio * prices.dense) - (prices.dense - sum(costs.values()))
-    if spare < 0:
-        least = 1 - sum(costs.values()) / prices.dense
-        raise UserError(
-            f"budget {budget.ratio:g} is too small: dropping all {len(costs)} layers that can go leaves "
-            f"{math.ceil(1000 * least) / 1000:.3f} of the dense {prices.what}"
-        )
+    costs, spare = _affordable(config, budget, losses)
     options = [np.array([0, cost]) for cost in costs.values()]
     choice = solve(options, [np.array([-loss, 0.0]) for loss in losses.values()], spare).choice
     dropped = {name for name, kept in zip(losses, choice, strict=True) if not kept}
@@ -63,6 +56,20 @@ def cheapest_drops(config: UNetConfig, budget: Budget, losses: Mapping[str, floa
             dropped.remove(name)
             spare -= costs[name]
     return Structure.uniform(config, 1.0, dropped)
+
+
+def _affordable(config: UNetConfig, budget: Budget, names: Iterable[str]) -> tuple[dict[str, int], int]:
+    """What each of these sites takes, and what the budget leaves for those that stay."""
+    prices = budget.prices(config)
+    costs = {name: prices.sites[name].dense for name in names}
+    spare = int(budget.ratio * prices.dense) - (prices.dense - sum(costs.values()))
+    if spare < 0:
+        least = 1 - sum(costs.values()) / prices.dense
+        raise UserError(
+            f"budget {budget.ratio:g} is too small: dropping all {len(costs)} layers that can go leaves "
+            f"{math.ceil(1000 * least) / 1000:.3f} of the dense {prices.what}"
+        )
+    return costs, spare
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch.func import functional_call
 
 from bilevel_fast.architecture import Cut, Site, Width, sites
 from bilevel_fast.errors import UserError
-from bilevel_fast.pruning.budget import Budget, Calibration
+from bilevel_fast.pruning.budget import Budget, Calibration, choices
 from bilevel_fast.pruning.calibration import CalibrationSet, numbered
 from bilevel_fast.pruning.planner import spend
 from bilevel_fast.structure import Structure
@@ -42,6 +42,7 @@ def diff_pruning(teacher: UNet, budget: Budget, calibration: Calibration) -> Str
     Raises:
         UserError: The calibration set is empty, the budget too small, or a loss or gradient is not finite.
     """
+    choices(teacher.config, budget)  # refuses what is too little before the time that importances take
     return spend(teacher.config, budget, taylor_importance(teacher, calibration), objective="sum")
 
 

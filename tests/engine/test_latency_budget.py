@@ -16,13 +16,9 @@ from bilevel_fast.macs import site_costs
 from bilevel_fast.pruning.latency import LatencyBudget, SiteLatency, read_latencies
 from bilevel_fast.pruning.planner import spend
 from planning import MICRO, MICRO_DROPS, best_by_brute_force, depth_sites, objective, ones, random
+from planning import timed_row as row
 
 FIRST = "down_blocks.0.resnets.0"
-
-
-def row(site, kept, ms, **changes):
-    settings = {"batch": 1, "latent": 8, "text": 5, "align": 1, "sites": [site], "kept": kept}
-    return {"suite": "unet_sites", "value": ms, "device": "d", "config": settings | changes}
 
 
 def micro_rows():

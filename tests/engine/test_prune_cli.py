@@ -1,5 +1,6 @@
 """`python -m bilevel_fast.prune` from folder to folder, and what it says when it cannot."""
 
+import io
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from bilevel_fast.data.cache import Index
 from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.folder import load_folder, load_unet
 from bilevel_fast.macs import count
-from bilevel_fast.pruning import FIXED, METHODS, bk_sdm, reinitialise
+from bilevel_fast.pruning import FIXED, METHODS, MacBudget, bk_sdm, reinitialise
 from bilevel_fast.structure import Structure
 from mini_folder import TINY, make_mini_folder
 
@@ -53,21 +54,27 @@ def test_writes_the_student(method, teacher, run, tmp_path):
     assert folder.text_encoder.encode(["a red star"]).equal(load_folder(teacher).text_encoder.encode(["a red star"]))
 
     lines = stdout.splitlines()
-    assert len(lines) == len(sites(TINY)) + 5
-    shows(lines, structure)
+    assert len(lines) == len(sites(TINY)) + 6
+    shows(lines, structure, macs.ratio)
     assert f"{macs.ratio:.4f}, budget 0.7" in stdout
     assert f"-> {macs.params:,}" in stdout
 
 
-def shows(lines, structure):
-    """The picture says what the structure keeps and drops, site by site."""
-    for site, line in zip(sites(structure.config), lines, strict=False):
-        name, bar, *rest = line.split()
+def shows(lines, structure, ratio):
+    """The picture says what the structure keeps and drops, site by site, and what is saved adds up."""
+    total = 0.0
+    for site, line in zip(sites(structure.config), lines[1:], strict=False):
+        name, bar, _, saved, *rest = line.split()
         assert name == site.name
+        total += float(saved.removesuffix("%")) / 100
+        whole = all(structure.count(site, w) == w.units for w in site.widths)
+        assert (bar == "█" * 10) == whole == (saved == "0.00%")
         if site.name in structure.dropped:
             assert (bar, rest) == ("░" * 10, ["dropped"])
         else:
+            assert bar.startswith("█")
             assert [int(n) for n in re.findall(r"(\d+)/", line)] == [structure.count(site, w) for w in site.widths]
+    assert total == pytest.approx(1 - ratio, abs=5e-5 * len(sites(structure.config)))
 
 
 def test_random_init(teacher, run, tmp_path):
@@ -128,8 +135,8 @@ def test_every_method_runs_on_sd_folders(method, sd, run, tmp_path):
     assert (code, stderr) == (0, "")
     folder = load_folder(out)
     assert folder.structure is not None
-    shows(stdout.splitlines(), folder.structure)
     ratio = folder.structure.macs(8, folder.text_encoder.length).ratio
+    shows(stdout.splitlines(), folder.structure, ratio)
     if fixed:
         assert folder.structure == bk_sdm.structure(folder.config, method.removeprefix("bk-sdm-"))
         assert f"{ratio:.4f}, fixed by {method}" in stdout
@@ -170,16 +177,45 @@ def test_calibration_refusals(sd, run, tmp_path):
 
 def test_picture():
     """Bars are the share of the site's MACs. One head of two, one group of eight; norm and projections stay."""
-    name, gone = "down_blocks.0.resnets.0", "up_blocks.2.attentions.1"
-    structure = Structure.uniform(TINY, 0.125, [gone])
-    lines = {line.split()[0]: line for line in prune.picture(structure, 8, 12).splitlines()}
+    name, gone, transformer = "down_blocks.0.resnets.0", "up_blocks.2.attentions.1", "down_blocks.0.attentions.0"
+    structure, prices = Structure.uniform(TINY, 0.125, [gone]), MacBudget(1.0, 8, 12).prices(TINY)
+    head, *rest = prune.picture(structure, prices).splitlines()
+    lines = {line.split()[0]: line for line in rest}
     assert list(lines) == [site.name for site in sites(TINY)]
-    pad = len("down_blocks.0.attentions.0")
-    assert lines[name] == f"{name:{pad}}  █░░░░░░░░░  1/8 groups"
-    assert lines[gone] == f"{gone:{pad}}  ░░░░░░░░░░  dropped"
-    transformer = "down_blocks.0.attentions.0"
-    assert lines[transformer] == f"{transformer}  ████░░░░░░  attn1 1/2 heads  attn2 1/2 heads  ff 1/8 groups"
-    assert set(prune.picture(Structure.dense(TINY), 8, 12)) & set("█░") == {"█"}
+    whole = count(Structure.dense(TINY), 8, 12)
+    sizes = {row.name: row.true / whole.true for row in whole.rows}
+    left = {row.name: row.true / whole.true for row in count(structure, 8, 12).rows}
+
+    def start(site, bar):
+        kept = f"{round(100 * left[site] / sizes[site])}%"
+        return f"{site:{len(transformer)}}  {bar} {kept:>5} {100 * (sizes[site] - left[site]):6.2f}%  "
+
+    assert head == f"{'site':{len(transformer)}}  MACs kept          saved  units kept"
+    assert lines[name] == start(name, "█░░░░░░░░░") + " 1/8 groups"
+    assert lines[gone] == start(gone, "░░░░░░░░░░") + "dropped"
+    assert lines[transformer] == start(transformer, "████░░░░░░") + "attn1  1/2 heads  attn2  1/2 heads  ff  1/8 groups"
+    assert set(prune.picture(Structure.dense(TINY), prices)) & set("█░") == {"█"}
+
+
+def test_a_bar_is_full_only_where_everything_is_kept():
+    """One group of 16 less is more than 95 % of some site: it shows all the same. So does what hardly is left."""
+    prices = MacBudget(1.0, 16, 12).prices(MINI)
+    dense = Structure.dense(MINI).kept
+    for site in sites(MINI):
+        kept = {w.name: tuple(range(w.units - (w == site.widths[-1]))) for w in site.widths}
+        lines = prune.picture(Structure(MINI, {**dense, site.name: kept}), prices).splitlines()
+        assert [line.split()[0] for line in lines if "░" in line] == [site.name]
+        assert next(line for line in lines if "░" in line).split()[1].count("█") >= 8
+
+
+def test_a_terminal_without_blocks(teacher, run, monkeypatch, tmp_path):
+    """The student is written by then; the picture must not end in a traceback."""
+    with monkeypatch.context() as patch:
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        patch.setattr("sys.stdout", stdout)
+        assert run("uniform", "--teacher", teacher, "--out", tmp_path / "student")[0] == 0
+    stdout.seek(0)
+    assert {*stdout.read().splitlines()[1].split()[1]} == {"#", "."}
 
 
 def test_latent_and_text_change_what_fits(teacher, run, tmp_path):
@@ -216,6 +252,12 @@ def test_refusals(teacher, run, tmp_path):
             ("uniform", "--teacher", teacher, "--budget", 0.1, "--out", out)
         ),
         "budget is 1.5, wanted a share": ("uniform", "--teacher", teacher, "--budget", 1.5, "--out", out),
+        "budget is 0.0, wanted a share of the dense MACs, 0 < budget <= 1": (
+            ("laptop", "--teacher", teacher, "--budget", 0, "--out", out)
+        ),
+        "budget is nan, wanted a share": ("diff-pruning", "--teacher", teacher, "--budget", "nan", "--out", out),
+        "batch of the calibration set: 0, wanted 1": ("laptop", "--teacher", teacher, "--batch", 0, "--out", out),
+        "model_index.json is missing": ("uniform", "--teacher", full, "--out", out),
         "pruned is pruned already; wanted a dense model": ("laptop", "--teacher", pruned, "--out", out),
         "bk-sdm-base drops nothing of this UNet": ("bk-sdm-base", "--teacher", teacher, "--out", out),
         "seed is -1": ("random", "--teacher", teacher, "--seed", -1, "--out", out),
