@@ -9,6 +9,7 @@ from bilevel_fast.pruning.calibration import CalibrationSet, calibration_set
 from bilevel_fast.pruning.initial import reinitialise
 from bilevel_fast.pruning.latency import LatencyBudget, read_latencies
 from bilevel_fast.pruning.layers import laptop
+from bilevel_fast.pruning.learned import learned_gates
 from bilevel_fast.pruning.magnitude import magnitude
 from bilevel_fast.pruning.random import random
 from bilevel_fast.pruning.taylor import diff_pruning
@@ -36,6 +37,7 @@ Method = Callable[[UNet, Budget, Calibration], Structure]
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
     "diff-pruning": diff_pruning,
+    "gates": learned_gates,
     "laptop": laptop,
     "bk-sdm-base": bk_sdm_base,
     "bk-sdm-small": bk_sdm_small,

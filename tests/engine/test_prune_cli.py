@@ -12,7 +12,7 @@ from bilevel_fast.data.cache import Index
 from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.folder import load_folder, load_unet
 from bilevel_fast.macs import count
-from bilevel_fast.pruning import FIXED, METHODS, MacBudget, bk_sdm, reinitialise
+from bilevel_fast.pruning import FIXED, METHODS, MacBudget, bk_sdm, learned, reinitialise
 from bilevel_fast.structure import Structure
 from mini_folder import TINY, make_mini_folder
 
@@ -20,6 +20,12 @@ from mini_folder import TINY, make_mini_folder
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return make_mini_folder(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """What is looked at here does not need well learned gates."""
+    monkeypatch.setattr(learned, "STEPS", 6)
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def test_writes_the_student(method, teacher, run, tmp_path):
     structure = folder.structure
     assert structure is not None
     macs = count(structure, TINY.sample_size, folder.text_encoder.length)
-    assert (0.6 if structure.dropped else 0.698) <= macs.ratio <= 0.7
+    assert (0.6 if method == "laptop" else 0.698) <= macs.ratio <= 0.7
     weights = structure.slice(load_unet(teacher).state_dict())
     student = folder.unet().state_dict()
     assert student.keys() == weights.keys()

@@ -16,7 +16,7 @@ from bilevel_fast.diffusion import Schedule
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
 from bilevel_fast.macs import count, site_costs
-from bilevel_fast.pruning import METHODS, CalibrationSet, MacBudget, bk_sdm, calibration_set, method, reinitialise
+from bilevel_fast.pruning import METHODS, CalibrationSet, MacBudget, bk_sdm, calibration_set, learned, method, reinitialise
 from bilevel_fast.pruning.layers import cheapest_drops, output_losses
 from bilevel_fast.pruning.planner import spend
 from bilevel_fast.pruning.taylor import taylor_importance
@@ -57,6 +57,12 @@ def budget_without(*dropped: str, units: int = 0) -> MacBudget:
 # --- all methods ---
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """What is looked at here does not need well learned gates."""
+    monkeypatch.setattr(learned, "STEPS", 6)
+
+
 @pytest.mark.parametrize("share", [0.8, 0.55])
 @pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("bk-sdm")])
 def test_budget_and_determinism(name, share):
@@ -70,7 +76,7 @@ def test_budget_and_determinism(name, share):
         if site.name not in structure.dropped:
             gone += [table[site.name].units[w.name].true for w in site.widths if structure.count(site, w) < w.units]
     assert 0 <= left < min(gone)
-    assert bool(structure.dropped) == (name == "laptop")
+    assert not structure.dropped or name in ("laptop", "gates")
     assert method(name)(make_teacher(), budget(share), make_calibration()) == structure
 
 
@@ -79,13 +85,13 @@ def test_whole_budget_keeps_everything(name):
     assert method(name)(make_teacher(), budget(1.0), make_calibration()).is_dense
 
 
-@pytest.mark.parametrize("name", ["diff-pruning", "laptop"])
+@pytest.mark.parametrize("name", ["diff-pruning", "gates", "laptop"])
 def test_empty_calibration(name):
     with pytest.raises(UserError, match=f"^{name} tries the teacher on data, and the calibration set is empty.*--data"):
         method(name)(make_teacher(), budget(0.8), ())
 
 
-@pytest.mark.parametrize("name", ["diff-pruning", "laptop"])
+@pytest.mark.parametrize("name", ["diff-pruning", "gates", "laptop"])
 def test_the_teacher_is_left_as_it_was(name):
     teacher = make_teacher()
     before = {key: tensor.clone() for key, tensor in teacher.state_dict().items()}
@@ -97,7 +103,7 @@ def test_the_teacher_is_left_as_it_was(name):
     assert [n for n, p in teacher.named_parameters() if not p.requires_grad] == ["conv_in.weight", "conv_in.bias"]
 
 
-@pytest.mark.parametrize("name", ["diff-pruning", "laptop"])
+@pytest.mark.parametrize("name", ["diff-pruning", "gates", "laptop"])
 def test_broken_weights(name):
     teacher = make_teacher()
     with torch.no_grad():
