@@ -64,11 +64,11 @@ def table(rows: list[Row]) -> str:
         points = found[case][metric] if case in found else {}
         if not points.get(last):
             return "not measured"
-        return f"{mean(points[0]):.3g} → {spread(points[last], len(seeds))}"
+        return f"{mean(points[0]):.3g} -> {spread(points[last], len(seeds))}"
 
     heads = [f"{budget:.2f}: {says}" for budget in BUDGETS for says in METRICS.values()]
     lines = [
-        f"| seeds {', '.join(map(str, seeds))}; before → after {last} steps | " + " | ".join(heads) + " |",
+        f"| seeds {', '.join(map(str, seeds))}; before -> after {last} steps | " + " | ".join(heads) + " |",
         "|---|" + "--:|" * len(heads),
     ]
     for name in members(rows):

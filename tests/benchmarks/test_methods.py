@@ -66,6 +66,14 @@ def test_rows(results):
     assert again[:-1] == lines[:-1]
     assert json.loads(again[-1])["output_error"] == pytest.approx(json.loads(lines[-1])["output_error"], rel=1e-5)
 
+    run(replace(SMALL, only=("0.55 magnitude",)), 4, {})
+    other = {(row["case"], row["step"]): row for row in map(json.loads, results.read_text().splitlines()[9:])}
+    assert len(other) == 3
+    assert other["0.55 magnitude", 0]["output_error"] == starts[0]
+    assert other["0.55 magnitude", 2]["output_error"] != pytest.approx(
+        found["0.55 magnitude", 2]["output_error"], rel=1e-4
+    ), "another seed sees other batches"
+
 
 def test_cases(folder, teacher, tmp_path, capsys):
     config = preset("smoke")
@@ -135,10 +143,10 @@ ROWS = [
 
 def test_table():
     lines = methods_report.table([made_up("0.80 magnitude", 0, 600, 9.0, 9.0), *ROWS]).splitlines()
-    assert lines[0].startswith("| seeds 0, 1; before → after 600 steps | 0.80: output error | 0.80: FID | 0.55:")
-    assert "| magnitude | 0.105 → 0.0315 ± 0.0015 | 31.5 → 12.60 ± 0.60 | 0.525 → 0.0525 ± 0.0025 |" in lines[2]
-    assert lines[3].startswith("| random weights | not measured | not measured | 1.05 → 0.73 ± 0.04 |")
-    assert lines[4].startswith("| bk-sdm-small, which leaves 0.96 of the MACs | 0.0105 → 0.0053 ± 0.0003 |")
+    assert lines[0].startswith("| seeds 0, 1; before -> after 600 steps | 0.80: output error | 0.80: FID | 0.55:")
+    assert "| magnitude | 0.105 -> 0.0315 ± 0.0015 | 31.5 -> 12.60 ± 0.60 | 0.525 -> 0.0525 ± 0.0025 |" in lines[2]
+    assert lines[3].startswith("| random weights | not measured | not measured | 1.05 -> 0.73 ± 0.04 |")
+    assert lines[4].startswith("| bk-sdm-small, which leaves 0.96 of the MACs | 0.0105 -> 0.0053 ± 0.0003 |")
     assert lines[5] == "| teacher, all of the MACs | 0 | 9.00 ± 0.00 (1 of 2 seeds) | - | - |"
     text = "\n".join(lines[6:])
     assert (
