@@ -57,12 +57,12 @@ def _group_norm_providers(x: Tensor, norm: nn.GroupNorm) -> list[str]:
     able = []
     if x.device.type == "cpu" and all(t.dtype == torch.float32 for t in (x, norm.weight, norm.bias)):
         able.append("native")
-    if _triton_runs(x):
+    if triton_runs(x):
         able.append("triton")
     return able
 
 
-def _triton_runs(x: Tensor) -> bool:
+def triton_runs(x: Tensor) -> bool:
     """On a GPU; on the CPU in Triton's interpreter only, which tests turn on; on meta, to be counted, if asked for."""
     return x.dtype in _FLOATS and (x.is_cuda or x.is_meta or (x.device.type == "cpu" and triton_ops.INTERPRETED))
 
@@ -88,7 +88,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     Returns:
         (B, T, heads * head_dim).
     """
-    able = [name for name, can in (("triton", _triton_runs(q)), ("xformers", q.is_cuda and _has_xformers())) if can]
+    able = [name for name, can in (("triton", triton_runs(q)), ("xformers", q.is_cuda and _has_xformers())) if can]
     provider = choose("pruned_attention", q.device, q.numel(), *able)
     if provider == "triton":
         return triton_ops.pruned_attention(q, k, v, heads)
@@ -126,7 +126,7 @@ def missing(device: torch.device) -> dict[str, str]:
 def geglu(x: Tensor, proj: nn.Linear) -> Tensor:
     """The first half of proj(x) times the exact GELU of the second: (..., C) -> (..., F) (arXiv:2002.05202)."""
     numel = x.numel() // proj.in_features * proj.out_features
-    if choose("geglu", x.device, numel, *["triton"] * _triton_runs(x)) == "triton":
+    if choose("geglu", x.device, numel, *["triton"] * triton_runs(x)) == "triton":
         return triton_ops.geglu(F.linear(x, proj.weight), proj.bias)
     value, gate = proj(x).chunk(2, dim=-1)
     return value * F.gelu(gate)
@@ -154,7 +154,7 @@ def denoise_loss(
         () and (2,), fp32; the terms are before weighting, and detached.
     """
     inputs = [student] + [target] * bool(w_diffusion) + [teacher] * bool(w_output)
-    able = all(map(_triton_runs, inputs)) and _agree([(student, x) for x in inputs])
+    able = all(map(triton_runs, inputs)) and _agree([(student, x) for x in inputs])
     if choose("denoise_loss", student.device, student.numel(), *["triton"] * able) == "triton":
         return triton_ops.denoise_loss(student, target, teacher, weight, w_diffusion, w_output)
     s, zero = student.float(), torch.zeros((), device=student.device)
@@ -178,7 +178,7 @@ def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: flo
     able = []
     if all(t.device.type == "cpu" and t.dtype == torch.float32 for pair in pairs for t in pair) and _agree(pairs):
         able.append("native")
-    if all(_triton_runs(t) for pair in pairs for t in pair) and _agree(pairs):
+    if all(triton_runs(t) for pair in pairs for t in pair) and _agree(pairs):
         able.append("triton")
     provider = choose("feature_kd", student[0].device, sum(s.numel() for s in student), *able)
     if provider == "native":

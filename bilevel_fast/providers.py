@@ -26,7 +26,7 @@ SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
 
 
-def choose(op: str, device: torch.device, numel: int, *able: str) -> str:
+def choose(op: str, device: torch.device, numel: int, *able: str, default: str = "torch") -> str:
     """The provider to run `op` on.
 
     Args:
@@ -34,13 +34,14 @@ def choose(op: str, device: torch.device, numel: int, *able: str) -> str:
         device: Where its inputs are.
         numel: Elements of its main input; of all of them together where they are a list.
         able: Providers besides torch that can take these inputs.
+        default: What runs where the table does not say.
 
     Raises:
         UserError: The environment names a provider that there is not.
     """
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
-        wanted = TABLE.get(architecture(device), {}).get(op, {}).get(size_class(numel), "torch")
+        wanted = TABLE.get(architecture(device), {}).get(op, {}).get(size_class(numel), default)
     elif wanted not in PROVIDERS:
         raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
     return wanted if wanted in able else "torch"

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel_fast.architecture import UNetConfig
-from bilevel_fast.ops import attention, group_norm, group_norm_silu, layer_norm
+from bilevel_fast.ops import attention, group_norm_silu
 from bilevel_fast.pruning.aptp.layout import layout
-from bilevel_fast.pruning.aptp.walk import walk
+from bilevel_fast.pruning.aptp.walk import transform, walk
 from bilevel_fast.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
 
 ResNetGate = Literal["exact", "compat"]
@@ -79,7 +79,8 @@ def gated(unet: UNet, x: Tensor, t: Tensor, text: Tensor, gates: Tensor, resnet:
 
     def transformer(name: str, module: Transformer, h: Tensor, text: Tensor) -> Tensor:
         site = by_site[name]
-        return _transformer(module, h, text, *(site.widths[w] for w in ("attn1", "attn2", "ff")), site.depth)
+        attn1, attn2, ff = (site.widths[width] for width in ("attn1", "attn2", "ff"))
+        return _transformer(module, h, text, attn1, attn2, ff, site.depth)
 
     return walk(unet, x, t, text, residual, transformer)
 
@@ -107,17 +108,12 @@ def _resnet(
 def _transformer(
     module: Transformer, x: Tensor, text: Tensor, attn1: Tensor, attn2: Tensor, ff: Tensor, depth: Tensor | None
 ) -> Tensor:
-    block = module.transformer_blocks[0]
-    h = group_norm(x, module.norm)
-    h = _to_tokens(h) if module.linear else _to_tokens(module.proj_in(h))
-    h = module.proj_in(h) if module.linear else h
-    n = layer_norm(h, block.norm1)  # pyright: ignore[reportArgumentType]
-    h = h + _attention(block.attn1, n, n, attn1)  # pyright: ignore[reportArgumentType]
-    h = h + _attention(block.attn2, layer_norm(h, block.norm2), text, attn2)  # pyright: ignore[reportArgumentType]
-    h = h + _feed_forward(block.ff, layer_norm(h, block.norm3), ff)  # pyright: ignore[reportArgumentType]
-    h = module.proj_out(h) if module.linear else h
-    h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-    return _mix(x, x + (h if module.linear else module.proj_out(h)), depth)
+    gates = {"attn1": attn1, "attn2": attn2}
+
+    def attend(name: str, part: Attention, x: Tensor, context: Tensor) -> Tensor:
+        return _attention(part, x, context, gates[name])
+
+    return _mix(x, transform(module, x, text, attend, lambda part, h: _feed_forward(part, h, ff)), depth)
 
 
 def _attention(module: Attention, x: Tensor, context: Tensor, gate: Tensor) -> Tensor:
@@ -139,8 +135,3 @@ def _spread(gate: Tensor, channels: int) -> Tensor:
 
 def _mix(h: Tensor, out: Tensor, depth: Tensor | None) -> Tensor:
     return out if depth is None else torch.lerp(h, out, depth[:, None, None, None])
-
-
-def _to_tokens(x: Tensor) -> Tensor:
-    """(B, C, H, W) channels_last -> (B, T, C), a view."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)

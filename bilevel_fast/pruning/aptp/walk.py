@@ -11,13 +11,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bilevel_fast.errors import UserError
-from bilevel_fast.ops import group_norm_silu
-from bilevel_fast.unet import Block, Prediction, ResNet, Transformer, UNet
+from bilevel_fast.ops import group_norm, group_norm_silu, layer_norm
+from bilevel_fast.unet import Attention, Block, FeedForward, Prediction, ResNet, Transformer, TransformerBlock, UNet
 
 RunResNet = Callable[[str, ResNet, Tensor, Tensor | None, Tensor], Tensor]
 """(name, module, h (B, C, H, W), skip connection or None, SiLU of the time embedding (B, 4 C_0)) -> (B, C_out, H, W)"""
 RunTransformer = Callable[[str, Transformer, Tensor, Tensor], Tensor]
 """(name, module, h (B, C, H, W), text (B, L, D)) -> (B, C, H, W)"""
+Attend = Callable[[str, Attention, Tensor, Tensor], Tensor]
+"""("attn1" or "attn2", module, x (B, T, C), context (B, S, D)) -> (B, T, C)"""
+Feed = Callable[[FeedForward, Tensor], Tensor]
+"""(module, x (B, T, C)) -> (B, T, C)"""
 
 
 def walk(unet: UNet, x: Tensor, t: Tensor, text: Tensor, resnet: RunResNet, transformer: RunTransformer) -> Prediction:
@@ -43,6 +47,27 @@ def walk(unet: UNet, x: Tensor, t: Tensor, text: Tensor, resnet: RunResNet, tran
         h = _block(name, block, h, skips, time, text, resnet, transformer)
         outputs.append(h)
     return Prediction(unet.conv_out(group_norm_silu(h, unet.conv_norm_out)), tuple(outputs))
+
+
+def transform(module: Transformer, x: Tensor, text: Tensor, attend: Attend, feed: Feed) -> Tensor:
+    """`Transformer.forward`, with `attend` and `feed` in place of the modules they are given."""
+    block = module.transformer_blocks[0]
+    assert isinstance(block, TransformerBlock)
+    h = group_norm(x, module.norm)
+    h = _to_tokens(h) if module.linear else _to_tokens(module.proj_in(h))
+    h = module.proj_in(h) if module.linear else h
+    n = layer_norm(h, block.norm1)
+    h = h + attend("attn1", block.attn1, n, n)
+    h = h + attend("attn2", block.attn2, layer_norm(h, block.norm2), text)
+    h = h + feed(block.ff, layer_norm(h, block.norm3))
+    h = module.proj_out(h) if module.linear else h
+    h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+    return x + (h if module.linear else module.proj_out(h))
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) channels_last -> (B, T, C), a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 def _block(
