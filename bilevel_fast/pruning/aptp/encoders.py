@@ -8,6 +8,7 @@
 Legend: B captions, N training prompts, L text tokens, D width of the embedding.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +18,14 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.errors import UserError, require
-from bilevel_fast.files import read_json
+from bilevel_fast.files import read_json, sha256
 from bilevel_fast.text_encoder import TextEncoder
-from bilevel_fast.weights import check_names, find_weights, fingerprint, load_pretrained
+from bilevel_fast.weights import DIGEST, check_report, find_weights, load_pretrained
 
 CHUNK = 64  # captions encoded at once
 
 _MODULES = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
 _POOLING = "1_Pooling"
-_UNUSED = ("pooler.", "embeddings.position_ids")  # of an MPNet folder: not part of the last states
 _OFFSET = 2  # MPNet counts positions from here
 
 
@@ -95,8 +95,10 @@ class TextPrompts:
 class MpnetPrompts:
     """The kind `mpnet`. `MpnetPrompts.load` makes one."""
 
-    def __init__(self, folder: Path, model: Any, tokenizer: Any, length: int) -> None:
+    def __init__(self, folder: Path, model: Any, tokenizer: Any, length: int, digests: Sequence[str]) -> None:
         self.folder, self.model, self.tokenizer, self.length = folder, model, tokenizer, length
+        decides = json.dumps([*digests, sorted(tokenizer.get_vocab().items()), length])
+        self.fingerprint = hashlib.sha256(decides.encode()).hexdigest()[:DIGEST]
         self.centre = torch.zeros(self.width)
 
     @classmethod
@@ -113,18 +115,28 @@ class MpnetPrompts:
         if kind != "mpnet":
             raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}, wanted 'mpnet'")
         pooled = _check_modules(folder)
-        find_weights(folder, "model")
+        files = find_weights(folder, "model").files
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
             raise UserError(f"{folder / 'tokenizer.json'} is missing, and so is vocab.txt")
         transformers = require("transformers", "sd")
-        transformers.utils.logging.disable_progress_bar()
-        settings = {"use_safetensors": True, "output_loading_info": True, "add_pooling_layer": False}
-        model, report = load_pretrained(transformers.MPNetModel, folder, dtype=torch.float32, **settings)
-        unexpected = [name for name in report["unexpected_keys"] if not name.startswith(_UNUSED)]
-        check_names(str(folder), unexpected, report["missing_keys"])
-        if report["mismatched_keys"]:
-            name, came, wanted = min(report["mismatched_keys"])
-            raise UserError(f"{folder}: {name} has shape {list(came)}, the config wants {list(wanted)}")
+        logging = transformers.utils.logging
+        logging.disable_progress_bar()
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of weights that are of no use here, and of what is refused below
+        try:
+            model, report = load_pretrained(
+                transformers.MPNetModel,
+                folder,
+                dtype=torch.float32,
+                add_pooling_layer=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+        unexpected = [name for name in report["unexpected_keys"] if not name.startswith("pooler.")]
+        check_report(folder, {**report, "unexpected_keys": unexpected})
         config = model.config
         if pooled not in (None, config.hidden_size):
             raise UserError(f"{folder / _POOLING / 'config.json'} pools {pooled} wide states, {folder} makes "
@@ -132,7 +144,8 @@ class MpnetPrompts:
         tokenizer = load_pretrained(transformers.AutoTokenizer, folder)
         if len(tokenizer) > config.vocab_size:
             raise UserError(f"{folder} has {len(tokenizer)} tokens and embeddings for {config.vocab_size}")
-        return cls(folder, model.to(device).eval().requires_grad_(False), tokenizer, _length(folder, config))
+        digests = [sha256(file) for file in files]
+        return cls(folder, model.to(device).eval().requires_grad_(False), tokenizer, _length(folder, config), digests)
 
     @property
     def width(self) -> int:
@@ -147,7 +160,7 @@ class MpnetPrompts:
         return _mean(states.float(), tokens.attention_mask.bool()).cpu()
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "mpnet", "folder": str(self.folder.resolve()), "fingerprint": fingerprint(self.folder)}
+        return {"kind": "mpnet", "folder": str(self.folder.resolve()), "fingerprint": self.fingerprint}
 
 
 def encode_all(encoder: PromptEncoder, captions: Sequence[str]) -> Tensor:
@@ -197,10 +210,9 @@ def open_encoder(
             if folder is None and not place.is_dir():
                 raise UserError(f"the prompt encoder is not in {place} any more; --prompt-encoder says where it is now")
             found = MpnetPrompts.load(place, device)
-            came = found.describe()["fingerprint"]
-            if came != described["fingerprint"]:
-                wanted = described["fingerprint"]
-                raise UserError(f"{place} is another prompt encoder ({came}) than the router's ({wanted})")
+            wanted = described["fingerprint"]
+            if found.fingerprint != wanted:
+                raise UserError(f"{place} is another prompt encoder ({found.fingerprint}) than the router's ({wanted})")
             return found
     raise UserError(f"prompt encoder {described!r} is unknown; wanted the kind 'text' or 'mpnet'")
 

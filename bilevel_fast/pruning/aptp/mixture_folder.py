@@ -171,7 +171,8 @@ def write_mixture(
         save_student(path / EXPERTS / str(k), teacher, unet.cut(structure), overwrite=True)
     base = fingerprint(teacher.path / "unet")
     tensors = {name: x.detach().cpu().contiguous() for name, x in router.state_dict().items()}
-    data = save({**tensors, _CENTRE: encoder.centre.contiguous()}, metadata={"format": "pt", "unet": base})
+    # a single field: several come in any order, and the same router should be the same file
+    data = save({**tensors, _CENTRE: encoder.centre.contiguous()}, metadata={"unet": base})
     write_atomic(path / ROUTER, data)
     fields = {
         "format": FORMAT,
