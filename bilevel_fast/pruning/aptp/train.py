@@ -160,12 +160,14 @@ def train(
         The router, with parameters of its own, without gradients.
 
     Raises:
-        UserError: As `RouterTraining`.
+        UserError: As `RouterTraining`; or the last gradient was not finite.
     """
     first = batches(0)
     training = RouterTraining(teacher, schedule, budget, prompts(first).shape[1], len(first.index), config)
     for step in range(config.steps):
         batch = batches(step)
         watch(step, training.advance(batch, prompts(batch)))
+    if bad := int(training.optimizer.bad_in_a_row):
+        raise UserError(f"teacher: the gradient of its gates is not finite, {bad} of {config.steps} steps in a row")
     training.flat.release()
     return training.router.requires_grad_(False)
