@@ -38,9 +38,12 @@ def results(tmp_path, monkeypatch):
     return tmp_path / "methods.jsonl"
 
 
-def test_rows(results):
+def test_rows(results, monkeypatch):
     """All start where they should and go where their losses lead; what is measured is not measured again."""
+    drawn, draw = [], methods.mini.drawn_source
+    monkeypatch.setattr(methods.mini, "drawn_source", lambda *args: drawn.append(args[1:]) or draw(*args))
     run(SMALL, 3, {"device": "here"})
+    assert drawn == [([], 216, methods.HELD_OUT), ([], 64, 3)], "all styles; errors are measured on other drawings"
     lines = results.read_text().splitlines()
     found = {(row["case"], row["step"]): row for row in map(json.loads, lines)}
     assert found.keys() == {("teacher", 0), *((case, step) for case in VARIANTS for step in (0, 2))}
