@@ -25,8 +25,13 @@ def philox_normal(out: int, elements: int, seed: int, stream: int, indices: int,
 def philox_integers(out: int, high: int, seed: int, stream: int, indices: int, samples: int) -> None:
     """Fill out (samples,) int64 with integers in [0, high)."""
 
-def plan(costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int) -> tuple[list[int], float, int]:
-    """Multiple-choice knapsack: (option per group, total value, total cost)."""
+def plan(
+    costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int, lengths: Sequence[int]
+) -> tuple[list[int], float, int, float]:
+    """Multiple-choice knapsack: (option per group, total value, total cost, how much more another may be worth).
+
+    lengths: of the lists of states, one try after the other, until one proves its plan.
+    """
 
 def group_norm_forward(
     out: int,

@@ -29,13 +29,13 @@ void bind_planner(py::module_& m) {
   m.def(
       "plan",
       [](const std::vector<Counts>& costs, const std::vector<std::vector<double>>& values,
-         std::int64_t budget) {
+         std::int64_t budget, const std::vector<std::size_t>& lengths) {
         std::vector<planner::Group> groups;
         for (std::size_t g = 0; g < costs.size(); ++g) groups.push_back({costs[g], values[g]});
-        const planner::Plan plan = planner::plan(groups, budget);
-        return std::make_tuple(plan.choice, plan.value, plan.cost);
+        const planner::Plan plan = planner::plan(groups, budget, lengths);
+        return std::make_tuple(plan.choice, plan.value, plan.cost, plan.gap);
       },
-      py::arg("costs"), py::arg("values"), py::arg("budget"), WithoutGil());
+      py::arg("costs"), py::arg("values"), py::arg("budget"), py::arg("lengths"), WithoutGil());
 }
 
 // Binds a function that fills out[samples][elements] of T.

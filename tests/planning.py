@@ -6,8 +6,15 @@ import math
 import numpy as np
 import torch
 
-from bilevel_fast.architecture import UNetConfig, sites
+from bilevel_fast.architecture import MINI, SD21, UNetConfig, sites
+from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.planner import DROP
+
+SIZES = {SD21: (64, 77), MINI: (16, 12)}  # of latents, of text
+
+
+def macs(config, ratio, **rules):
+    return MacBudget(ratio, *SIZES[config], **rules)
 
 
 def ones(config):

@@ -1,59 +1,72 @@
-"""The planner of `csrc/planner.hpp`."""
+"""The budget planner of `csrc/planner.hpp`: exact multiple-choice knapsack, costs of any number of digits."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from bilevel_fast import _C
 from bilevel_fast.errors import UserError
 
-MAX_OPTIONS = 2**16  # back-pointers are 16-bit
-MAX_TABLE = 2**31  # bytes of back-pointers
+LENGTHS = (2**8, 2**12, 2**15, 2**18)
+"""States that a list may have, one try after the other. SD 2.1 takes the first two or three."""
+MAX_STATES = 2**25
+"""In the lists of all groups together, 8 bytes each: with more than 128 groups, the last tries are shorter."""
 
 
 class Plan(NamedTuple):
-    """One option per group, with what they are worth and cost together."""
+    """One option per group, what they are worth and cost together, and by how much the best plan can be better."""
 
     choice: tuple[int, ...]
     value: float
     cost: int
+    gap: float
+    """0 if the plan is proven optimal, which only an instance made to be hard prevents."""
 
 
 def plan(costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int) -> Plan:
-    """Choose one option of every group: the highest total value whose total cost fits the budget.
+    """Choose one option of every group: the highest total value whose total cost fits the budget. Deterministic.
 
-    Exact: multiple-choice knapsack by dynamic programming (`csrc/planner.hpp`). Time grows with the number of
-    options times the budget above the cheapest plan: scale costs so that the budget is some ten thousand
-    units, rounding them up if the budget is a hard limit. Of plans of equal value the cheapest is returned.
+    Optimal to 1e-11 of what the best plan is worth more than the cheapest one. Where value per cost is nearly the same
+    everywhere, the longest lists may fail to prove that: then `gap` is positive. Other threads run meanwhile.
 
     Args:
-        costs: Per group, the cost of each option in whole units, >= 0.
-        values: Per group, the value of each option, finite; any sign.
+        costs: Per group, the cost of each option in whole units, >= 0; (options,) of any integer dtype. The sum of all
+            groups' dearest stays below 2**63.
+        values: Per group, the value of each option, finite; (options,), taken as fp64. Any sign and unit.
         budget: Units that the chosen options may cost together.
 
     Raises:
-        UserError: Even the cheapest plan exceeds the budget.
+        UserError: Even the cheapest plan exceeds the budget, or groups are not as above; the first bad one is named.
     """
-    assert len(costs) == len(values), f"{len(costs)} groups of costs, {len(values)} of values"
-    cost_arrays = [np.asarray(c) for c in costs]
-    value_arrays = [np.asarray(v, dtype=np.float64) for v in values]
-    for g, (c, v) in enumerate(zip(cost_arrays, value_arrays, strict=True)):
-        assert c.ndim == 1, f"group {g}: costs of shape {c.shape}"
-        assert c.shape == v.shape, f"group {g}: costs {c.shape}, values {v.shape}"
-        assert 1 <= c.size <= MAX_OPTIONS, f"group {g}: {c.size} options"
-        assert np.issubdtype(c.dtype, np.integer), f"group {g}: costs are {c.dtype}, not whole units"
-        assert c.min() >= 0, f"group {g}: a cost is negative"
-        assert np.isfinite(v).all(), f"group {g}: a value is not finite"
-
-    least = sum(int(c.min()) for c in cost_arrays)
+    if len(costs) != len(values):
+        raise UserError(f"plan: {len(costs)} groups of costs, {len(values)} of values; wanted one of each per group")
+    groups = [_group(g, c, v) for g, (c, v) in enumerate(zip(costs, values, strict=True))]
+    least, most = sum(int(c.min()) for c, _ in groups), sum(int(c.max()) for c, _ in groups)
+    if most >= 2**63:
+        raise UserError(f"plan: the dearest options cost {most} together, wanted less than 2**63")
+    if not math.isfinite(2.0 * sum(float(np.abs(v).max()) for _, v in groups)):
+        raise UserError("plan: the values are too large to be added up in fp64")
     if least > budget:
         raise UserError(f"budget of {budget} units is too small: the cheapest plan costs {least}")
-    # More than every group's dearest option buys nothing, and would only widen the table.
-    budget = min(budget, sum(int(c.max()) for c in cost_arrays))
-    table = 2 * len(cost_arrays) * (budget - least + 1)
-    assert table <= MAX_TABLE, f"a table of {table} bytes: scale the costs down"
+    longest = MAX_STATES // max(len(groups), 1)
+    lengths = sorted({max(min(length, longest), 1) for length in LENGTHS})
+    choice, value, cost, gap = _C.plan([c for c, _ in groups], [v for _, v in groups], min(budget, most), lengths)
+    return Plan(tuple(choice), value, cost, gap)
 
-    choice, value, cost = _C.plan(cost_arrays, value_arrays, budget)
-    return Plan(tuple(choice), value, cost)
+
+def _group(number: int, costs: ArrayLike, values: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    c, v, where = np.asarray(costs), np.asarray(values, dtype=np.float64), f"plan: group {number}"
+    if c.ndim != 1 or c.shape != v.shape:
+        raise UserError(f"{where} has costs of shape {c.shape} and values of shape {v.shape}, wanted (options,) twice")
+    if not c.size:
+        raise UserError(f"{where} has no options, wanted at least one")
+    if not np.issubdtype(c.dtype, np.integer):
+        raise UserError(f"{where} has costs in {c.dtype}, wanted whole units")
+    if c.min() < 0:
+        raise UserError(f"{where} has a negative cost, {c.min()}, wanted >= 0")
+    if not np.isfinite(v).all():
+        raise UserError(f"{where} has a value that is not finite")
+    return c, v

@@ -17,9 +17,9 @@ import torch
 
 from bilevel_fast.architecture import Site, UNetConfig, sites
 from bilevel_fast.errors import UserError
+from bilevel_fast.native import plan
 from bilevel_fast.pruning.budget import Budget, Calibration
 from bilevel_fast.pruning.calibration import CalibrationSet, numbered
-from bilevel_fast.pruning.knapsack import solve
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import Dropped, UNet
 
@@ -48,7 +48,7 @@ def cheapest_drops(config: UNetConfig, budget: Budget, losses: Mapping[str, floa
     """
     costs, spare = _affordable(config, budget, losses)
     options = [np.array([0, cost]) for cost in costs.values()]
-    choice = solve(options, [np.array([-loss, 0.0]) for loss in losses.values()], spare).choice
+    choice = plan(options, [np.array([-loss, 0.0]) for loss in losses.values()], spare).choice
     dropped = {name for name, kept in zip(losses, choice, strict=True) if not kept}
     spare -= sum(cost for name, cost in costs.items() if name not in dropped)
     for name in losses:  # a layer without any loss is cheaper dropped and no worse; it stays all the same if it fits

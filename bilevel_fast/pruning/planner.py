@@ -16,14 +16,14 @@ with "sum" minus the importance of the whole site. Without it a site is never dr
 that buys anything elsewhere, with a very negative one never.
 
 For `MacBudget` costs are whole MACs, for `LatencyBudget` whole picoseconds, and nothing is rounded on the way: the plan
-is the best there is (`knapsack.solve`). A site that may be dropped is one group, as its fixed part goes with all of its
+is the best there is (`native.plan`). A site that may be dropped is one group, as its fixed part goes with all of its
 units: of the combinations of its width vectors, those stay that no other beats in cost and value together.
 """
 
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from math import ceil, fsum
+from math import ceil
 from typing import Literal
 
 import numpy as np
@@ -33,8 +33,8 @@ from torch import Tensor
 
 from bilevel_fast.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.native import plan
 from bilevel_fast.pruning.budget import Budget, MacBudget, Prices, check_share, least_units
-from bilevel_fast.pruning.knapsack import frontier, solve
 from bilevel_fast.pruning.latency import LatencyBudget
 from bilevel_fast.structure import Structure
 
@@ -105,22 +105,20 @@ def spend(
         raise UserError(f"align is {align}, wanted at least 1")
     _check_names(config, importance, droppable)
     given = {site.name: _checked(site, importance[site.name]) for site in sites(config)}
-    # sums of any scale come down to that of shares, which the solver's precision is meant for
-    scale = _total(given) if objective == "sum" else 1.0
     prices = budget.prices(config)
     fixed, groups = prices.outside, list[_Group]()
     for site in sites(config):
         found, price = given[site.name], prices.sites[site.name]
         vectors = tuple(
-            _vector(site, w, price.widths[w.name], found[w.name] / scale, keep, align, objective) for w in site.widths
+            _vector(site, w, price.widths[w.name], found[w.name], keep, align, objective) for w in site.widths
         )
         if site.name in droppable and DROP in found:
-            groups.append(_joint(vectors, price.fixed, float(found[DROP]) / scale))
+            groups.append(_joint(vectors, price.fixed, float(found[DROP])))
         else:
             fixed += price.fixed
             groups += [_Group((v,), v.costs, v.values, np.arange(len(v.counts))[:, None]) for v in vectors]
     spare = _spare(prices, budget.ratio, f"keeping {keep:.0%} of every width vector", align, fixed, groups)
-    choice, _, spent, gap = solve([g.costs for g in groups], [g.values for g in groups], spare)
+    choice, _, spent, gap = plan([g.costs for g in groups], [g.values for g in groups], spare)
     if gap:
         warnings.warn(f"spend: the plan is not proven to be the best; its value may be {gap:.2g} too low", stacklevel=2)
     picks = {
@@ -177,11 +175,6 @@ def _checked(site: Site, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _total(importance: Importance) -> float:
-    total = fsum(float(v.sum()) for widths in importance.values() for name, v in widths.items() if name != DROP)
-    return total if total > 0 else 1.0
-
-
 def _vector(
     site: Site,
     width: Width,
@@ -213,10 +206,18 @@ def _joint(vectors: tuple[_Vector, ...], fixed: int, drop: float) -> _Group:
         costs = (costs[:, None] + vector.costs).ravel()
         values = (values[:, None] + vector.values).ravel()
         picks = np.column_stack([picks.repeat(len(options), axis=0), np.tile(options, len(picks))])
-        best = frontier(costs, values)
+        best = _frontier(costs, values)
         costs, values, picks = costs[best], values[best], picks[best]
     gone = np.full((1, len(vectors)), -1)
     return _Group(vectors, np.append(costs, 0), np.append(values, drop), np.concatenate([picks, gone]))
+
+
+def _frontier(costs: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Numbers of the options that no other is as cheap and as good as; by cost, of equals the first."""
+    order = np.lexsort((-values, costs))
+    ordered = values[order]
+    before = np.concatenate(([-np.inf], np.maximum.accumulate(ordered)[:-1]))
+    return order[ordered > before]
 
 
 def _spare(prices: Prices, ratio: float, rule: str, align: int, fixed: int, groups: Collection[_Group]) -> int:

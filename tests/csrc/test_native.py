@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bilevel_fast
-from bilevel_fast.native import _C, AdamW, Trained, plan, pointer
+from bilevel_fast.native import _C, AdamW, Trained, pointer
 
 
 def test_pointer_is_the_first_element():
@@ -29,23 +29,6 @@ def test_pointer_is_the_first_element():
 def test_pointer_refuses(tensor, message):
     with pytest.raises(AssertionError, match=message):
         pointer(tensor, torch.float32, 4)
-
-
-@pytest.mark.parametrize(
-    ("costs", "values", "message"),
-    [
-        ([[1, 2]], [], "1 groups of costs, 0 of values"),
-        ([[1, 2]], [[1.0]], r"group 0: costs \(2,\), values \(1,\)"),
-        ([[1], []], [[1.0], []], "group 1: 0 options"),
-        ([[1.5]], [[1.0]], "group 0: costs are float64, not whole units"),
-        ([[-1]], [[1.0]], "group 0: a cost is negative"),
-        ([[1]], [[float("nan")]], "group 0: a value is not finite"),
-        ([[0, 2**31]], [[0.0, 1.0]], "a table of 4294967298 bytes: scale the costs down"),
-    ],
-)
-def test_plan_refuses(costs, values, message):
-    with pytest.raises(AssertionError, match=message):
-        plan(costs, values, 2**40)
 
 
 def test_a_missing_build_names_the_command():
