@@ -9,7 +9,10 @@ from bilevel_fast.diffusion import Schedule
 from bilevel_fast.randomness import Stream, normal
 from bilevel_fast.samplers import Method, guided, sample
 from bilevel_fast.text_encoder import TextEncoder
-from bilevel_fast.unet import UNet
+from bilevel_fast.unet import Prediction, UNet
+
+Model = Callable[[Tensor, Tensor, Tensor], Prediction]
+"""model(x (B, C, H, W), t (B,), text (B, L, D)), such as a UNet"""
 
 
 def generate(
@@ -26,6 +29,7 @@ def generate(
     method: Method = "pndm",
     stream: Stream = Stream.INITIAL,
     batch: int = 36,
+    model: Callable[[slice], Model] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Sample latents with classifier-free guidance.
@@ -35,6 +39,8 @@ def generate(
         indices: N sample indices; noise is a pure function of (seed, stream, index).
         size: Latent height and width.
         batch: Prompts per call of the UNet, which sees twice as many rows.
+        model: What to call in place of `unet` for some of the prompts, given which. It may be called with all of their
+            rows, or with twice as many: without the prompts, then with them.
         progress: Called after each batch with the number of prompts done.
 
     Returns:
@@ -48,7 +54,8 @@ def generate(
         rows = slice(start, start + batch)
         text = text_encoder.encode(prompts[rows]).to(device)
         x_T = normal(seed, stream, list(indices[rows]), shape).to(device)
-        done.append(sample(guided(unet, text, null, guidance), x_T, schedule, steps, method).cpu())
+        call = unet if model is None else model(rows)
+        done.append(sample(guided(call, text, null, guidance), x_T, schedule, steps, method).cpu())
         if progress:
             progress(min(start + batch, len(prompts)))
     return torch.cat(done)
