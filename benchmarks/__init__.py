@@ -3,7 +3,7 @@
 measured    train (a whole run), step (both steps against their rivals), unet (latency, dense against pruned), kernels,
             alignment (padded widths), precision (bf16 against fp32), frontier (quality against suppression)
 counted     macs, launches, compile_matrix
-projected   roofline (time), memory (largest batch)
+projected   roofline (time), roofline_sites (time of each site at every width), memory (largest batch)
 judged      compare (two files of rows), bench_check (against the committed baseline)
 shown       report (one HTML page), readme (the README's tables), kernels_report, frontier_report
 on a GPU    gpu.sh, gpu_kernels.sh, once (for sanitizers), aot (what a compiler makes of a kernel)

@@ -37,6 +37,8 @@ def call_of(module: nn.Module, site: Site, size: Model, batch: int, like: Tensor
     """
 
     def tensor(stream: Stream, *shape: int) -> Tensor:
+        if like.is_meta:
+            return like.new_empty(batch, *shape)
         return normal(0, stream, torch.arange(batch), shape).to(like.device, like.dtype)
 
     config, pixels = size.config, -(-size.latent // site.stride)
