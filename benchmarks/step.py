@@ -62,7 +62,7 @@ class Settings:
     tiny: bool = False
     """The mini world's UNets on a GPU as well: a rehearsal."""
     structure: str = "0.80"
-    """The student: dense, 0.80 or 0.55 of the MACs."""
+    """The student: dense, 0.80 or 0.55 of the MACs, or planned-0.80 or planned-0.55; `benchmarks/structures.py`."""
     batch: int = 16
     """Images per step."""
     rounds: int = 20
@@ -145,7 +145,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     """Rows, as they are measured. Whoever fails leaves a row without a value that says why.
 
     Raises:
-        UserError: There is no such device.
+        UserError: There is no such device or structure, or that structure is no cut of the teacher.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU")
@@ -153,6 +153,10 @@ def measure(settings: Settings) -> Iterator[Row]:
     torch.backends.cudnn.benchmark = True  # for all alike: shapes do not change
     size = model(tiny=settings.tiny or device.type == "cpu")
     kept = structure(settings.structure, tiny=size.name == "mini")
+    if kept.config != size.config:
+        raise UserError(
+            f"--structure {settings.structure} is a UNet of its own, wanted one that is cut from the teacher"
+        )
     inputs = make_inputs(size, kept, settings.batch)
     rate = cards.this_machine(device).matmul
     config = {"unet": size.name, "structure": settings.structure, "batch": settings.batch, "latent": size.latent}

@@ -36,7 +36,7 @@ from torch import Tensor
 from benchmarks.cases import Unavailable
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, interleaved
-from benchmarks.structures import NAMES, Model, model, structure
+from benchmarks.structures import NAMES, PLANNED, Model, model, structure
 from benchmarks.unet_providers import PROVIDERS, Inputs, bound, distance, plain
 from benchmarks.unet_sites import site_rows
 from bilevel_fast import errors, flags
@@ -61,7 +61,7 @@ class Settings:
     batch: tuple[int, ...] = (1, 2, 16)
     """Images."""
     structures: tuple[str, ...] = NAMES
-    """Which UNets; `benchmarks/structures.py` says what they are."""
+    """Which UNets; `benchmarks/structures.py` says what they are. planned-0.80 and planned-0.55 are there, too."""
     providers: tuple[str, ...] = tuple(PROVIDERS)
     """Which ways to run them."""
     align: int | None = None
@@ -271,7 +271,7 @@ def text(row: Row) -> str:
 def validate(settings: Settings) -> None:
     """Raise UserError for what cannot be measured."""
     for flag, names, known in (
-        ("--structures", settings.structures, NAMES),
+        ("--structures", settings.structures, (*NAMES, *PLANNED)),
         ("--providers", settings.providers, tuple(PROVIDERS)),
     ):
         for name in names:

@@ -15,7 +15,7 @@ from benchmarks.structures import model, structure
 from bilevel_fast.errors import UserError
 
 CPU = torch.device("cpu")
-QUICK = step.Settings(batch=1, rounds=3, structure="0.55")
+QUICK = step.Settings(batch=1, rounds=3, structure="planned-0.55")
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,18 @@ def test_timings_in_other_units():
     timing = Timing((0.1, 0.2, 0.4))
     assert timing.map(lambda s: 16 / s).p50 == 80
     assert timing.map(lambda s: 16 / s).p20 <= 80 <= timing.map(lambda s: 16 / s).p80
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("planned-0.5", "no structure 'planned-0.5'; did you mean 'planned-0.55'"),
+        ("bk-sdm-small", "--structure bk-sdm-small is a UNet of its own, wanted one that is cut from the teacher"),
+    ],
+)
+def test_a_student_that_is_no_cut_is_one_line(name, message):
+    with pytest.raises(UserError, match=message):
+        next(step.measure(step.Settings(structure=name)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

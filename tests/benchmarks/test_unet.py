@@ -315,12 +315,23 @@ def test_rows_are_appended_and_the_missing_say_why(monkeypatch, tmp_path, capsys
     assert got["dense", "ours", "ms"]["config"]["ops"], "the table that `ours` went by"
 
 
+def test_planned_structures_are_timed_by_name(monkeypatch, capsys):
+    """Their MACs are those that `structure` says, not those of the even cut."""
+    names = ("dense", "planned-0.80", "planned-0.55")
+    assert run(monkeypatch, "--structures", *names, "--providers", "torch", "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    timed = {row["config"]["structure"]: row["config"]["gmacs"] for row in rows if row["metric"] == "ms"}
+    assert timed == {name: structure(name, True).macs(16, 12).true / 1e9 for name in names}
+    assert [row["config"]["structure"] for row in rows if row["metric"] == "realised_speedup"] == list(names[1:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--provider", "ours"], "there is no flag '--provider'; did you mean '--providers'"),
         (["--providers", "our"], "--providers our: there is none of that name; did you mean 'ours'"),
         (["--structures", "bk-sdm-bass"], "did you mean 'bk-sdm-base'"),
+        (["--structures", "planned-0.8"], "did you mean 'planned-0.80'"),
         (["--structures", "dense", "dense"], "--structures: wanted at least one name, and each of them once"),
         (["--batch", "0"], "--batch 0: wanted positive numbers of images"),
         (["--rounds", "3"], "--rounds 3: wanted at least 4"),
