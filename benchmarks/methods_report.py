@@ -6,6 +6,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.methods_cases import BUDGETS, DIFFUSION, DISTILLATION, FIGURES, PLAIN, RANDOM
+from bilevel_fast.mini.world import STYLES
 
 Row = dict[str, Any]
 Points = dict[int, list[float]]
@@ -80,7 +81,10 @@ def table(rows: list[Row]) -> str:
     if teachers := found["teacher"]["fid"][0]:
         lines.append(f"| teacher, all of the MACs | 0 | {spread(teachers, len(seeds))} |" + " - |" * len(heads[2:]))
     machines = {f"{r['device']}, torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in rows}
-    return "\n".join([*lines, "", *findings(found, last), "", f"Measured on {'; '.join(sorted(machines))}."])
+    config = rows[-1]["config"]
+    judged = f"FID of {len(STYLES) * config['judged']} drawings"
+    how = f"{last} steps of {config['batch']} images at learning rate {config['lr']:g}; {judged}."
+    return "\n".join([*lines, "", *findings(found, last), "", how, f"Measured on {'; '.join(sorted(machines))}."])
 
 
 def findings(found: dict[str, dict[str, Points]], last: int) -> list[str]:
