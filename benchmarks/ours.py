@@ -13,6 +13,7 @@ from benchmarks.peers import Inputs, Peer
 from benchmarks.unet_providers import ops
 from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, move
 from bilevel_fast.data.batches import Batch
+from bilevel_fast.erasing.targets import Guidance
 from bilevel_fast.fp8 import to_fp8
 from bilevel_fast.graphs import WARMUP, Graphs, cuda_recorder
 from bilevel_fast.optim import LevelOptimizer
@@ -71,7 +72,7 @@ def ours(inputs: Inputs, device: torch.device, rung: Rung) -> Peer:
     )
     flat = FlatParameters(student.to(device), rung.dtype)
     fine_tuning = FineTuning(student, answers, inputs.weights)
-    suppression = Suppression(fine_tuning, inputs.eta, inputs.penalty, inputs.penalty_norm, flat)
+    suppression = Suppression(fine_tuning, Guidance(inputs.eta), inputs.penalty, inputs.penalty_norm, flat)
     first, second = (LevelOptimizer(flat, lr, warmup=0) for lr in inputs.lr)
     lower = Level("lower", lambda step: inputs.lower, fine_tuning, first)
     upper = Level("upper", lambda step: inputs.upper, suppression, second)

@@ -7,22 +7,25 @@ The levels differ in where batches come from, in the gradient, and in the optimi
 one step of either. There is one set of student parameters. With disjoint copies, as the paper's notation allows, the
 lower steps could not reach the upper variable at all.
 
+L_CU is an `Eraser`'s: `bilevel_fast.erasing` has them by name. What is done with its gradient is `Suppression`'s.
+
 The penalty lambda L_ft is taken on the last lower batch. Its noise and the teacher's answer are still at hand, so it
 costs a forward and backward pass of the student (which has moved) and none of the teacher.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Noised, Schedule, noise
-from bilevel_fast.losses import DEFAULT_WEIGHTS, Loss, LossWeights, fine_tuning_loss, suppression_loss
+from bilevel_fast.losses import DEFAULT_WEIGHTS, Loss, LossWeights, fine_tuning_loss
 from bilevel_fast.optim import LevelOptimizer
-from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.parameters import FlatParameters, dot, norm
 from bilevel_fast.rooms import room
 from bilevel_fast.stats import Means
 from bilevel_fast.teacher import Teacher
@@ -44,6 +47,7 @@ class Level:
         gradient: Computes the loss of a batch and adds its gradient to that of the parameters.
         optimizer: Moves the parameters.
         means: Adds up what its steps measured, on the device.
+        eraser: Of the upper level: says whether its step can be recorded, and what a checkpoint must keep of it.
     """
 
     name: Literal["lower", "upper"]
@@ -51,6 +55,7 @@ class Level:
     gradient: Callable[[Batch], Loss]
     optimizer: LevelOptimizer
     means: Means = field(default_factory=Means)
+    eraser: "Eraser | None" = None
 
 
 def move(level: Level, batch: Batch) -> Terms:
@@ -159,57 +164,130 @@ class FineTuning:
             return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights)
 
 
+class Eraser(ABC):
+    """What the upper level descends on a batch of the concept: the plug-in of `--upper.eraser`.
+
+    Attributes:
+        eager: Why a step of it cannot be recorded as a CUDA graph; empty where it can. A step that can reads nothing
+            back from the device, and does the same on every batch.
+        rule: How its gradient and that of the lower loss become one: see `Suppression`; None leaves it to the settings.
+    """
+
+    eager: str = ""
+    rule: "Rule | None" = None
+
+    @abstractmethod
+    def loss(self, student: UNet, answers: "Answers", batch: Batch) -> Loss:
+        """The loss of a concept batch, with gradient to the student and to nothing else.
+
+        Args:
+            student: As it is now.
+            answers: The teacher, the schedule and the seed, and how a batch is noised.
+            batch: Concept images with their captions' states, and those of their anchors.
+        """
+
+    def hold(self) -> None:  # noqa: B027  # most hold nothing
+        """Zero the gradient of what the upper level must not move; called after every backward pass."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that a resumed run cannot make again; empty without such."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            UserError: The run would go on as another one.
+        """
+        assert not state
+
+
+Rule = Callable[[Tensor, FlatParameters], None]
+"""rule(g, flat): g (N,) is the suppression gradient, `flat.gradient` the lower loss's, which becomes what is descended."""
+
+
 class Suppression:
-    """The upper gradient: the student on the concept's prompt against the teacher steered away from it.
+    """The upper gradient: an eraser's loss on the concept batch, and the lower loss on the last lower batch.
 
     Args:
         lower: Its student, teacher and last batch are the upper level's as well.
-        eta: Steering strength, see `Teacher.steer`.
-        penalty: lambda.
+        eraser: Gives the loss of the concept batch.
+        penalty: lambda; an eraser with a rule of its own does not read it.
         penalty_norm: `grad` scales the penalty's gradient to the norm of the suppression gradient before lambda;
             `raw` adds lambda L_ft as the paper writes it.
         flat: The student's parameters: where its gradient is.
+        hold: Zeroes the gradient of parameters that the upper level leaves alone, if there are such. A gradient that
+            was zero in all upper steps leaves AdamW's upper moments zero, and there is no weight decay: an upper step
+            changes no bit of such a parameter.
+        surgery: Whether the suppression gradient first loses what runs against the lower loss's gradient.
     """
 
-    def __init__(self, lower: FineTuning, eta: float, penalty: float, penalty_norm: PenaltyNorm, flat: FlatParameters):
-        self.lower, self.flat, self.eta, self.penalty = lower, flat, eta, penalty
+    def __init__(
+        self,
+        lower: FineTuning,
+        eraser: Eraser,
+        penalty: float,
+        penalty_norm: PenaltyNorm,
+        flat: FlatParameters,
+        hold: Callable[[], object] = lambda: None,
+        surgery: bool = False,
+    ):
+        self.lower, self.eraser, self.flat, self.penalty = lower, eraser, flat, penalty
         self.penalty_norm: PenaltyNorm = penalty_norm
+        self.surgery, self._hold = surgery, hold
 
     def __call__(self, batch: Batch) -> Loss:
-        assert batch.anchor is not None, "an upper batch needs anchors"
-        student, answers = self.lower.student, self.lower.answers
-        noised = answers.noise(batch)
-        target = answers.teacher.steer(noised, batch.text, batch.anchor, self.eta)
-        with room("student"):
-            out = student(noised.x, noised.t, batch.text).out
-        with room("losses"):
-            loss = suppression_loss(out, target)
-        _backward(loss.total)
-        if not self.penalty:
+        answers = self.lower.answers
+        loss = self.eraser.loss(self.lower.student, answers, batch)
+        self._descend(loss.total)
+        if not (self.penalty or self.surgery or self.eraser.rule):
             return loss
         assert answers.last is not None, "an upper step follows a lower step"
         penalty = self.lower.loss(answers.last)
-        if self.penalty_norm == "raw":
-            _backward(self.penalty * penalty.total)
+        if self.penalty_norm == "raw" and not self.surgery and not self.eraser.rule:
+            self._descend(self.penalty * penalty.total)
         else:
-            self._add_scaled(penalty.total)
-        total = loss.total.detach() + self.penalty * penalty.total.detach()
+            with room("losses"):
+                suppression = self.flat.gradient.clone()
+                self.flat.zero_grad()
+            self._descend(penalty.total)
+            with room("losses"):
+                (self.eraser.rule or self._add)(suppression, self.flat)
+        # a rule's weights change from step to step: what is shown is the plain sum
+        weight = 1.0 if self.eraser.rule else self.penalty
+        total = loss.total.detach() + weight * penalty.total.detach()
         return Loss(total, {**loss.terms, "penalty": penalty.total.detach()})
 
-    def _add_scaled(self, penalty: Tensor) -> None:
-        """Add lambda times the penalty's gradient, scaled to the norm of the gradient that is there already.
+    def _descend(self, loss: Tensor) -> None:
+        _backward(loss)
+        self._hold()
+        self.eraser.hold()
+
+    def _add(self, suppression: Tensor, flat: FlatParameters) -> None:
+        """Add lambda times the penalty's gradient, scaled to the norm of the suppression gradient if so asked.
 
         Adam forgets the scale of a gradient but not its direction: lambda = 100 on the raw one leaves nothing of the
         suppression.
         """
-        flat = self.flat
-        with room("losses"):
-            suppression, norm = flat.gradient.clone(), flat.norm()
-            flat.zero_grad()
-        _backward(penalty)
-        with room("losses"):
-            scale = (self.penalty * norm / flat.norm()).to(flat.dtype)
+        if self.surgery:
+            project(suppression, flat.gradient)
+        if self.penalty_norm == "grad":
+            scale = (self.penalty * norm(suppression) / norm(flat.gradient)).to(flat.dtype)
             torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
+        else:
+            torch.add(suppression, flat.gradient, alpha=self.penalty, out=flat.gradient)
+
+
+def project(gradient: Tensor, other: Tensor) -> None:
+    """Take out of `gradient`, in place, what runs against `other`, both (N,): PCGrad (arXiv:2001.06782, algorithm 1).
+
+        g <- g - min(0, <g, r>) / |r|^2 r
+
+    Only the suppression gradient is projected, not the lower loss's as well: it is suppression that must not undo the
+    lower level. Nothing is read back from the device.
+    """
+    against = dot(gradient, other).clamp(max=0) / dot(other, other).clamp(min=torch.finfo(torch.float32).tiny)
+    gradient.addcmul_(other, -against.to(gradient.dtype))
 
 
 def _backward(loss: Tensor) -> None:

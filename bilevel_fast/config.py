@@ -34,7 +34,7 @@ class Lower:
 
 @dataclass(frozen=True)
 class Upper:
-    """The upper level suppresses the concept: the student imitates the dense teacher steered away from it."""
+    """The upper level suppresses the concept: an eraser's loss on concept images, and a penalty that keeps the rest."""
 
     every: int = 20
     """K: lower steps per upper step; 0 runs no upper steps."""
@@ -44,6 +44,12 @@ class Upper:
     """Learning rate of the second AdamW after its warm-up."""
     warmup: int = 250
     """Upper steps of linear warm-up; the first has learning rate 0."""
+    eraser: str = "guidance"
+    """What the student is taught on the concept: guidance (away from it) or anchor-kd (its anchor)."""
+    subset: str = "full"
+    """Parameters that upper steps move, by preset (esd-x, esd-u, selfattn, full) or pattern, separated by commas."""
+    surgery: bool = False
+    """First take out of the suppression gradient what runs against the lower loss's gradient (PCGrad)."""
     eta: float = 1.0
     """How far the target is pushed beyond the anchor, away from the concept; 0 imitates the anchor."""
     anchor: Literal["phrase", "null"] = "phrase"
@@ -157,6 +163,9 @@ class TrainConfig:
             raise UserError(f"preset {self.preset!r} is for folders: it wants --teacher, --data and --concepts")
         if self.data is not None and self.concepts is None and self.upper.every:
             raise UserError("--data given without --concepts; --upper.every 0 runs without suppression")
+        from bilevel_fast.erasing import upper as erasers  # which reads `Upper`
+
+        erasers.check(self.upper)
         checks = {
             "lower.steps": self.lower.steps >= 1,
             "lower.batch": self.lower.batch >= 1,

@@ -22,6 +22,7 @@ from bilevel_fast.data.batches import Batch, Batches
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Schedule
+from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.errors import UserError
 from bilevel_fast.fp8 import kd_error, to_fp8
 from bilevel_fast.graphs import Graphs, cuda_recorder, side_stream
@@ -98,9 +99,12 @@ def levels(
     if materials.concepts is None or not upper.every:
         return first, None
     batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
-    suppression = Suppression(fine_tuning, upper.eta, upper.penalty, upper.penalty_norm, flat)
-    second = Level("upper", loader(batches), suppression, optimizer(lr=upper.lr, warmup=upper.warmup))
-    return first, second
+    eraser, hold = erasers.make(upper), erasers.holder(flat, upper.subset)
+    suppression = Suppression(
+        fine_tuning, eraser, upper.penalty, upper.penalty_norm, flat, hold=hold, surgery=upper.surgery
+    )
+    making = optimizer(lr=upper.lr, warmup=upper.warmup)
+    return first, Level("upper", loader(batches), suppression, making, eraser=eraser)
 
 
 def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
@@ -202,6 +206,9 @@ def _save(both: dict[str, Level], progress: Progress, folder: Path) -> None:
     optimizers = {name: level.optimizer.state_dict() for name, level in both.items()}
     if flat.average is not None:
         optimizers["average"] = flat.state_dict(flat.average)
+    for level in both.values():
+        if level.eraser is not None and (state := level.eraser.state_dict()):
+            optimizers["eraser"] = state
     checkpoint.save(folder, progress.step, flat.state_dict(), optimizers, vars(progress))
 
 
@@ -215,8 +222,13 @@ def _restore(both: dict[str, Level], folder: Path) -> Progress:
             level.optimizer.load_state_dict(found.optimizers[name])
         if flat.average is not None:
             flat.load_state_dict(found.optimizers["average"], flat.average)
+        for level in both.values():
+            if level.eraser is not None and level.eraser.state_dict():
+                level.eraser.load_state_dict(found.optimizers["eraser"])
         state: dict[str, Any] = found.state
         progress = Progress(**state)
+    except UserError:
+        raise
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"checkpoint {found.step} in {folder} does not fit this student: {reason}") from error

@@ -7,7 +7,8 @@ recorded one lay. Warm-up steps are steps of the run like all others, so nothing
 Both levels share one memory pool. The upper graph reads the teacher's answer where the lower graph leaves it. So if
 batches change in shape, both graphs are recorded anew.
 
-Where there is no CUDA, or a recording fails, steps run as they are, and one line says why.
+Where there is no CUDA, or a recording fails, steps run as they are, and one line says why. So do the steps of an upper
+level whose eraser cannot be recorded; the lower level is recorded all the same.
 """
 
 import logging
@@ -42,9 +43,15 @@ class Graphs:
         self._recorded: dict[str, _Recorded] = {}
         self._signatures: dict[str, Signature] = {}
         self._warm: dict[str, int] = {}
+        self._eager: set[str] = set()
 
     def __call__(self, level: Level, batch: Batch) -> Terms:
         if self.record is None:
+            return move(level, batch)
+        if level.eraser is not None and level.eraser.eager:
+            if level.name not in self._eager:
+                self._eager.add(level.name)
+                _log.info("no CUDA graph of the %s step, it runs without: %s", level.name, level.eraser.eager)
             return move(level, batch)
         signature = _signature(batch)
         if self._signatures.setdefault(level.name, signature) != signature:

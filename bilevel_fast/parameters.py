@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 ALIGN = 64  # elements: 128 bytes of bf16, a cache line of every card
 CHUNK = 2**16  # elements: a row of the first pass of the norm
+_PART = 2**26  # elements that an inner product widens at once
 
 
 class FlatParameters:
@@ -68,9 +69,8 @@ class FlatParameters:
         self.gradient.zero_()
 
     def norm(self) -> Tensor:
-        """Euclidean norm of the gradient, () fp32, in two passes: one sum over all of it would lose small addends."""
-        rows = torch.linalg.vector_norm(self.gradient.view(-1, CHUNK), dim=1, dtype=torch.float32)
-        return torch.linalg.vector_norm(rows)
+        """Euclidean norm of the gradient, () fp32."""
+        return norm(self.gradient)
 
     @contextmanager
     def holding(self, buffer: Tensor) -> Iterator[nn.Module]:
@@ -107,6 +107,18 @@ class FlatParameters:
     def _point_at(self, buffer: Tensor) -> None:
         for name, view in self.views(buffer).items():
             self.module.get_parameter(name).data = view
+
+
+def norm(buffer: Tensor) -> Tensor:
+    """Euclidean norm of a buffer (N,), () fp32, in two passes: one sum over all of it would lose small addends."""
+    rows = torch.linalg.vector_norm(buffer.view(-1, CHUNK), dim=1, dtype=torch.float32)
+    return torch.linalg.vector_norm(rows)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of two buffers (N,), () fp32. bf16 is widened a part at a time, never a whole buffer."""
+    parts = zip(a.split(_PART), b.split(_PART), strict=True)
+    return torch.stack([(x.float() * y.float()).sum() for x, y in parts]).sum()
 
 
 def _check(name: str, p: nn.Parameter) -> None:

@@ -9,6 +9,7 @@ from bilevel_fast.architecture import MINI
 from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression
 from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
 from bilevel_fast.diffusion import Schedule
+from bilevel_fast.erasing.targets import Guidance
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.randomness import Stream, normal
@@ -47,16 +48,18 @@ def make_models() -> tuple[UNet, UNet]:
 
 
 def make_levels(
-    teacher: UNet, student: UNet, penalty=1.0, norm="grad", make=AdamW, dtype=torch.float32, device="cpu", decay=None
-) -> tuple[Level, Level]:
+    teacher: UNet, student: UNet, penalty=1.0, norm="grad", make=AdamW, dtype=torch.float32, device="cpu", decay=None,
+    eraser=None, **upper,
+) -> tuple[Level, Level]:  # fmt: skip
     flat = FlatParameters(student.to(device), dtype, average=decay is not None)
     answers = Answers(Teacher(teacher.to(device, dtype)), Schedule.sd().to(device), SEED)
     fine_tuning = FineTuning(student, answers)
-    suppression = Suppression(fine_tuning, ETA, penalty, norm, flat)
+    suppression = Suppression(fine_tuning, eraser or Guidance(ETA), penalty, norm, flat, **upper)
     make = make if decay is None else partial(make, decay=decay)
 
     def batches(level: int):
         return lambda step: make_batch(level, step).drawn(SEED, 1000).map(lambda x: x.to(device))
 
-    lower, upper = (LevelOptimizer(flat, lr, WARMUP, make=make) for lr in (LR_LOWER, LR_UPPER))
-    return Level("lower", batches(0), fine_tuning, lower), Level("upper", batches(1), suppression, upper)
+    lower, second = (LevelOptimizer(flat, lr, WARMUP, make=make) for lr in (LR_LOWER, LR_UPPER))
+    first = Level("lower", batches(0), fine_tuning, lower)
+    return first, Level("upper", batches(1), suppression, second, eraser=suppression.eraser)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from bilevel_fast import bilevel, providers
 from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, move
 from bilevel_fast.diffusion import Schedule
+from bilevel_fast.erasing.targets import Guidance
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.teacher import Teacher
@@ -62,7 +63,7 @@ def levels(monkeypatch, request):
         schedule = replace(Schedule.sd(), alphas_cumprod=torch.empty(1000, device="cuda"))
         answers = Answers(Teacher(on_gpu(teacher, torch.bfloat16)), schedule, SEED)
         fine_tuning = FineTuning(student, answers)
-        gradients = (fine_tuning, Suppression(fine_tuning, ETA, 1.0, "grad", flat))
+        gradients = (fine_tuning, Suppression(fine_tuning, Guidance(ETA), 1.0, "grad", flat))
         both = []
         for name, gradient, batch in zip(("lower", "upper"), gradients, batches, strict=True):
             optimizer = LevelOptimizer(flat, 1e-3, 4, clip_norm=1.0, make=lambda flat: AdamW(flat, 0.99))
