@@ -72,6 +72,7 @@ def test_captions_belong_to_their_latents():
     for step in range(10):
         batch = batches(step)
         assert [int(text.split()[0]) for text in read(batch.text)] == positions(batch)
+        assert list(batch.captions) == read(batch.text)
         assert batch.index.tolist() == list(range(4 * step, 4 * step + 4))
         assert batch.anchor is None
 
@@ -122,8 +123,9 @@ def test_the_posterior_is_sampled_with_its_mean_and_deviation():
 
 
 def test_dropped_captions_are_the_null_prompt():
-    batches = Batches(images(), Spelling(), 2000, seed=1, p_uncond=0.1)
-    dropped = read(batches(0).text).count("")
+    batch = Batches(images(), Spelling(), 2000, seed=1, p_uncond=0.1)(0)
+    dropped = read(batch.text).count("")
+    assert batch.captions.count("") == dropped
     assert abs(dropped - 200) < 4 * (2000 * 0.1 * 0.9) ** 0.5
     assert set(read(Batches(images(), Spelling(), 20, seed=1, p_uncond=1.0)(0).text)) == {""}
     assert "" not in read(Batches(images(), Spelling(), 200, seed=1)(0).text)

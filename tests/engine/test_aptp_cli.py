@@ -285,7 +285,7 @@ def test_refusals(teacher, run, tmp_path):
         "pruned is pruned already; wanted a dense model": ("--teacher", pruned),
         "experts is 0, wanted at least 1": ("--experts", 0),
         "--batch is 0, wanted at least 1": ("--batch", 0),
-        "--prompts is -1, wanted at least 1": ("--prompts", -1),
+        "--max-prompts is -1, wanted at least 1": ("--max-prompts", -1),
         "weight of the resource loss is -1.0, wanted 0 or more": ("--weights.resource", -1),
         r"budget is 0.01, wanted 0\.\d+ < budget": ("--budget", 0.01),
         "none is no folder; wanted one in the layout of all-mpnet": ("--prompt-encoder", tmp_path / "none"),
@@ -318,7 +318,7 @@ def test_sd_folder_with_a_sentence_encoder(run, tmp_path):
     code, _, stderr = run(*base)
     assert code == 2
     assert "is no model of the mini world, which draws its own images; --data is missing" in stderr
-    flags = ("--data", tmp_path / "cache", "--prompt-encoder", tmp_path / "mpnet", "--experts", 2, "--prompts", 6)
+    flags = ("--data", tmp_path / "cache", "--prompt-encoder", tmp_path / "mpnet", "--experts", 2, "--max-prompts", 6)
     code, stdout, stderr = run(*base, *flags)
     assert code == 0, stderr
     assert "6 training prompts, budget 0.8" in stdout

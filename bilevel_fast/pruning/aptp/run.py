@@ -73,7 +73,7 @@ class AptpConfig(RouterConfig):
     """Of everything random."""
     images: int = 864
     """Images that the mini world draws: four of each scene."""
-    prompts: int = 20_000
+    max_prompts: int = 20_000
     """Different captions that the experts are shared out over in the end, at most; taken evenly from the data."""
     latent: int | None = None
     """Height and width of the latents to count MACs at; by default the UNet's sample size."""
@@ -94,7 +94,7 @@ class AptpConfig(RouterConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch", "images", "prompts", "log_every", "checkpoint_every", "max_bad_steps"):
+        for name in ("batch", "images", "max_prompts", "log_every", "checkpoint_every", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, wanted at least 1")
 
@@ -139,7 +139,7 @@ def run(config: AptpConfig) -> dict[str, Any]:
     training = RouterTraining(teacher, folder.schedule, budget, encoder.width, config.batch, config)
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
         if not (place.path / INDEX).exists():
-            prompts = training_prompts(source, config.prompts)
+            prompts = training_prompts(source, config.max_prompts)
             encoder, embeddings = centred(encoder, prompts)
             batches = Batches(source, folder.text_encoder, config.batch, config.seed)
             with checkpoint.GracefulStop() as stop:
