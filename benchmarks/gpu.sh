@@ -62,3 +62,4 @@ step profile 60 "$python" -m bilevel_fast.profile --device "$device" --profile-o
 step step_055 60 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --structure 0.55 --peers eager
 step step_batch_2 60 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --batch 2 --ladder --peers eager
 step compile 200 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --peers compile
+step mixture 60 "$python" -m benchmarks.mixture "${tiny[@]}" "${common[@]}" --batch 16

@@ -31,7 +31,7 @@ def test_every_command_can_be_parsed(tmp_path, tiny):
     lines = done.stdout.splitlines()
     names = [line.split()[1].rstrip(":") for line in lines]
     assert names[0] == "step", "the most important first"
-    assert {"alignment", "unet", "roofline", "profile", "compile"} < set(names)
+    assert {"alignment", "unet", "roofline", "profile", "compile", "mixture"} < set(names)
     assert all(line.endswith("exit 0") for line in lines)
     seen = set()
     for name in names:
@@ -43,7 +43,7 @@ def test_every_command_can_be_parsed(tmp_path, tiny):
         settings = flags.parse(importlib.import_module(module).Settings, module, None, args=rest)
         assert getattr(settings, "tiny", tiny) == tiny
         assert settings.device == "cpu"
-    assert len(seen) == 5
+    assert len(seen) == 6
 
 
 def test_nothing_is_begun_that_may_end_too_late(tmp_path):
@@ -58,7 +58,7 @@ def test_a_step_that_fails_takes_nobody_along(tmp_path):
     done = script(tmp_path, "--device", "cpu", PYTHON="false", BUDGET="9999")
     assert done.returncode == 0
     assert all("exit 1" in line for line in done.stdout.splitlines() if "roofline" not in line)
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 9
 
 
 def test_bad_input(tmp_path):

@@ -44,12 +44,12 @@ def resnet(module: ResNet, x: Tensor, time: Tensor, kept: Kept) -> Tensor:
     """
     if module.pad:
         raise UserError("a mixture wants the dense UNet without padding; build it with align=1")
-    conv1, conv2, norm, shift = module.conv1, module.conv2, module.norm2, module.time_emb_proj
+    conv1, conv2, norm = module.conv1, module.conv2, module.norm2
     assert conv1.bias is not None
     shortcut = x if module.conv_shortcut is None else module.conv_shortcut(x)
-    h = ops.group_norm_silu(x, module.norm1)
+    h, shift = ops.group_norm_silu(x, module.norm1), module.time_emb_proj(time)
     if _fused(x):
-        h = triton_ops.structured_conv2d(h, conv1.weight, conv1.bias, kept_out=kept, time=shift(time))
+        h = triton_ops.structured_conv2d(h, conv1.weight, conv1.bias, kept_out=kept, time=shift)
         # groups that a row dropped come out as SiLU of the norm's bias, and conv2 does not read them
         h = ops.group_norm_silu(h, norm)
         return triton_ops.structured_conv2d(h, conv2.weight, conv2.bias, kept_in=kept, residual=shortcut)
@@ -57,7 +57,7 @@ def resnet(module: ResNet, x: Tensor, time: Tensor, kept: Kept) -> Tensor:
     for rows, units in _runs(kept, len(x)):
         i = _channels(units, kept.units, norm.num_channels, 1, x.device)
         inner = F.conv2d(h[rows], _take(conv1.weight, 0, i), _take(conv1.bias, 0, i), padding=1)
-        inner = inner + F.linear(time[rows], _take(shift.weight, 0, i), _take(shift.bias, 0, i))[:, :, None, None]
+        inner = inner + _take(shift[rows], 1, i)[:, :, None, None]
         inner = F.group_norm(inner, len(units), _take(norm.weight, 0, i), _take(norm.bias, 0, i), norm.eps)
         found.append(F.conv2d(F.silu(inner), _take(conv2.weight, 1, i), conv2.bias, padding=1))
     return torch.cat(found) + shortcut
@@ -139,4 +139,9 @@ def _channels(units: tuple[int, ...], among: int, channels: int, copies: int, de
 
 
 def _take(x: Tensor, axis: int, index: Tensor | None) -> Tensor:
-    return x if index is None else x.index_select(axis, index)
+    """Some of x along an axis; what is channels_last stays it."""
+    if index is None:
+        return x
+    if x.dim() != 4:
+        return x.index_select(axis, index)
+    return x.permute(0, 2, 3, 1).index_select(3 if axis == 1 else axis, index).permute(0, 3, 1, 2)
