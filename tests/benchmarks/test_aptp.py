@@ -11,7 +11,6 @@ from bilevel_fast import errors
 from bilevel_fast.folder import load_folder
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini.world import SCENES
-from bilevel_fast.pruning import learned
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
 from bilevel_fast.pruning.aptp.run import AptpConfig, run
 
@@ -39,7 +38,7 @@ def test_distances_are_relative_to_the_teacher():
 
 def test_trains_measures_and_writes(tmp_path, monkeypatch, capsys):
     """A training of two steps; then the same mixture again from its folder, against what it says of itself."""
-    monkeypatch.setattr(learned, "STEPS", 2)
+    monkeypatch.setattr(aptp, "METHODS", ("uniform", "magnitude"))
     monkeypatch.setattr(aptp, "RESULTS", tmp_path / "aptp.jsonl")
     flags = ["--steps", "2", "--rounds", "1", "--budget", "0.7"]
     monkeypatch.setattr("sys.argv", ["aptp", *flags])
@@ -64,6 +63,7 @@ def test_trains_measures_and_writes(tmp_path, monkeypatch, capsys):
     students = {str(k): teacher.cut(s).eval() for k, s in enumerate(mixture.structures)}
     lost = aptp.distances(teacher, students, folder, rounds=1)
     behind = [lost[str(k)][i].item() for i, k in enumerate(routes.tolist())]
+    assert found["errors"].keys() == {"routed", "astray", "uniform", "magnitude"}
     assert found["errors"]["routed"] == pytest.approx(sum(behind) / len(behind))
     elsewhere = [sum(lost[str(j)][i].item() for j in range(4) if j != k) / 3 for i, k in enumerate(routes.tolist())]
     assert found["errors"]["astray"] == pytest.approx(sum(elsewhere) / len(elsewhere))
