@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -54,14 +53,29 @@ def run(monkeypatch, capsys):
     return command
 
 
-def process(teacher, out, *more):
-    flags = ("aptp", "--teacher", teacher, "--out", out, *QUICK, *more)
-    return subprocess.Popen(
-        [sys.executable, "-m", "bilevel_fast.prune", *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+SIGNALLED = """
+import os, sys
+from bilevel_fast import errors, prune
+from bilevel_fast.pruning.aptp.train import RouterTraining
+
+number, last, real = int(sys.argv.pop(1)), int(sys.argv.pop(1)), RouterTraining.advance
+
+def advance(self, *batch):
+    terms = real(self, *batch)
+    if self.step == last:
+        os.kill(os.getpid(), number)
+    return terms
+
+RouterTraining.advance = advance
+raise SystemExit(errors.run(prune.main))
+"""
+
+
+def signalled(number, step, *arguments):
+    """The command in a process of its own, which gets a signal right after a step: its exit code and its stderr."""
+    command = [sys.executable, "-c", SIGNALLED, int(number), step, *arguments]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -144,28 +158,23 @@ def test_run_is_the_training(trained, teacher):
 def test_stopped_killed_and_resumed(trained, teacher, run, tmp_path, caplog):
     """SIGTERM saves the step it is at; `kill -9` loses what came after a checkpoint. Either way: the same bits."""
     out = tmp_path / "run"
-    stats = out / "stats.jsonl"
+    flags = ("aptp", "--teacher", teacher, "--out", out, *QUICK)
 
-    def signalled(number, records, *more):
-        session = process(teacher, out, *more)
-        while not stats.exists() or stats.read_text().count("\n") < records:
-            assert session.poll() is None, session.communicate()
-            time.sleep(0.01)
-        session.send_signal(number)
-        return session.communicate()[1], session.returncode
+    def saved():
+        return sorted(path.name for path in (out / "checkpoints").iterdir())
 
-    stderr, code = signalled(signal.SIGTERM, 3)
+    code, stderr = signalled(signal.SIGTERM, 7, *flags)
     assert code == 130, stderr
-    step = int(re.search(rf"stopped after step (\d+) of {STEPS}; go on with --resume --out", stderr)[1])
-    assert 3 <= step < STEPS - 5
-    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{step:06d}"]
-    _, code = signalled(signal.SIGKILL, step + 2, "--resume", "--checkpoint-every", 1000)
-    assert code == -signal.SIGKILL
+    assert f"stopped after step 7 of {STEPS}; go on with --resume --out {out}" in stderr
+    assert saved() == ["step-000005", "step-000007"]
+    code, stderr = signalled(signal.SIGKILL, 13, *flags, "--resume")
+    assert code == -signal.SIGKILL, stderr
+    assert saved() == ["step-000007", "step-000010"]
     assert not (out / "mixture.json").exists()
     with caplog.at_level("INFO"):
-        code, stdout, stderr = run("aptp", "--teacher", teacher, "--out", out, *QUICK, "--resume")
+        code, stdout, stderr = run(*flags, "--resume")
     assert code == 0, stderr
-    assert f"resuming after step {step}" in caplog.text
+    assert "resuming after step 10" in caplog.text
     assert stdout.replace(str(out), "") == trained[1].replace(str(trained[0]), "")
     assert bits(out) == bits(trained[0])
 

@@ -43,7 +43,7 @@ class PromptEncoder(Protocol):
         ...
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings (B, D) fp32 on the CPU, without gradient; each depends on its own caption alone."""
+        """Embeddings (B, D) fp32 on the encoder's device, without gradient; each depends on its own caption alone."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -84,9 +84,9 @@ class TextPrompts:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        states = self.encoder.encode(captions).float().cpu()
-        words = self.encoder.mask(captions).cpu() if isinstance(self.encoder, TellsWords) else None
-        return _mean(states, words) - self.centre
+        states = self.encoder.encode(captions).float()
+        words = self.encoder.mask(captions) if isinstance(self.encoder, TellsWords) else None
+        return _mean(states, words) - self.centre.to(states.device)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "text"}
@@ -157,7 +157,7 @@ class MpnetPrompts:
             list(captions), padding=True, truncation=True, max_length=self.length, return_tensors="pt"
         ).to(self.model.device)
         states = self.model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return _mean(states.float(), tokens.attention_mask.bool()).cpu()
+        return _mean(states.float(), tokens.attention_mask.bool())
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "mpnet", "folder": str(self.folder.resolve()), "fingerprint": self.fingerprint}
@@ -165,7 +165,7 @@ class MpnetPrompts:
 
 def encode_all(encoder: PromptEncoder, captions: Sequence[str]) -> Tensor:
     """Embeddings of any number of captions, some at a time: (N, D) fp32 on the CPU."""
-    return torch.cat([encoder.encode(captions[i : i + CHUNK]) for i in range(0, len(captions), CHUNK)])
+    return torch.cat([encoder.encode(captions[i : i + CHUNK]).cpu() for i in range(0, len(captions), CHUNK)])
 
 
 def centred(encoder: PromptEncoder, prompts: Sequence[str]) -> tuple[PromptEncoder, Tensor]:

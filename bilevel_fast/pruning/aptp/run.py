@@ -201,7 +201,7 @@ class Embeddings:
         self._rows = {caption: row for row, caption in enumerate(prompts)}
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(B, D) fp32 on the CPU."""
+        """(B, D) fp32, on the CPU or where the encoder is; nothing waits for it."""
         rows = [self._rows.get(caption, -1) for caption in captions]
         return self._encoder.encode(captions) if -1 in rows else self._embeddings[torch.tensor(rows)]
 
