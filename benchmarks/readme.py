@@ -95,6 +95,25 @@ def methods() -> str:
     return methods_report.table(rows) if rows else "not measured"
 
 
+def aptp() -> str:
+    """Mixtures of experts: what they cost, where prompts go, what they are worth untuned."""
+    rows = load("aptp.jsonl")
+    if not rows:
+        return "not measured"
+    methods = list(rows[-1]["errors"])
+    heads = ("budget", "training", "experts' MACs", "prompts", "style / object / color", *methods)
+    lines = ["| " + " | ".join(heads) + " |", "|---|--:|---|---|---|" + "--:|" * len(methods)]
+    for row in rows:
+        experts, told = (
+            row["experts"],
+            " / ".join(f"{row['told_by'][name]:.2f}" for name in ("style", "object", "color")),
+        )
+        macs, prompts = (", ".join(f"{expert[name]:g}" for expert in experts) for name in ("macs", "prompts"))
+        cells = [row["case"], f"{row['seconds']:.0f} s", macs, prompts, told]
+        lines.append("| " + " | ".join([*cells, *(f"{row['errors'][m]:.3f}" for m in methods)]) + " |")
+    return "\n".join([*lines, "", machines(rows)])
+
+
 def step() -> str:
     """Ours against every peer on the CPU."""
     rows = [row for row in load("step_cpu.jsonl") if row["metric"].startswith("times_faster_than_")]
@@ -194,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "frontier": lambda: frontier_report.table(load("frontier.jsonl")),
     "methods": methods,
+    "aptp": aptp,
     "step": step,
     "kernels": kernels,
     "gpu": gpu,
