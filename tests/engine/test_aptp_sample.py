@@ -12,7 +12,6 @@ from bilevel_fast.generate import generate
 from bilevel_fast.mini.world import SCENES
 from bilevel_fast.pruning.aptp.codebook import Router
 from bilevel_fast.pruning.aptp.encoders import TextPrompts, centred
-from bilevel_fast.pruning.aptp.mixed import Mix
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture, write_mixture
 from bilevel_fast.pruning.aptp.sampling import expert_by_expert, one_batch
 from bilevel_fast.pruning.budget import MacBudget
@@ -133,12 +132,14 @@ def test_an_expert_that_has_learned_since(draw, mixture, teacher, prompts):
 
 def test_batches_smaller_than_the_prompts(mixture, teacher, prompts):
     """Each batch has the experts of its own prompts."""
-    unet, mix = teacher.unet(), Mix(mixture.structures, torch.device("cpu"))
     expert = mixture.route(prompts)
+    assert expert[2:4].tolist() != expert[:2].tolist()
+    ((numbers, unet, model),) = one_batch(mixture, teacher, expert, torch.device("cpu"))
+    assert list(numbers) == [0, 1, 2, 3, 4]
     found = [
         generate(
             unet, teacher.schedule, teacher.text_encoder, prompts, range(5), seed=0, size=(8, 8), guidance=3.0, steps=3,
-            batch=batch, model=lambda rows: mix.bind(unet, expert[rows]),
+            batch=batch, model=model,
         )
         for batch in (2, 36)
     ]  # fmt: skip
