@@ -9,6 +9,7 @@ The mini world's models have the same layout with components of their own. Weigh
 
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -216,7 +217,14 @@ def write_unet(folder: Path, unet: UNet, dtype: torch.dtype = torch.float32) -> 
     write_atomic(folder / f"{UNET_STEM}.safetensors", save(weights, metadata={"format": "pt"}))
 
 
-def save_student(path: Path | str, source: ModelFolder, unet: UNet, *, overwrite: bool = False) -> None:
+def save_student(
+    path: Path | str,
+    source: ModelFolder,
+    unet: UNet,
+    *,
+    overwrite: bool = False,
+    notes: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
     """Write a model folder: the UNet, and every other component copied from the folder that it was made from.
 
     The folder is written aside and renamed: at `path` there is always a whole model or none.
@@ -226,6 +234,7 @@ def save_student(path: Path | str, source: ModelFolder, unet: UNet, *, overwrite
         source: Of the teacher.
         unet: The student; on any device, padded or not.
         overwrite: Replace a student that an earlier call wrote.
+        notes: JSON files to lie beside the components, by file name.
 
     Raises:
         UserError: The path exists and is not to be, or not to be lightly, replaced.
@@ -241,7 +250,7 @@ def save_student(path: Path | str, source: ModelFolder, unet: UNet, *, overwrite
     for leftover in (aside, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    _write_student(aside, source, unet)
+    _write_student(aside, source, unet, notes or {})
     if path.exists():
         path.rename(old)
     aside.rename(path)
@@ -254,7 +263,7 @@ def _is_student(path: Path) -> bool:
     return (path / "model_index.json").is_file() and (path / "unet" / "structure.json").is_file()
 
 
-def _write_student(aside: Path, source: ModelFolder, unet: UNet) -> None:
+def _write_student(aside: Path, source: ModelFolder, unet: UNet, notes: Mapping[str, dict[str, Any]]) -> None:
     index = read_json(source.path / "model_index.json")
     aside.mkdir()
     for part in source.path.iterdir():
@@ -262,6 +271,8 @@ def _write_student(aside: Path, source: ModelFolder, unet: UNet) -> None:
             shutil.copytree(part, aside / part.name, copy_function=_copy, ignore=shutil.ignore_patterns(*PICKLES))
     write_unet(aside / "unet", unet)
     unet.structure.save(aside / "unet" / "structure.json")  # a student has one even if nothing is pruned
+    for name, content in notes.items():
+        write_json(aside / name, content)
     write_json(aside / "model_index.json", index)
 
 

@@ -32,6 +32,10 @@ class TextEncoder(Protocol):
         """States (B, L, D) fp32 of prompts, without gradient; "" is the null prompt."""
         ...
 
+    def mask(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
+        ...
+
 
 class ClipTextEncoder:
     """`CLIPTextModel` and `CLIPTokenizer` of transformers, as Stable Diffusion uses them.

@@ -1,0 +1,158 @@
+"""Erase concepts from a model folder, dense or pruned, by an edit of its weights.
+
+python -m bilevel_fast.erase uce --erase "in the style of pointillism" --preserve prompts.txt --out runs/erased
+python -m bilevel_fast.erase concept-prune --erase "in the style of pointillism" --out runs/erased
+
+uce            keys and values of a text become those of its guide, in closed form (arXiv:2308.14761)
+concept-prune  zeros feed-forward weights that work for the concept (arXiv:2405.19237)
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bilevel_fast import errors, flags
+from bilevel_fast.data.bank import read_prompts
+from bilevel_fast.erasing import EDITS, ConceptPrune, Uce
+from bilevel_fast.erasing.concept_prune import FRAMES
+from bilevel_fast.erasing.concepts import Frame, check, framed, make_pairs, read_pairs
+from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.folder import load_folder, save_student
+from bilevel_fast.mini import TEACHER
+from bilevel_fast.mini.judge import is_held_out
+from bilevel_fast.mini.world import SCENES
+from bilevel_fast.session import pick_device
+from bilevel_fast.structure import Structure
+
+_PERCENT = {"weights", "zeroed", "erased moved", "guides moved", "left to guide", "preserved moved", "earlier moved"}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    out: Path
+    """Folder for the edited model; must be new."""
+    model: Path = TEACHER
+    """Model folder, dense or pruned; by default the built-in mini teacher."""
+    erase: tuple[str, ...] = ()
+    """What to erase: `in the style of Claude Monet`, `naked`, ..."""
+    guide: tuple[str, ...] = ("",)
+    """What should stand in its place: one for each, or one for all; by default the empty text."""
+    weights: tuple[float, ...] = ()
+    """How much each counts among the others, for uce; by default all the same."""
+    pairs: Path | None = None
+    """More of them: CSV with the columns erase and guide, and perhaps weight."""
+    subjects: str | None = None
+    """Sentences that hold the concept where `{}` stands, or end with it: a prompt file, or `things`, `people` or
+    `mini`, the mini world's captions that are not held out for its judge. uce takes the texts by themselves as well;
+    concept-prune takes by default `mini` for a model of the mini world, else `things`."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class UceArgs(Uce, _Asked):
+    """Give the texts to erase the keys and values of their guides, in every cross-attention, in closed form."""
+
+    preserve: Path | None = None
+    """Prompt file: texts that should keep their keys and values, as the empty one always does. CSV with a column
+    prompt, or one per line."""
+
+
+@dataclass(frozen=True)
+class ConceptPruneArgs(ConceptPrune, _Asked):
+    """Zero the feed-forward weights that work more for prompts with the concept than for prompts with its guide."""
+
+
+_ARGS: dict[str, type[UceArgs] | type[ConceptPruneArgs]] = {"uce": UceArgs, "concept-prune": ConceptPruneArgs}
+assert _ARGS.keys() == EDITS.keys(), "a command for every edit"
+
+
+def find_frames(subjects: str | None, is_mini: bool, by_default: str | None = None) -> tuple[Frame, ...]:
+    """The sentences that `--subjects` names.
+
+    Raises:
+        UserError: There is neither a set nor a file of that name.
+    """
+    subjects = by_default if subjects is None else subjects
+    if subjects is None:
+        return ()
+    if subjects in FRAMES:
+        return FRAMES[subjects]
+    if subjects == "mini":
+        if not is_mini:
+            raise UserError("--subjects mini is for models of the mini world")
+        return tuple(Frame.of(scene.caption) for scene in SCENES if not scene.style and not is_held_out(scene))
+    if not Path(subjects).exists():
+        raise UserError(f"--subjects {subjects}: no such file, nor a set{nearest(subjects, (*FRAMES, 'mini'))}")
+    return tuple(Frame.of(line) for line in read_prompts(subjects))
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(f"{__doc__}\nuce --help and concept-prune --help say more")
+        return
+    if name not in _ARGS:
+        raise UserError(f"no edit {name!r}{nearest(name, _ARGS)}")
+    args = flags.parse(_ARGS[name], f"bilevel_fast.erase {name}", _ARGS[name].__doc__, args=sys.argv[2:])
+    if args.out.exists():  # better now than after an hour of sampling
+        raise UserError(f"{args.out} exists already; delete it or choose another folder")
+    pairs = make_pairs(args.erase, args.guide, args.weights) if args.erase or args.pairs is None else ()
+    pairs += read_pairs(args.pairs) if args.pairs is not None else ()
+    preserve = tuple(read_prompts(args.preserve)) if isinstance(args, UceArgs) and args.preserve is not None else ()
+    device = pick_device(args.device)
+    folder = load_folder(args.model, device)
+    default = None if isinstance(args, UceArgs) else "mini" if folder.is_mini else "things"
+    frames = find_frames(args.subjects, folder.is_mini, default)
+    check(pairs, preserve, folder.text_encoder)
+    check(framed(pairs, frames), preserve, folder.text_encoder)
+    transformers(folder.structure or Structure.dense(folder.config))  # refuses a model that has none
+    earlier = read_records(args.model)
+    unet = folder.unet().to(device).requires_grad_(False)
+    job = Job(folder, pairs, frames, preserve, earlier, progress=_progress if sys.stderr.isatty() else None)
+    outcome = args.edit(unet, job)
+    save_student(args.out, folder, unet, notes={RECORD: to_json([*earlier, outcome.record])})
+    print(_page(outcome, args.out))
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"\r{done}/{total} prompts", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _page(outcome: Outcome, out: Path) -> str:
+    record = outcome.record
+    lines = [
+        f"{'erased':<9}{pair.erase!r} -> {pair.guide!r}" + (f", weight {pair.weight:g}" if pair.weight != 1 else "")
+        for pair in record.pairs
+    ]
+    lines += [f"{'in':<9}{len(record.frames)} sentences"] if record.frames else []
+    lines += [f"{'skipped':<9}{name}: the model has dropped it" for name in record.skipped]
+    lines += [*outcome.notes, "", table(outcome.table), "", f"{'written':<9}{out}"]
+    return "\n".join(lines)
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Aligned text: a row for each kind of layer; shares in percent, with as many digits as they need."""
+    columns = list(next(iter(rows.values())))
+    cells = [[name, *(_cell(column, row[column]) for column in columns)] for name, row in rows.items()]
+    return _aligned([["", *columns], *cells])
+
+
+def _cell(column: str, value: float) -> str:
+    return f"{100 * value:.3g} %" if column in _PERCENT else f"{value:g}"
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        name, *numbers = map(str.rjust, row, widths)
+        return "  ".join([name.lstrip().ljust(widths[0]), *numbers])
+
+    return "\n".join(map(line, cells))
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
