@@ -5,8 +5,9 @@
     {"cpu": {"group_norm_silu": {"small": "native", "medium": "native"}}}
 
 An architecture is `cpu` or `sm_90` and the like. What the table does not name runs on torch, and so does hardware that
-nobody has measured. `BILEVEL_FAST_OPS=torch` (or another provider) in the environment overrules the table, wherever
-that provider can take the inputs.
+nobody has measured; but a mixture batch runs on Triton on any GPU: torch has no op that does several experts at once.
+`BILEVEL_FAST_OPS=torch` (or another provider) in the environment overrules the table, wherever that provider can take
+the inputs.
 """
 
 import json

@@ -242,8 +242,8 @@ def test_refusals():
     for expert, message in (
         (torch.tensor([0, 1, 4, 0, 0]), "row 2 wants expert 4, there are 4, counted from 0"),
         (torch.tensor([0, 1, 2, 3, -1]), "row 4 wants expert -1, there are 4, counted from 0"),
-        (torch.tensor([0, 1]), "expert: torch.int64 (2,), wanted one whole number for each of 5 rows"),
-        (torch.zeros(5), "expert: torch.float32 (5,), wanted one whole number for each of 5 rows"),
+        (torch.tensor([0, 1]), "expert: torch.int64 of shape (2,), wanted torch.int64, one for each of 5 rows"),
+        (torch.zeros(5), "expert: torch.float32 of shape (5,), wanted torch.int64, one for each of 5 rows"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             mixed(unet, *given, structures, expert)

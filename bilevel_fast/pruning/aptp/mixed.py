@@ -24,7 +24,9 @@ from bilevel_fast.structure import Structure
 from bilevel_fast.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
 from bilevel_kernels.kept import Kept
 
-_PLANS = 32  # assignments of rows to experts that are remembered: a sampler asks with the same one again and again
+# Assignments of rows to experts that are remembered: a sampler asks with the same one again and again. The kernels
+# remember 1024 lists (`bilevel_kernels.kept`), and an assignment has 118 of them in SD 2.1.
+_PLANS = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +108,9 @@ def mixed(
     mix = structures if isinstance(structures, Mix) else Mix(tuple(structures), x.device)
     if mix.structures[0].config != unet.config:
         raise UserError("the experts are cut from another UNet than the one they are to share")
-    if expert.shape != x.shape[:1] or expert.is_floating_point():
+    if expert.shape != x.shape[:1] or expert.dtype != torch.int64:
         raise UserError(
-            f"expert: {expert.dtype} {tuple(expert.shape)}, wanted one whole number for each of {len(x)} rows"
+            f"expert: {expert.dtype} of shape {tuple(expert.shape)}, wanted torch.int64, one for each of {len(x)} rows"
         )
     plan = _plan(mix, tuple(expert.tolist()))
     if plan.order is not None:

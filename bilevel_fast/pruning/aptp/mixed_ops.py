@@ -108,7 +108,7 @@ def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, kept_in: Kept | None = None, kept_out: Kept | None = None
 ) -> Tensor:
     """(B, T, C_in) -> (B, T, C_out): a convolution of 1 x 1 over a map of T x 1 pixels, all of them views."""
-    pixels, weight = x.transpose(1, 2)[..., None], weight[:, :, None, None]
+    pixels, weight = x.contiguous().transpose(1, 2)[..., None], weight[:, :, None, None]
     out = triton_ops.structured_conv2d(pixels, weight, bias, kept_in=kept_in, kept_out=kept_out)
     return out[..., 0].transpose(1, 2)
 
