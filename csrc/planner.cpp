@@ -30,9 +30,8 @@ struct Step {
 using Options = std::vector<Option>;        // ascending in cost and in value
 using Choice = std::vector<std::uint32_t>;  // per group, an index into its options
 
-// The options that no other is as cheap and as good as; of equal ones the first. Costs and values
-// are above the first one's, values in units of 2^exponent, which is exact.
-Options frontier(const Group& group, int exponent) {
+// The options within the budget that no other is as cheap and as good as; of equal ones the first.
+Options frontier(const Group& group, std::int64_t budget) {
   std::vector<std::int32_t> order(group.costs.size());
   std::iota(order.begin(), order.end(), 0);
   const auto rank = [&](std::int32_t i) {
@@ -45,22 +44,23 @@ Options frontier(const Group& group, int exponent) {
   Options kept;
   double best = kNone;
   for (const std::int32_t i : order) {
+    if (group.costs[i] - cost > budget) break;
     if (group.values[i] <= best) continue;
     best = group.values[i];
-    kept.push_back({group.costs[i] - cost, std::ldexp(best - value, -exponent), i});
+    kept.push_back({group.costs[i] - cost, best - value, i});
   }
   return kept;
 }
 
-// The smallest power of two above every difference of values in a group.
-int exponent_of(const std::vector<Group>& groups) {
-  double range = 0.0;
-  for (const Group& group : groups) {
-    const auto [low, high] = std::minmax_element(group.values.begin(), group.values.end());
-    range = std::max(range, *high - *low);
-  }
+// Puts values in units of a power of two, so that none is above 1; returns its exponent.
+int rescale(std::vector<Options>& groups) {
+  double largest = 0.0;
+  for (const Options& options : groups) largest = std::max(largest, options.back().value);
   int exponent = 0;
-  std::frexp(range, &exponent);
+  std::frexp(largest, &exponent);
+  for (Options& options : groups) {
+    for (Option& option : options) option.value = std::ldexp(option.value, -exponent);
+  }
   return exponent;
 }
 
@@ -100,14 +100,18 @@ struct Problem {
 };
 
 Problem::Problem(const std::vector<Group>& given, std::int64_t limit)
-    : exponent(exponent_of(given)), budget(limit), numbers(given.size()), groups(given.size()) {
-  std::vector<Options> options;
-  std::vector<std::vector<Step>> hulls;
-  std::vector<std::int64_t> coarseness;
+    : budget(limit), numbers(given.size()), groups(given.size()) {
   for (const Group& group : given) {
     budget -= *std::min_element(group.costs.begin(), group.costs.end());
-    options.push_back(frontier(group, exponent));
-    hulls.push_back(concave_hull(options.back()));
+  }
+  std::vector<Options> options;
+  for (const Group& group : given) options.push_back(frontier(group, budget));
+  exponent = rescale(options);
+
+  std::vector<std::vector<Step>> hulls;
+  std::vector<std::int64_t> coarseness;
+  for (const Options& mine : options) {
+    hulls.push_back(concave_hull(mine));
     coarseness.push_back(0);
     for (const Step& step : hulls.back())
       coarseness.back() = std::max(coarseness.back(), step.cost);

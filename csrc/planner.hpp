@@ -35,13 +35,12 @@ struct Plan {
   double gap;  // how much more than `value` another plan may be worth; 0: proven to be none
 };
 
-// Two plans are equally good if their values differ by less than this part of what the best plan
-// is worth more than the cheapest one.
+// Plans are equally good if their values differ by less than this part of the relaxation of all
+// groups, which is at most twice what the best plan is worth more than the cheapest one.
 constexpr double kPrecision = 1e-11;
 
 // The best plan of cost <= budget. `lengths` are the states that a list may have, 1 to 2^31, one
-// try after the other. A state takes about 150 bytes while its group is decided, and 8 from then
-// on.
+// try after the other. A state takes about 200 bytes while its group is decided, and 8 after.
 //
 // The caller has checked that a plan exists (the sum of the groups' least costs is within the
 // budget), and that the sums of the groups' largest costs and of twice their largest absolute

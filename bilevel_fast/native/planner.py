@@ -29,7 +29,7 @@ class Plan(NamedTuple):
 def plan(costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int) -> Plan:
     """Choose one option of every group: the highest total value whose total cost fits the budget. Deterministic.
 
-    Optimal to 1e-11 of what the best plan is worth more than the cheapest one. Where value per cost is nearly the same
+    Optimal to 2e-11 of what the best plan is worth more than the cheapest one. Where value per cost is nearly the same
     everywhere, the longest lists may fail to prove that: then `gap` is positive. Other threads run meanwhile.
 
     Args:

@@ -1,8 +1,10 @@
 """The multiple-choice knapsack: optimal by brute force and by independent solvers, or honest about what it missed."""
 
 import itertools
+import os
 import threading
 import time
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -62,7 +64,7 @@ def test_equals_brute_force(groups, budget, unit):
 
 
 @settings(max_examples=300, deadline=None)
-@given(GROUPS, st.integers(0, 40), st.integers(1, 3))
+@given(GROUPS, st.integers(0, 40), st.integers(1, 6))
 def test_short_lists_find_a_plan_and_bound_the_best(groups, surplus, length):
     budget = best_of(groups, 0)[1] + surplus
     best, _ = best_of(groups, budget)
@@ -131,6 +133,12 @@ def test_takes_the_budget_to_the_last_unit():
     half = 2**62 - 1
     assert plan([[0, half], [1, half + 1]], [[0.0, 3.0], [0.0, 2.0]], 2 * half) == ((1, 0), 3.0, half + 1, 0.0)
     assert plan([[0, half], [1, half + 1]], [[0.0, 3.0], [0.0, 2.0]], 2**70) == ((1, 1), 5.0, 2 * half + 1, 0.0)
+
+
+def test_what_does_not_fit_has_no_say():
+    """Neither in the bounds nor in what counts as equally good: here best value per cost first is not optimal."""
+    costs, values = [[0, 2], [0, 3], [0, 10**6]], [[0.0, 3.0], [0.0, 4.0], [0.0, 1e30]]
+    assert plan(costs, values, 3) == ((0, 1, 0), 4.0, 3, 0.0)
 
 
 def test_nothing_to_decide():
@@ -210,23 +218,43 @@ def test_states_of_all_lists_are_bounded():
         assert found.value < best.value <= found.value + found.gap
 
 
-def test_other_threads_run_meanwhile():
-    costs, values, budget = hard(2)
-    times = []
+def watched(function, look):
+    """What `look` saw in the middle half of the time in which another thread was in `function`."""
+    times, seen = [], []
 
     def work():
         times.append(time.perf_counter())
-        plan(costs, values, budget)
+        function()
         times.append(time.perf_counter())
 
-    worker, ticks = threading.Thread(target=work), []
+    worker = threading.Thread(target=work)
     worker.start()
     while worker.is_alive():
         time.sleep(0.002)
-        ticks.append(time.perf_counter())
+        seen.append((time.perf_counter(), look()))
     start, end = times
-    middle = [t for t in ticks if start + 0.25 * (end - start) < t < start + 0.75 * (end - start)]
-    assert len(middle) > 3
+    return [found for when, found in seen if start + 0.25 * (end - start) < when < start + 0.75 * (end - start)]
+
+
+def test_other_threads_run_meanwhile():
+    costs, values, budget = hard(2)
+    assert len(watched(lambda: plan(costs, values, budget), lambda: None)) > 3
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_options():
+    """Four million states would take 160 MB."""
+    rng = np.random.default_rng(0)
+    costs = [2 * rng.integers(1, 10**9, 1000) for _ in range(3)]
+    budget = sum(int(c.max()) for c in costs) // 4 * 2 + 1
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    with patch.object(planner, "LENGTHS", (2**12,)):
+        seen = watched(lambda: plan(costs, [c.astype(float) for c in costs], budget), resident)
+    assert max(seen) - before < 40e6
 
 
 @pytest.mark.parametrize(
