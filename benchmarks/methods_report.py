@@ -80,11 +80,13 @@ def table(rows: list[Row]) -> str:
         lines.append(f"| {name}, which leaves {ratio:.2f} of the MACs | {' | '.join(cells)} |")
     if teachers := found["teacher"]["fid"][0]:
         lines.append(f"| teacher, all of the MACs | 0 | {spread(teachers, len(seeds))} |" + " - |" * len(heads[2:]))
-    machines = {f"{r['device']}, torch {r['torch']}, commit {r['commit']}, {r['date']}" for r in rows}
+    commits = ", ".join(dict.fromkeys(str(row["commit"]) for row in rows))
+    machines = "; ".join(sorted({f"{r['device']}, torch {r['torch']}, {r['date']}" for r in rows}))
     config = rows[-1]["config"]
     judged = f"FID of {len(STYLES) * config['judged']} drawings"
     how = f"{last} steps of {config['batch']} images at learning rate {config['lr']:g}; {judged}."
-    return "\n".join([*lines, "", *findings(found, last), "", how, f"Measured on {'; '.join(sorted(machines))}."])
+    says = [*findings(found, last), how, f"Measured on {machines}, commits {commits}."]
+    return "\n".join([*lines, "", *says])
 
 
 def findings(found: dict[str, dict[str, Points]], last: int) -> list[str]:

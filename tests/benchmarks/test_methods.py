@@ -166,7 +166,7 @@ def test_table():
     assert "At 0.55, both together gets to where the diffusion loss alone ends: error to the truth after 100" in text
     assert "from pruned weights gets to where a start from random weights ends: error to the truth after 0" in text
     assert "600 steps of 4 images at learning rate 0.0003; FID of 72 drawings." in text
-    assert "Measured on d, torch t, commit c, x." in text
+    assert "Measured on d, torch t, x, commits c." in text
 
 
 def test_plots(tmp_path):
