@@ -111,9 +111,12 @@ def marks() -> tuple[str, str]:
 
 
 def main() -> None:
-    if sys.argv[1:] and sys.argv[1] in COMMANDS:
-        COMMANDS[sys.argv[1]](sys.argv[2:])
+    first = next(iter(sys.argv[1:]), "")
+    if first in COMMANDS:
+        COMMANDS[first](sys.argv[2:])
         return
+    if first and not first.startswith("-"):
+        method(first, COMMANDS)  # mistyped: said before the flags, which may be those of what was meant
     commands = "\n".join(f"  {name:<12} {function.__doc__}" for name, function in COMMANDS.items())
     args = flags.parse(Args, "bilevel_fast.prune", f"{__doc__}\n\nInstead of a method:\n{commands}")
     prune = method(args.method)

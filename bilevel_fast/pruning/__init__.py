@@ -1,6 +1,6 @@
 """Pruning methods: functions (teacher, budget, calibration) -> Structure, by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from bilevel_fast.errors import UserError, nearest
 from bilevel_fast.pruning.bk_sdm import FIXED, TINY, bk_sdm_base, bk_sdm_small
@@ -46,8 +46,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method(name: str) -> Method:
-    """Look up a pruning method.
+def method(name: str, besides: Iterable[str] = ()) -> Method:
+    """Look up a pruning method; `besides` are words that may have been meant, too.
 
     Raises:
         UserError: There is none of that name; the nearest are suggested.
@@ -55,7 +55,7 @@ def method(name: str) -> Method:
     if name == "bk-sdm-tiny":
         raise UserError(TINY)
     if name not in METHODS:
-        raise UserError(f"no pruning method {name!r}{nearest(name, METHODS)}")
+        raise UserError(f"no pruning method {name!r}{nearest(name, (*METHODS, *besides))}")
     return METHODS[name]
 
 

@@ -132,7 +132,8 @@ def read_latencies(path: Path, config: UNetConfig, batch: int | None = None) -> 
     for row in rows:
         for name in row["config"]["sites"]:
             if name not in known:
-                raise UserError(f"{path}:{row['line']}: no site {name!r} in this UNet{nearest(name, known)}")
+                of = f"; rows of {row['config']['model']}" if "model" in row["config"] else nearest(name, known)
+                raise UserError(f"{path}:{row['line']}: no site {name!r} in this UNet{of}")
             points[name][_counts(row, known[name], path)] = row["value"]
     table = {name: _site(known[name], costs[name], found, path) for name, found in points.items()}
     return ReadLatencies(table, settings.pop())

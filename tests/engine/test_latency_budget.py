@@ -122,6 +122,7 @@ def test_divides_what_a_transformer_saves_by_macs(write):
         ([row(FIRST, {"groups": 5}, 1.0)], None, "13: down_blocks.0.resnets.0 keeps 5 of 'groups', wanted 1..4"),
         ([row(FIRST, {"ff": 3}, 1.0)], None, "13: down_blocks.0.resnets.0 keeps None of 'groups'"),
         ([row("down_blocks.9.resnets.0", {"groups": 3}, 1.0)], None, "13: no site 'down_blocks.9.*did you mean"),
+        ([row("mid", {"groups": 3}, 1.0, model="sd21")], None, "13: no site 'mid' in this UNet; rows of sd21$"),
         ([row(FIRST, {"groups": 3}, 1.0, batch=4)], None, "several settings, wanted one: batch 1, .*; batch 4,"),
         ([row(FIRST, {"groups": 3}, 1.0) | {"device": "other"}], None, "several settings"),
         ([], 4, "has no rows of sites at batch 4"),

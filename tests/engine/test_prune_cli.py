@@ -254,6 +254,9 @@ def test_refusals(teacher, run, tmp_path):
     assert run("uniform", "--teacher", teacher, "--out", pruned)[0] == 0
     cases = {
         "no pruning method 'magnitud'; did you mean 'magnitude'": ("magnitud", "--out", out),
+        "no pruning method 'rout'; did you mean 'route'": ("rout", "runs/aptp", "--prompts", "a star"),
+        "no pruning method 'aptpp'; did you mean 'aptp'": ("aptpp", "--experts", 4, "--out", out),
+        "no pruning method 'unifrom'; did you mean 'uniform'": ("--out", out, "unifrom"),
         r"budget 0.1 is too small: keeping 25% of every width vector takes 0\.\d+ of the dense MACs": (
             ("uniform", "--teacher", teacher, "--budget", 0.1, "--out", out)
         ),
