@@ -137,6 +137,7 @@ def run(config: AptpConfig) -> dict[str, Any]:
     teacher = folder.unet().to(device)
     teacher.recompute = config.recompute
     training = RouterTraining(teacher, folder.schedule, budget, encoder.width, config.batch, config)
+    planned(folder.config, training.router.gates()[:1], budget)  # a budget out of reach: better now than afterwards
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
         if not (place.path / INDEX).exists():
             prompts = training_prompts(source, config.max_prompts)
