@@ -203,7 +203,7 @@ class Eraser(ABC):
 
 
 Rule = Callable[[Tensor, FlatParameters], None]
-"""rule(g, flat): g (N,) is the suppression gradient, `flat.gradient` the lower loss's, which becomes what is descended."""
+"""rule(g, flat): g (N,) is the suppression gradient, `flat.gradient` the lower loss's, and then what is descended."""
 
 
 class Suppression:

@@ -33,6 +33,26 @@ class Lower:
 
 
 @dataclass(frozen=True)
+class Ablation:
+    """Concept Ablation."""
+
+    keep: float = 1.0
+    """Weight of the diffusion loss on anchor images and prompts; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class Esd:
+    """Erased Stable Diffusion."""
+
+    guidance: float = 3.0
+    """Classifier-free guidance of the half painted samples."""
+    steps: int = 50
+    """DDIM steps of a whole sample, at least 3; 1 to steps - 2 of them are painted."""
+    compat: bool = False
+    """Name the timestep as the released script does: 19 too high at 50 steps."""
+
+
+@dataclass(frozen=True)
 class Upper:
     """The upper level suppresses the concept: an eraser's loss on concept images, and a penalty that keeps the rest."""
 
@@ -45,19 +65,24 @@ class Upper:
     warmup: int = 250
     """Upper steps of linear warm-up; the first has learning rate 0."""
     eraser: str = "guidance"
-    """What the student is taught on the concept: guidance (away from it) or anchor-kd (its anchor)."""
+    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation or esd."""
+    source: Literal["paper", "teacher", "start", "self"] = "paper"
+    """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
+    student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
     subset: str = "full"
     """Parameters that upper steps move, by preset (esd-x, esd-u, selfattn, full) or pattern, separated by commas."""
     surgery: bool = False
     """First take out of the suppression gradient what runs against the lower loss's gradient (PCGrad)."""
     eta: float = 1.0
-    """How far the target is pushed beyond the anchor, away from the concept; 0 imitates the anchor."""
+    """How far the target is pushed beyond the anchor, away from the concept; 0 imitates it. For guidance, esd."""
     anchor: Literal["phrase", "null"] = "phrase"
     """What the teacher is asked instead: the caption without the concept phrase, or the empty prompt."""
     penalty: float = 1.0
     """Lambda: weight of the lower loss on the last lower batch, added to the upper loss; see benchmarks.frontier."""
     penalty_norm: Literal["grad", "raw"] = "grad"
     """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
+    ablation: Ablation = field(default_factory=Ablation)
+    esd: Esd = field(default_factory=Esd)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,8 @@ def levels(
     lower, upper, dtype = config.lower, config.upper, compute_dtype(config.precision, device)
     schedule = materials.schedule.to(device)
     student.recompute = config.recompute
+    suppress = materials.concepts is not None and upper.every > 0
+    start = erasers.start(upper, student, dtype) if suppress else None
     flat = FlatParameters(student, dtype, average=config.ema is not None)
     make = partial(AdamW, decay=config.ema or 0.0)
     optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)
@@ -99,7 +101,9 @@ def levels(
     if materials.concepts is None or not upper.every:
         return first, None
     batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
-    eraser, hold = erasers.make(upper), erasers.holder(flat, upper.subset)
+    null = encoder.encode([""]).to(device)
+    eraser = erasers.make(upper, erasers.Scene(answers.teacher, start, student, null))
+    hold = erasers.holder(flat, upper.subset)
     suppression = Suppression(
         fine_tuning, eraser, upper.penalty, upper.penalty_norm, flat, hold=hold, surgery=upper.surgery
     )

@@ -100,14 +100,14 @@ def sample(
         return out
 
     def move(x: Tensor, m: Tensor, t: int) -> Tensor:
-        return _move(schedule, x, m, t, t - schedule.num_train_timesteps // steps)
+        return ddim_step(schedule, x, m, t, t - schedule.num_train_timesteps // steps)
 
     walk = _pndm if method == "pndm" else _ddim
     return walk(ask, move, x_T.float(), grid)
 
 
-def _move(schedule: Schedule, x: Tensor, m: Tensor, t: int, t_next: int) -> Tensor:
-    """One deterministic update from t to t_next; below 0 lies the end of the schedule."""
+def ddim_step(schedule: Schedule, x: Tensor, m: Tensor, t: int, t_next: int) -> Tensor:
+    """One deterministic update of x (B, C, H, W) from t to t_next by a network output m; below 0 lies the end."""
     abar = schedule.alphas_cumprod
     final = torch.ones_like(abar[0]) if schedule.set_alpha_to_one else abar[0]
     abar_next = abar[t_next] if t_next >= 0 else final

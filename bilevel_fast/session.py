@@ -19,6 +19,7 @@ from bilevel_fast.checkpoint import GracefulStop, latest
 from bilevel_fast.config import VOLATILE, TrainConfig
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.engine import Materials, Places, Progress, compute_dtype, fit
+from bilevel_fast.erasing.upper import UPPER
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.macs import count
@@ -87,8 +88,17 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
     else:
         data = _cache(config.data, "--data", "images", folder)
         concepts = _cache(config.concepts, "--concepts", "concepts", folder)
+        _say_what_the_bank_shows(config, concepts)
         assert data is not None
     return Materials(teacher, folder.schedule, folder.text_encoder, data, concepts)
+
+
+def _say_what_the_bank_shows(config: TrainConfig, bank: Cache | None) -> None:
+    wanted = UPPER[config.upper.eraser].shows
+    if bank is not None and (shows := bank.index.recipe.get("shows", "prompt")) != wanted:
+        _log.warning(
+            "the images of --concepts were drawn by their %s, %s wants the %s", shows, config.upper.eraser, wanted
+        )
 
 
 def _cache(path: Path | None, flag: str, kind: str, folder: ModelFolder) -> Cache | None:

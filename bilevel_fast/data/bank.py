@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,8 @@ from bilevel_fast.folder import ModelFolder
 from bilevel_fast.generate import generate
 from bilevel_fast.randomness import Stream
 from bilevel_fast.weights import DIGEST, fingerprint
+
+Shows = Literal["prompt", "anchor"]
 
 SHARD_BATCHES = 4  # what a killed run draws again
 
@@ -135,6 +137,7 @@ def make_bank(
     size: int | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    shows: Shows = "prompt",
 ) -> Cache:
     """Draw a bank with PNDM and keep the latents, the prompts and their anchors. Goes on after a killed run.
 
@@ -153,6 +156,8 @@ def make_bank(
         size: Of the latents; by default what the UNet was made for, 96 (768 pixels) for Stable Diffusion 2.1.
         device: To draw on; the text encoder and the VAE stay where they are.
         progress: Called with the samples done and to do.
+        shows: What the images are drawn by. With `anchor` they lack the concept that their captions name, as Concept
+            Ablation (arXiv:2303.13516) wants them.
 
     Raises:
         UserError: The counts do not fit, or `out` holds another cache.
@@ -168,6 +173,7 @@ def make_bank(
     recipe: dict[str, Any] = {part: fingerprint(folder.path / part) for part in ("unet", "text_encoder", "scheduler")}
     recipe |= {"prompts": _digest([*prompts, *anchors]), "count": count, "seed": seed}
     recipe |= {"guidance": guidance, "steps": steps, "batch": batch}
+    recipe |= {"shows": shows} if shows != "prompt" else {}  # banks of the past say nothing
     index = Index("concepts", (folder.config.in_channels, size, size), folder.vae_fingerprint, recipe=recipe)
     out = Path(out)
     if (out / INDEX).exists():
@@ -182,7 +188,7 @@ def make_bank(
             unet,
             folder.schedule,
             folder.text_encoder,
-            [prompts[row % len(prompts)] for row in rows],
+            [(prompts if shows == "prompt" else anchors)[row % len(prompts)] for row in rows],
             rows,
             seed=seed,
             size=(size, size),

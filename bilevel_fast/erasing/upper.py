@@ -1,19 +1,49 @@
 """The erasers of the upper level by name, as `train --upper.eraser` takes them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel_fast.bilevel import Eraser
 from bilevel_fast.config import Upper
+from bilevel_fast.data.bank import Shows
+from bilevel_fast.erasing.esd import Esd
+from bilevel_fast.erasing.sources import Itself, Source, Start
 from bilevel_fast.erasing.subsets import subset
-from bilevel_fast.erasing.targets import Guidance
+from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.errors import UserError, nearest
 from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.runfolder import flatten
+from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What erasers are made of.
+
+    Attributes:
+        teacher: The dense one.
+        start: The student as the run found it; None where no eraser asks for it.
+        student: What is trained.
+        null: (1, L, D) states of the null prompt, on the device.
+    """
+
+    teacher: Teacher
+    start: Start | None
+    student: UNet
+    null: Tensor
+
+    def source(self, upper: Upper) -> Teacher:
+        """Who the target comes from."""
+        name = source_of(upper)
+        if name == "start":
+            assert self.start is not None
+            return self.start
+        return self.teacher if name == "teacher" else Itself(self.student)
 
 
 @dataclass(frozen=True)
@@ -21,26 +51,51 @@ class Kind:
     """How an eraser is made.
 
     Attributes:
-        make: From the settings.
+        make: From the settings and the scene.
         reads: The settings in `OWN` that it reads; it is refused with others.
+        source: Whose answers its paper takes as target; None where the setting `source` is not read.
+        shows: What its paper wants the images of the bank to show.
     """
 
-    make: Callable[[Upper], Eraser]
+    make: Callable[[Upper, Scene], Eraser]
     reads: tuple[str, ...] = ()
+    source: Source | None = None
+    shows: Shows = "prompt"
 
 
-OWN = ("eta",)
+OWN = ("eta", "source", "ablation", "esd")
 """Settings that only some erasers read."""
 
 UPPER: dict[str, Kind] = {
-    "guidance": Kind(lambda upper: Guidance(upper.eta), reads=("eta",)),
-    "anchor-kd": Kind(lambda upper: Guidance(0.0)),
+    "guidance": Kind(lambda upper, scene: Guidance(upper.eta), reads=("eta",)),
+    "anchor-kd": Kind(lambda upper, scene: Guidance(0.0)),
+    "concept-ablation": Kind(
+        lambda upper, scene: ConceptAblation(scene.source(upper), upper.ablation.keep),
+        reads=("source", "ablation"),
+        source="start",
+        shows="anchor",
+    ),
+    "esd": Kind(
+        lambda upper, scene: Esd(scene.source(upper), scene.null, upper.eta, **vars(upper.esd)),
+        reads=("eta", "source", "esd"),
+        source="start",
+    ),
 }
 
 
-def make(upper: Upper) -> Eraser:
+def source_of(upper: Upper) -> Source | None:
+    """The source that the settings mean; None where the eraser has none."""
+    return UPPER[upper.eraser].source if upper.source == "paper" else upper.source
+
+
+def start(upper: Upper, student: UNet, dtype: torch.dtype) -> Start | None:
+    """A copy of the student, before its first step, if the eraser wants one. To be made before the parameters move."""
+    return Start(student, dtype) if source_of(upper) == "start" else None
+
+
+def make(upper: Upper, scene: Scene) -> Eraser:
     """The eraser that the settings name; `check` has passed them."""
-    return UPPER[upper.eraser].make(upper)
+    return UPPER[upper.eraser].make(upper, scene)
 
 
 def holder(flat: FlatParameters, which: str) -> Callable[[], object]:
@@ -65,9 +120,15 @@ def check(upper: Upper) -> None:
     """
     if upper.eraser not in UPPER:
         raise UserError(f"--upper.eraser {upper.eraser!r} does not exist{nearest(upper.eraser, UPPER)}")
-    default = Upper()
-    for name in OWN:
-        value: Any = getattr(upper, name)
-        if name not in UPPER[upper.eraser].reads and value != getattr(default, name):
-            readers = ", ".join(other for other, kind in UPPER.items() if name in kind.reads)
-            raise UserError(f"--upper.{name} is {value}, but eraser {upper.eraser!r} does not read it; {readers} does")
+    given, default = (flatten(asdict(settings)) for settings in (upper, Upper()))
+    for name, value in given.items():
+        section = name.partition(".")[0]
+        if section in OWN and section not in UPPER[upper.eraser].reads and value != default[name]:
+            readers = ", ".join(other for other, kind in UPPER.items() if section in kind.reads)
+            raise UserError(
+                f"--upper.{name.replace('_', '-')} is {value}, but eraser {upper.eraser!r} does not read it; "
+                f"those that do: {readers}"
+            )
+    good = {"ablation.keep": upper.ablation.keep >= 0, "esd.steps": upper.esd.steps >= 3}
+    for name in (name for name, fine in good.items() if not fine):
+        raise UserError(f"--upper.{name} is {given[name]}, outside its range; --help says what it means")

@@ -6,15 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bilevel_fast.bilevel import bilevel, project
-from bilevel_fast.config import Upper
+from bilevel_fast.bilevel import Answers, bilevel, project
+from bilevel_fast.config import Ablation, Upper
+from bilevel_fast.config import Esd as EsdSettings
+from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Schedule, noise
 from bilevel_fast.erasing import upper as erasers
+from bilevel_fast.erasing.esd import Esd
+from bilevel_fast.erasing.sources import Itself, Start
 from bilevel_fast.erasing.subsets import subset
-from bilevel_fast.erasing.targets import Guidance
+from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.errors import UserError
 from bilevel_fast.graphs import Graphs
 from bilevel_fast.parameters import FlatParameters, dot
+from bilevel_fast.randomness import Stream, integers
+from bilevel_fast.teacher import Teacher
 from bilevel_fast.train import parse
 from replay import on_the_cpu
 from world import ETA, SEED, B, Descent, make_batch, make_levels, make_models
@@ -63,9 +69,143 @@ def test_guidance_and_anchor_kd(eta):
     assert lower.gradient.answers.teacher.images == B + (2 * B if eta else B)
 
 
+def make(upper, dtype=torch.float32):
+    """An eraser as the engine makes it, and its scene."""
+    teacher, student = make_models()
+    scene = erasers.Scene(Teacher(teacher), erasers.start(upper, student, dtype), student, torch.zeros(1, 5, 16))
+    return erasers.make(upper, scene), scene
+
+
 def test_names():
-    assert (erasers.make(Upper()).eta, erasers.make(Upper(eta=0.3)).eta) == (1.0, 0.3)
-    assert erasers.make(Upper(eraser="anchor-kd")).eta == 0.0
+    assert (make(Upper())[0].eta, make(Upper(eta=0.3))[0].eta) == (1.0, 0.3)
+    assert make(Upper(eraser="anchor-kd"))[0].eta == 0.0
+    ablation, scene = make(Upper(eraser="concept-ablation", ablation=Ablation(0.5)))
+    assert (ablation.keep, ablation.source) == (0.5, scene.start)
+    esd, scene = make(Upper(eraser="esd", eta=0.5, source="teacher", esd=EsdSettings(2.0, 10, True)))
+    assert (esd.eta, esd.guidance, esd.steps, esd.compat) == (0.5, 2.0, 10, True)
+    assert esd.source is scene.teacher
+    assert scene.start is None, "no copy that nobody asks"
+    itself, scene = make(Upper(eraser="esd", source="self"))
+    assert itself.source.unet is scene.student
+
+
+@pytest.mark.parametrize("source", ["start", "teacher", "self"])
+@pytest.mark.parametrize("keep", [0.0, 0.5])
+def test_concept_ablation(source, keep):
+    teacher, student = make_models()
+    _, moved = make_models()
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1.05)
+    frozen = {"start": Start(student, torch.float32), "teacher": Teacher(teacher), "self": Itself(moved)}[source]
+    answers = Answers(Teacher(teacher), Schedule.sd(), SEED)
+    batch = make_batch(1, 0).drawn(SEED, 1000)
+    loss = ConceptAblation(frozen, keep).loss(moved, answers, batch)
+    x, t, abar = noised(batch).x, batch.t, Schedule.sd().alphas_cumprod[batch.t][:, None, None, None]
+    target = {"start": student, "teacher": teacher, "self": moved}[source](x, t, batch.anchor).out.detach()
+    expected = F.mse_loss(moved(x, t, batch.text).out, target)
+    torch.testing.assert_close(loss.terms["suppression"], expected.detach(), rtol=1e-4, atol=0)
+    if keep:
+        v = abar.sqrt() * batch.eps - (1 - abar).sqrt() * batch.latents
+        anchor = F.mse_loss(moved(x, t, batch.anchor).out, v)
+        torch.testing.assert_close(loss.terms["anchor"], anchor.detach(), rtol=1e-4, atol=0)
+        expected = expected + keep * anchor
+    torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=0)
+    mine, theirs = gradients(loss.total, moved), gradients(expected, moved)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert all(p.grad is None for p in (*teacher.parameters(), *frozen.unet.parameters()))
+
+
+def test_the_frozen_copy_stays_where_it_was():
+    """The student moves, its parameters lie in flat buffers; the copy has its own, in what it computes with."""
+    student = make_models()[1]
+    start = Start(student, torch.bfloat16)
+    lower, upper = make_levels(make_models()[0], student, eraser=ConceptAblation(start, 1.0))
+    for _ in bilevel(lower, upper, 1, 0, 4):
+        pass
+    for (name, p), before in zip(start.unet.named_parameters(), make_models()[1].parameters(), strict=True):
+        assert torch.equal(p, before.bfloat16()), name
+        assert p.untyped_storage().data_ptr() != student.get_parameter(name).untyped_storage().data_ptr()
+
+
+def test_the_student_itself_is_asked_as_it_is_now():
+    student = make_models()[1]
+    lower, upper = make_levels(make_models()[0], student, penalty=0.0, eraser=ConceptAblation(Itself(student), 0.0))
+    assert all(p.requires_grad for p in student.parameters())
+    batch = upper.batches(0)
+    for factor in (1.0, 1.1):
+        with torch.no_grad():
+            upper.optimizer.flat.master.mul_(factor)
+        x = noised(batch).x
+        with torch.no_grad():
+            expected = F.mse_loss(student(x, batch.t, batch.text).out, student(x, batch.t, batch.anchor).out)
+        lower.gradient(lower.batches(0))
+        torch.testing.assert_close(upper.gradient(batch).total, expected, rtol=1e-4, atol=0)
+
+
+STEPS = 10  # of a whole sample; the grid of 1000 timesteps is 901, 801, ..., 1
+
+
+def painted(student, null, batch, guidance):
+    """ESD's samples one by one, with nothing of the engine but the random numbers and the UNet."""
+    abar = Schedule.sd().alphas_cumprod
+    done = 1 + integers(SEED, Stream.TIMESTEP, batch.index, STEPS - 2)
+    for row, n in enumerate(done.tolist()):
+        x, text = batch.eps[row : row + 1], batch.text[row : row + 1]
+        for k in range(n):
+            t = 901 - 100 * k
+            now = torch.tensor([t])
+            v_u, v_c = student(x, now, null).out, student(x, now, text).out
+            v = v_u + guidance * (v_c - v_u)
+            x0, eps = abar[t].sqrt() * x - (1 - abar[t]).sqrt() * v, abar[t].sqrt() * v + (1 - abar[t]).sqrt() * x
+            x = abar[t - 100].sqrt() * x0 + (1 - abar[t - 100]).sqrt() * eps
+        yield x, n
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_esd(compat):
+    teacher, student = make_models()
+    start, null = Start(make_models()[1], torch.float32), torch.randn(1, 5, 16)
+    answers = Answers(Teacher(teacher), Schedule.sd(), SEED)
+    batch = make_batch(1, 1)
+    loss = Esd(start, null, 0.7, 3.0, STEPS, compat).loss(student, answers, batch)
+    batch, errors, counts = batch.drawn(SEED, 1000), [], set()
+    with torch.no_grad():
+        samples = list(painted(student, null, batch, 3.0))
+    for row, (x, n) in enumerate(samples):
+        counts.add(n)
+        # 901 - 100 n is the noise that is in x; the other one is 99 more, as 1000 - 20 n is 19 more at 50 steps
+        t = torch.tensor([1000 - 100 * n if compat else 901 - 100 * n])
+        text, anchor = batch.text[row : row + 1], batch.anchor[row : row + 1]
+        c, a = (start.unet(x, t, states).out for states in (text, anchor))
+        errors.append(F.mse_loss(student(x, t, text).out, a - 0.7 * (c - a)))
+    expected = torch.stack(errors).mean()
+    assert len(counts) > 1, "samples must take different numbers of steps"
+    torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=0)
+    for a, b in zip(gradients(loss.total, student), gradients(expected, student), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    # the frozen copy saw two prompts per sample; the teacher was not asked
+    assert (start.images, answers.teacher.images) == (2 * B, 0)
+
+
+def test_esd_at_fifty_steps():
+    esd = Esd(Teacher(make_models()[0]), torch.zeros(1, 5, 16), 1.0, 3.0, 50, False)
+    assert [esd.timestep(Schedule.sd(), n) for n in (1, 24, 48)] == [961, 501, 21]
+    esd.compat = True
+    assert [esd.timestep(Schedule.sd(), n) for n in (1, 24, 48)] == [980, 520, 40]
+
+
+def test_an_esd_sample_does_not_depend_on_its_batch():
+    _, student = make_models()
+    answers = Answers(Teacher(make_models()[0]), Schedule.sd(), SEED)
+    esd = Esd(answers.teacher, torch.zeros(1, 5, 16), 1.0, 3.0, STEPS, False)
+    batch = make_batch(1, 0)
+    alone = Batch(batch.latents[1:2], batch.text[1:2], batch.anchor[1:2], batch.index[1:2])
+    together, alone = esd.paint(student, answers, batch), esd.paint(student, answers, alone)
+    (place,) = (together[2] == 1).nonzero()[0].tolist()
+    torch.testing.assert_close(together[0][place], alone[0][0], rtol=1e-4, atol=1e-4)
+    assert together[1][place] == alone[1][0]
 
 
 def run(steps, every=2, walk=None, **settings):
@@ -203,6 +343,19 @@ def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(capl
     [
         (["--upper.eraser", "guidence"], "--upper.eraser 'guidence' does not exist; did you mean 'guidance'?"),
         (["--upper.eraser", "anchor-kd", "--upper.eta", "2"], "--upper.eta is 2.0, but eraser 'anchor-kd' does not"),
+        (
+            ["--upper.source", "self"],
+            "--upper.source is self, but eraser 'guidance' does not read it; those that do: co",
+        ),
+        (
+            ["--upper.esd.steps", "20"],
+            "--upper.esd.steps is 20, but eraser 'guidance' does not read it; those that do: e",
+        ),
+        (["--upper.eraser", "esd", "--upper.esd.steps", "2"], "--upper.esd.steps is 2, outside its range"),
+        (
+            ["--upper.eraser", "concept-ablation", "--upper.ablation.keep", "-1"],
+            "--upper.ablation.keep is -1.0, outside",
+        ),
     ],
 )
 def test_refused(flags, message):
