@@ -63,17 +63,24 @@ def test_equals_brute_force(groups, budget, unit):
     assert (found.value, found.gap) == (best, 0.0)
 
 
-@settings(max_examples=300, deadline=None)
-@given(GROUPS, st.integers(0, 40), st.integers(1, 6))
-def test_short_lists_find_a_plan_and_bound_the_best(groups, surplus, length):
-    budget = best_of(groups, 0)[1] + surplus
-    best, _ = best_of(groups, budget)
-    with patch.object(planner, "LENGTHS", (length,)):
-        found = plan(*split(groups), budget)
-    assert (found.value, found.cost) == totals(groups, found.choice)
-    assert found.cost <= budget
-    assert found.gap >= 0.0
-    assert found.value <= best <= found.value + found.gap + 1e-9
+@pytest.mark.parametrize("length", [1, 2, 3, 6, 12])
+def test_short_lists_find_a_plan_and_bound_the_best(length):
+    """No plan is better by more than the gap."""
+    rng, gaps = np.random.default_rng(length), []
+    for _ in range(150):
+        costs = [rng.integers(0, 1000, 4) for _ in range(7)]
+        values = [c / 1000 + 0.1 * rng.random(4) for c in costs]
+        least = sum(int(c.min()) for c in costs)
+        budget = int(least + rng.random() * (sum(int(c.max()) for c in costs) - least))
+        sums, worth = (np.stack(np.meshgrid(*x)).sum(0) for x in (costs, values))
+        best = worth[sums <= budget].max()
+        with patch.object(planner, "LENGTHS", (length,)):
+            found = plan(costs, values, budget)
+        check(found, costs, values, budget)
+        assert 0.0 <= found.gap <= max(np.ptp(v) for v in values)  # no more than one step of a hull
+        assert found.value - 1e-9 <= best <= found.value + found.gap + 1e-9
+        gaps.append(found.gap)
+    assert 0 < sum(gap > 0 for gap in gaps) < 150
 
 
 @pytest.mark.parametrize(("seed", "count", "longest"), [(0, 30, 400), (1, 30, 400), (2, 70, 400), (3, 70, 10**6)])
