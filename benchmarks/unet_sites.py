@@ -1,6 +1,7 @@
 """The latency of every distinct site of a UNet alone, at several kept widths: what a latency budget is planned with.
 
-`python -m benchmarks.unet --sites`. A row says which sites have that shape, so that a sum over sites can be formed.
+`python -m benchmarks.unet --sites --out sites.jsonl`, and `python -m bilevel_fast.prune METHOD --latency sites.jsonl`.
+A row says which sites have that shape, so that a sum over sites can be formed.
 """
 
 import dataclasses

@@ -154,7 +154,7 @@ def main() -> None:
     print(f"\nlatents {latent}x{latent}, {text} text tokens")
     if timed is not None:
         taken = prices.of(structure)
-        change = f"{prices.dense / RESOLUTION:.3f} ms -> {taken / RESOLUTION:.3f} ms"
+        change = f"{prices.dense / RESOLUTION:.4g} ms -> {taken / RESOLUTION:.4g} ms"
         print(f"time        {change}: {taken / prices.dense:.4f}{limit}")
         print(f"            of the sites alone, by {args.latency}: {timed.settings}")
         limit = ""

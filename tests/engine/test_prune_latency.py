@@ -76,7 +76,7 @@ def test_the_plan_costs_what_it_says(method, teacher, write, run, tmp_path):
     share, left, dense = taken(structure, path)
     limit = "budget 0.7" if goal else f"fixed by {method}"
     assert not goal or (0.6 if structure.dropped else 0.69) < share <= 0.7
-    assert f"time        {dense:.3f} ms -> {left:.3f} ms: {share:.4f}, {limit}\n" in stdout
+    assert f"time        {dense:.4g} ms -> {left:.4g} ms: {share:.4f}, {limit}\n" in stdout
     assert f"of the sites alone, by {path}: batch 1, latent 8, text 12, align 1, d\n" in stdout
     macs = count(structure, TINY.sample_size, 12)
     assert f"G: {macs.ratio:.4f}\n" in stdout
@@ -106,7 +106,7 @@ def test_batch_is_chosen(teacher, write, run, tmp_path):
     assert code == 0
     structure = load_folder(tmp_path / "student").structure
     assert structure is not None
-    assert f"{taken(structure, path, 4)[2]:.3f} ms -> " in stdout
+    assert f"{taken(structure, path, 4)[2]:.4g} ms -> " in stdout
 
 
 def test_measured_and_projected_rows_do_not_mix(write):
