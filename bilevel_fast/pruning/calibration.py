@@ -133,7 +133,7 @@ def calibration_set(
 def image_source(
     folder: ModelFolder, data: Path | None, images: int, seed: int, erased: Sequence[int] = ()
 ) -> LatentSource | None:
-    """A teacher's own kind of data: a latent cache or, of the mini world, so many drawn images; None of any other model.
+    """A teacher's own kind of data: a latent cache or, of the mini world, so many drawn images; None of another model.
 
     Raises:
         UserError: The cache is broken, of another kind, or made with another VAE.
