@@ -53,6 +53,24 @@ class Esd:
 
 
 @dataclass(frozen=True)
+class Salun:
+    """SalUn."""
+
+    share: float = 0.5
+    """Of the parameters, how many move: those with the largest gradients on the concept. The paper's is the median."""
+    batches: int = 8
+    """Concept batches over which these gradients are added up, before the first step."""
+
+
+@dataclass(frozen=True)
+class Erasediff:
+    """EraseDiff."""
+
+    barrier: float = 0.5
+    """How fast the erasing loss must fall, in squared norms of its gradient. A choice of ours, not the paper's."""
+
+
+@dataclass(frozen=True)
 class Upper:
     """The upper level suppresses the concept: an eraser's loss on concept images, and a penalty that keeps the rest."""
 
@@ -65,7 +83,7 @@ class Upper:
     warmup: int = 250
     """Upper steps of linear warm-up; the first has learning rate 0."""
     eraser: str = "guidance"
-    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation or esd."""
+    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun or erasediff."""
     source: Literal["paper", "teacher", "start", "self"] = "paper"
     """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
     student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
@@ -78,11 +96,14 @@ class Upper:
     anchor: Literal["phrase", "null"] = "phrase"
     """What the teacher is asked instead: the caption without the concept phrase, or the empty prompt."""
     penalty: float = 1.0
-    """Lambda: weight of the lower loss on the last lower batch, added to the upper loss; see benchmarks.frontier."""
+    """Lambda: weight of the lower loss on the last lower batch, added to the upper loss; see benchmarks.frontier.
+    erasediff weighs by a rule of its own and does not read it."""
     penalty_norm: Literal["grad", "raw"] = "grad"
     """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
     ablation: Ablation = field(default_factory=Ablation)
     esd: Esd = field(default_factory=Esd)
+    salun: Salun = field(default_factory=Salun)
+    erasediff: Erasediff = field(default_factory=Erasediff)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from bilevel_fast.bilevel import Eraser
 from bilevel_fast.config import Upper
 from bilevel_fast.data.bank import Shows
 from bilevel_fast.erasing.esd import Esd
+from bilevel_fast.erasing.saliency import EraseDiff, SalUn
 from bilevel_fast.erasing.sources import Itself, Source, Start
 from bilevel_fast.erasing.subsets import subset
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
@@ -28,14 +29,22 @@ class Scene:
     Attributes:
         teacher: The dense one.
         start: The student as the run found it; None where no eraser asks for it.
-        student: What is trained.
+        flat: The student's parameters.
         null: (1, L, D) states of the null prompt, on the device.
+        salient: Which parameters move, by number of concept batches and share: see `saliency.salient`.
     """
 
     teacher: Teacher
     start: Start | None
-    student: UNet
+    flat: FlatParameters
     null: Tensor
+    salient: Callable[[int, float], Tensor]
+
+    @property
+    def student(self) -> UNet:
+        """What is trained."""
+        assert isinstance(self.flat.module, UNet)
+        return self.flat.module
 
     def source(self, upper: Upper) -> Teacher:
         """Who the target comes from."""
@@ -63,7 +72,7 @@ class Kind:
     shows: Shows = "prompt"
 
 
-OWN = ("eta", "source", "ablation", "esd")
+OWN = ("eta", "source", "ablation", "esd", "salun", "erasediff")
 """Settings that only some erasers read."""
 
 UPPER: dict[str, Kind] = {
@@ -79,6 +88,18 @@ UPPER: dict[str, Kind] = {
         lambda upper, scene: Esd(scene.source(upper), scene.null, upper.eta, **vars(upper.esd)),
         reads=("eta", "source", "esd"),
         source="start",
+    ),
+    "salun": Kind(
+        lambda upper, scene: SalUn(
+            scene.source(upper), scene.flat, scene.salient(upper.salun.batches, upper.salun.share)
+        ),
+        reads=("source", "salun"),
+        source="self",
+    ),
+    "erasediff": Kind(
+        lambda upper, scene: EraseDiff(scene.source(upper), upper.erasediff.barrier),
+        reads=("source", "erasediff"),
+        source="self",
     ),
 }
 
@@ -129,6 +150,14 @@ def check(upper: Upper) -> None:
                 f"--upper.{name.replace('_', '-')} is {value}, but eraser {upper.eraser!r} does not read it; "
                 f"those that do: {readers}"
             )
-    good = {"ablation.keep": upper.ablation.keep >= 0, "esd.steps": upper.esd.steps >= 3}
+    if upper.eraser == "erasediff" and upper.surgery:
+        raise UserError("--upper.surgery given with eraser 'erasediff', which weighs the two gradients by its own rule")
+    good = {
+        "ablation.keep": upper.ablation.keep >= 0,
+        "esd.steps": upper.esd.steps >= 3,
+        "salun.share": 0 < upper.salun.share <= 1,
+        "salun.batches": upper.salun.batches >= 1,
+        "erasediff.barrier": upper.erasediff.barrier >= 0,
+    }
     for name in (name for name, fine in good.items() if not fine):
         raise UserError(f"--upper.{name} is {given[name]}, outside its range; --help says what it means")

@@ -1,18 +1,20 @@
 """Erasers of the upper level: each loss against a plain transcription, what moves and what must not, resumed runs."""
 
 import logging
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from bilevel_fast.bilevel import Answers, bilevel, project
-from bilevel_fast.config import Ablation, Upper
+from bilevel_fast.config import Ablation, Erasediff, Salun, Upper
 from bilevel_fast.config import Esd as EsdSettings
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Schedule, noise
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.erasing.esd import Esd
+from bilevel_fast.erasing.saliency import EraseDiff, Relabel, SalUn, salient
 from bilevel_fast.erasing.sources import Itself, Start
 from bilevel_fast.erasing.subsets import subset
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
@@ -72,8 +74,10 @@ def test_guidance_and_anchor_kd(eta):
 def make(upper, dtype=torch.float32):
     """An eraser as the engine makes it, and its scene."""
     teacher, student = make_models()
-    scene = erasers.Scene(Teacher(teacher), erasers.start(upper, student, dtype), student, torch.zeros(1, 5, 16))
-    return erasers.make(upper, scene), scene
+    start, answers = erasers.start(upper, student, dtype), Answers(Teacher(teacher), Schedule.sd(), SEED)
+    flat = FlatParameters(student, dtype)
+    look = partial(salient, student, answers, flat, lambda step: make_batch(1, step))
+    return erasers.make(upper, scene := erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), look)), scene
 
 
 def test_names():
@@ -87,6 +91,132 @@ def test_names():
     assert scene.start is None, "no copy that nobody asks"
     itself, scene = make(Upper(eraser="esd", source="self"))
     assert itself.source.unet is scene.student
+    salun, scene = make(Upper(eraser="salun", salun=Salun(share=0.2, batches=1)))
+    assert salun.source.unet is scene.student
+    assert (~salun.still).float().mean() < 0.21
+    erasediff, scene = make(Upper(eraser="erasediff", erasediff=Erasediff(0.3)))
+    assert (erasediff.barrier, erasediff.source.unet) == (0.3, scene.student)
+
+
+@pytest.mark.parametrize("source", ["self", "teacher"])
+def test_relabelling(source):
+    """The loss of SalUn and EraseDiff: the anchor's answer, without gradient, for the concept."""
+    teacher, student = make_models()
+    batch = make_batch(1, 0).drawn(SEED, 1000)
+    x, t = noised(batch).x, batch.t
+    target = {"self": student, "teacher": teacher}[source](x, t, batch.anchor).out.detach()
+    expected = F.mse_loss(student(x, t, batch.text).out, target)
+    eraser = Relabel({"self": Itself(student), "teacher": Teacher(teacher)}[source])
+    loss = eraser.loss(student, Answers(Teacher(teacher), Schedule.sd(), SEED), batch)
+    torch.testing.assert_close(loss.total, expected)
+    for a, b in zip(gradients(loss.total, student), gradients(expected, student), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def salient_by_name(student, count, share):
+    """SalUn's mask from its formula, parameter by parameter."""
+    total = {name: torch.zeros_like(p) for name, p in student.named_parameters()}
+    for step in range(count):
+        batch = make_batch(1, step).drawn(SEED, 1000)
+        abar = Schedule.sd().alphas_cumprod[batch.t][:, None, None, None]
+        v = abar.sqrt() * batch.eps - (1 - abar).sqrt() * batch.latents
+        out = student(noised(batch).x, batch.t, batch.text).out
+        for sums, gradient in zip(total.values(), gradients((out - v).square().mean(), student), strict=True):
+            sums += gradient
+    values = torch.cat([sums.abs().flatten() for sums in total.values()])
+    gamma = values.sort(descending=True).values[round(share * len(values)) - 1]
+    return {name: sums.abs() >= gamma for name, sums in total.items()}
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_saliency_mask(align):
+    """The largest gradients over two batches; neither padding nor what lies between parameters counts."""
+    teacher, plain = make_models()
+    student = teacher.cut(plain.structure, align)
+    flat, answers = FlatParameters(student), Answers(Teacher(teacher), Schedule.sd(), SEED)
+    mask = salient(student, answers, flat, lambda step: make_batch(1, step), 2, 0.3)
+    assert not flat.gradient.any()
+    expected = salient_by_name(plain, 2, 0.3)
+    found = flat.state_dict(mask.float())
+    differ = sum((found[name].bool() != wanted).sum().item() for name, wanted in expected.items())
+    assert differ <= 2e-4 * sum(p.numel() for p in plain.parameters()), "gradients that tie in their last bits may swap"
+    assert mask.sum() == round(0.3 * sum(p.numel() for p in plain.parameters()))
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_salun_moves_only_what_is_salient(penalty):
+    lower, upper = make_levels(*make_models(), penalty=penalty)
+    student, flat = lower.gradient.student, upper.optimizer.flat
+    mask = salient(student, lower.gradient.answers, flat, upper.batches, 1, 0.3)
+    upper.gradient.eraser, upper.optimizer.warmup = SalUn(Itself(student), flat, mask), 0
+    lower.gradient(lower.batches(0))
+    before = flat.master.clone()
+    for step in range(2):
+        upper.optimizer.zero_grad()
+        upper.gradient(upper.batches(step))
+        upper.optimizer.step()
+    moved = flat.master != before
+    assert not (moved & ~mask).any()
+    assert (moved & mask).sum() > 0.9 * mask.sum()
+
+
+def test_a_saved_mask_takes_the_place_of_another():
+    """By the names of the parameters, without padding: it goes back to where widths are padded otherwise."""
+    teacher, plain = make_models()
+    erasers_ = []
+    for align, step in ((1, 0), (8, 1)):
+        student = teacher.cut(plain.structure, align)
+        flat, answers = FlatParameters(student), Answers(Teacher(teacher), Schedule.sd(), SEED)
+        mask = salient(student, answers, flat, lambda _, step=step: make_batch(1, step), 1, 0.3)
+        erasers_.append(SalUn(Itself(student), flat, mask))
+    first, second = erasers_
+    address, state = second.still.data_ptr(), first.state_dict()
+    found = second.state_dict()["still"]
+    assert any(not torch.equal(found[name], value) for name, value in state["still"].items())
+    second.load_state_dict(state)
+    found = second.state_dict()["still"]
+    assert all(torch.equal(found[name], value) for name, value in state["still"].items())
+    assert second.still.data_ptr() == address
+
+
+@pytest.mark.parametrize(("barrier", "along"), [(0.5, -0.2), (0.5, 0.2), (0.5, 0.9), (0.0, 0.3)])
+def test_erasediff_takes_the_nearest_direction_that_erases(barrier, along):
+    """d = r + lambda g meets <g, d> >= barrier |g|^2, and no direction nearer to r does."""
+    generator = torch.Generator().manual_seed(0)
+    flat = FlatParameters(make_models()[1])
+    g, r = torch.randn(2, len(flat.gradient), generator=generator)
+    r = r - (r @ g) / (g @ g) * g + along * g
+    flat.gradient.copy_(r)
+    EraseDiff(Teacher(make_models()[0]), barrier).rule(g.clone(), flat)
+    d, g, r = flat.gradient.double(), g.double(), r.double()
+    wanted = max(barrier, along)  # of <g, d> / |g|^2: the constraint holds with equality, or was met by r itself
+    torch.testing.assert_close((g @ d / (g @ g)).item(), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(d, r + (wanted - along) * g, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["salun", "erasediff", "concept-ablation"])
+def test_erasers_that_are_recorded(name):
+    """Replayed steps are the same steps: nothing is read back, no mask or copy moves. One with subset and surgery."""
+
+    def walk(graphs=None):
+        lower, upper = make_levels(*make_models(), surgery=name == "concept-ablation")
+        student, flat, answers = lower.gradient.student, upper.optimizer.flat, lower.gradient.answers
+        made = {
+            "salun": lambda: SalUn(Itself(student), flat, salient(student, answers, flat, upper.batches, 1, 0.5)),
+            "erasediff": lambda: EraseDiff(Itself(student), 0.5),
+            "concept-ablation": lambda: ConceptAblation(Teacher(make_models()[1]), 1.0),
+        }
+        upper.gradient.eraser = made[name]()
+        if name == "concept-ablation":
+            upper.gradient._hold = erasers.holder(flat, "esd-u")
+        for _ in bilevel(lower, upper, 1, 0, 4, *([] if graphs is None else [graphs])):
+            pass
+        return flat.master
+
+    recorded = []
+    replayed = walk(Graphs(lambda call: (recorded.append(call), on_the_cpu(call))[1]))
+    assert len(recorded) == 2
+    assert torch.equal(replayed, walk())
 
 
 @pytest.mark.parametrize("source", ["start", "teacher", "self"])
@@ -257,17 +387,6 @@ def test_the_norm_of_the_penalty_is_that_of_the_subset():
     torch.testing.assert_close(flat.gradient.norm(), whole.norm())
 
 
-def test_a_subset_is_recorded_as_well():
-    def subset_run(walk=None):
-        lower, upper = make_levels(*make_models(), surgery=True)
-        upper.gradient._hold = erasers.holder(upper.optimizer.flat, "esd-u")
-        for _ in bilevel(lower, upper, 1, 0, 6, *([] if walk is None else [walk])):
-            pass
-        return lower.optimizer.flat.master
-
-    assert torch.equal(subset_run(Graphs(on_the_cpu)), subset_run())
-
-
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_projection(sign):
     """PCGrad: only where the two conflict, and then nothing is left along the other."""
@@ -324,7 +443,7 @@ class Unrecorded(Guidance):
 
 
 def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(caplog):
-    expected = run(12, eraser=Guidance(ETA), make=Descent)
+    expected = run(6, eraser=Guidance(ETA), make=Descent)
     recorded = []
 
     def counting(call):
@@ -332,7 +451,7 @@ def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(capl
         return on_the_cpu(call)
 
     with caplog.at_level(logging.INFO):
-        replayed = run(12, walk=Graphs(counting), eraser=Unrecorded(ETA), make=Descent)
+        replayed = run(6, walk=Graphs(counting), eraser=Unrecorded(ETA), make=Descent)
     assert replayed[0] == expected[0]
     assert len(recorded) == 1
     assert caplog.messages == ["no CUDA graph of the upper step, it runs without: it looks at the weather"]
@@ -341,6 +460,8 @@ def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(capl
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--upper.eraser", "salun", "--upper.salun.share", "0"], "--upper.salun.share is 0.0, outside its range"),
+        (["--upper.eraser", "erasediff", "--upper.surgery"], "--upper.surgery given with eraser 'erasediff'"),
         (["--upper.eraser", "guidence"], "--upper.eraser 'guidence' does not exist; did you mean 'guidance'?"),
         (["--upper.eraser", "anchor-kd", "--upper.eta", "2"], "--upper.eta is 2.0, but eraser 'anchor-kd' does not"),
         (

@@ -19,7 +19,7 @@ from bilevel_fast.session import gather, initial_student
 from bilevel_fast.train import parse
 
 CPU = torch.device("cpu")
-FLAGS = {"esd": ["--upper.esd.steps", "4"]}
+FLAGS = {"esd": ["--upper.esd.steps", "4"], "salun": ["--upper.salun.batches", "1"]}
 STATEFUL = ("concept-ablation", "esd", "salun")
 SMALL = ["--preset", "smoke", "--lower.batch", "1", "--upper.batch", "2", "--upper.every", "1"]
 WARM = ["--lower.warmup", "0", "--upper.warmup", "0", "--checkpoint-every", "1", "--log-every", "1"]

@@ -1,0 +1,124 @@
+"""SalUn (arXiv:2310.12508) and EraseDiff (arXiv:2401.05779): one loss, two ways to spare what should stay.
+
+    L = mean (v_S(x_t, c) - sg v_S(x_t, a))^2
+
+with concept prompt c, anchor prompt a and sg "without gradient": the concept should look to the student like its
+anchor. Both papers add the loss on what remains: here that is the lower loss on the last lower batch.
+
+SalUn moves only the parameters that the concept depends on (its eq. 3):
+
+    m = 1(|grad L_f(theta_0)| >= gamma),   L_f = mean (v_S(x_t, c) - v)^2 on concept images, gamma a quantile of |grad|
+
+EraseDiff lets the erasing gradient g into the retaining gradient r as far as a constraint asks. The direction nearest
+to r whose product with g is at least barrier |g|^2 is
+
+    d = r + lambda g,   lambda = max(0, barrier - <g, r> / |g|^2)
+
+the dynamic barrier of BOME (arXiv:2209.08709), on which EraseDiff builds. Its constraint is L_f minus the value that
+some inner steps would reach, and that value is a constant to its gradient; so no inner steps are made here. The
+released script keeps lambda at a constant.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilevel_fast.bilevel import Answers
+from bilevel_fast.data.batches import Batch
+from bilevel_fast.erasing.sources import Sourced
+from bilevel_fast.losses import Loss, suppression_loss
+from bilevel_fast.parameters import FlatParameters, dot
+from bilevel_fast.rooms import room
+from bilevel_fast.teacher import Teacher
+from bilevel_fast.unet import UNet
+
+_log = logging.getLogger(__name__)
+
+
+class Relabel(Sourced):
+    """The loss of both: the concept's prompt gets the source's answer to the anchor's; the papers' source is `self`."""
+
+    def loss(self, student: UNet, answers: Answers, batch: Batch) -> Loss:
+        assert batch.anchor is not None, "an upper batch needs anchors"
+        noised = answers.noise(batch)
+        target = self.source.predict(noised, batch.anchor).out
+        with room("student"):
+            out = student(noised.x, noised.t, batch.text).out
+        with room("losses"):
+            return suppression_loss(out, target)
+
+
+class SalUn(Relabel):
+    """Relabelling that holds all but the salient parameters still.
+
+    The mask is made from the student before its first step. A checkpoint keeps it by parameter, a byte per element.
+
+    Args:
+        source: See `Relabel`.
+        flat: The student's parameters.
+        salient: (N,) bool, which of them move, in the order of `flat`.
+    """
+
+    def __init__(self, source: Teacher, flat: FlatParameters, salient: Tensor):
+        super().__init__(source)
+        self.flat, self.still = flat, ~salient
+
+    def hold(self) -> None:
+        self.flat.gradient.masked_fill_(self.still, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        still = self.flat.state_dict(self.still.to(torch.bfloat16))
+        return super().state_dict() | {"still": {name: value.bool() for name, value in still.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        buffer = torch.zeros_like(self.still, dtype=torch.bfloat16)
+        self.flat.load_state_dict({name: value.to(torch.bfloat16) for name, value in state["still"].items()}, buffer)
+        self.still.copy_(buffer.bool())  # in place: a CUDA graph looks where it lies
+
+
+def salient(
+    student: UNet, answers: Answers, flat: FlatParameters, batches: Callable[[int], Batch], count: int, share: float
+) -> Tensor:
+    """SalUn's mask (N,) bool: the `share` of the parameters with the largest |gradient| of L_f over `count` batches.
+
+    Parameters that tie with the last of them move as well. Leaves the gradient zero; reads the device.
+    """
+    total = torch.zeros_like(flat.master)
+    for step in range(count):
+        batch = batches(step)
+        noised = answers.noise(batch)
+        flat.zero_grad()
+        F.mse_loss(student(noised.x, noised.t, batch.text).out.float(), noised.target).backward()
+        total += flat.gradient
+    flat.zero_grad()
+    every = sum(value.numel() for value in student.state_dict().values())  # without padding, whose gradient is zero
+    kept = max(1, round(share * every))
+    threshold = total.abs_().kthvalue(len(total) - kept + 1).values
+    mask = total >= threshold
+    _log.info("SalUn: %d of %d parameters move, by the gradient of %d concept batches", int(mask.sum()), every, count)
+    return mask
+
+
+class EraseDiff(Relabel):
+    """Relabelling under EraseDiff's constraint; takes the place of the penalty.
+
+    Args:
+        source: See `Relabel`.
+        barrier: How fast the constraint must fall, in squared norms of its gradient; 0 erases only where that costs
+            the rest nothing.
+    """
+
+    def __init__(self, source: Teacher, barrier: float):
+        super().__init__(source)
+        self.barrier = barrier
+        self.rule = self._constrain
+
+    def _constrain(self, suppression: Tensor, flat: FlatParameters) -> None:
+        square = dot(suppression, suppression).clamp(min=torch.finfo(torch.float32).tiny)
+        factor = (self.barrier - dot(suppression, flat.gradient) / square).clamp(min=0)
+        flat.gradient.addcmul_(suppression, factor.to(flat.dtype))
