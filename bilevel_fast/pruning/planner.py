@@ -117,7 +117,8 @@ def spend(
         else:
             fixed += price.fixed
             groups += [_Group((v,), v.costs, v.values, np.arange(len(v.counts))[:, None]) for v in vectors]
-    spare = _spare(prices, budget.ratio, f"keeping {keep:.0%} of every width vector", align, fixed, groups)
+    rule = f"keeping {f'{keep:.0%}' if keep >= 0.01 else 'a unit'} of every width vector"
+    spare = _spare(prices, budget.ratio, rule, align, fixed, groups)
     choice, _, spent, gap = plan([g.costs for g in groups], [g.values for g in groups], spare)
     if gap:
         warnings.warn(f"spend: the plan is not proven to be the best; its value may be {gap:.2g} too low", stacklevel=2)

@@ -110,7 +110,7 @@ def test_planned_is_the_threshold_moved():
     (more,) = planned(MINI, gates, MacBudget(cut.macs(16, 12).ratio + 0.02, 16, 12))
     kept = [set(more.kept[name][w]) >= set(units) for name, widths in cut.kept.items() for w, units in widths.items()]
     assert all(kept)
-    with pytest.raises(UserError, match=r"budget 0\.1 is too small"):
+    with pytest.raises(UserError, match=r"budget 0\.1 is too small: keeping a unit of every width vector"):
         planned(MINI, gates, MacBudget(0.1, 16, 12))
 
 

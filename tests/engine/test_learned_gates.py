@@ -1,4 +1,4 @@
-"""One learned architecture: it learns what the network can do without, meets the budget, and is a function of its seed."""
+"""One learned architecture: what the network can do without goes first, the budget is met, and a seed decides."""
 
 import pytest
 import torch
@@ -22,8 +22,11 @@ def make(seed=0):
 
 
 def teacher_with_idle_units():
-    """The first half of every FFN's groups is missed by nobody. The prediction is 0 whatever the gates do: random weights
-    predict better without busy units, and what is learned here has to come from the distillation of features."""
+    """The first half of every FFN's groups is missed by nobody.
+
+    The prediction is 0 whatever the gates do: random weights predict better without busy units, and what is learned
+    here has to come from the distillation of features.
+    """
     torch.manual_seed(0)
     unet = UNet(TINY)
     with torch.no_grad():
