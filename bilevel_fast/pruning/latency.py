@@ -102,7 +102,10 @@ class LatencyBudget:
                 raise UserError(f"latency table: site {site.name} takes a time that is negative or not finite")
             widths = {w.name: np.array(timed.widths[w.name]) * RESOLUTION for w in site.widths}
             whole = {name: np.rint(times).astype(np.int64) for name, times in widths.items()}
-            sold[site.name] = SitePrice(round(timed.fixed * RESOLUTION), whole)
+            # what even the quickest count takes is part of `fixed`: no count is at a negative price
+            least = {name: times[1:].min() for name, times in whole.items()}
+            fixed = round(timed.fixed * RESOLUTION) + int(sum(least.values()))
+            sold[site.name] = SitePrice(max(fixed, 0), {name: times - least[name] for name, times in whole.items()})
         return Prices("latency", sold, 0)
 
 

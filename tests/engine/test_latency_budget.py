@@ -55,6 +55,27 @@ def test_latency_equals_brute_force(seed):
     assert objective(structure, importance) == pytest.approx(best, abs=1e-12)
 
 
+def test_a_site_that_is_quicker_with_all_its_units(write):
+    """Rows of ResNets are kept as they are, so units can take less than none; the plan is still the best there is."""
+    rows = [{**x, "value": 4.0} if x["config"]["kept"] == {"groups": 4} else x for x in micro_rows()]
+    rows += [row(s.name, {"groups": 3}, 9.0) for s in sites(MICRO) if s.kind == "resnet"]
+    table = read_latencies(write(rows), MICRO)
+    assert table[FIRST].ms({"groups": 3}) == 9.0 > table[FIRST].ms({"groups": 4}) == 4.0
+    assert min(min(table[s.name].widths["groups"]) for s in sites(MICRO) if s.kind == "resnet") < 0
+    budget = LatencyBudget(0.9, table, min_keep=0.5)
+    assert all((p[1:] >= 0).all() for site in budget.prices(MICRO).sites.values() for p in site.widths.values())
+    dense = sum(table[s.name].ms({w.name: w.units for w in s.widths}) for s in sites(MICRO))
+    for droppable in ((), MICRO_DROPS):
+        importance = random(MICRO, 3, MICRO_DROPS)
+        structure = spend(MICRO, budget, importance, droppable=droppable)
+        taken = sum(table[n].ms({w: len(k) for w, k in widths.items()}) for n, widths in structure.kept.items())
+        assert budget.prices(MICRO).of(structure) == pytest.approx(taken * 1e9, abs=20)
+        assert taken <= 0.9 * dense
+        if droppable:
+            best = best_by_brute_force(importance, lambda s, kept: table[s].ms(kept), 0.9 * dense)
+            assert objective(structure, importance) == pytest.approx(best, abs=1e-12)
+
+
 def test_reads_what_the_benchmark_writes(write):
     """Rows as timed: at each measured count the table says what was measured, for every site of that shape, but for
     Transformers that were slower when narrower: noise, that is averaged out."""
