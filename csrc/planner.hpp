@@ -24,8 +24,8 @@ namespace planner {
 
 // Options of one group, at least one.
 struct Group {
-  std::vector<std::int64_t> costs;  // >= 0
-  std::vector<double> values;       // finite
+  std::vector<std::int64_t> costs;
+  std::vector<double> values;  // finite
 };
 
 struct Plan {
@@ -43,8 +43,8 @@ constexpr double kPrecision = 1e-11;
 // try after the other. A state takes about 200 bytes while its group is decided, and 8 after.
 //
 // The caller has checked that a plan exists (the sum of the groups' least costs is within the
-// budget), and that the sums of the groups' largest costs and of twice their largest absolute
-// values are finite in these types.
+// budget), that the sum of the groups' largest absolute costs is below 2^62, and that twice that of
+// their largest absolute values is finite.
 Plan plan(const std::vector<Group>& groups, std::int64_t budget,
           const std::vector<std::size_t>& lengths);
 

@@ -33,8 +33,8 @@ def plan(costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int) -
     everywhere, the longest lists may fail to prove that: then `gap` is positive. Other threads run meanwhile.
 
     Args:
-        costs: Per group, the cost of each option in whole units, >= 0; (options,) of any integer dtype. The sum of all
-            groups' dearest stays below 2**63.
+        costs: Per group, the cost of each option in whole units, any sign; (options,) of any integer dtype. The sum of
+            all groups' largest absolute ones stays below 2**62.
         values: Per group, the value of each option, finite; (options,), taken as fp64. Any sign and unit.
         budget: Units that the chosen options may cost together.
 
@@ -45,8 +45,9 @@ def plan(costs: Sequence[ArrayLike], values: Sequence[ArrayLike], budget: int) -
         raise UserError(f"plan: {len(costs)} groups of costs, {len(values)} of values; wanted one of each per group")
     groups = [_group(g, c, v) for g, (c, v) in enumerate(zip(costs, values, strict=True))]
     least, most = sum(int(c.min()) for c, _ in groups), sum(int(c.max()) for c, _ in groups)
-    if most >= 2**63:
-        raise UserError(f"plan: the dearest options cost {most} together, wanted less than 2**63")
+    largest = sum(max(abs(int(c.min())), abs(int(c.max()))) for c, _ in groups)
+    if largest >= 2**62:
+        raise UserError(f"plan: costs sum up to {largest}, wanted less than 2**62")
     if not math.isfinite(2.0 * sum(float(np.abs(v).max()) for _, v in groups)):
         raise UserError("plan: the values are too large to be added up in fp64")
     if least > budget:
@@ -65,8 +66,6 @@ def _group(number: int, costs: ArrayLike, values: ArrayLike) -> tuple[NDArray[np
         raise UserError(f"{where} has no options, wanted at least one")
     if not np.issubdtype(c.dtype, np.integer):
         raise UserError(f"{where} has costs in {c.dtype}, wanted whole units")
-    if c.min() < 0:
-        raise UserError(f"{where} has a negative cost, {c.min()}, wanted >= 0")
     if not np.isfinite(v).all():
         raise UserError(f"{where} has a value that is not finite")
     return c, v
