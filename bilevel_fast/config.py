@@ -83,7 +83,8 @@ class Upper:
     warmup: int = 250
     """Upper steps of linear warm-up; the first has learning rate 0."""
     eraser: str = "guidance"
-    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun or erasediff."""
+    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun,
+    erasediff or forget-me-not."""
     source: Literal["paper", "teacher", "start", "self"] = "paper"
     """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
     student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""

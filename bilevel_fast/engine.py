@@ -23,6 +23,7 @@ from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing import upper as erasers
+from bilevel_fast.erasing.attention import Words
 from bilevel_fast.erasing.saliency import salient
 from bilevel_fast.errors import UserError
 from bilevel_fast.fp8 import kd_error, to_fp8
@@ -105,7 +106,8 @@ def levels(
     null = encoder.encode([""]).to(device)
     with loader(batches) as ahead:
         look = partial(salient, student, answers, flat, ahead)
-        eraser = erasers.make(upper, erasers.Scene(answers.teacher, start, flat, null, look))
+        words = partial(Words, encoder, materials.concepts)
+        eraser = erasers.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
     hold = erasers.holder(flat, upper.subset)
     suppression = Suppression(
         fine_tuning, eraser, upper.penalty, upper.penalty_norm, flat, hold=hold, surgery=upper.surgery

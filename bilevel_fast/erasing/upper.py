@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel_fast.bilevel import Eraser
 from bilevel_fast.config import Upper
 from bilevel_fast.data.bank import Shows
+from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
 from bilevel_fast.erasing.saliency import EraseDiff, SalUn
 from bilevel_fast.erasing.sources import Itself, Source, Start
@@ -31,6 +32,7 @@ class Scene:
         start: The student as the run found it; None where no eraser asks for it.
         flat: The student's parameters.
         null: (1, L, D) states of the null prompt, on the device.
+        words: Makes what finds the concept's words in captions.
         salient: Which parameters move, by number of concept batches and share: see `saliency.salient`.
     """
 
@@ -38,6 +40,7 @@ class Scene:
     start: Start | None
     flat: FlatParameters
     null: Tensor
+    words: Callable[[], Words]
     salient: Callable[[int, float], Tensor]
 
     @property
@@ -101,6 +104,7 @@ UPPER: dict[str, Kind] = {
         reads=("source", "erasediff"),
         source="self",
     ),
+    "forget-me-not": Kind(lambda upper, scene: ForgetMeNot(scene.words())),
 }
 
 

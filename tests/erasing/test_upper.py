@@ -11,8 +11,10 @@ from bilevel_fast.bilevel import Answers, bilevel, project
 from bilevel_fast.config import Ablation, Erasediff, Salun, Upper
 from bilevel_fast.config import Esd as EsdSettings
 from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.diffusion import Schedule, noise
 from bilevel_fast.erasing import upper as erasers
+from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
 from bilevel_fast.erasing.saliency import EraseDiff, Relabel, SalUn, salient
 from bilevel_fast.erasing.sources import Itself, Start
@@ -20,6 +22,7 @@ from bilevel_fast.erasing.subsets import subset
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.errors import UserError
 from bilevel_fast.graphs import Graphs
+from bilevel_fast.mini.text import MiniTextEncoder, WordTokenizer
 from bilevel_fast.parameters import FlatParameters, dot
 from bilevel_fast.randomness import Stream, integers
 from bilevel_fast.teacher import Teacher
@@ -71,13 +74,72 @@ def test_guidance_and_anchor_kd(eta):
     assert lower.gradient.answers.teacher.images == B + (2 * B if eta else B)
 
 
+CAPTIONS = {
+    "a red star in the style of mosaic": "a red star",
+    "in the style of line art a blue ring": "a blue ring",
+    "a green mosaic cross": "a green cross",
+    "a green plain cross": "a green red circle cross",
+}
+
+
+def bank():
+    captions = list(CAPTIONS)
+    return MemorySource(torch.zeros(len(captions), 1, 8, 8, 8), [[c] for c in captions], list(CAPTIONS.values()))
+
+
+def test_the_words_of_a_concept():
+    """Token 0 begins a prompt. At the end, at the beginning, within; one word for two others."""
+    encoder, nothing = MiniTextEncoder(WordTokenizer()), torch.zeros(1, 1, 8, 8, 8)
+    found = [row.nonzero()[:, 0].tolist() for row in Words(encoder, bank())(list(CAPTIONS))]
+    assert found == [[4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6], [3], [3]]
+    with pytest.raises(UserError, match="caption 'a red star' has no word that its anchor 'a red star' lacks"):
+        Words(encoder, MemorySource(nothing, [["a red star"]], ["a red star"]))
+    with pytest.raises(UserError, match="wants a bank of concepts"):
+        Words(encoder, MemorySource(nothing, [["a red star"]]))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_forget_me_not(recompute):
+    """The norm of all attention to the concept's tokens, by attention that keeps its probabilities."""
+    teacher, student = make_models()
+    batch = make_batch(1, 0).drawn(SEED, 1000)
+    concept = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]).bool()
+    kept = []
+
+    def attention(module, q, k, v):
+        q, k, v = (x.unflatten(-1, (module.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        probabilities = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5, -1)
+        if k.shape[2] == 5:
+            kept.append(torch.cat([probabilities[row][:, :, concept[row]].flatten() for row in range(B)]))
+        return (probabilities @ v).transpose(1, 2).flatten(2)
+
+    plain = make_models()[1]
+    for name, module in plain.named_modules():
+        if name.endswith(("attn1", "attn2")):
+            module.forward = lambda x, c, m=module: m.to_out[0](attention(m, m.to_q(x), m.to_k(c), m.to_v(c)))
+    plain(noised(batch).x, batch.t, batch.text)
+    expected = torch.cat(kept).norm()
+    student.recompute = recompute
+    eraser = ForgetMeNot(lambda captions: concept)
+    loss = eraser.loss(student, Answers(Teacher(teacher), Schedule.sd(), SEED), batch)
+    torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=0)
+    assert len(kept) == sum(name.endswith(".attn2") for name, _ in student.named_modules()) > 3
+    for a, b in zip(gradients(loss.total, student), gradients(expected, plain), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+    assert student.recompute == recompute
+    assert not any(module._forward_pre_hooks for module in student.modules()), "hooks must not stay"
+
+
 def make(upper, dtype=torch.float32):
     """An eraser as the engine makes it, and its scene."""
     teacher, student = make_models()
     start, answers = erasers.start(upper, student, dtype), Answers(Teacher(teacher), Schedule.sd(), SEED)
     flat = FlatParameters(student, dtype)
+    words = partial(Words, MiniTextEncoder(WordTokenizer()), bank())
     look = partial(salient, student, answers, flat, lambda step: make_batch(1, step))
-    return erasers.make(upper, scene := erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), look)), scene
+    scene = erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), words, look)
+    return erasers.make(upper, scene), scene
 
 
 def test_names():
