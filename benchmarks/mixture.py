@@ -102,9 +102,8 @@ def measure(settings: Settings) -> Iterator[Row]:
         unet = UNet(size.config).to(dtype).eval().requires_grad_(False)
     for budget in settings.budget:
         structures = make_experts(size, budget, settings.experts)
-        params = {"mixed": sum(p.numel() for p in unet.parameters())}
-        params |= {"alone": sum(s.macs(size.latent, size.text).params for s in structures)}
-        params |= {"masks": params["mixed"], "dense": params["mixed"]}
+        params = dict.fromkeys(("mixed", "masks", "dense"), sum(p.numel() for p in unet.parameters()))
+        params["alone"] = sum(s.macs(size.latent, size.text).params for s in structures)
         for batch in settings.batch:
             inputs, expert = make_inputs(size, batch, device, dtype), torch.arange(batch) % settings.experts
             providers = calls(unet, structures, expert, inputs)
