@@ -8,7 +8,6 @@ from typing import Annotated
 import tyro
 
 from bilevel_fast import errors, flags
-from bilevel_fast.architecture import Site, Width, sites
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder, save_student
 from bilevel_fast.macs import count
@@ -24,15 +23,13 @@ from bilevel_fast.pruning import (
     reinitialise,
 )
 from bilevel_fast.pruning.aptp.cli import COMMANDS
-from bilevel_fast.pruning.budget import Prices
 from bilevel_fast.pruning.latency import RESOLUTION
+from bilevel_fast.pruning.picture import picture
 from bilevel_fast.session import pick_device
 from bilevel_fast.structure import Structure
 
-BAR = 10
 BUDGET = 0.8
 """Of a method that needs one, if none is given."""
-UNITS = {"groups": "groups", "attn1": "heads", "attn2": "heads", "ff": "groups"}
 
 Name = Annotated[
     str, tyro.conf.Positional, tyro.conf.arg(help="\n\n".join(f"{n}: {d}" for n, d in described().items()))
@@ -74,42 +71,6 @@ class Args:
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 
 
-def picture(structure: Structure, prices: Prices) -> str:
-    """One line per site: a bar of the share that stays of what it takes, how much of the whole UNet that saves, and the
-    units kept of each width vector. A bar is full where everything is kept, and empty where the site is dropped."""
-    members = sites(structure.config)
-    pad = max(len(site.name) for site in members)
-    full, empty = marks()
-
-    def kept(site: Site) -> str:
-        if site.name in structure.dropped:
-            return "dropped"
-        return "  ".join(units(site, width) for width in site.widths)
-
-    def units(site: Site, width: Width) -> str:
-        name = f"{width.name} " if len(site.widths) > 1 else ""
-        return f"{name}{structure.count(site, width):2}/{width.units} {UNITS[width.name]}"
-
-    def line(site: Site) -> str:
-        dense, left = prices.sites[site.name].dense, prices.site(structure, site.name)
-        whole = all(structure.count(site, width) == width.units for width in site.widths)
-        bar = BAR if whole else 0 if site.name in structure.dropped else min(max(round(BAR * left / dense), 1), BAR - 1)
-        saved = (dense - left) / prices.dense
-        return f"{site.name:{pad}}  {full * bar + empty * (BAR - bar)} {left / dense:5.0%} {saved:7.2%}  {kept(site)}"
-
-    head = f"{'site':{pad}}  {f'{prices.what} kept':{BAR + 6}} {'saved':>7}  units kept"
-    return "\n".join([head, *map(line, members)])
-
-
-def marks() -> tuple[str, str]:
-    """What bars are drawn with: blocks where the terminal has them."""
-    try:
-        "█░".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return "#", "."
-    return "█", "░"
-
-
 def main() -> None:
     first = next(iter(sys.argv[1:]), "")
     if first in COMMANDS:
@@ -118,8 +79,12 @@ def main() -> None:
     if first and not first.startswith("-"):
         method(first, COMMANDS)  # mistyped: said before the flags, which may be those of what was meant
     commands = "\n".join(f"  {name:<12} {function.__doc__}" for name, function in COMMANDS.items())
-    args = flags.parse(Args, "bilevel_fast.prune", f"{__doc__}\n\nInstead of a method:\n{commands}")
-    prune = method(args.method)
+    prune(flags.parse(Args, "bilevel_fast.prune", f"{__doc__}\n\nInstead of a method:\n{commands}"))
+
+
+def prune(args: Args) -> None:
+    """Carry out the command."""
+    choose = method(args.method)
     device = pick_device(args.device)
     folder = load_folder(args.teacher, device)
     if folder.structure is not None:
@@ -142,7 +107,7 @@ def main() -> None:
         folder, args.data, images=args.images, batch=args.batch, seed=args.seed, device=device
     )
     teacher = folder.unet().to(device).requires_grad_(False)
-    structure = prune(teacher, budget, calibration)
+    structure = choose(teacher, budget, calibration)
     student = teacher.cut(structure)
     if args.random_init:
         reinitialise(student, args.seed)

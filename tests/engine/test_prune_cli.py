@@ -13,6 +13,7 @@ from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.folder import load_folder, load_unet
 from bilevel_fast.macs import count
 from bilevel_fast.pruning import FIXED, METHODS, MacBudget, bk_sdm, learned, reinitialise
+from bilevel_fast.pruning.picture import picture
 from bilevel_fast.structure import Structure
 from mini_folder import TINY, make_mini_folder
 
@@ -185,7 +186,7 @@ def test_picture():
     """Bars are the share of the site's MACs. One head of two, one group of eight; norm and projections stay."""
     name, gone, transformer = "down_blocks.0.resnets.0", "up_blocks.2.attentions.1", "down_blocks.0.attentions.0"
     structure, prices = Structure.uniform(TINY, 0.125, [gone]), MacBudget(1.0, 8, 12).prices(TINY)
-    head, *rest = prune.picture(structure, prices).splitlines()
+    head, *rest = picture(structure, prices).splitlines()
     lines = {line.split()[0]: line for line in rest}
     assert list(lines) == [site.name for site in sites(TINY)]
     whole = count(Structure.dense(TINY), 8, 12)
@@ -200,7 +201,7 @@ def test_picture():
     assert lines[name] == start(name, "█░░░░░░░░░") + " 1/8 groups"
     assert lines[gone] == start(gone, "░░░░░░░░░░") + "dropped"
     assert lines[transformer] == start(transformer, "████░░░░░░") + "attn1  1/2 heads  attn2  1/2 heads  ff  1/8 groups"
-    assert set(prune.picture(Structure.dense(TINY), prices)) & set("█░") == {"█"}
+    assert set(picture(Structure.dense(TINY), prices)) & set("█░") == {"█"}
 
 
 def test_a_bar_is_full_only_where_everything_is_kept():
@@ -209,7 +210,7 @@ def test_a_bar_is_full_only_where_everything_is_kept():
     dense = Structure.dense(MINI).kept
     for site in sites(MINI):
         kept = {w.name: tuple(range(w.units - (w == site.widths[-1]))) for w in site.widths}
-        lines = prune.picture(Structure(MINI, {**dense, site.name: kept}), prices).splitlines()
+        lines = picture(Structure(MINI, {**dense, site.name: kept}), prices).splitlines()
         assert [line.split()[0] for line in lines if "░" in line] == [site.name]
         assert next(line for line in lines if "░" in line).split()[1].count("█") >= 8
 

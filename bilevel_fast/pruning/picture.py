@@ -1,0 +1,46 @@
+"""What a structure keeps, to be looked at in a terminal."""
+
+import sys
+
+from bilevel_fast.architecture import Site, Width, sites
+from bilevel_fast.pruning.budget import Prices
+from bilevel_fast.structure import Structure
+
+BAR = 10
+UNITS = {"groups": "groups", "attn1": "heads", "attn2": "heads", "ff": "groups"}
+
+
+def picture(structure: Structure, prices: Prices) -> str:
+    """One line per site: a bar of the share that stays of what it takes, how much of the whole UNet that saves, and the
+    units kept of each width vector. A bar is full where everything is kept, and empty where the site is dropped."""
+    members = sites(structure.config)
+    pad = max(len(site.name) for site in members)
+    full, empty = marks()
+
+    def kept(site: Site) -> str:
+        if site.name in structure.dropped:
+            return "dropped"
+        return "  ".join(units(site, width) for width in site.widths)
+
+    def units(site: Site, width: Width) -> str:
+        name = f"{width.name} " if len(site.widths) > 1 else ""
+        return f"{name}{structure.count(site, width):2}/{width.units} {UNITS[width.name]}"
+
+    def line(site: Site) -> str:
+        dense, left = prices.sites[site.name].dense, prices.site(structure, site.name)
+        whole = all(structure.count(site, width) == width.units for width in site.widths)
+        bar = BAR if whole else 0 if site.name in structure.dropped else min(max(round(BAR * left / dense), 1), BAR - 1)
+        saved = (dense - left) / prices.dense
+        return f"{site.name:{pad}}  {full * bar + empty * (BAR - bar)} {left / dense:5.0%} {saved:7.2%}  {kept(site)}"
+
+    head = f"{'site':{pad}}  {f'{prices.what} kept':{BAR + 6}} {'saved':>7}  units kept"
+    return "\n".join([head, *map(line, members)])
+
+
+def marks() -> tuple[str, str]:
+    """What bars are drawn with: blocks where the terminal has them."""
+    try:
+        "█░".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return "#", "."
+    return "█", "░"
