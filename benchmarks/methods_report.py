@@ -50,11 +50,15 @@ def fixed(rows: list[Row]) -> dict[str, float]:
     return {r["case"]: r["macs_ratio"] for r in rows if r["case"] != "teacher" and not r["case"].startswith(prefixes)}
 
 
+def digits(value: float) -> int:
+    """Decimals to show: a Frechet distance of 72 drawings is not known to a tenth where it is in the hundreds."""
+    return 3 if value < 1.5 else 1 if value < 100 else 0
+
+
 def spread(values: list[float], seeds: int) -> str:
     """Mean and half the range; says so if a seed is missing."""
-    digits = 4 if mean(values) < 0.1 else 2 if mean(values) < 100 else 0
-    note = "" if len(values) == seeds else f" ({len(values)} of {seeds} seeds)"
-    return f"{mean(values):.{digits}f} ± {(max(values) - min(values)) / 2:.{digits}f}{note}"
+    shown, note = digits(mean(values)), "" if len(values) == seeds else f" ({len(values)} of {seeds} seeds)"
+    return f"{mean(values):.{shown}f} ± {(max(values) - min(values)) / 2:.{shown}f}{note}"
 
 
 def table(rows: list[Row]) -> str:
@@ -65,7 +69,7 @@ def table(rows: list[Row]) -> str:
         points = found[case][metric] if case in found else {}
         if not points.get(last):
             return "not measured"
-        return f"{mean(points[0]):.3g} -> {spread(points[last], len(seeds))}"
+        return f"{mean(points[0]):.{digits(mean(points[0]))}f} -> {spread(points[last], len(seeds))}"
 
     heads = [f"{budget:.2f}: {says}" for budget in BUDGETS for says in METRICS.values()]
     lines = [
@@ -118,16 +122,20 @@ def plots(rows: list[Row], out: Path) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     found, last = curves(rows), last_step(rows)
     figure, grid = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained", sharex="col")
     for axes, budget in zip(grid, BUDGETS, strict=True):
-        names = [n for n in members(rows) if found.get(f"{budget:.2f} {n}", {}).get("fid", {}).get(last)]
+        shown = {name: f"{budget:.2f} {name}" for name in members(rows)}
+        if budget == max(BUDGETS):
+            shown |= {f"{name}\n({ratio:.2f} of the MACs)": name for name, ratio in fixed(rows).items()}
+        shown = {name: case for name, case in shown.items() if found.get(case, {}).get("fid", {}).get(last)}
         for axis, metric in zip(axes, ("fid", "output_error"), strict=True):
-            _before_and_after(axis, [found[f"{budget:.2f} {name}"][metric] for name in names], last)
+            _before_and_after(axis, [found[case][metric] for case in shown.values()], last)
             if metric == "fid" and (teachers := found["teacher"]["fid"][0]):
                 axis.axvline(mean(teachers), color="k", linestyle=":", label="teacher")
-            axis.set(xlabel=AXES[metric], yticks=range(len(names)), yticklabels=names)
+            axis.set(xlabel=AXES[metric], yticks=range(len(shown)), yticklabels=shown)
             axis.set_title(f"{budget:.2f} of the MACs")
     grid[0][0].legend(fontsize=9)
     figure.suptitle("mini world, mean and range over seeds; left is better")
@@ -140,6 +148,9 @@ def plots(rows: list[Row], out: Path) -> None:
                 _curve(axis, found.get(f"{FIGURES:.2f} {name}", {}).get(metric, {}), label)
             axis.set(xlabel="distillation steps", ylabel=AXES[metric], yscale="log")
             axis.grid(alpha=0.3, which="both")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.yaxis.set_minor_formatter(NullFormatter())
         axes[0].legend()
         figure.suptitle(f"mini world, magnitude pruning to {FIGURES:.2f} of the MACs; mean and range over seeds")
         figure.savefig(out / f"figure{number}.png", dpi=110)

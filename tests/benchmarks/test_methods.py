@@ -154,10 +154,12 @@ ROWS = [
 def test_table():
     lines = methods_report.table([made_up("0.80 magnitude", 0, 600, 9.0, 9.0), *ROWS]).splitlines()
     assert lines[0].startswith("| seeds 0, 1; before -> after 600 steps | 0.80: output error | 0.80: FID | 0.55:")
-    assert "| magnitude | 0.105 -> 0.0315 ± 0.0015 | 31.5 -> 12.60 ± 0.60 | 0.525 -> 0.0525 ± 0.0025 |" in lines[2]
-    assert lines[3].startswith("| random weights | not measured | not measured | 1.05 -> 0.73 ± 0.04 |")
-    assert lines[4].startswith("| bk-sdm-small, which leaves 0.96 of the MACs | 0.0105 -> 0.0053 ± 0.0003 |")
-    assert lines[5] == "| teacher, all of the MACs | 0 | 9.00 ± 0.00 (1 of 2 seeds) | - | - |"
+    assert "| magnitude | 0.105 -> 0.032 ± 0.002 | 31.5 -> 12.6 ± 0.6 | 0.525 -> 0.053 ± 0.003 |" in lines[2]
+    assert lines[3].startswith("| random weights | not measured | not measured | 1.050 -> 0.735 ± 0.035 |")
+    assert lines[4].startswith(
+        "| bk-sdm-small, which leaves 0.96 of the MACs | 0.011 -> 0.005 ± 0.000 | 525 -> 10.5 ± 0.5 |"
+    )
+    assert lines[5] == "| teacher, all of the MACs | 0 | 9.0 ± 0.0 (1 of 2 seeds) | - | - |"
     text = "\n".join(lines[6:])
     assert (
         "At 0.55, distillation alone gets to where the diffusion loss alone ends: "
