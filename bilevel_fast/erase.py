@@ -39,8 +39,6 @@ class _Asked:
     """What to erase: `in the style of Claude Monet`, `naked`, ..."""
     guide: tuple[str, ...] = ("",)
     """What should stand in its place: one for each, or one for all; by default the empty text."""
-    weights: tuple[float, ...] = ()
-    """How much each counts among the others, for uce; by default all the same."""
     pairs: Path | None = None
     """More of them: CSV with the columns erase and guide, and perhaps weight."""
     subjects: str | None = None
@@ -55,6 +53,8 @@ class _Asked:
 class UceArgs(Uce, _Asked):
     """Give the texts to erase the keys and values of their guides, in every cross-attention, in closed form."""
 
+    weights: tuple[float, ...] = ()
+    """How much each text to erase counts among the others; by default all the same."""
     preserve: Path | None = None
     """Prompt file: texts that should keep their keys and values, as the empty one always does. CSV with a column
     prompt, or one per line."""
@@ -99,9 +99,12 @@ def main() -> None:
     args = flags.parse(_ARGS[name], f"bilevel_fast.erase {name}", _ARGS[name].__doc__, args=sys.argv[2:])
     if args.out.exists():  # better now than after an hour of sampling
         raise UserError(f"{args.out} exists already; delete it or choose another folder")
-    pairs = make_pairs(args.erase, args.guide, args.weights) if args.erase or args.pairs is None else ()
+    weights, kept = (args.weights, args.preserve) if isinstance(args, UceArgs) else ((), None)
+    pairs = make_pairs(args.erase, args.guide, weights) if args.erase or args.pairs is None else ()
     pairs += read_pairs(args.pairs) if args.pairs is not None else ()
-    preserve = tuple(read_prompts(args.preserve)) if isinstance(args, UceArgs) and args.preserve is not None else ()
+    if isinstance(args, ConceptPruneArgs) and any(pair.weight != 1 for pair in pairs):
+        raise UserError(f"{args.pairs} has weights, and concept-prune has no use for them; uce has")
+    preserve = tuple(read_prompts(kept)) if kept is not None else ()
     device = pick_device(args.device)
     folder = load_folder(args.model, device)
     default = None if isinstance(args, UceArgs) else "mini" if folder.is_mini else "things"

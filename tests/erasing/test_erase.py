@@ -181,6 +181,9 @@ def test_bad_folders(teacher, run, tmp_path):
         '{"format": "x"}': "'x', version None; this release",
         '{"format": "bilevel_fast.erased", "version": 1, "edits": [{}]}': "does not hold",
     }
+    (tmp_path / "heavy.csv").write_text("erase,guide,weight\nwaves,,2\n")
+    stderr = run("concept-prune", "--pairs", tmp_path / "heavy.csv", "--out", out)[2]
+    assert stderr == f"error: {tmp_path / 'heavy.csv'} has weights, and concept-prune has no use for them; uce has\n"
     for content, message in broken.items():
         (bare / "erased.json").write_text(content)
         with pytest.raises(errors.UserError, match=re.escape(message)):
