@@ -8,7 +8,7 @@ from bilevel_fast import errors
 COMMANDS = {
     "train": "prune, distil and suppress concepts in one run",
     "prune": "prune a model folder to a MAC budget",
-    "erase": "edit the weights of any model folder until concepts are gone",
+    "erase": "erase concepts from any model folder by an edit of its weights",
     "sample": "prompts to a PNG grid, with any model folder",
     "evaluate": "judge a model of the mini world",
     "profile": "where the time of a training step goes",
