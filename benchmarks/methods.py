@@ -164,8 +164,8 @@ def main() -> None:
         return
     from benchmarks import methods_report
 
-    if not (measured := rows()):
-        raise UserError(f"{RESULTS} has no rows; run: python -m benchmarks.methods run --budget 0.8")
+    if not methods_report.finished(measured := rows()):
+        raise UserError(f"{RESULTS} has no finished case; run: python -m benchmarks.methods run --budget 0.8")
     print(methods_report.table(measured))
     methods_report.plots(measured, args.out)
 

@@ -32,6 +32,12 @@ def curves(rows: list[Row]) -> dict[str, dict[str, Points]]:
     return found
 
 
+def finished(rows: list[Row]) -> list[Row]:
+    """Without cases that are still under way: a mean over other seeds at every step would have kinks."""
+    ends = {(row["case"], row["seed"]) for row in rows if row["step"] == row["config"]["steps"]}
+    return [row for row in rows if row["case"] == "teacher" or (row["case"], row["seed"]) in ends] if ends else []
+
+
 def last_step(rows: list[Row]) -> int:
     """The step that the longest run was to end with."""
     return max(row["config"]["steps"] for row in rows)
@@ -63,6 +69,8 @@ def spread(values: list[float], seeds: int) -> str:
 
 def table(rows: list[Row]) -> str:
     """Markdown: a line per method, and below it what the figures show, in words."""
+    if not (rows := finished(rows)):
+        return "not measured"
     found, seeds, last = curves(rows), sorted({row["seed"] for row in rows}), last_step(rows)
 
     def cell(case: str, metric: str) -> str:
@@ -117,14 +125,14 @@ def reached(points: Points, value: float) -> int | None:
 
 
 def plots(rows: list[Row], out: Path) -> None:
-    """methods.png, figure4.png and figure5.png."""
+    """methods.png, figure4.png and figure5.png; the rows hold a finished case."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    found, last = curves(rows), last_step(rows)
+    found, last = curves(rows := finished(rows)), last_step(rows)
     figure, grid = plt.subplots(2, 2, figsize=(12, 7.5), layout="constrained", sharex="col")
     for axes, budget in zip(grid, BUDGETS, strict=True):
         shown = {name: f"{budget:.2f} {name}" for name in members(rows)}
@@ -145,7 +153,8 @@ def plots(rows: list[Row], out: Path) -> None:
         figure, axes = plt.subplots(1, 3, figsize=(14, 4.3), layout="constrained")
         for axis, metric in zip(axes, AXES, strict=True):
             for name, label in shown.items():
-                _curve(axis, found.get(f"{FIGURES:.2f} {name}", {}).get(metric, {}), label)
+                points = found.get(f"{FIGURES:.2f} {name}", {}).get(metric, {})
+                _curve(axis, points, f"{label}, {len(points.get(last, ()))} seeds")
             axis.set(xlabel="distillation steps", ylabel=AXES[metric], yscale="log")
             axis.grid(alpha=0.3, which="both")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))

@@ -152,7 +152,9 @@ ROWS = [
 
 
 def test_table():
-    lines = methods_report.table([made_up("0.80 magnitude", 0, 600, 9.0, 9.0), *ROWS]).splitlines()
+    assert methods_report.table(ROWS[:3]) == "not measured"
+    under_way = [made_up("0.80 magnitude", 2, step, 9.0, 9.0) for step in (0, 50)]
+    lines = methods_report.table([made_up("0.80 magnitude", 0, 600, 9.0, 9.0), *ROWS, *under_way]).splitlines()
     assert lines[0].startswith("| seeds 0, 1; before -> after 600 steps | 0.80: output error | 0.80: FID | 0.55:")
     assert "| magnitude | 0.105 -> 0.032 ± 0.002 | 31.5 -> 12.6 ± 0.6 | 0.525 -> 0.053 ± 0.003 |" in lines[2]
     assert lines[3].startswith("| random weights | not measured | not measured | 1.050 -> 0.735 ± 0.035 |")
@@ -178,7 +180,10 @@ def test_plots(tmp_path):
 
 
 def test_refuses(results, monkeypatch, capsys):
-    for line, says in ((["run", "--budget", "0.7"], "--budget 0.7, wanted one of 0.8, 0.55"), (["report"], "no rows")):
+    for line, says in (
+        (["run", "--budget", "0.7"], "--budget 0.7, wanted one of 0.8, 0.55"),
+        (["report"], "no finished case"),
+    ):
         monkeypatch.setattr("sys.argv", ["methods", *line])
         assert errors.run(methods.main) == 2
         assert says in capsys.readouterr().err
