@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 from bilevel_fast import bilevel, providers
 from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, move
 from bilevel_fast.diffusion import Schedule
-from bilevel_fast.erasing.targets import Guidance
+from bilevel_fast.erasing.saliency import EraseDiff
+from bilevel_fast.erasing.sources import Itself
+from bilevel_fast.erasing.targets import ConceptAblation, Guidance
+from bilevel_fast.erasing.upper import holder
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.teacher import Teacher
@@ -50,11 +53,19 @@ def on_gpu(unet, dtype):
     return unet
 
 
+ERASERS = {
+    "guidance": lambda teacher, student, flat: Guidance(ETA),
+    "concept-ablation": lambda teacher, student, flat: ConceptAblation(teacher, 1.0),
+    "erasediff": lambda teacher, student, flat: EraseDiff(student, 0.5),
+}
+
+
 @pytest.fixture
 def levels(monkeypatch, request):
     """Both levels in bf16, with moving average, clipping and penalty, and a batch of each."""
     monkeypatch.setattr(providers, "architecture", lambda device: "sm_90")
-    monkeypatch.setenv("BILEVEL_FAST_OPS", request.param)
+    provider, _, name = request.param.partition(" ")
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
     monkeypatch.setattr(bilevel, "_backward", lambda loss: None)
     teacher, student = make_models()
     batches = [make_batch(level, 0).drawn(SEED, 1000) for level in (0, 1)]
@@ -63,7 +74,9 @@ def levels(monkeypatch, request):
         schedule = replace(Schedule.sd(), alphas_cumprod=torch.empty(1000, device="cuda"))
         answers = Answers(Teacher(on_gpu(teacher, torch.bfloat16)), schedule, SEED)
         fine_tuning = FineTuning(student, answers)
-        gradients = (fine_tuning, Suppression(fine_tuning, Guidance(ETA), 1.0, "grad", flat))
+        eraser = ERASERS[name or "guidance"](answers.teacher, Itself(student), flat)
+        hold, surgery = holder(flat, "esd-x"), name == "concept-ablation"
+        gradients = (fine_tuning, Suppression(fine_tuning, eraser, 1.0, "grad", flat, hold=hold, surgery=surgery))
         both = []
         for name, gradient, batch in zip(("lower", "upper"), gradients, batches, strict=True):
             optimizer = LevelOptimizer(flat, 1e-3, 4, clip_norm=1.0, make=lambda flat: AdamW(flat, 0.99))
@@ -72,7 +85,7 @@ def levels(monkeypatch, request):
         yield both
 
 
-@pytest.mark.parametrize("levels", ["torch", "triton"], indirect=True)
+@pytest.mark.parametrize("levels", ["torch", "triton", "torch concept-ablation", "torch erasediff"], indirect=True)
 def test_a_step_stays_on_its_device_and_reads_nothing_back(levels):
     for _ in range(2):
         for level, batch in levels:
