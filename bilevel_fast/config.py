@@ -210,9 +210,6 @@ class TrainConfig:
             raise UserError(f"preset {self.preset!r} is for folders: it wants --teacher, --data and --concepts")
         if self.data is not None and self.concepts is None and self.upper.every:
             raise UserError("--data given without --concepts; --upper.every 0 runs without suppression")
-        from bilevel_fast.erasing import upper as erasers  # which reads `Upper`
-
-        erasers.check(self.upper)
         checks = {
             "lower.steps": self.lower.steps >= 1,
             "lower.batch": self.lower.batch >= 1,

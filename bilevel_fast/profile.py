@@ -54,6 +54,9 @@ def parse(argv: Sequence[str]) -> ProfileConfig:
     name = given.preset if given.preset != _BY_DATA else "mini" if given.data is None else "paper"
     config = read(default=_defaults(name))
     config.check()
+    from bilevel_fast.erasing import upper  # after the flags are read: --help should not wait for torch
+
+    upper.check(config.upper)
     if config.steps < 1 or config.warmup < 0:
         raise UserError(f"--steps {config.steps} --warmup {config.warmup}: wanted at least 1 and at least 0")
     return config

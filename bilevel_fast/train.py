@@ -25,6 +25,9 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             name = value if has_value else argv[position + 1] if position + 1 < len(argv) else name
     config = flags.parse(TrainConfig, "bilevel_fast.train", __doc__, args=argv, default=preset(name))
     config.check()
+    from bilevel_fast.erasing import upper  # after the flags are read: --help should not wait for torch
+
+    upper.check(config.upper)
     return config
 
 
