@@ -198,7 +198,7 @@ def _read_architecture(folder: Path) -> tuple[UNetConfig, Structure | None]:
     structure = Structure.load(folder / "structure.json")
     if structure.config != config:
         raise UserError(f"{folder / 'structure.json'} describes another UNet than {folder / 'config.json'}")
-    return config, structure
+    return config, None if structure.is_dense else structure
 
 
 def write_unet(folder: Path, unet: UNet, dtype: torch.dtype = torch.float32) -> None:

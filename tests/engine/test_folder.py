@@ -202,6 +202,14 @@ def student(source: Path, align: int = 1) -> UNet:
     return unet
 
 
+def test_a_student_that_keeps_everything_is_a_dense_model(tmp_path, mini):
+    """As one whose weights were edited: it may be pruned."""
+    folder = load_folder(mini)
+    save_student(tmp_path / "edited", folder, folder.unet())
+    assert (tmp_path / "edited" / "unet" / "structure.json").is_file()
+    assert load_folder(tmp_path / "edited").structure is None
+
+
 @pytest.mark.parametrize("make", [make_sd_folder, make_mini_folder])
 def test_a_student_comes_back_as_it_was(tmp_path, make):
     source = load_folder(make(tmp_path / "teacher"))
