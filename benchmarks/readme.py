@@ -108,7 +108,8 @@ def aptp() -> str:
             row["experts"],
             " / ".join(f"{row['told_by'][name]:.2f}" for name in ("style", "object", "color")),
         )
-        macs, prompts = (", ".join(f"{expert[name]:g}" for expert in experts) for name in ("macs", "prompts"))
+        macs = ", ".join(f"{expert['macs']:.4f}" for expert in experts)
+        prompts = ", ".join(str(expert["prompts"]) for expert in experts)
         cells = [row["case"], f"{row['seconds']:.0f} s", macs, prompts, told]
         lines.append("| " + " | ".join([*cells, *(f"{row['errors'][m]:.3f}" for m in methods)]) + " |")
     return "\n".join([*lines, "", machines(rows)])
