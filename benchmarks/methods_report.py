@@ -35,7 +35,8 @@ def curves(rows: list[Row]) -> dict[str, dict[str, Points]]:
 def finished(rows: list[Row]) -> list[Row]:
     """Without cases that are still under way: a mean over other seeds at every step would have kinks."""
     ends = {(row["case"], row["seed"]) for row in rows if row["step"] == row["config"]["steps"]}
-    return [row for row in rows if row["case"] == "teacher" or (row["case"], row["seed"]) in ends] if ends else []
+    ends |= {("teacher", seed) for _, seed in ends}
+    return [row for row in rows if (row["case"], row["seed"]) in ends]
 
 
 def last_step(rows: list[Row]) -> int:
@@ -62,9 +63,10 @@ def digits(value: float) -> int:
 
 
 def spread(values: list[float], seeds: int) -> str:
-    """Mean and half the range; says so if a seed is missing."""
+    """Mean and, of several, half the range; says so if a seed is missing."""
     shown, note = digits(mean(values)), "" if len(values) == seeds else f" ({len(values)} of {seeds} seeds)"
-    return f"{mean(values):.{shown}f} ± {(max(values) - min(values)) / 2:.{shown}f}{note}"
+    half = f" ± {(max(values) - min(values)) / 2:.{shown}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{shown}f}{half}{note}"
 
 
 def table(rows: list[Row]) -> str:
@@ -81,7 +83,9 @@ def table(rows: list[Row]) -> str:
 
     heads = [f"{budget:.2f}: {says}" for budget in BUDGETS for says in METRICS.values()]
     lines = [
-        f"| seeds {', '.join(map(str, seeds))}; before -> after {last} steps | " + " | ".join(heads) + " |",
+        f"| seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; before -> after {last} steps | "
+        + " | ".join(heads)
+        + " |",
         "|---|" + "--:|" * len(heads),
     ]
     for name in members(rows):
@@ -154,7 +158,8 @@ def plots(rows: list[Row], out: Path) -> None:
         for axis, metric in zip(axes, AXES, strict=True):
             for name, label in shown.items():
                 points = found.get(f"{FIGURES:.2f} {name}", {}).get(metric, {})
-                _curve(axis, points, f"{label}, {len(points.get(last, ()))} seeds")
+                n = len(points.get(last, ()))
+                _curve(axis, points, f"{label}, {n} seed{'s' * (n != 1)}")
             axis.set(xlabel="distillation steps", ylabel=AXES[metric], yscale="log")
             axis.grid(alpha=0.3, which="both")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
