@@ -38,6 +38,7 @@ from bilevel_fast.randomness import Stream, integers, normal
 from bilevel_fast.unet import UNet
 
 RESULTS = Path(__file__).parent / "results" / "aptp.jsonl"
+IMAGES = 64  # that methods may try the teacher on
 METHODS = ("uniform", "magnitude", "diff-pruning", "gates")
 _FROM = 1 << 46  # sample indices that nobody trains on, calibrates on or judges by
 Row = dict[str, Any]
@@ -105,7 +106,7 @@ def measure(path: Path, settings: Settings) -> Row:
     teacher, budget = folder.unet().eval(), mixture.budget
     routes = mixture.route([scene.caption for scene in SCENES])
     cuts = {str(k): structure for k, structure in enumerate(mixture.structures)}
-    tried = calibration_set(folder, None, seed=settings.seed)
+    tried = calibration_set(folder, None, images=IMAGES, seed=settings.seed)
     cuts |= {name: method(name)(teacher, budget, tried) for name in METHODS}
     students = {name: teacher.cut(structure).eval() for name, structure in cuts.items()}
     found = distances(teacher, students, folder, settings.rounds)
@@ -132,7 +133,7 @@ def measure(path: Path, settings: Settings) -> Row:
             "astray": others.mean().item(),
             **{name: found[name].mean().item() for name in METHODS},
         },
-        "config": {"model": "mini", **mixture.settings, "rounds": settings.rounds, "images": 64},
+        "config": {"model": "mini", **mixture.settings, "rounds": settings.rounds, "images": IMAGES},
         **describe(torch.device("cpu")),
     }
 

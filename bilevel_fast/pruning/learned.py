@@ -20,7 +20,8 @@ RATE = 0.04
 def learned_gates(teacher: UNet, budget: Budget, calibration: Calibration) -> Structure:
     """Learn one set of gates on the frozen teacher, by its loss and distillation, and cut at the budget.
 
-    The batches are gone through again and again, each time with other noise and timesteps.
+    The batches are gone through again and again, each time with other noise and timesteps. How little stays of a width
+    vector is up to the gates: `min_keep` is not looked at.
 
     Raises:
         UserError: The calibration set is empty, or the budget is one of time, or out of reach of the gates.

@@ -14,7 +14,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bilevel_fast import errors, prune
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.folder import load_folder
@@ -28,27 +27,11 @@ from bilevel_fast.pruning.aptp.run import MINI, PAPER, AptpConfig, Embeddings, t
 from bilevel_fast.pruning.aptp.train import RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.calibration import image_source
-from mini_folder import TINY, make_mini_folder
+from mini_folder import TINY
 
 STEPS = 16
 QUICK = ("--experts", 3, "--steps", STEPS, "--pretrain", 6, "--batch", 2, "--images", 216, "--log-every", 1,
          "--checkpoint-every", 5, "--budget", 0.7, "--device", "cpu")  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_mini_folder(tmp_path_factory.mktemp("models") / "teacher")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command; return its exit code and what it wrote to stdout and stderr."""
-
-    def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["prune", *map(str, arguments)])
-        return errors.run(prune.main), *capsys.readouterr()
-
-    return command
 
 
 KILLED = """

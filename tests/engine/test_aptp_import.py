@@ -6,27 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bilevel_fast import errors, prune
 from bilevel_fast.folder import load_folder, load_unet
 from bilevel_fast.pruning.aptp.layout import layout
 from bilevel_fast.structure import Structure
-from mini_folder import TINY, make_mini_folder
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_mini_folder(tmp_path_factory.mktemp("models") / "teacher")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command; return its exit code and what it wrote to stdout and stderr."""
-
-    def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["prune", *map(str, arguments)])
-        return errors.run(prune.main), *capsys.readouterr()
-
-    return command
+from mini_folder import TINY
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import re
 import pytest
 import torch
 
-from bilevel_fast import errors, prune
 from bilevel_fast.architecture import MINI, sites
 from bilevel_fast.data.cache import Index
 from bilevel_fast.data.writer import CacheWriter
@@ -15,29 +14,13 @@ from bilevel_fast.macs import count
 from bilevel_fast.pruning import FIXED, METHODS, MacBudget, bk_sdm, learned, reinitialise
 from bilevel_fast.pruning.picture import picture
 from bilevel_fast.structure import Structure
-from mini_folder import TINY, make_mini_folder
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_mini_folder(tmp_path_factory.mktemp("models") / "teacher")
+from mini_folder import TINY
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
     """What is looked at here does not need well learned gates."""
     monkeypatch.setattr(learned, "STEPS", 6)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command; return its exit code and what it wrote to stdout and stderr."""
-
-    def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["prune", *map(str, arguments)])
-        return errors.run(prune.main), *capsys.readouterr()
-
-    return command
 
 
 FEW = ("--images", 4, "--batch", 2)

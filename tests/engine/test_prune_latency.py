@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bilevel_fast import errors, prune
+from bilevel_fast import errors
 from bilevel_fast.architecture import sites
 from bilevel_fast.folder import load_folder
 from bilevel_fast.macs import count, site_costs
@@ -13,25 +13,11 @@ from bilevel_fast.pruning import FIXED, METHODS, LatencyBudget, MacBudget, read_
 from bilevel_fast.pruning.budget import choices
 from bilevel_fast.pruning.latency import SiteLatency
 from bilevel_fast.structure import Structure
-from mini_folder import TINY, make_mini_folder
+from mini_folder import TINY
 from planning import MICRO, timed_row
 
 FEW = ("--images", 4, "--batch", 2)
 BY_MACS_ONLY = ("gates",)
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return make_mini_folder(tmp_path_factory.mktemp("models") / "teacher")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["prune", *map(str, arguments)])
-        return errors.run(prune.main), *capsys.readouterr()
-
-    return command
 
 
 def ms(site, share):
