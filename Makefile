@@ -5,6 +5,7 @@
 PYTHON ?= python3
 ARGS   ?=
 SUITE  ?= step
+JOBS   ?= auto
 
 SHELL       := /bin/bash
 VENV        := .venv
@@ -26,8 +27,9 @@ help:
 train: $(VENV)/.installed-core
 	$(BIN)/python -m bilevel_fast.train $(ARGS)
 
+# One process a core with one thread each: most tests are too small to share. JOBS=0 runs them in this process.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
