@@ -31,7 +31,7 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise UserError(f"{module} is not installed; run: pip install -e '.[{extra}]'") from error
 

@@ -41,6 +41,7 @@ class Stream(IntEnum):
     BANK = 8
     WORLD = 9
     GATE = 10
+    CROP = 11
 
 
 def normal(seed: int, stream: Stream, indices: Indices, shape: tuple[int, ...]) -> Tensor:
