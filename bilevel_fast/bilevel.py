@@ -7,7 +7,8 @@ The levels differ in where batches come from, in the gradient, and in the optimi
 one step of either. There is one set of student parameters. With disjoint copies, as the paper's notation allows, the
 lower steps could not reach the upper variable at all.
 
-L_CU is an `Eraser`'s: `bilevel_fast.erasing` has them by name. What is done with its gradient is `Suppression`'s.
+L_CU is an `Eraser`'s: `bilevel_fast.erasing` has them by name. What is done with its gradient is `Suppression`'s. Where
+the eraser is an `Edit`, there is no L_CU: an upper step then changes the weights outright, and that is `Editing`.
 
 The penalty lambda L_ft is taken on the last lower batch. Its noise and the teacher's answer are still at hand, so it
 costs a forward and backward pass of the student (which has moved) and none of the teacher.
@@ -57,24 +58,56 @@ class Level:
     means: Means = field(default_factory=Means)
     eraser: "Eraser | None" = None
 
+    def step(self, batch: Batch) -> Terms:
+        with room("optimizer"):
+            self.optimizer.zero_grad()
+        loss = self.gradient(batch)
+        with room("optimizer"):
+            norm = self.optimizer.step()
+        return {**loss.terms, "loss": loss.total.detach(), "grad_norm": norm}
 
-def move(level: Level, batch: Batch) -> Terms:
+
+@dataclass(frozen=True)
+class Editing:
+    """The upper level where the eraser is an edit of weights: no images, no loss, no optimizer.
+
+    Attributes:
+        eraser: The edit.
+        means: Adds up what its steps measured, on the device.
+    """
+
+    eraser: "Edit"
+    means: Means = field(default_factory=Means)
+    name: Literal["upper"] = "upper"
+
+    def batches(self, step: int) -> Batch:
+        """No images; and here, before the step that may be recorded, the edit does what cannot be."""
+        self.eraser.prepare(step)
+        return _NO_BATCH
+
+    def step(self, batch: Batch) -> Terms:
+        with room("optimizer"):
+            return self.eraser.apply()
+
+
+_NO_BATCH = Batch(torch.empty(0), torch.empty(0), None, torch.empty(0, dtype=torch.int64))
+
+AnyLevel = Level | Editing
+
+
+def move(level: AnyLevel, batch: Batch) -> Terms:
     """One step of a level on a batch; returns what it measured, scalars on the device.
 
     Nothing here waits for the device, and nothing but tensors changes from step to step: a CUDA graph can hold it.
     """
+    terms = level.step(batch)
     with room("optimizer"):
-        level.optimizer.zero_grad()
-    loss = level.gradient(batch)
-    with room("optimizer"):
-        norm = level.optimizer.step()
-        terms = {**loss.terms, "loss": loss.total.detach(), "grad_norm": norm}
         terms = {f"{level.name}/{name}": value for name, value in terms.items()}
         level.means.add(terms)
     return terms
 
 
-def descend(level: Level, step: int, move: Callable[[Level, Batch], Terms] = move) -> Terms:
+def descend(level: AnyLevel, step: int, move: Callable[[AnyLevel, Batch], Terms] = move) -> Terms:
     """Step number `step` of a level, through `move` or what stands for it (`graphs.Graphs`)."""
     with room("data"):
         batch = level.batches(step)
@@ -83,11 +116,11 @@ def descend(level: Level, step: int, move: Callable[[Level, Batch], Terms] = mov
 
 def bilevel(
     lower: Level,
-    upper: Level | None,
+    upper: AnyLevel | None,
     every: int,
     start: int,
     steps: int,
-    move: Callable[[Level, Batch], Terms] = move,
+    move: Callable[[AnyLevel, Batch], Terms] = move,
 ) -> Iterator[Terms]:
     """Run lower steps start..steps-1, an upper step after every `every` of them; yields once per lower step.
 
@@ -164,30 +197,15 @@ class FineTuning:
             return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights)
 
 
-class Eraser(ABC):
-    """What the upper level descends on a batch of the concept: the plug-in of `--upper.eraser`.
+class Plugin:
+    """What `--upper.eraser` names.
 
     Attributes:
         eager: Why a step of it cannot be recorded as a CUDA graph; empty where it can. A step that can reads nothing
             back from the device, and does the same on every batch.
-        rule: How its gradient and that of the lower loss become one: see `Suppression`; None leaves it to the settings.
     """
 
     eager: str = ""
-    rule: "Rule | None" = None
-
-    @abstractmethod
-    def loss(self, student: UNet, answers: "Answers", batch: Batch) -> Loss:
-        """The loss of a concept batch, with gradient to the student and to nothing else.
-
-        Args:
-            student: As it is now.
-            answers: The teacher, the schedule and the seed, and how a batch is noised.
-            batch: Concept images with their captions' states, and those of their anchors.
-        """
-
-    def hold(self) -> None:  # noqa: B027  # most hold nothing
-        """Zero the gradient of what the upper level must not move; called after every backward pass."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values that a resumed run cannot make again; empty without such."""
@@ -200,6 +218,40 @@ class Eraser(ABC):
             UserError: The run would go on as another one.
         """
         assert not state
+
+
+class Eraser(Plugin, ABC):
+    """What the upper level descends on a batch of the concept.
+
+    Attributes:
+        rule: How its gradient and that of the lower loss become one: see `Suppression`; None leaves it to the settings.
+    """
+
+    rule: "Rule | None" = None
+
+    @abstractmethod
+    def loss(self, student: UNet, answers: "Answers", batch: Batch) -> Loss:
+        """The loss of a concept batch, with gradient to the student and to nothing else.
+
+        Args:
+            student: As it is now.
+            answers: The teacher, the schedule and the seed, and how a batch is noised.
+            batch: Concept images with their captions' states, and those of their anchors.
+        """
+
+    def hold(self) -> None:  # most hold nothing
+        """Zero the gradient of what the upper level must not move; called after every backward pass."""
+
+
+class Edit(Plugin, ABC):
+    """A change of the student's weights that the upper level makes again and again, between lower steps."""
+
+    def prepare(self, step: int) -> None:  # most are prepared when they are made
+        """Called before upper step `step`, and never recorded."""
+
+    @abstractmethod
+    def apply(self) -> Terms:
+        """Change the masters, what computes, and the average where there is one; return what it measured."""
 
 
 Rule = Callable[[Tensor, FlatParameters], None]

@@ -71,6 +71,41 @@ class Erasediff:
 
 
 @dataclass(frozen=True)
+class UceStep:
+    """UCE as an upper step: each projects keys and values of all cross-attentions; see erasing/loop_edits.py."""
+
+    preserve: Path | None = None
+    """Prompt file: texts that should keep their keys and values, as the empty one always does. Default: captions of the
+    lower level's data."""
+    texts: int = 256
+    """How many of these, without a file."""
+    hold: float = 1.0
+    """Weight of all preserved texts together; all texts to erase weigh 1 together, and so do their guides."""
+    ridge: float = 0.5
+    """How much the weights hold on to what they are where no text says anything."""
+
+
+@dataclass(frozen=True)
+class ConceptPruneStep:
+    """ConceptPrune as an upper step: each zeros what masks name, and the lower level may move it again."""
+
+    every: int = 0
+    """Upper steps between two searches for masks; 0 searches once, before the first upper step."""
+    ratio: float = 0.01
+    """Share of each row's weights that may go, for each timestep sampled."""
+    select: float = 0.0
+    """A weight goes if it was chosen at more than this share of the timesteps."""
+    prompts: int = 20
+    """Captions sampled per concept, and as many anchors."""
+    steps: int = 50
+    """DDIM steps of each sample."""
+    guidance: float | None = None
+    """Classifier-free guidance scale. Default: 7.5, and on the mini world --mini.guidance."""
+    batch: int = 8
+    """Prompts sampled together."""
+
+
+@dataclass(frozen=True)
 class Upper:
     """The upper level suppresses the concept: an eraser's loss on concept images, and a penalty that keeps the rest."""
 
@@ -84,7 +119,8 @@ class Upper:
     """Upper steps of linear warm-up; the first has learning rate 0."""
     eraser: str = "guidance"
     """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun,
-    erasediff or forget-me-not."""
+    erasediff or forget-me-not. Or an edit of its weights, made again at every upper step: uce or concept-prune; these
+    have no gradient, and of this section read every, anchor and what bears their name."""
     source: Literal["paper", "teacher", "start", "self"] = "paper"
     """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
     student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
@@ -105,6 +141,8 @@ class Upper:
     esd: Esd = field(default_factory=Esd)
     salun: Salun = field(default_factory=Salun)
     erasediff: Erasediff = field(default_factory=Erasediff)
+    uce: UceStep = field(default_factory=UceStep)
+    concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)
 
 
 @dataclass(frozen=True)

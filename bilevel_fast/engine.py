@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 from bilevel_fast import checkpoint
-from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, bilevel
+from bilevel_fast.bilevel import Answers, AnyLevel, Editing, FineTuning, Level, Suppression, bilevel, descend
 from bilevel_fast.config import TrainConfig
 from bilevel_fast.data.batches import Batch, Batches
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Schedule
+from bilevel_fast.erasing import loop_edits
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.erasing.attention import Words
 from bilevel_fast.erasing.saliency import salient
@@ -74,7 +75,7 @@ class Progress:
 
 def levels(
     config: TrainConfig, student: UNet, materials: Materials, device: torch.device, answers: Answers | None = None
-) -> tuple[Level, Level | None]:
+) -> tuple[Level, AnyLevel | None]:
     """Both levels over one set of student parameters; no upper one without concepts or with `upper.every` 0.
 
     The student's parameters move into flat buffers, in the precision of the configuration; so does the teacher.
@@ -102,6 +103,10 @@ def levels(
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:
         return first, None
+    if upper.eraser in erasers.EDITS:
+        guidance = config.mini.guidance if config.on_mini_world else 7.5
+        ground = loop_edits.Ground(flat, materials.data, materials.concepts, encoder, schedule, config.seed, guidance)
+        return first, Editing(loop_edits.make(upper, ground))
     batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)
     with loader(batches) as ahead:
@@ -157,16 +162,19 @@ def fit(
     lower, upper = levels(config, student, materials, device)
     with running([level for level in (lower, upper) if level is not None], device):
         progress = _steps(config, lower, upper, places, stop, device)
+        if isinstance(upper, Editing) and config.lower.steps % config.upper.every:
+            descend(upper, config.lower.steps // config.upper.every)  # what the last lower steps have moved back
         lower.optimizer.flat.release()
     return progress
 
 
 @contextlib.contextmanager
-def running(both: Sequence[Level], device: torch.device) -> Iterator[None]:
+def running(both: Sequence[AnyLevel], device: torch.device) -> Iterator[None]:
     """What the steps of `levels` need around them: loaders that are closed, library settings, a stream to capture."""
     with contextlib.ExitStack() as stack:
         for level in both:
-            stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # levels() makes Loaders
+            if isinstance(level, Level):
+                stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # levels() makes Loaders
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes do not change
             torch.set_float32_matmul_precision("high")
@@ -177,12 +185,12 @@ def running(both: Sequence[Level], device: torch.device) -> Iterator[None]:
 def _steps(
     config: TrainConfig,
     lower: Level,
-    upper: Level | None,
+    upper: AnyLevel | None,
     places: Places,
     stop: checkpoint.GracefulStop,
     device: torch.device,
 ) -> Progress:
-    both = {level.name: level for level in (lower, upper) if level is not None}
+    both: dict[str, AnyLevel] = {level.name: level for level in (lower, upper) if level is not None}
     progress = _restore(both, places.checkpoints)
     if progress.step >= config.lower.steps:
         return progress
@@ -199,7 +207,7 @@ def _steps(
             upper_steps = step // config.upper.every if upper is not None else 0
             progress = Progress(step, upper_steps, step * config.lower.batch, progress.seconds)
             if step % config.log_every == 0 or done or stop.requested:
-                rates = {f"{level.name}/lr": level.optimizer.next_lr for level in both.values()}
+                rates = {f"{name}/lr": optimizer.next_lr for name, optimizer in _optimizers(both).items()}
                 record = stats.flush(step, progress.images, [level.means for level in both.values()], **rates)
                 progress = replace(progress, seconds=record["seconds"])
                 _check_finite(both, config.max_bad_steps, progress, places.checkpoints)
@@ -210,9 +218,14 @@ def _steps(
     return progress
 
 
-def _save(both: dict[str, Level], progress: Progress, folder: Path) -> None:
-    flat = both["lower"].optimizer.flat
-    optimizers = {name: level.optimizer.state_dict() for name, level in both.items()}
+def _optimizers(both: dict[str, AnyLevel]) -> dict[str, LevelOptimizer]:
+    """An edit has none."""
+    return {name: level.optimizer for name, level in both.items() if isinstance(level, Level)}
+
+
+def _save(both: dict[str, AnyLevel], progress: Progress, folder: Path) -> None:
+    flat = _optimizers(both)["lower"].flat
+    optimizers = {name: optimizer.state_dict() for name, optimizer in _optimizers(both).items()}
     if flat.average is not None:
         optimizers["average"] = flat.state_dict(flat.average)
     for level in both.values():
@@ -221,18 +234,19 @@ def _save(both: dict[str, Level], progress: Progress, folder: Path) -> None:
     checkpoint.save(folder, progress.step, flat.state_dict(), optimizers, vars(progress))
 
 
-def _restore(both: dict[str, Level], folder: Path) -> Progress:
-    found, flat = checkpoint.latest(folder), both["lower"].optimizer.flat
+def _restore(both: dict[str, AnyLevel], folder: Path) -> Progress:
+    found, flat = checkpoint.latest(folder), _optimizers(both)["lower"].flat
     if found is None:
         return Progress()
     try:
         flat.load_state_dict(found.tensors)
-        for name, level in both.items():
-            level.optimizer.load_state_dict(found.optimizers[name])
+        for name, optimizer in _optimizers(both).items():
+            optimizer.load_state_dict(found.optimizers[name])
         if flat.average is not None:
             flat.load_state_dict(found.optimizers["average"], flat.average)
         for level in both.values():
-            if level.eraser is not None and level.eraser.state_dict():
+            # masks that an edit finds on its way are in the checkpoint before they are in the edit
+            if level.eraser is not None and ("eraser" in found.optimizers or level.eraser.state_dict()):
                 level.eraser.load_state_dict(found.optimizers["eraser"])
         state: dict[str, Any] = found.state
         progress = Progress(**state)
@@ -245,13 +259,13 @@ def _restore(both: dict[str, Level], folder: Path) -> Progress:
     return progress
 
 
-def _check_finite(both: dict[str, Level], limit: int, progress: Progress, folder: Path) -> None:
+def _check_finite(both: dict[str, AnyLevel], limit: int, progress: Progress, folder: Path) -> None:
     """One read of the device per level, at the status line only."""
-    for level in both.values():
-        bad = int(level.optimizer.bad_in_a_row)
+    for name, optimizer in _optimizers(both).items():
+        bad = int(optimizer.bad_in_a_row)
         if bad >= limit:
             _save(both, progress, folder)
             raise UserError(
-                f"the last {bad} {level.name} steps had a non-finite gradient and were skipped; stopped at lower step "
-                f"{progress.step}, the weights before them are saved in {folder}; lower --{level.name}.lr"
+                f"the last {bad} {name} steps had a non-finite gradient and were skipped; stopped at lower step "
+                f"{progress.step}, the weights before them are saved in {folder}; lower --{name}.lr"
             )

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_fast.bilevel import Level, Terms, move
+from bilevel_fast.bilevel import AnyLevel, Terms, move
 from bilevel_fast.data.batches import Batch
 
 WARMUP = 3
@@ -45,7 +45,7 @@ class Graphs:
         self._warm: dict[str, int] = {}
         self._eager: set[str] = set()
 
-    def __call__(self, level: Level, batch: Batch) -> Terms:
+    def __call__(self, level: AnyLevel, batch: Batch) -> Terms:
         if self.record is None:
             return move(level, batch)
         if level.eraser is not None and level.eraser.eager:
@@ -67,7 +67,7 @@ class Graphs:
             self._recorded[level.name] = recorded
         return self._recorded[level.name](batch)
 
-    def _try(self, level: Level, batch: Batch) -> "_Recorded | None":
+    def _try(self, level: AnyLevel, batch: Batch) -> "_Recorded | None":
         assert self.record is not None
         inputs = batch.map(torch.clone)
         try:

@@ -56,7 +56,7 @@ def parse(argv: Sequence[str]) -> ProfileConfig:
     config.check()
     from bilevel_fast.erasing import upper  # after the flags are read: --help should not wait for torch
 
-    upper.check(config.upper)
+    upper.check(config.upper, preset(config.preset).upper)
     if config.steps < 1 or config.warmup < 0:
         raise UserError(f"--steps {config.steps} --warmup {config.warmup}: wanted at least 1 and at least 0")
     return config

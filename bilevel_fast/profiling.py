@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bilevel_fast import engine, rooms, session
-from bilevel_fast.bilevel import Level, Terms, descend, move
+from bilevel_fast.bilevel import AnyLevel, Level, Terms, descend, move
 from bilevel_fast.config import TrainConfig
 from bilevel_fast.cost import Cost, Counter
 from bilevel_fast.data.batches import Batch
@@ -261,7 +261,7 @@ def training(
 
 
 def descents(
-    levels: Sequence[Level],
+    levels: Sequence[AnyLevel],
     device: torch.device,
     repeats: Mapping[str, int],
     warmup: int,
@@ -271,7 +271,7 @@ def descents(
     """`training` for levels that are there already; `record` is what `graphs.Graphs` takes."""
     numbers = {level.name: count() for level in levels}
 
-    def taken(move: Callable[[Level, Batch], Terms]) -> Steps:
+    def taken(move: Callable[[AnyLevel, Batch], Terms]) -> Steps:
         return {level.name: lambda level=level: descend(level, next(numbers[level.name]), move) for level in levels}
 
     graphs = Graphs(record)
@@ -281,7 +281,7 @@ def descents(
     return measure(taken(move), device, repeats, plain, trace), recorded
 
 
-def _levels(config: TrainConfig, device: torch.device, scratch: Path) -> tuple[Level, Level | None]:
+def _levels(config: TrainConfig, device: torch.device, scratch: Path) -> tuple[Level, AnyLevel | None]:
     """What `session.run` trains the student with."""
     erased = erased_styles(config.erase) if config.on_mini_world else []
     folder = load_folder(config.teacher or TEACHER)

@@ -19,7 +19,7 @@ from bilevel_fast.checkpoint import GracefulStop, latest
 from bilevel_fast.config import VOLATILE, TrainConfig
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.engine import Materials, Places, Progress, compute_dtype, fit
-from bilevel_fast.erasing.upper import UPPER
+from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.macs import count
@@ -94,7 +94,7 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
 
 
 def _say_what_the_bank_shows(config: TrainConfig, bank: Cache | None) -> None:
-    wanted = UPPER[config.upper.eraser].shows
+    wanted = erasers.shows(config.upper.eraser)
     if bank is not None and (shows := bank.index.recipe.get("shows", "prompt")) != wanted:
         _log.warning(
             "the images of --concepts were drawn by their %s, %s wants the %s", shows, config.upper.eraser, wanted

@@ -27,7 +27,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     config.check()
     from bilevel_fast.erasing import upper  # after the flags are read: --help should not wait for torch
 
-    upper.check(config.upper)
+    upper.check(config.upper, preset(config.preset).upper)
     return config
 
 

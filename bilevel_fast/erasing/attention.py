@@ -12,7 +12,6 @@ The words are those that a caption has and its anchor has not. The script's firs
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch import Tensor
 from bilevel_fast.bilevel import Answers, Eraser
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.data.sources import LatentSource
+from bilevel_fast.erasing.phrases import span
 from bilevel_fast.errors import UserError
 from bilevel_fast.losses import Loss
 from bilevel_fast.rooms import room
@@ -110,15 +110,8 @@ class Words:
 
 def _span(caption: str, anchor: str) -> tuple[str, str]:
     """What stands before the concept's words, and the same with them."""
-    words, rest = caption.split(), anchor.split()
-    before = _agree(words, rest)
-    after = _agree(words[before:][::-1], rest[before:][::-1])
-    through = len(words) - after
-    if through == before:
+    words = caption.split()
+    first, last = span(caption, anchor)
+    if first == last:
         raise UserError(f"eraser 'forget-me-not': caption {caption!r} has no word that its anchor {anchor!r} lacks")
-    return " ".join(words[:before]), " ".join(words[:through])
-
-
-def _agree(a: Sequence[str], b: Sequence[str]) -> int:
-    """How many words two texts have in common at their beginnings."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    return " ".join(words[:first]), " ".join(words[:last])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_fast.diffusion import Schedule
-from bilevel_fast.erasing.concepts import Frame, framed
+from bilevel_fast.erasing.concepts import Frame, Pair, framed
 from bilevel_fast.erasing.edit import Job, Outcome, Record, transformers
 from bilevel_fast.errors import UserError
 from bilevel_fast.randomness import Stream, normal
@@ -88,9 +88,7 @@ class ConceptPrune:
         """
         _, skipped = transformers(unet.structure)
         layers = second_matrices(unet)
-        if not any(int(self.ratio * w.shape[1]) for w in layers.values()):
-            widest = max(w.shape[1] for w in layers.values())
-            raise UserError(f"--ratio {self.ratio:g} of {widest} weights, the widest row here, is none; wanted more")
+        check_ratio(self.ratio, layers)
         folder = job.folder
         size = folder.config.sample_size if self.size is None else self.size
         stride = 2 ** (len(folder.config.block_out_channels) - 1)
@@ -99,34 +97,10 @@ class ConceptPrune:
         frames = job.frames or FRAMES["things"]
         guidance = (3.0 if folder.is_mini else 7.5) if self.guidance is None else self.guidance
         prompts = {pair: framed([pair], frames) for pair in job.pairs}
-        done, total = 0, 2 * len(job.pairs) * len(frames)
-
-        def norms(texts: Sequence[str]) -> Norms:
-            nonlocal done
-            before = done
-
-            def progress(count: int) -> None:
-                if job.progress:
-                    job.progress(before + count, total)
-
-            found = collect(
-                unet, folder.schedule, folder.text_encoder, texts,
-                seed=self.seed, size=size, guidance=guidance, steps=self.steps, batch=self.batch, progress=progress,
-            )  # fmt: skip
-            done += len(texts)
-            return found
-
-        masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in layers.items()}
-        bases: dict[tuple[str, ...], Norms] = {}
-        for rows in prompts.values():
-            concept = norms([row.erase for row in rows])
-            plain = tuple(row.guide for row in rows)
-            if plain in bases:  # several concepts with the same guide share it
-                done += len(plain)
-            else:
-                bases[plain] = norms(plain)
-            for name, w in layers.items():
-                masks[name] |= mask(w, concept[name], bases[plain][name], self.ratio, self.select)
+        masks = find_masks(
+            unet, folder.schedule, folder.text_encoder, list(prompts.values()), ratio=self.ratio, select=self.select,
+            seed=self.seed, size=size, guidance=guidance, steps=self.steps, batch=self.batch, progress=job.progress,
+        )  # fmt: skip
         tried = [[getattr(row, side) for rows in prompts.values() for row in rows] for side in ("erase", "guide")]
         before = [self._answers(unet, job, some, size) for some in tried]
         table = {"ff.net.2": _apply(layers, masks)}
@@ -154,6 +128,70 @@ def second_matrices(unet: UNet) -> dict[str, nn.Parameter]:
     """The matrices (C, F) that come after the GEGLU, of the Transformers that are left, by parameter name."""
     names = [f"{site.name}.transformer_blocks.0.ff.net.2.weight" for site in transformers(unet.structure)[0]]
     return {name: unet.get_parameter(name) for name in names}
+
+
+def check_ratio(ratio: float, layers: dict[str, nn.Parameter], flag: str = "--ratio") -> None:
+    """Refuse a share that takes no weight of any row.
+
+    Raises:
+        UserError: It does.
+    """
+    widest = max(w.shape[1] for w in layers.values())
+    if not int(ratio * widest):
+        raise UserError(f"{flag} {ratio:g} of {widest} weights, the widest row here, is none; wanted more")
+
+
+def find_masks(
+    unet: UNet,
+    schedule: Schedule,
+    encoder: TextEncoder,
+    concepts: Sequence[Sequence[Pair]],
+    *,
+    ratio: float,
+    select: float,
+    seed: int,
+    size: int,
+    guidance: float,
+    steps: int,
+    batch: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Tensor]:
+    """Which weights of each second matrix go, (C, F) bool by parameter name: the union over concepts.
+
+    Args:
+        concepts: For each, prompts with it and, as their guides, the same prompts without.
+        progress: Called with the prompts sampled and to sample; see `collect` for the rest.
+    """
+    layers = second_matrices(unet)
+    done, total = 0, 2 * sum(map(len, concepts))
+
+    def norms(texts: Sequence[str]) -> Norms:
+        nonlocal done
+        before = done
+
+        def tell(count: int) -> None:
+            if progress:
+                progress(before + count, total)
+
+        found = collect(
+            unet, schedule, encoder, texts,
+            seed=seed, size=size, guidance=guidance, steps=steps, batch=batch, progress=tell,
+        )  # fmt: skip
+        done += len(texts)
+        return found
+
+    masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in layers.items()}
+    bases: dict[tuple[str, ...], Norms] = {}
+    for rows in concepts:
+        concept = norms([row.erase for row in rows])
+        plain = tuple(row.guide for row in rows)
+        if plain in bases:  # several concepts with the same guide share it
+            done += len(plain)
+        else:
+            bases[plain] = norms(plain)
+        for name, w in layers.items():
+            masks[name] |= mask(w, concept[name], bases[plain][name], ratio, select)
+    return masks
 
 
 def collect(

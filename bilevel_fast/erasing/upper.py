@@ -1,4 +1,4 @@
-"""The erasers of the upper level by name, as `train --upper.eraser` takes them."""
+"""The erasers of the upper level by name, as `train --upper.eraser` takes them. Edits are in `loop_edits`."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -75,8 +75,11 @@ class Kind:
     shows: Shows = "prompt"
 
 
-OWN = ("eta", "source", "ablation", "esd", "salun", "erasediff")
+OWN = ("eta", "source", "ablation", "esd", "salun", "erasediff", "uce", "concept_prune")
 """Settings that only some erasers read."""
+
+EDITS = {"uce": ("every", "anchor", "uce"), "concept-prune": ("every", "anchor", "concept_prune")}
+"""Erasers that are edits of weights, and all settings that they read: without a gradient there is little to set."""
 
 UPPER: dict[str, Kind] = {
     "guidance": Kind(lambda upper, scene: Guidance(upper.eta), reads=("eta",)),
@@ -110,6 +113,8 @@ UPPER: dict[str, Kind] = {
 
 def source_of(upper: Upper) -> Source | None:
     """The source that the settings mean; None where the eraser has none."""
+    if upper.eraser in EDITS:
+        return None
     return UPPER[upper.eraser].source if upper.source == "paper" else upper.source
 
 
@@ -137,19 +142,27 @@ def holder(flat: FlatParameters, which: str) -> Callable[[], object]:
     return partial(torch._foreach_zero_, views)  # pyright: ignore[reportPrivateImportUsage]  # one launch
 
 
-def check(upper: Upper) -> None:
+def shows(name: str) -> Shows:
+    """What an eraser wants the images of the bank to show."""
+    return UPPER[name].shows if name in UPPER else "prompt"
+
+
+def check(upper: Upper, default: Upper | None = None) -> None:
     """Refuse an eraser that does not exist, and settings that it would not read.
+
+    Args:
+        default: What the settings are where nobody gives them: a preset's; those of `Upper` if None.
 
     Raises:
         UserError: Names the flag.
     """
-    if upper.eraser not in UPPER:
-        raise UserError(f"--upper.eraser {upper.eraser!r} does not exist{nearest(upper.eraser, UPPER)}")
-    given, default = (flatten(asdict(settings)) for settings in (upper, Upper()))
+    if upper.eraser not in UPPER and upper.eraser not in EDITS:
+        raise UserError(f"--upper.eraser {upper.eraser!r} does not exist{nearest(upper.eraser, [*UPPER, *EDITS])}")
+    given, defaults = (flatten(asdict(settings)) for settings in (upper, default or Upper()))
     for name, value in given.items():
         section = name.partition(".")[0]
-        if section in OWN and section not in UPPER[upper.eraser].reads and value != default[name]:
-            readers = ", ".join(other for other, kind in UPPER.items() if section in kind.reads)
+        if value != defaults[name] and section != "eraser" and not _reads(upper.eraser, section):
+            readers = ", ".join(other for other in (*UPPER, *EDITS) if _reads(other, section))
             raise UserError(
                 f"--upper.{name.replace('_', '-')} is {value}, but eraser {upper.eraser!r} does not read it; "
                 f"those that do: {readers}"
@@ -162,6 +175,24 @@ def check(upper: Upper) -> None:
         "salun.share": 0 < upper.salun.share <= 1,
         "salun.batches": upper.salun.batches >= 1,
         "erasediff.barrier": upper.erasediff.barrier >= 0,
+        "uce.texts": upper.uce.texts >= 0,
+        "uce.hold": 0 <= upper.uce.hold < float("inf"),
+        "uce.ridge": 0 < upper.uce.ridge < float("inf"),
+        "concept_prune.every": upper.concept_prune.every >= 0,
+        "concept_prune.ratio": 0 < upper.concept_prune.ratio <= 1,
+        "concept_prune.select": 0 <= upper.concept_prune.select < 1,
+        "concept_prune.prompts": upper.concept_prune.prompts >= 1,
+        "concept_prune.steps": upper.concept_prune.steps >= 1,
+        "concept_prune.batch": upper.concept_prune.batch >= 1,
     }
     for name in (name for name, fine in good.items() if not fine):
-        raise UserError(f"--upper.{name} is {given[name]}, outside its range; --help says what it means")
+        raise UserError(
+            f"--upper.{name.replace('_', '-')} is {given[name]}, outside its range; --help says what it means"
+        )
+
+
+def _reads(eraser: str, section: str) -> bool:
+    """Whether an eraser reads a setting, or a section of settings, of the upper level."""
+    if eraser in EDITS:
+        return section in EDITS[eraser]
+    return section not in OWN or section in UPPER[eraser].reads

@@ -9,7 +9,7 @@ from bilevel_fast.config import TrainConfig
 from bilevel_fast.data.bank import Concept, anchor_for, make_bank
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.sources import MemorySource
-from bilevel_fast.erasing.upper import UPPER
+from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder
 from bilevel_fast.mini.judge import Samples, erased_scenes, is_held_out, kept_scenes, paint, style_numbers
@@ -67,7 +67,7 @@ def concept_bank(folder: ModelFolder, erased: Sequence[int], config: TrainConfig
         mini.bank_steps,
         min(48, count),
         out,
-        shows=UPPER[config.upper.eraser].shows,
+        shows=erasers.shows(config.upper.eraser),
     )
 
 

@@ -257,7 +257,7 @@ def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(capl
     [
         (["--upper.eraser", "salun", "--upper.salun.share", "0"], "--upper.salun.share is 0.0, outside its range"),
         (["--upper.eraser", "erasediff", "--upper.surgery"], "--upper.surgery given with eraser 'erasediff'"),
-        (["--upper.eraser", "guidence"], "--upper.eraser 'guidence' does not exist; did you mean 'guidance'?"),
+        (["--upper.eraser", "guidence"], "--upper.eraser 'guidence' does not exist; did you mean 'guidance'"),
         (["--upper.eraser", "anchor-kd", "--upper.eta", "2"], "--upper.eta is 2.0, but eraser 'anchor-kd' does not"),
         (
             ["--upper.source", "self"],
