@@ -49,6 +49,7 @@ class Level:
         optimizer: Moves the parameters.
         means: Adds up what its steps measured, on the device.
         eraser: Of the upper level: says whether its step can be recorded, and what a checkpoint must keep of it.
+        pace: Of the upper level: when its steps come, where that is not every so many lower steps.
     """
 
     name: Literal["lower", "upper"]
@@ -57,6 +58,7 @@ class Level:
     optimizer: LevelOptimizer
     means: Means = field(default_factory=Means)
     eraser: "Eraser | None" = None
+    pace: "Pace | None" = None
 
     def step(self, batch: Batch) -> Terms:
         with room("optimizer"):
@@ -124,12 +126,17 @@ def bilevel(
 ) -> Iterator[Terms]:
     """Run lower steps start..steps-1, an upper step after every `every` of them; yields once per lower step.
 
-    Lower step g and upper step g // every follow from g alone, so a run that starts in the middle is the same run.
+    Lower step g and upper step g // every follow from g alone, so a run that starts in the middle is the same run. An
+    upper level with a pace of its own says itself when it is due; what that follows from is in the pace's state.
     """
     for step in range(start, steps):
         terms = descend(lower, step, move)
-        if upper is not None and (step + 1) % every == 0:
-            terms = terms | descend(upper, step // every, move)
+        if upper is not None:
+            regular = step // every if (step + 1) % every == 0 else None
+            pace = upper.pace if isinstance(upper, Level) else None
+            number = pace.due(step) if pace else regular
+            if number is not None:
+                terms = terms | descend(upper, number, move)
         yield terms
 
 
@@ -225,9 +232,11 @@ class Eraser(Plugin, ABC):
 
     Attributes:
         rule: How its gradient and that of the lower loss become one: see `Suppression`; None leaves it to the settings.
+        watch: Wants to see how far the student has come, in every step; None where nobody does.
     """
 
     rule: "Rule | None" = None
+    watch: "Watch | None" = None
 
     @abstractmethod
     def loss(self, student: UNet, answers: "Answers", batch: Batch) -> Loss:
@@ -254,6 +263,36 @@ class Edit(Plugin, ABC):
         """Change the masters, what computes, and the average where there is one; return what it measured."""
 
 
+Watch = Callable[[Tensor, Tensor, Tensor, float], None]
+"""watch(out, concept, target, reach): see `erasing.controller.Controller.watch`."""
+
+
+class Pace(ABC):
+    """When upper steps come, decided while the run goes on.
+
+    Attributes:
+        every: Lower steps per upper step, at present.
+        upper_steps: Upper steps so far.
+    """
+
+    every: int
+    upper_steps: int
+
+    @abstractmethod
+    def due(self, step: int) -> int | None:
+        """The number of the upper step that follows lower step `step`, from 0 without a gap; None if there is none.
+
+        Called once after every lower step, in their order. May read the device.
+        """
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that what is to come follows from."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 Rule = Callable[[Tensor, FlatParameters], None]
 """rule(g, flat): g (N,) is the suppression gradient, `flat.gradient` the lower loss's, and then what is descended."""
 
@@ -264,7 +303,8 @@ class Suppression:
     Args:
         lower: Its student, teacher and last batch are the upper level's as well.
         eraser: Gives the loss of the concept batch.
-        penalty: lambda; an eraser with a rule of its own does not read it.
+        penalty: lambda; an eraser with a rule of its own does not read it. A tensor () where it changes from step to
+            step: only for `grad`.
         penalty_norm: `grad` scales the penalty's gradient to the norm of the suppression gradient before lambda;
             `raw` adds lambda L_ft as the paper writes it.
         flat: The student's parameters: where its gradient is.
@@ -278,7 +318,7 @@ class Suppression:
         self,
         lower: FineTuning,
         eraser: Eraser,
-        penalty: float,
+        penalty: float | Tensor,
         penalty_norm: PenaltyNorm,
         flat: FlatParameters,
         hold: Callable[[], object] = lambda: None,
@@ -292,7 +332,7 @@ class Suppression:
         answers = self.lower.answers
         loss = self.eraser.loss(self.lower.student, answers, batch)
         self._descend(loss.total)
-        if not (self.penalty or self.surgery or self.eraser.rule):
+        if not (isinstance(self.penalty, Tensor) or self.penalty or self.surgery or self.eraser.rule):
             return loss
         assert answers.last is not None, "an upper step follows a lower step"
         penalty = self.lower.loss(answers.last)

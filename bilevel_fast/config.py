@@ -106,6 +106,23 @@ class ConceptPruneStep:
 
 
 @dataclass(frozen=True)
+class Controller:
+    """Chooses lambda and how often upper steps come, and ends them when the concept is gone (bilevel_fast.erasing)."""
+
+    enabled: bool = False
+    """Off: lambda and K stay as they are set. On, a run begins with them."""
+    gone: float = 0.9
+    """The concept is gone where the student's answer to it has come so far from the teacher's, with the teacher's
+    answer to the anchor at 1. Upper steps then move nothing until it comes back."""
+    by: float = 0.5
+    """Share of the lower steps after which it should be gone; lambda falls, and then K, where that would be missed."""
+    gap: float = 0.05
+    """How far the smoothed lower loss may rise above its least value, as a share of that, before lambda rises."""
+    horizon: int = 200
+    """Lower steps that the smoothing looks back on, and between two changes of K."""
+
+
+@dataclass(frozen=True)
 class Upper:
     """The upper level suppresses the concept: an eraser's loss on concept images, and a penalty that keeps the rest."""
 
@@ -137,6 +154,7 @@ class Upper:
     erasediff weighs by a rule of its own and does not read it."""
     penalty_norm: Literal["grad", "raw"] = "grad"
     """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
+    controller: Controller = field(default_factory=Controller)
     ablation: Ablation = field(default_factory=Ablation)
     esd: Esd = field(default_factory=Esd)
     salun: Salun = field(default_factory=Salun)
@@ -257,6 +275,10 @@ class TrainConfig:
             "upper.batch": self.upper.batch >= 1,
             "upper.lr": self.upper.lr > 0,
             "upper.penalty": self.upper.penalty >= 0,
+            "upper.controller.gone": self.upper.controller.gone > 0,
+            "upper.controller.by": 0 < self.upper.controller.by <= 1,
+            "upper.controller.gap": self.upper.controller.gap >= 0,
+            "upper.controller.horizon": self.upper.controller.horizon >= 1,
             "prune.budget": 0 < self.prune.budget <= 1,
             "erase": len(self.erase) >= 1,
             "clip-norm": self.clip_norm is None or self.clip_norm > 0,
@@ -291,7 +313,7 @@ VOLATILE = ("out", "recompute", "graphs", "log_every", "checkpoint_every", "devi
 
 _MINI = TrainConfig(
     lower=Lower(steps=120, batch=16, lr=3e-4, warmup=10, p_uncond=0.1),
-    upper=Upper(every=4, batch=16, lr=1.5e-4, warmup=4),
+    upper=Upper(every=4, batch=16, lr=1.5e-4, warmup=4, controller=Controller(horizon=10)),
     checkpoint_every=40,
 )
 PRESETS: dict[str, TrainConfig] = {

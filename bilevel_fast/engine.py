@@ -25,6 +25,7 @@ from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing import loop_edits
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.erasing.attention import Words
+from bilevel_fast.erasing.controller import Controller
 from bilevel_fast.erasing.saliency import salient
 from bilevel_fast.errors import UserError
 from bilevel_fast.fp8 import kd_error, to_fp8
@@ -114,11 +115,12 @@ def levels(
         words = partial(Words, encoder, materials.concepts)
         eraser = erasers.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
     hold = erasers.holder(flat, upper.subset)
-    suppression = Suppression(
-        fine_tuning, eraser, upper.penalty, upper.penalty_norm, flat, hold=hold, surgery=upper.surgery
-    )
+    controller = Controller(upper, lower.steps, device) if upper.controller.enabled else None
+    penalty = upper.penalty if controller is None else controller.penalty
+    suppression = Suppression(fine_tuning, eraser, penalty, upper.penalty_norm, flat, hold=hold, surgery=upper.surgery)
     making = optimizer(lr=upper.lr, warmup=upper.warmup)
-    return first, Level("upper", loader(batches), suppression, making, eraser=eraser)
+    second = Level("upper", loader(batches), suppression, making, eraser=eraser)
+    return (first, second) if controller is None else controller.take(first, second)
 
 
 def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
@@ -204,10 +206,12 @@ def _steps(
         for _ in bilevel(lower, upper, config.upper.every, progress.step, config.lower.steps, graphs):
             step = progress.step + 1
             done = step == config.lower.steps
-            upper_steps = step // config.upper.every if upper is not None else 0
+            pace = upper.pace if isinstance(upper, Level) else None
+            upper_steps = pace.upper_steps if pace else step // config.upper.every if upper is not None else 0
             progress = Progress(step, upper_steps, step * config.lower.batch, progress.seconds)
             if step % config.log_every == 0 or done or stop.requested:
                 rates = {f"{name}/lr": optimizer.next_lr for name, optimizer in _optimizers(both).items()}
+                rates |= {"upper/every": pace.every} if pace else {}
                 record = stats.flush(step, progress.images, [level.means for level in both.values()], **rates)
                 progress = replace(progress, seconds=record["seconds"])
                 _check_finite(both, config.max_bad_steps, progress, places.checkpoints)
@@ -231,6 +235,8 @@ def _save(both: dict[str, AnyLevel], progress: Progress, folder: Path) -> None:
     for level in both.values():
         if level.eraser is not None and (state := level.eraser.state_dict()):
             optimizers["eraser"] = state
+        if isinstance(level, Level) and level.pace is not None:
+            optimizers["pace"] = level.pace.state_dict()
     checkpoint.save(folder, progress.step, flat.state_dict(), optimizers, vars(progress))
 
 
@@ -248,6 +254,8 @@ def _restore(both: dict[str, AnyLevel], folder: Path) -> Progress:
             # masks that an edit finds on its way are in the checkpoint before they are in the edit
             if level.eraser is not None and ("eraser" in found.optimizers or level.eraser.state_dict()):
                 level.eraser.load_state_dict(found.optimizers["eraser"])
+            if isinstance(level, Level) and level.pace is not None:
+                level.pace.load_state_dict(found.optimizers["pace"])
         state: dict[str, Any] = found.state
         progress = Progress(**state)
     except UserError:

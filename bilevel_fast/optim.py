@@ -121,6 +121,9 @@ class LevelOptimizer:
         warmup: Steps of linear warm-up from 0: step n runs at lr * min(1, n / warmup).
         clip_norm: Gradients are scaled down to this global norm; None leaves them.
         make: Makes the rule that moves the parameters.
+
+    Attributes:
+        held: () fp32 on the device: where it is 1, a step moves nothing; None where nobody holds it.
     """
 
     def __init__(
@@ -134,6 +137,7 @@ class LevelOptimizer:
         self.flat, self.rule = flat, make(flat)
         self.lr, self.warmup, self.clip_norm = lr, warmup, clip_norm
         self.steps, self.bad_in_a_row = (torch.zeros((), device=flat.master.device) for _ in range(2))
+        self.held: Tensor | None = None
 
     @property
     def next_lr(self) -> Tensor:
@@ -148,7 +152,7 @@ class LevelOptimizer:
         norm = self.flat.norm()
         bad = (~norm.isfinite()).float()
         clip = None if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.rule.step(self.next_lr, bad, clip)
+        self.rule.step(self.next_lr, bad if self.held is None else torch.maximum(bad, self.held), clip)
         # in place: a CUDA graph that holds this step moves the same counters
         self.bad_in_a_row.add_(1).mul_(bad)
         self.steps.add_(1)

@@ -42,9 +42,13 @@ class Teacher:
 
     def steer_at(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> Tensor:
         """The same for an x_t (B, C, H, W) and t (B,) that no clean latents were noised to."""
+        return self.steered(x, t, text, anchor, eta)[0]
+
+    def steered(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        """The target, and the answer to the concept that it was made from."""
         both = self._ask(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, anchor])).out
         concept_out, anchor_out = both.chunk(2)
-        return suppression_target(anchor_out, concept_out, eta)
+        return suppression_target(anchor_out, concept_out, eta), concept_out
 
     @torch.no_grad()
     def _ask(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:

@@ -50,10 +50,12 @@ class Esd(Sourced):
         with room("diffusion"):
             x, t, order = self.paint(student, answers, batch)
         text, anchor = batch.text[order], batch.anchor[order]
-        target = self.source.steer_at(x, t, text, anchor, self.eta)
+        target, concept = self.source.steered(x, t, text, anchor, self.eta)
         with room("student"):
             out = student(x, t, text).out
         with room("losses"):
+            if self.watch is not None:
+                self.watch(out, concept, target, 1 + self.eta)
             return suppression_loss(out, target)
 
     @torch.no_grad()

@@ -49,6 +49,7 @@ class Relabel(Sourced):
         with room("student"):
             out = student(noised.x, noised.t, batch.text).out
         with room("losses"):
+            self.look(answers, noised, batch, out, target)
             return suppression_loss(out, target)
 
 

@@ -14,8 +14,11 @@ import logging
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from bilevel_fast.bilevel import Eraser
+from bilevel_fast.bilevel import Answers, Eraser
+from bilevel_fast.data.batches import Batch
+from bilevel_fast.diffusion import Noised
 from bilevel_fast.errors import UserError
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
@@ -56,6 +59,14 @@ class Sourced(Eraser):
 
     def __init__(self, source: Teacher):
         self.source = source
+
+    def look(self, answers: Answers, noised: Noised, batch: Batch, out: Tensor, target: Tensor) -> None:
+        """Show `watch` how far the student has come on the concept, with the anchor's answer as target.
+
+        The dense teacher says where it comes from: one more evaluation, and none where nobody watches.
+        """
+        if self.watch is not None:
+            self.watch(out, answers.teacher.predict(noised, batch.text).out, target, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"start": self.source.digest} if isinstance(self.source, Start) else {}

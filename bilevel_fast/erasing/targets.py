@@ -33,13 +33,16 @@ class Guidance(Eraser):
     def loss(self, student: UNet, answers: Answers, batch: Batch) -> Loss:
         assert batch.anchor is not None, "an upper batch needs anchors"
         noised, teacher = answers.noise(batch), answers.teacher
-        if self.eta:
-            target = teacher.steer(noised, batch.text, batch.anchor, self.eta)
+        concept = None
+        if self.eta or self.watch:
+            target, concept = teacher.steered(noised.x, noised.t, batch.text, batch.anchor, self.eta)
         else:
             target = teacher.predict(noised, batch.anchor).out
         with room("student"):
             out = student(noised.x, noised.t, batch.text).out
         with room("losses"):
+            if self.watch is not None and concept is not None:
+                self.watch(out, concept, target, 1 + self.eta)
             return suppression_loss(out, target)
 
 
@@ -72,6 +75,7 @@ class ConceptAblation(Sourced):
             out = student(x, t, text).out
         with room("losses"):
             loss = suppression_loss(out[: len(target)], target)
+            self.look(answers, noised, batch, out[: len(target)], target)
             if not self.keep:
                 return loss
             anchor = F.mse_loss(out[len(target) :].float(), noised.target)

@@ -67,12 +67,14 @@ class Kind:
         reads: The settings in `OWN` that it reads; it is refused with others.
         source: Whose answers its paper takes as target; None where the setting `source` is not read.
         shows: What its paper wants the images of the bank to show.
+        watched: Whether it shows a controller how far the student has come, and leaves lambda to it.
     """
 
     make: Callable[[Upper, Scene], Eraser]
     reads: tuple[str, ...] = ()
     source: Source | None = None
     shows: Shows = "prompt"
+    watched: bool = False
 
 
 OWN = ("eta", "source", "ablation", "esd", "salun", "erasediff", "uce", "concept_prune")
@@ -82,18 +84,20 @@ EDITS = {"uce": ("every", "anchor", "uce"), "concept-prune": ("every", "anchor",
 """Erasers that are edits of weights, and all settings that they read: without a gradient there is little to set."""
 
 UPPER: dict[str, Kind] = {
-    "guidance": Kind(lambda upper, scene: Guidance(upper.eta), reads=("eta",)),
-    "anchor-kd": Kind(lambda upper, scene: Guidance(0.0)),
+    "guidance": Kind(lambda upper, scene: Guidance(upper.eta), reads=("eta",), watched=True),
+    "anchor-kd": Kind(lambda upper, scene: Guidance(0.0), watched=True),
     "concept-ablation": Kind(
         lambda upper, scene: ConceptAblation(scene.source(upper), upper.ablation.keep),
         reads=("source", "ablation"),
         source="start",
         shows="anchor",
+        watched=True,
     ),
     "esd": Kind(
         lambda upper, scene: Esd(scene.source(upper), scene.null, upper.eta, **vars(upper.esd)),
         reads=("eta", "source", "esd"),
         source="start",
+        watched=True,
     ),
     "salun": Kind(
         lambda upper, scene: SalUn(
@@ -101,6 +105,7 @@ UPPER: dict[str, Kind] = {
         ),
         reads=("source", "salun"),
         source="self",
+        watched=True,
     ),
     "erasediff": Kind(
         lambda upper, scene: EraseDiff(scene.source(upper), upper.erasediff.barrier),
@@ -169,6 +174,8 @@ def check(upper: Upper, default: Upper | None = None) -> None:
             )
     if upper.eraser == "erasediff" and upper.surgery:
         raise UserError("--upper.surgery given with eraser 'erasediff', which weighs the two gradients by its own rule")
+    if upper.controller.enabled:
+        _check_controller(upper)
     good = {
         "ablation.keep": upper.ablation.keep >= 0,
         "esd.steps": upper.esd.steps >= 3,
@@ -196,3 +203,21 @@ def _reads(eraser: str, section: str) -> bool:
     if eraser in EDITS:
         return section in EDITS[eraser]
     return section not in OWN or section in UPPER[eraser].reads
+
+
+def _check_controller(upper: Upper) -> None:
+    """Refuse a controller that could not see, or would not be heard."""
+    kind, given = UPPER[upper.eraser], "--upper.controller.enabled given"
+    if not kind.watched:
+        able = ", ".join(name for name, other in UPPER.items() if other.watched)
+        raise UserError(f"{given} with eraser {upper.eraser!r}, whose progress it cannot measure or steer; use {able}")
+    if upper.penalty_norm != "grad":
+        raise UserError(f"{given} with --upper.penalty-norm {upper.penalty_norm}; its lambda is one of `grad`")
+    if not upper.every:
+        raise UserError(f"{given} with --upper.every 0, which runs no upper steps")
+    target = 1 + upper.eta if "eta" in kind.reads else 1.0
+    if upper.controller.gone >= target:
+        raise UserError(
+            f"--upper.controller.gone is {upper.controller.gone}, but the target of eraser {upper.eraser!r} lies at "
+            f"{target:g}: the concept would never be gone"
+        )

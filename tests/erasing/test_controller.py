@@ -1,0 +1,288 @@
+"""The controller: what it measures against plain formulas, what it decides, and that a step of it can be recorded."""
+
+import dataclasses
+import re
+from itertools import pairwise
+
+import pytest
+import torch
+
+from bilevel_fast.bilevel import Answers, bilevel
+from bilevel_fast.config import Controller as Settings
+from bilevel_fast.config import Upper
+from bilevel_fast.diffusion import Schedule
+from bilevel_fast.erasing import upper as erasers
+from bilevel_fast.erasing.controller import LEAST, MOST, Controller
+from bilevel_fast.errors import UserError
+from bilevel_fast.graphs import Graphs
+from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.teacher import Teacher
+from bilevel_fast.train import parse
+from replay import on_the_cpu
+from world import SEED, make_batch, make_levels, make_models
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _torch_ops(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")  # native code reads its numbers on the CPU, as no graph can
+
+
+def make(penalty=1.0, every=2, steps=100, **settings) -> Controller:
+    return Controller(Upper(penalty=penalty, every=every, controller=Settings(True, **settings)), steps, CPU)
+
+
+def at(controller: Controller, progress: float, gap: float = 0.0, step: int = 0) -> Controller:
+    """Put it where `progress` and the gap are so, after `step` lower steps of L_ft 1 without noise."""
+    controller.way.copy_(torch.tensor([progress, 1.0]))
+    controller.lower.copy_(torch.tensor([1.0, 0.1, 1 + gap, 0.0, 1.0, step]))
+    return controller
+
+
+def walk(controller: Controller, start=0, steps=12, both=None, graphs=None):
+    """Run both levels under a controller; terms of all steps, and the levels."""
+    if both is None:
+        both = make_levels(*make_models(), penalty=controller.penalty)
+        both = controller.take(*both)
+    run = bilevel(*both, 10**9, start, steps, *([] if graphs is None else [graphs]))
+    return [{name: value.item() for name, value in terms.items()} for terms in run], both
+
+
+def test_the_gap_is_that_of_the_smoothed_loss():
+    """Against floats, one by one; a loss that is not finite is none."""
+    controller, horizon, slack = make(horizon=4, gap=0.02), 4, 0.02
+    losses = [3.0, 2.0, 1.5, 1.2, 1.0, 1.1, float("nan"), 0.9, 1.4, 1.6, 1.5, 1.9]
+    weights, values, errors, least, seen = [], [], [], float("inf"), 0
+    for loss in losses:
+        controller.see(torch.tensor(loss))
+        if loss != loss:
+            continue
+        before = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights) if weights else loss
+        weights = [w * (1 - 1 / horizon) for w in weights] + [1 / horizon]
+        values, errors, total = [*values, loss], [*errors, (loss - before) ** 2], sum(weights)
+        smooth = sum(w * v for w, v in zip(weights, values, strict=True)) / total
+        least = smooth if seen < horizon else min(least, smooth)
+        seen += 1
+        variance = sum(w * e for w, e in zip(weights, errors, strict=True)) / total
+        noise = (variance * sum(w * w for w in weights)) ** 0.5 / total
+        u = min(max((smooth - least) / max(slack * least, 5 * noise) - 1, 0), 1)
+        found = [x.item() for x in controller.excess]
+        assert found == pytest.approx([(smooth - least) / least, u], rel=1e-4, abs=1e-5)
+    assert found[0] > 0.1
+
+
+def test_noise_is_no_gap_and_a_rise_is_one():
+    generator = torch.Generator().manual_seed(0)
+    quiet, rising = make(horizon=10, gap=0.01), make(horizon=10, gap=0.01)
+    heard = []
+    for step in range(400):
+        noise = 0.15 * torch.randn((), generator=generator)
+        quiet.see(1 + noise)
+        rising.see(1 + noise + (0.5 if step > 350 else 0.0))
+        heard.append(quiet.excess[1].item())
+    assert sum(u > 0 for u in heard) < 0.03 * len(heard)
+    assert quiet.excess[0] > 0.01, "the bare gap is over its share, for noise alone"
+    assert rising.excess[1] == 1
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, 2.5])
+def test_progress_counts_the_way_to_the_anchor(eta):
+    """0 at the concept, 1 at the anchor, 1 + eta at the target, whatever is wrong besides."""
+    c, a, other = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    target, way = a - eta * (c - a), a - c
+    other -= (other * way).sum() / way.square().sum() * way
+    for out, expected in ((c, 0.0), (a, 1.0), (target, 1 + eta), (0.4 * c + 0.6 * a, 0.6)):
+        controller = make()
+        controller.watch(out + 3 * other, c, target, 1 + eta)
+        assert controller.progress.item() == pytest.approx(expected, abs=1e-5)
+    controller.watch(c * float("nan"), c, target, 1 + eta)
+    assert controller.progress.item() == pytest.approx(0.6, abs=1e-5)
+    controller.watch(c, c, target, 1 + eta)  # the later step counts half, the one before a quarter
+    assert controller.progress.item() == pytest.approx(0.2, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in erasers.UPPER.items() if kind.watched])
+def test_every_eraser_shows_what_it_does(name):
+    """Its answer, the concept's, and its target: the loss is their distance, and the concept's is the source's."""
+    teacher, student = make_models()
+    upper = Upper(eraser=name, eta=0.7 if name in ("guidance", "esd") else 1.0)
+    start, answers = erasers.start(upper, student, torch.float32), Answers(Teacher(teacher), Schedule.sd(), SEED)
+    flat = FlatParameters(student)
+    look = lambda batches, share: torch.ones_like(flat.master, dtype=torch.bool)  # noqa: E731
+    scene = erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
+    eraser, batch, seen = erasers.make(upper, scene), make_batch(1, 0), []
+    unwatched = eraser.loss(student, answers, batch)
+    assert set(unwatched.terms) <= {"suppression", "anchor"}
+    eraser.watch = lambda *what: seen.append(what)
+    loss = eraser.loss(student, answers, batch)
+    (out, concept, target, reach) = seen[0]
+    assert torch.equal(loss.total, unwatched.total)
+    assert (out.detach() - target).square().mean().item() == pytest.approx(loss.terms["suppression"].item(), rel=1e-5)
+    if name == "esd":
+        x, t, order = eraser.paint(student, answers, batch)
+        with torch.no_grad():
+            c, a = (start.unet(x, t, states[order]).out for states in (batch.text, batch.anchor))
+    else:
+        noised = answers.noise(batch)
+        with torch.no_grad():
+            c = teacher(noised.x, noised.t, batch.text).out
+            source = {"concept-ablation": start, "salun": erasers.Itself(student)}.get(name, answers.teacher)
+            a = source.predict(noised, batch.anchor).out
+    eta = upper.eta if name in ("guidance", "esd") else 0.0
+    assert reach == 1 + eta
+    torch.testing.assert_close(concept, c, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(target, a - eta * (c - a), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("penalty", "progress", "gap", "step", "expected"),
+    [
+        (10.0, 0.0, 0.0, 0, 10.0),  # nothing is due yet
+        (10.0, 0.0, 0.0, 50, 5.0),  # all the way behind
+        (1.0, 0.36, 0.0, 25, 2 ** -(4 * (0.45 - 0.36) / 0.9)),  # a tenth of the way behind
+        (1.0, 0.5, 0.06, 20, 2**0.2),  # on time, and the gap a fifth over its slack
+        (1.0, 0.5, 3.0, 20, 2.0),
+        (1.0, 0.0, 3.0, 50, 1.0),  # both
+        (LEAST, 0.0, 0.0, 50, LEAST),
+        (MOST, 0.5, 3.0, 20, MOST),
+        (0.0, 0.5, 0.0, 20, LEAST),
+        (1.0, 0.95, 3.0, 20, 1.0),  # gone: nothing moves, and lambda stays
+    ],
+)
+def test_lambda(penalty, progress, gap, step, expected):
+    controller = at(make(penalty, gone=0.9, by=0.5, gap=0.05), progress, gap, step)
+    used = controller.penalty.item()
+    terms = controller.decide()
+    assert terms["lambda"].item() == used == pytest.approx(min(max(penalty, LEAST), MOST))
+    assert controller.penalty.item() == pytest.approx(expected, rel=1e-5)
+    assert (terms["gap"].item(), terms["progress"].item()) == pytest.approx((gap, progress), abs=1e-6)
+
+
+def test_stop_and_go():
+    controller = make(gone=0.9)
+    found = [at(controller, q).decide()["stopped"].item() for q in (0.89, 0.9, 0.95, 0.82, 0.8, 0.85, 0.91)]
+    assert found == [0, 1, 1, 1, 0, 0, 1]
+
+
+def test_a_stopped_step_moves_no_bit():
+    """Neither masters nor moments, though the gradient is there; and when it is not stopped, all of them."""
+    controller = make(every=1)
+    _, (_, upper) = walk(controller, steps=6)
+    flat, rule = upper.optimizer.flat, upper.optimizer.rule
+    for gone, moved in ((-1e9, False), (1e9, True)):
+        controller.settings = dataclasses.replace(controller.settings, gone=gone)
+        controller.stopped.zero_()
+        before = [x.clone() for x in (flat.master, rule.first, rule.second, rule.done)]
+        upper.optimizer.zero_grad()
+        terms = upper.gradient(upper.batches(9)).terms
+        assert upper.optimizer.step() > 0
+        assert terms["stopped"] == (not moved)
+        after = (flat.master, rule.first, rule.second, rule.done)
+        assert [torch.equal(x, y) for x, y in zip(before, after, strict=True)] == [not moved] * 4
+    assert upper.optimizer.bad_in_a_row == 0
+
+
+def test_lambda_weighs_the_penalty():
+    """The same two gradients under the level's own optimizer: g + lambda |g| / |r| r."""
+    controller = make(penalty=3.0, every=1)
+    _, (_, upper) = walk(controller, steps=1)
+    flat = upper.optimizer.flat
+
+    def gradient(penalty: float):
+        controller.penalty.fill_(penalty)
+        flat.zero_grad()
+        upper.gradient(upper.batches(0))
+        return flat.gradient.clone()
+
+    g, one, four = (gradient(x) for x in (0.0, 1.0, 4.0))
+    torch.testing.assert_close(four - g, 4 * (one - g), rtol=1e-4, atol=1e-5)
+    assert (one - g).norm().item() == pytest.approx(g.norm().item(), rel=1e-4)
+
+
+def test_pace():
+    controller = make(every=4, horizon=8, steps=100, by=0.5)
+
+    def numbers(steps, **state):
+        at(controller, **state)
+        return {step: n for step in steps if (n := controller.due(step)) is not None}
+
+    assert numbers(range(8), progress=0.0) == {3: 0, 7: 1}
+    assert numbers(range(8, 15), progress=0.5, step=10) == {11: 2}
+    controller.penalty.fill_(5.0)
+    assert numbers([15], progress=0.0, step=50) == {15: 3}
+    assert controller.every == 4, "lambda first"
+    controller.penalty.fill_(1.0)
+    assert numbers(range(16, 24), progress=0.0, step=50) == {19: 4, 23: 5}
+    assert controller.every == 2
+    assert numbers(range(24, 40), progress=0.0, step=50) == {
+        n: k for k, n in enumerate([25, 27, 29, *range(31, 40)], 6)
+    }
+    assert controller.every == 1
+    assert numbers(range(40, 48), progress=0.5, gap=1.0, step=10) == {n: k for k, n in enumerate(range(40, 47), 18)}
+    assert controller.every == 2
+    numbers(range(48, 50), progress=0.5)
+    controller.stopped.fill_(1.0)
+    for step in range(50, 120):
+        controller.due(step)
+    assert controller.every == 8 * 4
+    controller.stopped.fill_(0.0)
+    numbers(range(120, 128), progress=0.85, step=50)
+    assert controller.every == 4
+
+
+def test_a_controlled_run_is_recorded_and_is_resumed():
+    """Replayed steps, and steps of a controller that took over in the middle, are the same steps to the bit."""
+    settings = {"penalty": 10.0, "every": 1, "steps": 24, "by": 0.3, "gone": 0.7, "horizon": 4}
+    whole, (_, upper) = walk(make(**settings), steps=24)
+    recorded = []
+    replayed, (_, again) = walk(
+        make(**settings), steps=24, graphs=Graphs(lambda call: (recorded.append(call), on_the_cpu(call))[1])
+    )
+    assert len(recorded) == 2
+    assert replayed == whole
+    assert torch.equal(again.optimizer.flat.master, upper.optimizer.flat.master)
+
+    first = make(**settings)
+    begun, both = walk(first, steps=13)
+    state = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in first.state_dict().items()}
+    second = make(**settings)
+    levels = make_levels(*make_models(), penalty=second.penalty)
+    for old, new in zip(both, levels, strict=True):
+        new.optimizer.flat.load_state_dict(old.optimizer.flat.state_dict())
+        new.optimizer.load_state_dict(old.optimizer.state_dict())
+    taken = second.take(*levels)
+    second.load_state_dict(state)
+    ended, _ = walk(second, start=13, steps=24, both=taken)
+    assert begun + ended == whole
+    seen = [terms for terms in whole if "upper/lambda" in terms]
+    assert {terms["upper/stopped"] for terms in seen} == {0.0, 1.0}
+    assert len(seen) < 24, "the pace has changed"
+    assert any(b["upper/lambda"] < a["upper/lambda"] for a, b in pairwise(seen))
+    assert seen[0]["upper/lambda"] == 10.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--upper.eraser", "forget-me-not"], "eraser 'forget-me-not', whose progress it cannot measure or steer; use"),
+        (["--upper.eraser", "erasediff"], "eraser 'erasediff', whose progress it cannot measure or steer"),
+        (["--upper.penalty-norm", "raw"], "given with --upper.penalty-norm raw; its lambda is one of `grad`"),
+        (["--upper.every", "0"], "given with --upper.every 0, which runs no upper steps"),
+        (["--upper.controller.gone", "2"], "gone is 2.0, but the target of eraser 'guidance' lies at 2: the concept"),
+        (["--upper.eraser", "anchor-kd", "--upper.controller.gone", "1"], "the target of eraser 'anchor-kd' lies at 1"),
+        (["--upper.controller.by", "0"], "--upper.controller.by is 0.0, outside its range"),
+        (["--upper.controller.horizon", "0"], "--upper.controller.horizon is 0, outside its range"),
+    ],
+)  # fmt: skip
+def test_refused(flags, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        parse(["--upper.controller.enabled", *flags])
+
+
+def test_off_by_default():
+    for preset in ("mini", "smoke"):
+        assert not parse(["--preset", preset]).upper.controller.enabled
+    assert parse(["--upper.controller.enabled"]).upper.controller == Settings(True, horizon=10)
+    _, upper = make_levels(*make_models())
+    assert (upper.pace, upper.optimizer.held, upper.eraser.watch) == (None, None, None)
