@@ -367,6 +367,7 @@ class Suppression:
             scale = (self.penalty * norm(suppression) / norm(flat.gradient)).to(flat.dtype)
             torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
         else:
+            assert not isinstance(self.penalty, Tensor), "lambda moves under `grad` only"
             torch.add(suppression, flat.gradient, alpha=self.penalty, out=flat.gradient)
 
 
