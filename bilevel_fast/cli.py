@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "prune, distil and suppress concepts in one run",
     "prune": "prune a model folder to a MAC budget",
     "erase": "erase concepts from any model folder by an edit of its weights",
+    "prepare": "images and captions to the latent cache that training reads",
     "sample": "prompts to a PNG grid, with any model folder",
     "evaluate": "judge a model of the mini world",
     "profile": "where the time of a training step goes",

@@ -2,11 +2,15 @@
 
     index.json            format, version, kind, latent shape, views, VAE, recipe, and the shards with their checksums
     shard-00000.safetensors   `moments` (n, V, 2C, H, W), float16 or float32: mean and log-variance of *scaled* latents
-    shard-00000.jsonl     one line per sample: {"captions": [...]} for images,
+    shard-00000.jsonl     one line per sample: {"captions": [...], "file": ...} for images,
                           {"caption": ..., "anchor": ...} for concepts (the caption without the concept)
+    dropped.jsonl         what was left out and why: {"file": ..., "captions": n, "reason": ...} for an image with all
+                          its captions, {"file": ..., "caption": ..., "reason": ...} for a caption alone
 
 Every file is written aside and renamed, and `index.json` comes last, so a folder that has one is complete. While a
 cache is being made, `index.partial.json` lists the shards that are done, and a new `CacheWriter` goes on after them.
+Where several machines make one cache, the names of part 2 of 4 begin with `part-00002-of-00004-`, and whoever is last
+writes the index of the whole.
 
 Shape legend: B batch, n samples of a shard, V views, C latent channels, H W latent size.
 """
@@ -26,8 +30,10 @@ from bilevel_fast.architecture import UNetConfig
 from bilevel_fast.errors import UserError
 from bilevel_fast.files import open_safetensors, read_json, sha256
 
-FORMAT, VERSION = "bilevel_fast.cache", 1
-INDEX, PARTIAL = "index.json", "index.partial.json"
+FORMAT, VERSION = "bilevel_fast.cache", 2
+READABLE = (1, VERSION)
+"""Version 1 had no `dropped`."""
+INDEX, PARTIAL, DROPPED = "index.json", "index.partial.json", "dropped.jsonl"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _DTYPE_NAMES = {"F16": "float16", "F32": "float32"}  # as safetensors calls them
 
@@ -49,6 +55,22 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """What was left out of a cache: the lines of `dropped.jsonl`, in the order of its source."""
+
+    pairs: int = 0
+    """Images that are missing with all their captions."""
+    captions: int = 0
+    """Captions that are missing from an image."""
+    sha256: str = ""
+    """Of the file; empty if there is none."""
+
+    @property
+    def lines(self) -> int:
+        return self.pairs + self.captions
+
+
+@dataclass(frozen=True)
 class Index:
     """`index.json`."""
 
@@ -62,10 +84,16 @@ class Index:
     recipe: dict[str, Any] = field(default_factory=dict)
     """How the samples were made, as far as it decides what they are. Goes on only with the same recipe."""
     shards: tuple[Shard, ...] = ()
+    dropped: Dropped = Dropped()
 
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    @property
+    def entries(self) -> int:
+        """Entries of the source that were looked at: they are samples now, or dropped."""
+        return self.samples + self.dropped.pairs
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
@@ -93,13 +121,14 @@ class Index:
         """
         fields = read_json(path)
         came = fields.pop("format", None), fields.pop("version", None)
-        if came != (FORMAT, VERSION):
+        if came[0] != FORMAT or came[1] not in READABLE:
             raise UserError(f"{path}: format {came[0]!r} version {came[1]!r}, wanted {FORMAT!r} version {VERSION}")
         samples = fields.pop("samples", None)
         try:
             shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
             shape = tuple(fields.pop("latent_shape"))
-            index = cls(latent_shape=shape, shards=shards, **fields)
+            dropped = Dropped(**fields.pop("dropped", {}))
+            index = cls(latent_shape=shape, shards=shards, dropped=dropped, **fields)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: a field is missing or unknown: {error}") from error
         wrong = {
@@ -111,6 +140,7 @@ class Index:
             "recipe": type(index.recipe) is not dict,
             # A name with a separator could lead out of the folder.
             "shards": any(Path(shard.file).name != shard.file for shard in shards),
+            "dropped": any(type(count) is not int or count < 0 for count in (dropped.pairs, dropped.captions)),
             "samples": any(type(shard.samples) is not int for shard in shards) or samples != index.samples,
         }
         for name, bad in wrong.items():
@@ -124,8 +154,8 @@ class Index:
 def _settings(index: Index) -> dict[str, Any]:
     """What the caller of a writer decides, as it reads back from JSON, where a tuple is a list."""
     fields = json.loads(json.dumps(asdict(index)))
-    del fields["shards"]
-    return fields | {f"recipe.{name}": value for name, value in fields.pop("recipe").items()}
+    del fields["shards"], fields["dropped"]
+    return {f"recipe.{name}": value for name, value in fields.pop("recipe").items()} | fields
 
 
 class Cache:
@@ -146,8 +176,10 @@ class Cache:
         """
         path = Path(path)
         if not (path / INDEX).is_file():
-            if (path / PARTIAL).is_file():
+            if any(path.glob(f"*{PARTIAL}")):
                 raise UserError(f"{path} is an unfinished cache; run the command that makes it again to finish it")
+            if parts := sorted(file.name.removesuffix(f"-{INDEX}") for file in path.glob(f"part-*-{INDEX}")):
+                raise UserError(f"{path} is an unfinished cache: it has {', '.join(parts)} only; make the other parts")
             raise UserError(f"{path} is not a cache: {INDEX} is missing")
         index = Index.load(path / INDEX)
         if not index.samples:
@@ -188,8 +220,7 @@ class Cache:
         """
         for shard in self.index.shards:
             for name, wanted in ((shard.file, shard.sha256), (shard.captions, shard.captions_sha256)):
-                if sha256(self.path / name) != wanted:
-                    raise UserError(f"{self.path / name} was changed after it was written: its checksum is wrong")
+                check_sum(self.path / name, wanted)
 
     def check_model(self, config: UNetConfig, vae: str) -> None:
         """Refuse to train a model on latents that it was not made for.
@@ -237,6 +268,18 @@ class Cache:
         if shard not in self._lines:
             self._lines[shard] = _read_lines(self.path, self.index.shards[shard], self.index.kind)
         return self._lines[shard][local]
+
+
+def check_sum(path: Path, wanted: str) -> None:
+    """Refuse a file that is not the one that was written.
+
+    Raises:
+        UserError: It is missing or was changed.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    if sha256(path) != wanted:
+        raise UserError(f"{path} was changed after it was written: its checksum is wrong")
 
 
 def _read_lines(folder: Path, shard: Shard, kind: Kind) -> list[dict[str, Any]]:

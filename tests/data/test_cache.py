@@ -166,7 +166,7 @@ def test_open_names_what_is_damaged(tmp_path, file, damage, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 2, "version 2, wanted 'bilevel_fast.cache' version 1"),
+        ("version", 3, "version 3, wanted 'bilevel_fast.cache' version 2"),
         ("format", "webdataset", "format 'webdataset'"),
         ("kind", "videos", "field kind is wrong: 'videos'"),
         ("latent_shape", [4, 3], "field latent_shape is wrong"),

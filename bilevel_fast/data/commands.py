@@ -1,0 +1,190 @@
+"""`python -m bilevel_fast.prepare coco`, `folder` and `webdataset`."""
+
+import glob
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bilevel_fast import flags
+from bilevel_fast.data.cache import DROPPED, Cache, Dropped, Index
+from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
+from bilevel_fast.data.encode import Files, Source, encode, latent_shape
+from bilevel_fast.data.listing import coco, metadata_folder
+from bilevel_fast.data.pictures import MAX_VIEWS, Framing
+from bilevel_fast.data.tars import Tars
+from bilevel_fast.data.writer import Part
+from bilevel_fast.errors import UserError
+from bilevel_fast.folder import load_folder
+from bilevel_fast.session import pick_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How a cache is made."""
+
+    out: Path
+    """Folder of the cache. If it holds a part of this cache, the command goes on with it."""
+    model: Path
+    """Model folder whose VAE makes the latents."""
+    resolution: int = 512
+    """The short side of an image is scaled to this many pixels, and a square of that side cut out."""
+    views: int = 1
+    """Random crops and flips of each image."""
+    crop: Literal["random", "center"] = "random"
+    """Where the square lies."""
+    flip: bool = True
+    """Mirror half of the views."""
+    seed: int = 0
+    """Of crops and flips, which depend on it, the image and the number of the view alone."""
+    shard: str = "0/1"
+    """i/n: make the i-th, from 0, of n equal parts. Whoever is last joins them."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the latents in the cache."""
+    batch: int = 16
+    """Images decoded and encoded together."""
+    per_file: int = 1024
+    """Images per file of the cache, a multiple of --batch; a killed run does so many again."""
+    backend: Literal["auto", "cpu", "mixed"] = "auto"
+    """Where DALI decodes; mixed: partly on a GPU. auto: there if there is one."""
+    threads: int | None = None
+    """Of DALI on the CPU; by default one per core."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the VAE computes in."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoArgs(Making):
+    """Make a latent cache of COCO's images and captions."""
+
+    root: Path
+    """Folder with annotations/captions_SPLIT.json and SPLIT/ or images/SPLIT/."""
+    split: str = "train2017"
+    """train2017, val2017, train2014, val2014, or any other that has such files."""
+
+    def source(self, part: Part) -> Source:
+        return Files(coco(self.root, self.split))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderArgs(Making):
+    """Make a latent cache of a folder of images with a metadata.jsonl."""
+
+    root: Path
+    """Folder with metadata.jsonl, whose lines name files relative to it."""
+    caption_field: str = "text"
+    """Field of metadata.jsonl with the caption, or a list of them."""
+
+    def source(self, part: Part) -> Source:
+        return Files(metadata_folder(self.root, self.caption_field))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarArgs(Making):
+    """Make a latent cache of webdataset tars."""
+
+    tars: str
+    """Path of a tar, or a pattern such as 'DIR/*.tar'; they are read in the order of their names."""
+    caption_field: str = "caption"
+    """Field of a sample's .json with the caption, or a list of them; a .txt comes first."""
+
+    def source(self, part: Part) -> Source:
+        return Tars([Path(path) for path in sorted(glob.glob(self.tars))], self.caption_field, part)
+
+
+_ARGS: dict[str, type[CocoArgs | FolderArgs | TarArgs]] = {
+    "coco": CocoArgs,
+    "folder": FolderArgs,
+    "webdataset": TarArgs,
+}
+
+
+def images(name: str, argv: Sequence[str]) -> None:
+    """Carry out one of the commands."""
+    kind = _ARGS[name]
+    args = flags.parse(kind, f"bilevel_fast.prepare {name}", kind.__doc__, args=argv)
+    cache = make(args)
+    if cache is None:
+        print(f"{args.out}: part {args.shard} is finished, others are not")
+        return
+    dropped = cache.index.dropped
+    print(f"{args.out}: {len(cache)} images, {cache.views} views each; VAE {cache.index.vae}")
+    if dropped.lines:
+        print(f"left out: {dropped.pairs} images, {dropped.captions} captions; {args.out / DROPPED} names them")
+        for reason, count in reasons(args.out / DROPPED).most_common():
+            print(f"  {count:>8}  {reason}")
+
+
+def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
+    """Make the cache; None if other parts of it are to be made.
+
+    Raises:
+        UserError: Bad input of any kind.
+    """
+    part, device = Part.parse(args.shard), pick_device(args.device)
+    backend = pick_backend(args.backend, device)
+    if args.resolution < 1 or not 1 <= args.views <= MAX_VIEWS:
+        raise UserError(f"--resolution is {args.resolution} and --views is {args.views}; both must be positive")
+    source = args.source(part)
+    folder = load_folder(args.model, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    shape = latent_shape(folder.vae, args.resolution)
+    if args.resolution % shape[1]:
+        raise UserError(f"--resolution {args.resolution} is no multiple of {args.resolution // shape[1]}")
+    stride = 2 ** (len(folder.config.block_out_channels) - 1)
+    if shape[1] % stride:
+        raise UserError(
+            f"--resolution {args.resolution} gives latents of {shape[1]}x{shape[2]}, no multiple of the UNet's "
+            f"stride {stride}; wanted a multiple of {args.resolution * stride // shape[1]}"
+        )
+    recipe = {"backend": backend, "precision": args.precision}
+    index = Index("images", shape, folder.vae_fingerprint, args.views, args.dtype, recipe)
+    framing = Framing(args.resolution, args.seed, args.flip, args.crop)
+    threads = args.threads or usable_cores()
+    decoder = Decoder(args.resolution, args.views, args.batch, backend, device, threads)
+    with _Bar() as bar:
+        return encode(
+            source,
+            args.out,
+            index,
+            framing,
+            decoder,
+            folder.vae,
+            batch=args.batch,
+            per_file=args.per_file,
+            part=part,
+            progress=bar,
+        )
+
+
+def reasons(report: Path) -> "Counter[str]":
+    """How often each reason is given in a `dropped.jsonl`; numbers in it do not tell reasons apart."""
+    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+    return Counter(("caption: " if "caption" in line else "") + line["reason"] for line in lines)
+
+
+class _Bar:
+    """A progress bar where there is a terminal."""
+
+    def __init__(self) -> None:
+        self._bar = None
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, done: int, total: int, dropped: Dropped) -> None:
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, unit="img", disable=None)
+        self._bar.set_postfix_str(f"{dropped.pairs} dropped", refresh=False)
+        self._bar.update(done - self._bar.n)

@@ -1,0 +1,191 @@
+"""Which images there are and what their captions are: COCO's annotations, or a folder with `metadata.jsonl`.
+
+What is wrong with an entry is written down where it is found and goes with it, so that an image is dropped with its own
+captions and nothing moves up in its place.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from bilevel_fast.data.pictures import MAX_KEY, Unusable
+from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.files import read_json
+
+SPLITS = ("train2017", "val2017", "train2014", "val2014")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image and its captions."""
+
+    key: int
+    """Decides the random crops of the image."""
+    file: str
+    """Relative to the folder of images."""
+    captions: tuple[str, ...]
+    problem: str | None = None
+    """Why the pair cannot be used, if that is known without opening the image."""
+    refused: tuple[tuple[str, str], ...] = ()
+    """Captions that were taken off it, each with the reason."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Entries in an order that depends on the annotations alone."""
+
+    folder: Path
+    """Of the images."""
+    entries: tuple[Entry, ...]
+
+    def read(self, entry: Entry) -> bytes:
+        """The bytes of an entry's file.
+
+        Raises:
+            Unusable: The entry has a problem, or there is no such file.
+        """
+        if entry.problem is not None:
+            raise Unusable(entry.problem)
+        path = self.folder / entry.file
+        try:
+            if not path.is_file():
+                raise Unusable("not a file" if path.exists() else "missing")
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):  # others may pass: not the file's fault
+                raise Unusable(os.strerror(error.errno)) from None
+            raise
+
+
+def coco(root: Path, split: str) -> Listing:
+    """Read `ROOT/annotations/captions_SPLIT.json`; the images lie in `ROOT/SPLIT` or `ROOT/images/SPLIT`.
+
+    An image with several captions is one entry; entries are in the order of image ids. Annotations of images that are
+    not listed are entries with a problem, at the end.
+
+    Raises:
+        UserError: A file or folder is missing, or the file is not COCO's.
+    """
+    annotations = root / "annotations" / f"captions_{split}.json"
+    if not annotations.is_file():
+        raise UserError(f"{annotations} is missing{nearest(split, SPLITS)}")
+    folders = [folder for folder in (root / split, root / "images" / split) if folder.is_dir()]
+    if not folders:
+        raise UserError(f"no images: neither {root / split} nor {root / 'images' / split} is a folder")
+    fields = read_json(annotations)
+    for name in ("images", "annotations"):
+        if not isinstance(fields.get(name), list):
+            raise UserError(f"{annotations}: wanted a list {name!r}, as in COCO's captions")
+    captions: dict[Any, list[tuple[Any, Any]]] = {}
+    for row in fields["annotations"]:
+        row = row if isinstance(row, dict) else {}
+        image = row.get("image_id")
+        number = row.get("id")
+        captions.setdefault(image if type(image) is int else None, []).append(
+            (number if type(number) is int else MAX_KEY, row.get("caption"))
+        )
+    entries: dict[int, Entry] = {}
+    odd: list[Entry] = []
+    for row in fields["images"]:
+        row = row if isinstance(row, dict) else {}
+        key, file = row.get("id"), row.get("file_name")
+        if type(key) is not int or not 0 <= key < MAX_KEY:
+            odd.append(Entry(0, _shown(file), (), f"its id is {key!r}, wanted a whole number"))
+        elif key in entries:
+            odd.append(Entry(0, _shown(file), (), f"its id {key} stands for {entries[key].file} already"))
+        else:
+            found = [text for _, text in sorted(captions.pop(key, []), key=lambda pair: pair[0])]
+            entries[key] = _entry(key, file, found)
+    odd += [
+        Entry(0, f"image {image}", tuple(str(text) for _, text in found), "has captions, but is not listed")
+        for image, found in captions.items()
+    ]
+    return Listing(folders[0], (*(entries[key] for key in sorted(entries)), *odd))
+
+
+def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
+    """Read `ROOT/metadata.jsonl`, as the imagefolder of `datasets` has it: lines with `file_name` and `text`.
+
+    Lines about the same file become one entry; a caption may also be a list of captions.
+
+    Raises:
+        UserError: The file is missing, empty, not UTF-8, or no line of it has the caption field.
+    """
+    path = root / "metadata.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; it wants lines of file_name and {caption_field}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+    captions: dict[str, list[Any]] = {}
+    odd: dict[int, Entry] = {}
+    first: dict[str, int] = {}
+    fields: set[str] = set()
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            fields |= set(row)
+            file, text = row["file_name"], row[caption_field]
+        except (ValueError, TypeError, KeyError):
+            odd[number] = Entry(0, f"{path.name} line {number}", (), f"wanted file_name and {caption_field} in JSON")
+            continue
+        if type(file) is not str:
+            odd[number] = Entry(0, f"{path.name} line {number}", (), f"file_name is {file!r}")
+            continue
+        first.setdefault(file, number)
+        captions.setdefault(file, []).extend(text if isinstance(text, list) else [text])
+    if not captions:
+        raise UserError(f"{path}: no line has file_name and {caption_field!r}{nearest(caption_field, fields)}")
+    entries = odd | {number: _entry(number, file, captions[file]) for file, number in first.items()}
+    return Listing(root, tuple(entries[number] for number in sorted(entries)))
+
+
+def _entry(key: int, file: Any, texts: Iterable[Any]) -> Entry:
+    """An entry with its good captions; what is wrong with it, or with the others, is written down."""
+    entry = with_captions(Entry(key, _shown(file), ()), texts)
+    problem = path_problem(file)
+    return replace(entry, problem=problem) if problem else entry
+
+
+def with_captions(entry: Entry, texts: Iterable[Any]) -> Entry:
+    """The entry with those captions that are text, each once; without any, that is its problem."""
+    good: dict[str, None] = {}
+    refused: list[tuple[str, str]] = []
+    for text in texts:
+        caption = text.strip() if isinstance(text, str) else ""
+        if not isinstance(text, str):
+            refused.append((repr(text), "not a text"))
+        elif not caption:
+            refused.append((text, "empty"))
+        elif _shown(caption) != caption:
+            refused.append((_shown(caption), "not valid Unicode"))
+        elif caption in good:
+            refused.append((caption, "duplicate"))
+        else:
+            good[caption] = None
+    problem = entry.problem if good else "no caption"
+    return replace(entry, captions=tuple(good), refused=tuple(refused), problem=problem)
+
+
+def path_problem(file: Any) -> str | None:
+    """Why a listed name is not one of a file below the folder of images; None if it is."""
+    if not isinstance(file, str) or not file:
+        return f"file_name is {file!r}, wanted a text"
+    if "\0" in file or _shown(file) != file:
+        return "file_name is not valid Unicode"
+    for path in (PurePosixPath(file), PureWindowsPath(file)):
+        if path.is_absolute() or path.drive or path.root or ".." in path.parts:
+            return "file_name leads out of the folder of images"
+    return None
+
+
+def _shown(text: Any) -> str:
+    """As text that any file can hold: JSON may name half of a surrogate pair."""
+    return str(text).encode(errors="backslashreplace").decode()
