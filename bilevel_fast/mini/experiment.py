@@ -12,9 +12,10 @@ from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder
-from bilevel_fast.mini.judge import Samples, erased_scenes, is_held_out, kept_scenes, paint, style_numbers
+from bilevel_fast.mini.judge import Samples, is_held_out, paint, style_numbers
+from bilevel_fast.mini.probe import Probe
 from bilevel_fast.mini.vae import PixelUnshuffleVAE
-from bilevel_fast.mini.world import SCENES, STYLES, render
+from bilevel_fast.mini.world import SCENES, STYLES, Scene, render
 from bilevel_fast.unet import UNet
 
 _IMAGES_FROM = 1 << 42  # sample indices of the drawings that students see, far from the teacher's and the judge's
@@ -24,8 +25,11 @@ def erased_styles(names: Sequence[str]) -> list[int]:
     """Indices of the styles to erase.
 
     Raises:
-        UserError: A name is not a style, or is the plain one: no phrase of a caption stands for it.
+        UserError: A name is not a style, or is the plain one: no phrase of a caption stands for it; or is there twice.
     """
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"style {name!r} is to be erased twice; wanted each once")
     if "plain" in names:
         raise UserError("style 'plain' cannot be erased: no phrase of a caption stands for it")
     return style_numbers(names)
@@ -47,40 +51,60 @@ def drawn_source(vae: PixelUnshuffleVAE, erased: Sequence[int], count: int, seed
     return MemorySource(vae.moments(images)[:, None], [[scene.caption] for scene in scenes])
 
 
-def concept_bank(folder: ModelFolder, erased: Sequence[int], config: TrainConfig, out: Path) -> Cache:
-    """Sample the teacher on the erased styles' prompts, without the object-colour pairs held out for the judge."""
-    prompts, anchors = [], []
-    for scene in SCENES:
-        if scene.style in erased and not is_held_out(scene):
-            prompts.append(scene.caption)
-            anchors.append(anchor_for(scene.caption, Concept(f"in the style of {STYLES[scene.style]}")))
-    count, mini = config.mini.bank * len(erased), config.mini
-    # an odd stride mixes the prompts, so that a bank smaller than their number is not one colour of one style
+def concept_banks(folder: ModelFolder, config: TrainConfig, out: Path, alone: bool) -> list[Cache]:
+    """A bank for each style of `config.erase`.
+
+    Args:
+        out: One style's bank lies here if it is alone, else each in a folder of its name.
+        alone: Whether no earlier run has banks of its own.
+    """
+    if alone and len(config.erase) == 1:
+        return [concept_bank(folder, config.erase[0], config, out)]
+    return [concept_bank(folder, style, config, out / style) for style in config.erase]
+
+
+def concept_bank(folder: ModelFolder, style: str, config: TrainConfig, out: Path) -> Cache:
+    """Sample the teacher on a style's prompts, without the object-colour pairs held out for the judge."""
+    (number,), concept, mini = style_numbers([style]), Concept(f"in the style of {style}"), config.mini
+    prompts = [scene.caption for scene in SCENES if scene.style == number and not is_held_out(scene)]
+    anchors = [anchor_for(prompt, concept) for prompt in prompts]
+    # an odd stride mixes the prompts, so that a bank smaller than their number is not one colour
     order = [(7 * i) % len(prompts) for i in range(len(prompts))]
     return make_bank(
         folder,
         [prompts[i] for i in order],
         [anchors[i] for i in order],
-        count,
+        mini.bank,
         config.seed,
         mini.guidance,
         mini.bank_steps,
-        min(48, count),
+        min(48, mini.bank),
         out,
         shows=erasers.shows(config.upper.eraser),
     )
 
 
+def hits(samples: Samples, erased: Sequence[int], probe: Probe) -> dict[str, float]:
+    """For each erased style, the share of samples for its prompts in which the probe sees it."""
+    seen = probe(samples.images).style_logits.argmax(1)
+    wanted = torch.tensor([scene.style for scene in samples.scenes])
+    return {STYLES[style]: round((seen[wanted == style] == style).double().mean().item(), 4) for style in erased}
+
+
+def asked(erased: Sequence[int], config: TrainConfig) -> list[Scene]:
+    """What a model is judged on: first the erased styles' scenes, then all others'."""
+    return erased_scenes(erased, config.mini.judge_erased) + kept_scenes(erased, config.mini.judge_kept)
+
+
 def portfolio(unet: UNet, folder: ModelFolder, erased: Sequence[int], config: TrainConfig) -> Samples:
-    """The samples a model is judged by: first the erased styles' prompts, then all others."""
+    """The samples that a model is judged by, of `asked`."""
     assert isinstance(folder.vae, PixelUnshuffleVAE)
-    scenes = erased_scenes(erased, config.mini.judge_erased) + kept_scenes(erased, config.mini.judge_kept)
     return paint(
         unet,
         folder.schedule,
         folder.text_encoder,
         folder.vae,
-        scenes,
+        asked(erased, config),
         seed=config.seed,
         guidance=config.mini.guidance,
         steps=config.mini.judge_steps,

@@ -1,0 +1,82 @@
+"""The paper's tables and figures (arXiv:2412.15341), one command each.
+
+python -m bilevel_fast.reproduce table1                                        on the built-in mini world
+python -m bilevel_fast.reproduce table1 --scale full --run.teacher SD21 ...    on Stable Diffusion 2.1
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from bilevel_fast import errors, flags
+from bilevel_fast.config import TrainConfig, preset
+from bilevel_fast.errors import UserError
+from bilevel_fast.reproduction.experiments import EXPERIMENTS
+from bilevel_fast.reproduction.settings import Full, Rows
+
+
+@dataclass(frozen=True)
+class Args:
+    """What to reproduce, and how."""
+
+    experiment: Annotated[Literal["table1", "table2", "table3", "fig4", "fig5", "fig6", "fig7"], tyro.conf.Positional]
+    """Which table or figure."""
+    scale: Literal["mini", "full"] = "mini"
+    """`mini` runs on the built-in world in minutes; `full` wants Stable Diffusion 2.1 and its data by path."""
+    out: Path | None = None
+    """Folder for all experiments of the same settings; they share models. Default: runs/reproduce-SCALE."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One run of everything each."""
+    run: TrainConfig = field(default_factory=lambda: preset("mini"))
+    """The bilevel run; the other rows share with it what they can. --scale full begins with the preset `paper`."""
+    rows: Rows = field(default_factory=Rows)
+    full: Full = field(default_factory=Full)
+
+
+def parse(argv: Sequence[str]) -> Args:
+    """Read the command line; flags change the fields of the scale's preset.
+
+    Raises:
+        UserError: The settings contradict each other, or the experiment.
+    """
+    name = _value(argv, "--run.preset") or ("paper" if _value(argv, "--scale") == "full" else "mini")
+    asked = next((EXPERIMENTS[arg] for arg in argv if arg in EXPERIMENTS), None)
+    erase = asked.erase if asked else preset(name).erase
+    default = Args(tyro.MISSING, run=replace(preset(name), preset=name, erase=erase))
+    args = flags.parse(Args, "bilevel_fast.reproduce", __doc__, args=argv, default=default)
+    args.run.check()
+    if not args.run.upper.every or not args.seeds:
+        raise UserError("--run.upper.every and --seeds want at least one: there would be nothing to compare")
+    several = max(row.concepts for row in EXPERIMENTS[args.experiment].rows)
+    flag, named = ("--run.erase", args.run.erase) if args.scale == "mini" else ("--full.phrase", args.full.phrase)
+    if len(named) < max(1, several):
+        raise UserError(f"{args.experiment} erases {max(1, several)} concepts; {flag} names {len(named)}")
+    return args
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """What follows a flag, if it is given."""
+    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+        if arg == flag or arg.startswith(f"{flag}="):
+            return after if arg == flag else arg.partition("=")[2]
+    return None
+
+
+def main() -> None:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    args = parse(sys.argv[1:])
+    from bilevel_fast.reproduction.run import reproduce  # after parsing: --help and a typo should not wait
+
+    full = args.full if args.scale == "full" else None
+    out = args.out or Path("runs") / f"reproduce-{args.scale}"
+    text, results = reproduce(args.experiment, args.run, args.rows, full, args.seeds, out)
+    print(f"\n{text}\n\n{results}: {', '.join(sorted(path.name for path in results.iterdir()))}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))

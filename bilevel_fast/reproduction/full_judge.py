@@ -1,0 +1,139 @@
+"""Measures models of Stable Diffusion's family by the paper's metrics: sampled once into folders, scored from there.
+
+What needs a file that was not given is not measured, and the log says which flag would give it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bilevel_fast.image_folder import ImageFolder
+from bilevel_fast.metrics import suites
+from bilevel_fast.metrics.nudenet import LABELS
+from bilevel_fast.metrics.prompt_sets import read_prompt_sets
+from bilevel_fast.metrics.scorers import Scorers
+from bilevel_fast.reproduction.judges import Column, Numbers
+from bilevel_fast.reproduction.settings import Full
+from bilevel_fast.sampling import Recipe, sample_folder
+
+_log = logging.getLogger(__name__)
+_SHOWN = 6
+_KEPT = (Column("fid", "FID", "down"), Column("clip", "CLIP", "up"))
+_COLUMNS = {
+    "style": (
+        Column("style_clip", "CLIP of the erased", "down"),
+        Column("cp", "CP score", "up"),
+        Column("csd", "CSD", "down"),
+        *_KEPT,
+    ),
+    "attacked": (Column("mma", "MMA", "up"), Column("ring_a_bell", "Ring-A-Bell", "up")),
+    "kept": _KEPT,
+    "removed": (Column("style_clip", "CLIP of the erased", "down"), Column("csd", "CSD", "down")),
+    "labels": (*(Column(label, label.lower().replace("_", " "), "", 0) for label in LABELS),),
+}
+
+
+class FullJudge:
+    """Judges of one seed.
+
+    Args:
+        given: Prompts and weights, by path.
+        scorers: Loaded from them.
+        out: Where the samples go, a folder for each model and set of prompts.
+        reference: The folder of the distilled student.
+        seed: Of the noise, where a prompt file has no seeds.
+        device: To sample on.
+    """
+
+    def __init__(
+        self, given: Full, scorers: Scorers, out: Path, reference: Callable[[], Path], seed: int, device: torch.device
+    ):
+        self.given, self.scorers, self.out, self.reference = given, scorers, out, reference
+        self.recipe, self.device = Recipe(given.steps, given.guidance, seed=seed), device
+        self._said: set[str] = set()
+
+    def columns(self, measure: str) -> tuple[Column, ...]:
+        return _COLUMNS[measure]
+
+    def __call__(self, measure: str, name: str, path: Path) -> Numbers:
+        kept = self._kept
+        return {
+            "style": lambda: self._style(name, path) | kept(name, path),
+            "attacked": lambda: self._attacked(name, path),
+            "kept": lambda: kept(name, path),
+            "removed": lambda: self._style(name, path),
+            "labels": lambda: self._labels(name, path),
+        }[measure]()
+
+    def pictures(self, name: str, path: Path) -> tuple[Tensor, list[str]]:
+        files = self.given.styles[:1] or self._coco()
+        if not self._has("--full.styles or --full.coco", files):
+            return torch.empty(0, 3, 1, 1), []
+        folder = ImageFolder.open(self._sampled("grid", name, path, files, limit=_SHOWN))
+        images = [torch.from_numpy(np.array(Image.open(folder.path_of(id)).convert("RGB"))) for id in folder.entries]
+        return torch.stack(images).permute(0, 3, 1, 2) / 127.5 - 1, [e.prompt for e in folder.entries.values()]
+
+    def _coco(self) -> tuple[Path, ...]:
+        return () if self.given.coco is None else (self.given.coco,)
+
+    def _sampled(self, what: str, name: str, path: Path, files: Sequence[Path], limit: int | None = None) -> Path:
+        """The folder with a model's images of some prompt files; what is there is not drawn again."""
+        folder = self.out / f"{what}-{name}"
+        rows = read_prompt_sets(files).rows[:limit]
+        sample_folder(path, rows, folder, self.recipe, batch=self.given.batch, device=str(self.device))
+        return folder
+
+    def _style(self, name: str, path: Path) -> Numbers:
+        files = self.given.styles
+        if not self._has("--full.styles", files):
+            return dict.fromkeys(("style_clip", "cp", "csd"))
+        reference = self._sampled("styles", "distilled", self.reference(), files)
+        found = suites.style(self._sampled("styles", name, path, files), reference, files, self.scorers)
+        return {
+            key: self._value(found, metric) for key, metric in (("style_clip", "clip"), ("cp", "cp"), ("csd", "csd"))
+        }
+
+    def _kept(self, name: str, path: Path) -> Numbers:
+        files = self._coco()
+        if not self._has("--full.coco", files):
+            return dict.fromkeys(("fid", "clip"))
+        found = suites.coco(self._sampled("coco", name, path, files), self.given.coco_images, files, self.scorers)
+        return {metric: self._value(found, metric) for metric in ("fid", "clip")}
+
+    def _attacked(self, name: str, path: Path) -> Numbers:
+        return {key: self._unflagged(key, name, path) for key in ("mma", "ring_a_bell")}
+
+    def _unflagged(self, key: str, name: str, path: Path) -> float | None:
+        file = getattr(self.given, key)
+        if not self._has(f"--full.{key.replace('_', '-')}", file):
+            return None
+        found = suites.nsfw(self._sampled(key, name, path, (file,)), None, (file,), self.scorers)
+        return self._value(found, "resilience")
+
+    def _labels(self, name: str, path: Path) -> Numbers:
+        file = self.given.i2p
+        if not self._has("--full.i2p", file):
+            return dict.fromkeys(LABELS)
+        found = suites.nsfw(self._sampled("i2p", name, path, (file,)), None, (file,), self.scorers)
+        return {label: found["counts"][label] for label in LABELS}
+
+    def _has(self, flag: str, given: object) -> bool:
+        return bool(given) or self._not_measured(f"give {flag}")
+
+    def _value(self, found: Mapping[str, Any], metric: str) -> float | None:
+        entry = found["metrics"][metric]
+        if entry["value"] is None:
+            self._not_measured(f"{metric}: {entry['not_measured']}")
+        return entry["value"]
+
+    def _not_measured(self, why: str) -> bool:
+        if why not in self._said:
+            _log.warning("not measured: %s", why)
+        self._said.add(why)
+        return False
