@@ -1,21 +1,30 @@
 """The controller: what it measures against plain formulas, what it decides, and that a step of it can be recorded."""
 
+import copy
 import dataclasses
+import json
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bilevel_fast import checkpoint
 from bilevel_fast.bilevel import Answers, bilevel
 from bilevel_fast.config import Controller as Settings
 from bilevel_fast.config import Upper
 from bilevel_fast.diffusion import Schedule
+from bilevel_fast.engine import Interrupted, Places, fit
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.erasing.controller import LEAST, MOST, Controller
 from bilevel_fast.errors import UserError
+from bilevel_fast.folder import load_folder
 from bilevel_fast.graphs import Graphs
+from bilevel_fast.mini import TEACHER
+from bilevel_fast.mini.experiment import erased_styles
 from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.session import gather, initial_student
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.train import parse
 from replay import on_the_cpu
@@ -233,18 +242,18 @@ def test_pace():
 
 def test_a_controlled_run_is_recorded_and_is_resumed():
     """Replayed steps, and steps of a controller that took over in the middle, are the same steps to the bit."""
-    settings = {"penalty": 10.0, "every": 1, "steps": 24, "by": 0.3, "gone": 0.7, "horizon": 4}
-    whole, (_, upper) = walk(make(**settings), steps=24)
+    settings = {"penalty": 10.0, "every": 1, "steps": 16, "by": 0.4, "gone": 0.7, "horizon": 4}
+    whole, (_, upper) = walk(make(**settings), steps=16)
     recorded = []
     replayed, (_, again) = walk(
-        make(**settings), steps=24, graphs=Graphs(lambda call: (recorded.append(call), on_the_cpu(call))[1])
+        make(**settings), steps=16, graphs=Graphs(lambda call: (recorded.append(call), on_the_cpu(call))[1])
     )
     assert len(recorded) == 2
     assert replayed == whole
     assert torch.equal(again.optimizer.flat.master, upper.optimizer.flat.master)
 
     first = make(**settings)
-    begun, both = walk(first, steps=13)
+    begun, both = walk(first, steps=9)
     state = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in first.state_dict().items()}
     second = make(**settings)
     levels = make_levels(*make_models(), penalty=second.penalty)
@@ -253,13 +262,49 @@ def test_a_controlled_run_is_recorded_and_is_resumed():
         new.optimizer.load_state_dict(old.optimizer.state_dict())
     taken = second.take(*levels)
     second.load_state_dict(state)
-    ended, _ = walk(second, start=13, steps=24, both=taken)
+    ended, _ = walk(second, start=9, steps=16, both=taken)
     assert begun + ended == whole
     seen = [terms for terms in whole if "upper/lambda" in terms]
     assert {terms["upper/stopped"] for terms in seen} == {0.0, 1.0}
-    assert len(seen) < 24, "the pace has changed"
+    assert len(seen) < 16, "the pace has changed"
     assert any(b["upper/lambda"] < a["upper/lambda"] for a, b in pairwise(seen))
     assert seen[0]["upper/lambda"] == 10.0
+
+
+def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
+    """Through `fit` and its checkpoints, on the mini world: weights and statistics, with K changed before the stop."""
+    flags = ["--upper.controller.enabled", "--upper.controller.horizon", "2", "--upper.controller.by", "0.1"]
+    small = ["--preset", "smoke", "--lower.batch", "2", "--upper.batch", "2", "--upper.every", "2", "--mini.bank", "2"]
+    config = parse([*small, *flags, "--checkpoint-every", "1", "--log-every", "1"])
+    folder = load_folder(TEACHER)
+    start = initial_student(config, folder, 1)
+    materials = gather(config, folder, folder.unet(), erased_styles(config.erase), tmp_path)
+
+    def train(name, stop=False):
+        student, out = copy.deepcopy(start), tmp_path / name
+        out.mkdir(exist_ok=True)
+        places = Places(out / "checkpoints", out / "stats.jsonl", out / "events")
+        progress = fit(config, student, materials, places, SimpleNamespace(requested=stop), CPU)
+        return progress.upper_steps, student.state_dict(), places
+
+    count, whole, places = train("whole")
+    rows = [json.loads(line) for line in places.stats.read_text().splitlines()]
+    assert [row["upper/every"] for row in rows] == [2, 2, 2, 1, 1, 1, 1, 1]
+    assert [row["step"] for row in rows if "upper/lambda" in row] == [2, 4, 5, 6, 7, 8]
+    assert count == 6
+    for _ in range(4):
+        with pytest.raises(Interrupted):  # after one step
+            train("parts", stop=True)
+    saved = checkpoint.latest(tmp_path / "parts" / "checkpoints")
+    assert (saved.step, saved.state["upper_steps"], saved.optimizers["pace"]["every"]) == (4, 2, 1)
+    count, resumed, places = train("parts")
+    assert count == 6
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    again = [json.loads(line) for line in places.stats.read_text().splitlines()]
+    timed = ("seconds", "images_per_second")
+    assert [{k: v for k, v in row.items() if k not in timed} for row in again] == [
+        {k: v for k, v in row.items() if k not in timed} for row in rows
+    ]
 
 
 @pytest.mark.parametrize(
