@@ -32,11 +32,18 @@ def _check(argv: Sequence[str]) -> None:
     check.main(argv)
 
 
+def _concepts(argv: Sequence[str]) -> None:
+    from bilevel_fast.data import concepts
+
+    concepts.main(argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "coco": _images("coco"),
     "folder": _images("folder"),
     "webdataset": _images("webdataset"),
     "check": _check,
+    "concepts": _concepts,
 }
 
 

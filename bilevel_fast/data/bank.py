@@ -4,6 +4,7 @@ A concept is a phrase of captions (`in the style of pointillism`). Each caption 
 caption without the phrase, which says what should be drawn instead.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -16,12 +17,14 @@ from typing import Any, Literal
 
 import torch
 
+from bilevel_fast.captured import Captured
 from bilevel_fast.data.cache import INDEX, Cache, Index
 from bilevel_fast.data.sources import exact_moments
-from bilevel_fast.data.writer import CacheWriter
+from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
 from bilevel_fast.errors import UserError, nearest
 from bilevel_fast.folder import ModelFolder
 from bilevel_fast.generate import generate
+from bilevel_fast.graphs import cuda_recorder, side_stream
 from bilevel_fast.randomness import Stream
 from bilevel_fast.weights import DIGEST, fingerprint
 
@@ -138,6 +141,8 @@ def make_bank(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     shows: Shows = "prompt",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    graphs: bool = True,
 ) -> Cache:
     """Draw a bank with PNDM and keep the latents, the prompts and their anchors. Goes on after a killed run.
 
@@ -158,9 +163,49 @@ def make_bank(
         progress: Called with the samples done and to do.
         shows: What the images are drawn by. With `anchor` they lack the concept that their captions name, as Concept
             Ablation (arXiv:2303.13516) wants them.
+        precision: What the UNet computes in.
+        graphs: Replay the UNet as a CUDA graph on a GPU.
 
     Raises:
         UserError: The counts do not fit, or `out` holds another cache.
+    """
+    cache = make_part(
+        folder, prompts, anchors, count, seed, guidance, steps, batch, out, WHOLE, size=size, device=device,
+        progress=progress, shows=shows, precision=precision, graphs=graphs,
+    )  # fmt: skip
+    assert cache is not None, "the only part is the whole"
+    return cache
+
+
+def make_part(
+    folder: ModelFolder,
+    prompts: Sequence[str],
+    anchors: Sequence[str],
+    count: int,
+    seed: int,
+    guidance: float,
+    steps: int,
+    batch: int,
+    out: Path | str,
+    part: Part,
+    *,
+    size: int | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+    shows: Shows = "prompt",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    graphs: bool = True,
+) -> Cache | None:
+    """As `make_bank`, one of several parts of it, each drawn by a process of its own: whole batches, the same as ever.
+
+    Args:
+        part: Which one; whoever finishes last joins them.
+
+    Returns:
+        The bank, or None if other parts are not finished.
+
+    Raises:
+        UserError: As `make_bank`; or a part has no batch to draw.
     """
     if not prompts or len(prompts) != len(anchors):
         raise UserError(f"{len(anchors)} anchors came for {len(prompts)} prompts")
@@ -170,39 +215,50 @@ def make_bank(
     stride = 2 ** (len(folder.config.block_out_channels) - 1)
     if size < 1 or size % stride:
         raise UserError(f"latent size is {size}; it must be a multiple of the UNet's stride {stride}")
-    recipe: dict[str, Any] = {part: fingerprint(folder.path / part) for part in ("unet", "text_encoder", "scheduler")}
+    batches = -(-count // batch)
+    if part.count > batches:
+        raise UserError(
+            f"{part.count} parts of {batches} batches; wanted a smaller batch, or no more parts than batches"
+        )
+    recipe: dict[str, Any] = {name: fingerprint(folder.path / name) for name in ("unet", "text_encoder", "scheduler")}
     recipe |= {"prompts": _digest([*prompts, *anchors]), "count": count, "seed": seed}
     recipe |= {"guidance": guidance, "steps": steps, "batch": batch}
-    recipe |= {"shows": shows} if shows != "prompt" else {}  # banks of the past say nothing
+    # banks of the past say nothing of these
+    recipe |= {"shows": shows} if shows != "prompt" else {}
+    recipe |= {"precision": precision} if precision != "fp32" else {}
     index = Index("concepts", (folder.config.in_channels, size, size), folder.vae_fingerprint, recipe=recipe)
-    out = Path(out)
-    if (out / INDEX).exists():
-        cache = Cache.open(out)
-        index.check_same_making(cache.index, out)
-        return cache
-    writer = CacheWriter(out, index, shard_samples=SHARD_BATCHES * batch)
-    unet = folder.unet().to(device)
-    while writer.samples < count:
-        rows = range(writer.samples, min(writer.samples + batch, count))
-        latents = generate(
-            unet,
-            folder.schedule,
-            folder.text_encoder,
-            [(prompts if shows == "prompt" else anchors)[row % len(prompts)] for row in rows],
-            rows,
-            seed=seed,
-            size=(size, size),
-            guidance=guidance,
-            steps=steps,
-            stream=Stream.BANK,
-            batch=batch,
-        )
-        for row, moments in zip(rows, exact_moments(latents), strict=True):
-            prompt = row % len(prompts)
-            writer.add(moments, [prompts[prompt]], anchors[prompt])
-        if progress:
-            progress(writer.samples, count)
-    return writer.finish()
+    out, device = Path(out), torch.device(device)
+    if finished(out, index, part):
+        return Cache.open(out) if (out / INDEX).exists() else join(out, part.count, index)
+    writer = CacheWriter(out, index, shard_samples=SHARD_BATCHES * batch, part=part)
+    mine = part.of(batches)
+    rows_of_part = range(mine.start * batch, min(mine.stop * batch, count))
+    texts = prompts if shows == "prompt" else anchors
+    unet = folder.unet().to(device, torch.bfloat16 if precision == "bf16" else torch.float32).requires_grad_(False)
+    captured = Captured(unet, cuda_recorder(device) if graphs else None)
+    with side_stream(device) if device.type == "cuda" else contextlib.nullcontext():
+        while writer.samples < len(rows_of_part):
+            rows = rows_of_part[writer.samples : writer.samples + batch]
+            latents = generate(
+                unet,
+                folder.schedule,
+                folder.text_encoder,
+                [texts[row % len(prompts)] for row in rows],
+                rows,
+                seed=seed,
+                size=(size, size),
+                guidance=guidance,
+                steps=steps,
+                stream=Stream.BANK,
+                batch=batch,
+                model=lambda _: captured,
+            )
+            for row, moments in zip(rows, exact_moments(latents), strict=True):
+                prompt = row % len(prompts)
+                writer.add(moments, [prompts[prompt]], anchors[prompt])
+            if progress:
+                progress(writer.samples, len(rows_of_part))
+    return writer.finish_part()
 
 
 def _digest(texts: Sequence[str]) -> str:
