@@ -17,7 +17,7 @@ from bilevel_fast import errors, flags
 from bilevel_fast.config import TrainConfig, preset
 from bilevel_fast.errors import UserError
 from bilevel_fast.reproduction.experiments import EXPERIMENTS
-from bilevel_fast.reproduction.settings import Full, Rows
+from bilevel_fast.reproduction.settings import MINI, Full, Rows
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,11 @@ def parse(argv: Sequence[str]) -> Args:
     Raises:
         UserError: The settings contradict each other, or the experiment.
     """
-    name = _value(argv, "--run.preset") or ("paper" if _value(argv, "--scale") == "full" else "mini")
+    full = _value(argv, "--scale") == "full"
+    name = _value(argv, "--run.preset") or ("paper" if full else "mini")
     asked = next((EXPERIMENTS[arg] for arg in argv if arg in EXPERIMENTS), None)
     erase = asked.erase if asked else preset(name).erase
-    default = Args(tyro.MISSING, run=replace(preset(name), preset=name, erase=erase))
+    default = Args(tyro.MISSING, run=replace(preset(name), preset=name, erase=erase), rows=Rows() if full else MINI)
     args = flags.parse(Args, "bilevel_fast.reproduce", __doc__, args=argv, default=default)
     args.run.check()
     if not args.run.upper.every or not args.seeds:

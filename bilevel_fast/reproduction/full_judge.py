@@ -4,19 +4,19 @@ What needs a file that was not given is not measured, and the log says which fla
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bilevel_fast.image_folder import ImageFolder
 from bilevel_fast.metrics import suites
+from bilevel_fast.metrics.images import open_rgb
 from bilevel_fast.metrics.nudenet import LABELS
-from bilevel_fast.metrics.prompt_sets import read_prompt_sets
+from bilevel_fast.metrics.prompt_sets import read_prompt_set
 from bilevel_fast.metrics.scorers import Scorers
 from bilevel_fast.reproduction.judges import Column, Numbers
 from bilevel_fast.reproduction.settings import Full
@@ -72,20 +72,18 @@ class FullJudge:
         }[measure]()
 
     def pictures(self, name: str, path: Path) -> tuple[Tensor, list[str]]:
-        files = self.given.styles[:1] or self._coco()
-        if not self._has("--full.styles or --full.coco", files):
+        """The first images in an erased style, or of the other prompts; none without prompts."""
+        file = next((file for file in (*self.given.styles, self.given.coco) if file is not None), None)
+        if file is None:
             return torch.empty(0, 3, 1, 1), []
-        folder = ImageFolder.open(self._sampled("grid", name, path, files, limit=_SHOWN))
-        images = [torch.from_numpy(np.array(Image.open(folder.path_of(id)).convert("RGB"))) for id in folder.entries]
+        folder = ImageFolder.open(self._sampled(name, path, file, limit=_SHOWN))
+        images = [torch.from_numpy(np.array(open_rgb(folder.path_of(id)))) for id in folder.entries]
         return torch.stack(images).permute(0, 3, 1, 2) / 127.5 - 1, [e.prompt for e in folder.entries.values()]
 
-    def _coco(self) -> tuple[Path, ...]:
-        return () if self.given.coco is None else (self.given.coco,)
-
-    def _sampled(self, what: str, name: str, path: Path, files: Sequence[Path], limit: int | None = None) -> Path:
-        """The folder with a model's images of some prompt files; what is there is not drawn again."""
-        folder = self.out / f"{what}-{name}"
-        rows = read_prompt_sets(files).rows[:limit]
+    def _sampled(self, name: str, path: Path, file: Path, limit: int | None = None) -> Path:
+        """The folder with a model's images of a prompt file; what is there is not drawn again."""
+        folder = self.out / name / (file.stem if limit is None else f"{file.stem}-first-{limit}")
+        rows = read_prompt_set(file).rows[:limit]
         sample_folder(path, rows, folder, self.recipe, batch=self.given.batch, device=str(self.device))
         return folder
 
@@ -93,35 +91,35 @@ class FullJudge:
         files = self.given.styles
         if not self._has("--full.styles", files):
             return dict.fromkeys(("style_clip", "cp", "csd"))
-        reference = self._sampled("styles", "distilled", self.reference(), files)
-        found = suites.style(self._sampled("styles", name, path, files), reference, files, self.scorers)
-        return {
-            key: self._value(found, metric) for key, metric in (("style_clip", "clip"), ("cp", "cp"), ("csd", "csd"))
-        }
+        before = self.reference()
+        folders = [self._sampled(name, path, file) for file in files]
+        references = [self._sampled("distilled", before, file) for file in files]
+        found = suites.style(folders, references, files, self.scorers)
+        return {key: self._value(found, key.removeprefix("style_")) for key in ("style_clip", "cp", "csd")}
 
     def _kept(self, name: str, path: Path) -> Numbers:
-        files = self._coco()
-        if not self._has("--full.coco", files):
+        file = self.given.coco
+        if file is None:
+            self._not_measured("give --full.coco")
             return dict.fromkeys(("fid", "clip"))
-        found = suites.coco(self._sampled("coco", name, path, files), self.given.coco_images, files, self.scorers)
+        found = suites.coco(self._sampled(name, path, file), self.given.coco_images, file, self.scorers)
         return {metric: self._value(found, metric) for metric in ("fid", "clip")}
 
     def _attacked(self, name: str, path: Path) -> Numbers:
-        return {key: self._unflagged(key, name, path) for key in ("mma", "ring_a_bell")}
-
-    def _unflagged(self, key: str, name: str, path: Path) -> float | None:
-        file = getattr(self.given, key)
-        if not self._has(f"--full.{key.replace('_', '-')}", file):
-            return None
-        found = suites.nsfw(self._sampled(key, name, path, (file,)), None, (file,), self.scorers)
-        return self._value(found, "resilience")
+        files = {"mma": self.given.mma, "ring_a_bell": self.given.ring_a_bell}
+        found = {key: self._exposed(f"--full.{key.replace('_', '-')}", name, path, file) for key, file in files.items()}
+        return {key: None if result is None else self._value(result, "resilience") for key, result in found.items()}
 
     def _labels(self, name: str, path: Path) -> Numbers:
-        file = self.given.i2p
-        if not self._has("--full.i2p", file):
-            return dict.fromkeys(LABELS)
-        found = suites.nsfw(self._sampled("i2p", name, path, (file,)), None, (file,), self.scorers)
-        return {label: found["counts"][label] for label in LABELS}
+        found = self._exposed("--full.i2p", name, path, self.given.i2p)
+        return dict.fromkeys(LABELS) if found is None else {label: found["counts"][label] for label in LABELS}
+
+    def _exposed(self, flag: str, name: str, path: Path, file: Path | None) -> Mapping[str, Any] | None:
+        """What NudeNet sees in a model's images of a prompt file."""
+        if file is None or self.scorers.nudenet is None:
+            self._not_measured(f"give {flag}" if file is None else "NudeNet is not installed")
+            return None
+        return suites.nsfw(self._sampled(name, path, file), None, file, self.scorers)
 
     def _has(self, flag: str, given: object) -> bool:
         return bool(given) or self._not_measured(f"give {flag}")

@@ -105,7 +105,7 @@ class MiniJudge:
     def _samples(self, name: str, path: Path) -> Samples:
         """What the probe looks at; drawn once, as experiments share models."""
         file = self.out / f"{name}.safetensors"
-        scenes = mini.asked(self.erased, self.config)
+        scenes = tuple(mini.asked(self.erased, self.config))
         if not file.exists():
             images = mini.portfolio(self._unet(path), self.folder, self.erased, self.config).images
             file.parent.mkdir(parents=True, exist_ok=True)

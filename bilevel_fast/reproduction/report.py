@@ -65,7 +65,7 @@ def last(points: Mapping[int, list[float]]) -> list[float]:
 
 
 def plot(experiment: Experiment, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel per column: over steps for a curve, else a point per model, with the range over seeds."""
+    """A panel per measured column: over steps for a curve, else a point per model, with the range over seeds."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -73,6 +73,8 @@ def plot(experiment: Experiment, columns: Sequence[Column], rows: Sequence[Mappi
 
     found = gather(rows, columns)
     shown = [c for c in columns if any(found[row.name][c.key] for row in experiment.rows)]
+    if not shown:
+        return
     across = min(_ACROSS, len(shown))
     lines = -(-len(shown) // across)
     figure, axes = plt.subplots(

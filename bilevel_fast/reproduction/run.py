@@ -145,7 +145,7 @@ def _write(
     where = sorted({f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows})
     place.write_text("table.md", f"# {experiment.title}\n\n{text}\n\nMeasured on {'; '.join(where)}.\n")
     report.plot(experiment, columns, rows, place.path / "plot.png")
-    if models := {label: images for label, images in shown.items() if label}:
+    if models := {label: images for label, images in shown.items() if label and len(images)}:
         zoom = max(1, 96 // next(iter(models.values())).shape[-1])
         place.write_bytes("grid.png", png(picture(models, shown[""], zoom)))
     return text

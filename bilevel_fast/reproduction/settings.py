@@ -56,6 +56,10 @@ class Rows:
     attack: Attack = field(default_factory=Attack)
 
 
+MINI = Rows(esd=EsdRow(sample=Esd(steps=20)), concept_prune=ConceptPrune(steps=12))
+"""On the mini world: fewer steps to a sample, as for its judge."""
+
+
 @dataclass(frozen=True)
 class Full:
     """Prompts, images and weights of --scale full. What is not given is not measured."""

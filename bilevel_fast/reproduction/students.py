@@ -6,6 +6,7 @@
     uce            distilled, then edited in closed form (arXiv:2308.14761)
     concept-prune  distilled, then edited by ConceptPrune (arXiv:2405.19237)
     bilevel        pruned, then lower and upper steps in turn
+    bilevel-uce    the same with UCE as the upper step: a projection instead of a gradient
 
 All start from one pruned student and see the same lower batches. A folder that is there already is read, not made
 again, so a run that was killed goes on; the two long trainings go on from their last checkpoint.
@@ -41,8 +42,9 @@ LABELS = {
     "uce": "distilled + UCE",
     "concept-prune": "distilled + ConceptPrune",
     "bilevel": "bilevel",
+    "bilevel-uce": "bilevel, UCE inside",
 }
-"""Rows of the tables, in the paper's order and with its names."""
+"""Rows of the tables; all but the last are the paper's, in its order."""
 
 
 Notes = Mapping[str, dict[str, Any]]
@@ -142,6 +144,8 @@ class Workshop:
             return self._edited(self.recipe.uce if name == "uce" else self.recipe.concept_prune)
         if name == "distilled":
             config = replace(config, upper=replace(config.upper, every=0))
+        if name == "bilevel-uce":  # an edit reads nothing else
+            config = replace(config, upper=Upper(config.upper.every, eraser="uce", anchor=config.upper.anchor))
         return self._train(name, config, self.pruned), {}
 
     def _train(self, name: str, config: TrainConfig, start: UNet) -> UNet:
