@@ -232,14 +232,7 @@ class Cache:
         Raises:
             UserError: The channels, the size or the VAE differ; both sides are named.
         """
-        channels, height, width = self.latent_shape
-        if channels != config.in_channels:
-            raise UserError(f"{self.path}: latents have {channels} channels, the UNet reads {config.in_channels}")
-        stride = 2 ** (len(config.block_out_channels) - 1)
-        if height % stride or width % stride:
-            raise UserError(f"{self.path}: latents of {height}x{width} are no multiple of the UNet's stride {stride}")
-        if vae != self.index.vae:
-            raise UserError(f"{self.path}: latents of VAE {self.index.vae}, the model has VAE {vae}")
+        check_latents(self.path, self.latent_shape, self.index.vae, config, vae)
 
     def _map(self, shard: Shard):
         path = self.path / shard.file
@@ -268,6 +261,29 @@ class Cache:
         if shard not in self._lines:
             self._lines[shard] = _read_lines(self.path, self.index.shards[shard], self.index.kind)
         return self._lines[shard][local]
+
+
+def check_latents(path: Path, shape: tuple[int, int, int], made_by: str, config: UNetConfig, vae: str) -> None:
+    """Refuse to train a model on latents that it was not made for.
+
+    Args:
+        path: Of what holds the latents, for the message.
+        shape: (C, H, W) of the latents.
+        made_by: Fingerprint of the VAE that made them.
+        config: Of the UNet that will read the latents.
+        vae: Fingerprint of the VAE of the model folder.
+
+    Raises:
+        UserError: The channels, the size or the VAE differ; both sides are named.
+    """
+    channels, height, width = shape
+    if channels != config.in_channels:
+        raise UserError(f"{path}: latents have {channels} channels, the UNet reads {config.in_channels}")
+    stride = 2 ** (len(config.block_out_channels) - 1)
+    if height % stride or width % stride:
+        raise UserError(f"{path}: latents of {height}x{width} are no multiple of the UNet's stride {stride}")
+    if vae != made_by:
+        raise UserError(f"{path}: latents of VAE {made_by}, the model has VAE {vae}")
 
 
 def check_sum(path: Path, wanted: str) -> None:

@@ -3,7 +3,7 @@
 Exit code 0: sound. 1: damaged, each damage on a line of its own. 2: not a cache, or not a finished one.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,8 @@ from typing import Annotated
 import tyro
 
 from bilevel_fast import flags
-from bilevel_fast.data.cache import DROPPED, Cache, Shard, check_sum
+from bilevel_fast.data.cache import DROPPED, Cache, Dropped, Shard, check_sum
+from bilevel_fast.data.stream import ImageStream, is_list
 from bilevel_fast.data.writer import read_report
 from bilevel_fast.errors import UserError
 from bilevel_fast.files import open_safetensors
@@ -19,7 +20,7 @@ from bilevel_fast.files import open_safetensors
 
 @dataclass(frozen=True)
 class Args:
-    """Verify a latent cache or a concept bank."""
+    """Verify a latent cache, a concept bank or a list of images."""
 
     cache: Annotated[Path, tyro.conf.Positional]
     """Its folder."""
@@ -29,14 +30,27 @@ def damages(cache: Cache) -> Iterator[str]:
     """What is wrong with a cache, beyond what opening it finds; one line each."""
     for shard in cache.index.shards:
         yield from _attempt(cache, shard)
-    dropped = cache.index.dropped
+    yield from _of_report(cache.path, cache.index.dropped)
+
+
+def _of_report(path: Path, dropped: Dropped) -> Iterator[str]:
     if dropped.lines:
         try:
-            check_sum(cache.path / DROPPED, dropped.sha256)
-            if (lines := len(read_report(cache.path / DROPPED))) != dropped.lines:
-                yield f"{cache.path / DROPPED} has {lines} lines, {dropped.lines} were left out"
+            check_sum(path / DROPPED, dropped.sha256)
+            if (lines := len(read_report(path / DROPPED))) != dropped.lines:
+                yield f"{path / DROPPED} has {lines} lines, {dropped.lines} were left out"
         except UserError as error:
             yield str(error)
+
+
+def _say(damages: Iterable[str]) -> None:
+    """Print them as they are found; ends the command if there are any."""
+    found = False
+    for line in damages:
+        print(line, flush=True)
+        found = True
+    if found:
+        raise SystemExit(1)
 
 
 def _attempt(cache: Cache, shard: Shard) -> Iterator[str]:
@@ -61,12 +75,13 @@ def _attempt(cache: Cache, shard: Shard) -> Iterator[str]:
 
 def main(argv: Sequence[str]) -> None:
     args = flags.parse(Args, "bilevel_fast.prepare check", __doc__, args=argv)
+    if is_list(args.cache):
+        images = ImageStream(args.cache)
+        _say([*images.damages(), *_of_report(args.cache, images.index.dropped)])
+        print(f"{args.cache} is sound: a list of {len(images)} images in {images.index.root}")
+        return
     cache = Cache.open(args.cache)
-    found = list(damages(cache))
-    for line in found:
-        print(line)
-    if found:
-        raise SystemExit(1)
+    _say(damages(cache))
     index = cache.index
     size = "x".join(map(str, index.latent_shape))
     print(

@@ -11,15 +11,16 @@ from typing import Literal
 import torch
 
 from bilevel_fast import flags
-from bilevel_fast.data.cache import DROPPED, Cache, Dropped, Index
+from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Dropped, Index
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, Source, encode, latent_shape
 from bilevel_fast.data.listing import coco, metadata_folder
 from bilevel_fast.data.pictures import MAX_VIEWS, Framing
+from bilevel_fast.data.stream import ImageIndex, write_list
 from bilevel_fast.data.tars import Tars
-from bilevel_fast.data.writer import Part
+from bilevel_fast.data.writer import WHOLE, Part
 from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
+from bilevel_fast.folder import ModelFolder, load_folder
 from bilevel_fast.session import pick_device
 
 
@@ -41,6 +42,9 @@ class Making:
     """Mirror half of the views."""
     seed: int = 0
     """Of crops and flips, which depend on it, the image and the number of the view alone."""
+    latents: bool = True
+    """With --no-latents every image is looked at and the list of those that are fine is written, nothing else: `train`
+    on it decodes (DALI) and encodes (VAE) images as it goes, with crops that never repeat."""
     shard: str = "0/1"
     """i/n: make the i-th, from 0, of n equal parts. Whoever is last joins them."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -109,15 +113,23 @@ def images(name: str, argv: Sequence[str]) -> None:
     """Carry out one of the commands."""
     kind = _ARGS[name]
     args = flags.parse(kind, f"bilevel_fast.prepare {name}", kind.__doc__, args=argv)
+    if not args.latents:
+        kept, dropped = make_list(args)
+        print(f"{args.out}: a list of {kept} images")
+        _say_what_is_missing(args.out, dropped)
+        return
     cache = make(args)
     if cache is None:
         print(f"{args.out}: part {args.shard} is finished, others are not")
         return
-    dropped = cache.index.dropped
     print(f"{args.out}: {len(cache)} images, {cache.views} views each; VAE {cache.index.vae}")
+    _say_what_is_missing(args.out, cache.index.dropped)
+
+
+def _say_what_is_missing(out: Path, dropped: Dropped) -> None:
     if dropped.lines:
-        print(f"left out: {dropped.pairs} images, {dropped.captions} captions; {args.out / DROPPED} names them")
-        for reason, count in reasons(args.out / DROPPED).most_common():
+        print(f"left out: {dropped.pairs} images, {dropped.captions} captions; {out / DROPPED} names them")
+        for reason, count in reasons(out / DROPPED).most_common():
             print(f"  {count:>8}  {reason}")
 
 
@@ -129,24 +141,12 @@ def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
     """
     part, device = Part.parse(args.shard), pick_device(args.device)
     backend = pick_backend(args.backend, device)
-    if args.resolution < 1 or not 1 <= args.views <= MAX_VIEWS:
-        raise UserError(f"--resolution is {args.resolution} and --views is {args.views}; both must be positive")
     source = args.source(part)
-    folder = load_folder(args.model, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
-    shape = latent_shape(folder.vae, args.resolution)
-    if args.resolution % shape[1]:
-        raise UserError(f"--resolution {args.resolution} is no multiple of {args.resolution // shape[1]}")
-    stride = 2 ** (len(folder.config.block_out_channels) - 1)
-    if shape[1] % stride:
-        raise UserError(
-            f"--resolution {args.resolution} gives latents of {shape[1]}x{shape[2]}, no multiple of the UNet's "
-            f"stride {stride}; wanted a multiple of {args.resolution * stride // shape[1]}"
-        )
+    folder, shape = _model(args, device)
     recipe = {"backend": backend, "precision": args.precision}
     index = Index("images", shape, folder.vae_fingerprint, args.views, args.dtype, recipe)
     framing = Framing(args.resolution, args.seed, args.flip, args.crop)
-    threads = args.threads or usable_cores()
-    decoder = Decoder(args.resolution, args.views, args.batch, backend, device, threads)
+    decoder = Decoder(args.resolution, args.views, args.batch, backend, device, args.threads or usable_cores())
     with _Bar() as bar:
         return encode(
             source,
@@ -160,6 +160,43 @@ def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
             part=part,
             progress=bar,
         )
+
+
+def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, Dropped]:
+    """Make the list of images that can be used; how many they are, and what was left out.
+
+    Raises:
+        UserError: Bad input of any kind.
+    """
+    device = pick_device(args.device)
+    source = args.source(WHOLE)
+    if not isinstance(source, Files) or args.shard != "0/1":
+        raise UserError("--no-latents lists files of a folder, all at once; tars and --shard make a cache of latents")
+    folder, shape = _model(args, device)
+    framing = Framing(args.resolution, args.seed, args.flip, args.crop)
+    root = str(source.listing.folder.resolve())
+    index = ImageIndex(root, framing, shape, folder.vae_fingerprint, args.backend, 0, "", Dropped())
+    with _Bar() as bar:
+        write_list(source.listing, args.out, index, threads=args.threads or usable_cores(), progress=bar)
+    made = ImageIndex.load(args.out / INDEX)
+    return made.samples, made.dropped
+
+
+def _model(args: Making, device: torch.device) -> tuple[ModelFolder, tuple[int, int, int]]:
+    """The model folder, and the shape of its latents at the resolution that is asked for."""
+    if args.resolution < 1 or not 1 <= args.views <= MAX_VIEWS:
+        raise UserError(f"--resolution is {args.resolution} and --views is {args.views}; both must be positive")
+    folder = load_folder(args.model, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+    shape = latent_shape(folder.vae, args.resolution)
+    if args.resolution % shape[1]:
+        raise UserError(f"--resolution {args.resolution} is no multiple of {args.resolution // shape[1]}")
+    stride = 2 ** (len(folder.config.block_out_channels) - 1)
+    if shape[1] % stride:
+        raise UserError(
+            f"--resolution {args.resolution} gives latents of {shape[1]}x{shape[2]}, no multiple of the UNet's "
+            f"stride {stride}; wanted a multiple of {args.resolution * stride // shape[1]}"
+        )
+    return folder, shape
 
 
 def reasons(report: Path) -> "Counter[str]":

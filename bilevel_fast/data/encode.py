@@ -166,7 +166,7 @@ def encode(
         starts = range(every.start + writer.entries, every.stop, batch)
         positions = (range(start, min(start + batch, every.stop)) for start in starts)
         make = lambda rows: decode(source.read(rows), index.views, framing, decoder)  # noqa: E731
-        for decoded in _ahead(make, positions):
+        for decoded in ahead(make, positions):
             _write(writer, decoded, vae)
             if progress:
                 progress(writer.entries, len(every), writer.dropped)
@@ -187,8 +187,8 @@ def _write(writer: CacheWriter, decoded: Decoded, vae: Autoencoder) -> None:
             writer.drop(entry.file, len(entry.captions), entry.problem)
 
 
-def _ahead(function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
-    """`map`, some items ahead in one other thread."""
+def ahead(function: Callable[[_T], _U], items: Iterable[_T]) -> Iterator[_U]:
+    """`map`, a few items ahead, in one other thread."""
     with ThreadPoolExecutor(1, "decode") as thread:
         queue: deque[Future[_U]] = deque()
         try:

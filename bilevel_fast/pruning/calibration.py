@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.data.batches import Batches
-from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.sources import LatentSource
+from bilevel_fast.data.stream import open_images
 from bilevel_fast.diffusion import Noised, Schedule, noise
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder
@@ -108,7 +108,7 @@ def calibration_set(
 
     Args:
         folder: The teacher's.
-        data: A latent cache; None draws images of the mini world, and is an empty set for any other model.
+        data: Latents or a list of images; None draws images of the mini world, and is an empty set for other models.
         images: How many, at most; whole batches only, and no image twice unless `data` has fewer than a batch.
         batch: Images per batch.
         seed: Of the choice of images, timesteps and noise.
@@ -133,17 +133,13 @@ def calibration_set(
 def image_source(
     folder: ModelFolder, data: Path | None, images: int, seed: int, erased: Sequence[int] = ()
 ) -> LatentSource | None:
-    """A teacher's own kind of data: a latent cache or, of the mini world, so many drawn images; None of another model.
+    """A teacher's own kind of data: latents or images on disk, or so many drawn images of the mini world, or None.
 
     Raises:
         UserError: The cache is broken, of another kind, or made with another VAE.
     """
     if data is not None:
-        source = Cache.open(data)
-        if source.index.kind != "images":
-            raise UserError(f"--data {data} is a cache of {source.index.kind}, wanted one of images")
-        source.check_model(folder.config, folder.vae_fingerprint)
-        return source
+        return open_images(data, folder)
     return drawn_source(folder.vae, erased, images, seed) if isinstance(folder.vae, PixelUnshuffleVAE) else None
 
 

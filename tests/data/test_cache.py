@@ -249,3 +249,78 @@ def test_memory_source_keeps_the_same_protocol():
 def test_memory_source_refuses_what_does_not_fit(moments, captions, message):
     with pytest.raises(UserError, match=message):
         MemorySource(moments, captions)
+
+
+class _Died(BaseException):
+    """The process is gone: nothing may catch it."""
+
+
+def _make_with_gaps(path: Path) -> None:
+    """A cache of ten entries, four of which are dropped and one has a caption too many; goes on where it is."""
+    writer = CacheWriter(path, IMAGES, shard_samples=3)
+    for entry in range(writer.entries, 10):
+        if entry in (3, 4, 5, 8):
+            writer.drop(f"{entry}.jpg", 2, "cut short")
+            continue
+        if entry == 6:
+            writer.drop_caption("6.jpg", "twice ✨", "duplicate")
+        values = torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(entry))
+        writer.add(values, [f"caption {entry}"], file=f"{entry}.jpg")
+    writer.finish()
+
+
+def test_dropped_entries_leave_no_hole_and_are_counted(tmp_path):
+    _make_with_gaps(tmp_path)
+    cache = Cache.open(tmp_path)
+    assert [cache.captions(i)[0] for i in range(len(cache))] == [f"caption {i}" for i in (0, 1, 2, 6, 7, 9)]
+    assert [shard.samples for shard in cache.index.shards] == [3, 2, 1], "a file holds what is left of three entries"
+    assert (cache.index.dropped.pairs, cache.index.dropped.captions, cache.index.entries) == (4, 1, 10)
+    report = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
+    assert [record["file"] for record in report] == ["3.jpg", "4.jpg", "5.jpg", "6.jpg", "8.jpg"]
+
+
+def test_a_death_before_any_write_changes_nothing(tmp_path, monkeypatch):
+    """Every write of a making, in turn, is the one that never happens; what follows ends with the same bytes."""
+    from bilevel_fast import files
+    from bilevel_fast.data import writer
+
+    _make_with_gaps(tmp_path / "whole")
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    really_write, deaths, left = files.write_atomic, 0, [0]
+
+    def write(path: Path, data: bytes) -> None:
+        if not left[0]:
+            raise _Died
+        left[0] -= 1
+        really_write(path, data)
+
+    for last in range(100):
+        left[0] = last
+        with monkeypatch.context() as patch:
+            patch.setattr(writer, "write_atomic", write)
+            patch.setattr(files, "write_atomic", write)  # what write_json calls
+            try:
+                _make_with_gaps(tmp_path / str(last))
+            except _Died:
+                deaths += 1
+            else:
+                break
+        _make_with_gaps(tmp_path / str(last))
+        assert {path.name: path.read_bytes() for path in (tmp_path / str(last)).iterdir()} == whole, last
+    assert deaths == last == 13, "three files of latents, three of captions, two reports, four lists and the index"
+
+
+def test_a_report_that_was_changed_is_not_gone_on_with(tmp_path):
+    writer = CacheWriter(tmp_path, IMAGES, shard_samples=1)
+    writer.drop("0.jpg", 1, "empty")
+    (tmp_path / "dropped.jsonl").write_text('{"file": "1.jpg", "captions": 1, "reason": "empty"}\n')
+    with pytest.raises(UserError, match=r"dropped.jsonl was changed"):
+        CacheWriter(tmp_path, IMAGES, shard_samples=1)
+
+
+def test_version_1_is_still_read(tmp_path):
+    cache, _ = _image_cache(tmp_path)
+    fields = json.loads((tmp_path / "index.json").read_text())
+    del fields["dropped"]
+    (tmp_path / "index.json").write_text(json.dumps(fields | {"version": 1}))
+    assert Cache.open(tmp_path).index == cache.index
