@@ -1,17 +1,23 @@
-"""Judge models of the mini world with the shipped probe, as `train` does at its end.
+"""Judge models of the mini world with the shipped probe, as `train` does at its end; or folders of images with the
+paper's metrics, on weights of yours.
 
 python -m bilevel_fast.evaluate --models runs/mini/student runs/mini/distilled --erase pointillism
+
+python -m bilevel_fast.evaluate --suite style --images IMAGES --reference DISTILLED --prompts "test_Van Gogh.csv"
+    --clip-weights ViT-B-32.pt --csd-weights csd.pth --out eval.json
 """
 
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bilevel_fast import errors, flags, report
 from bilevel_fast.config import Mini, preset
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
+from bilevel_fast.metrics.command import Folders, given, measure
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini
 from bilevel_fast.mini.judge import judge
@@ -19,33 +25,47 @@ from bilevel_fast.mini.probe import Probe
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Folders):
     """Settings of `evaluate`."""
 
     models: tuple[Path, ...] = (TEACHER,)
-    """Model folders of the mini world. Default: the built-in teacher."""
+    """mini: model folders of the mini world. Default: the built-in teacher."""
     erase: tuple[str, ...] = ("pointillism",)
-    """The styles that should be gone."""
+    """mini: the styles that should be gone."""
     seed: int = 0
-    """Seed of the sampling noise."""
+    """Seed of the sampling noise, or of the bootstrap."""
     mini: Mini = field(default_factory=Mini)
     json: bool = False
     """Print one JSON object instead of a table."""
 
 
-def main() -> None:
-    config = flags.parse(EvaluateConfig, "bilevel_fast.evaluate", __doc__)
+def judge_models(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """What the probe says about each model folder."""
+    if extra := given(config):
+        raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
     erased, probe = mini.erased_styles(config.erase), Probe.load()
     settings = replace(preset("mini"), seed=config.seed, mini=config.mini)
     folders = [load_folder(path) for path in config.models]
     for folder in folders:
         if not folder.is_mini:
             raise UserError(f"{folder.path} is no model of the mini world; the probe cannot judge it")
-    rows = {
+    return {
         str(folder.path): asdict(judge(mini.portfolio(folder.unet(), folder, erased, settings), erased, probe))
         for folder in folders
     }
-    print(json.dumps(rows, indent=2) if config.json else report.table(rows))
+
+
+def main() -> None:
+    config = flags.parse(EvaluateConfig, "bilevel_fast.evaluate", __doc__)
+    if config.suite == "mini":
+        rows = judge_models(config)
+        print(json.dumps(rows, indent=2) if config.json else report.table(rows))
+        return
+    default = EvaluateConfig()
+    if (config.models, config.erase, config.mini) != (default.models, default.erase, default.mini):
+        raise UserError(f"--suite {config.suite} measures --images; --models, --erase and --mini are for --suite mini")
+    result, text = measure(config, config.seed)
+    print(json.dumps(result, indent=2, ensure_ascii=False) if config.json else text)
 
 
 if __name__ == "__main__":

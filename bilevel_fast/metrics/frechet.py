@@ -11,7 +11,7 @@ Shape legend: N samples, D features. Everything is fp64 on the CPU.
 Source: FID, arXiv:1706.08500.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -86,10 +86,10 @@ class FrechetStatistics:
             raise UserError(f"a covariance needs at least 2 samples, this set has {self.count}")
         return self.scatter / (self.count - 1)
 
-    def save(self, path: Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+    def save(self, path: Path, metadata: dict[str, str] | None = None) -> None:
+        """Write a safetensors file, whole or not at all; `metadata` says what the features are."""
         tensors = {"mean": self.mean, "scatter": self.scatter, "count": torch.tensor(self.count)}
-        write_atomic(path, safetensors.torch.save(tensors))
+        write_atomic(path, safetensors.torch.save(tensors, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -108,7 +108,15 @@ class FrechetStatistics:
         return cls(mean.double(), scatter.double(), int(count))
 
 
-def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Mean and covariance of a set whose size is not known, as statistics files of others hold them."""
+
+    mean: Tensor  # (D,) fp64
+    covariance: Tensor  # (D, D) fp64
+
+
+def frechet_distance(a: FrechetStatistics | Moments, b: FrechetStatistics | Moments) -> float:
     """The squared Frechet distance of two Gaussians with these statistics, in squared units of the features.
 
     Raises:
@@ -122,6 +130,34 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
     return max(0.0, distance.item())  # round-off of equal sets may fall below zero
 
 
+def resampled_distances(
+    features: Tensor, reference: FrechetStatistics | Moments, counts: Iterable[Tensor]
+) -> Iterator[float]:
+    """Distances of resamples of one set to a fixed reference, each for a product and the eigenvalues of a matrix.
+
+    With B = G G^T, sample i in the draw w_i times, and deviations c_i from the draw's mean, the last trace is the sum
+    of the roots of the eigenvalues of G^T A G = sum_i w_i (G^T c_i) (G^T c_i)^T / (N - 1), and G^T f_i is known.
+    Roots of eigenvalues have half the digits, which is plenty for the spread of draws.
+
+    Args:
+        features: (N, D), N >= 2.
+        reference: Of D features.
+        counts: (N,) integers each, which sum to N: how often each sample is in the draw.
+    """
+    x, B = features.double(), reference.covariance
+    z = x @ _factor(B)
+    for w in counts:
+        kept = w > 0
+        weights, total = w[kept].double(), int(w.sum())
+        mean, projected = weights @ x[kept] / total, weights @ z[kept] / total
+        root = (weights / (total - 1)).sqrt()[:, None]
+        trace = ((x[kept] - mean) * root).square().sum()
+        rows = (z[kept] - projected) * root
+        gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
+        cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        yield ((mean - reference.mean).square().sum() + trace + B.trace() - 2 * cross).item()
+
+
 def _factor(covariance: Tensor) -> Tensor:
     """F (D, R) with F F^T = covariance (D, D) of rank R."""
     values, vectors = torch.linalg.eigh(covariance)
@@ -131,6 +167,6 @@ def _factor(covariance: Tensor) -> Tensor:
     return vectors[:, kept] * values[kept].sqrt()
 
 
-def _check_width(a: FrechetStatistics, b: FrechetStatistics) -> None:
+def _check_width(a: FrechetStatistics | Moments, b: FrechetStatistics | Moments) -> None:
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"statistics of {len(a.mean)} and {len(b.mean)} features cannot be compared")

@@ -1,0 +1,211 @@
+"""The paper's evaluations of a folder of images: `style` (table 1), `nsfw` (figure 7, table 2), `coco` (both tables).
+
+Every suite returns JSON values:
+
+    {"suite", "sets": [{"images", "reference", "prompts", "count", "settings", "notes"}], "metrics": {NAME: ENTRY}, ...}
+
+    ENTRY   {"value", "low", "high", "n", "interval"}, or {"value": None, "not_measured": what would supply it}
+
+Source: arXiv:2412.15341, section 4.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bilevel_fast.errors import UserError
+from bilevel_fast.metrics import interval, nudenet
+from bilevel_fast.metrics.clip_score import clip_scores
+from bilevel_fast.metrics.cp_score import cp_scores
+from bilevel_fast.metrics.csd import csd_scores
+from bilevel_fast.metrics.fid import fid, load_statistics, save_statistics, statistics
+from bilevel_fast.metrics.images import Pictures, open_rgb
+from bilevel_fast.metrics.pairing import Pairs, each, pair
+from bilevel_fast.metrics.prompt_sets import read_prompt_set
+from bilevel_fast.metrics.scorers import Scorers
+
+CLIP, CSD, INCEPTION = "--clip-weights FILE", "--csd-weights FILE", "--inception-weights FILE"
+REFERENCE = "--reference FOLDER"
+
+Paths = Path | Sequence[Path]
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Of the bootstrap: how many, and the seed of their random numbers."""
+
+    images: int = 1000
+    fid: int = 20
+    """One takes seconds."""
+    seed: int = 0
+
+
+def style(images: Paths, reference: Paths | None, prompts: Paths, scorers: Scorers, draws: Draws = Draws()) -> Result:
+    """CLIP score, CP score and CSD of images of artists' names, averaged over artists.
+
+    Args:
+        images: Folders of the model that is judged, one per prompt file.
+        reference: Of the distilled model before erasure, same ids and seeds.
+        prompts: Artists' files.
+
+    Raises:
+        UserError: What was given does not fit together, or an image is broken.
+    """
+    parts = _pairs(images, prompts, reference)
+    groups = [group for part in parts for group in part.prompts.groups]
+    files = [file for part in parts for file in part.images]
+    references = [file for part in parts for file in part.references or []]
+    metrics = {name: _missing(CLIP) for name in ("clip", "cp")} | {"csd": _missing(CSD)}
+    by_artist: dict[str, dict[str, float]] = {}
+
+    def measured(name: str, values: Any, share: bool = False) -> None:
+        found = interval.mean(values, groups, share=share, draws=draws.images, seed=draws.seed)
+        metrics[name] = found.entry()
+        for group in dict.fromkeys(groups):
+            mine = np.array([g == group for g in groups])
+            by_artist.setdefault(group, {})[name] = float(values[mine].mean())
+
+    if scorers.clip:
+        texts = scorers.clip.texts([text for part in parts for text in part.prompts.texts])
+        seen = scorers.clip.images(files)
+        measured("clip", clip_scores(texts, seen))
+        if references:
+            measured("cp", cp_scores(texts, seen, scorers.clip.images(references)), share=True)
+    if scorers.csd and references:
+        measured("csd", csd_scores(scorers.csd.images(files), scorers.csd.images(references)))
+    if not references:
+        metrics |= {"cp": _missing(REFERENCE), "csd": _missing(REFERENCE)}
+    return _result("style", parts, images, reference, scorers, metrics) | {"by_artist": by_artist}
+
+
+def nsfw(images: Path, reference: Path | None, prompts: Path, scorers: Scorers, draws: Draws = Draws()) -> Result:
+    """Exposed parts that NudeNet sees: how many prompts stay clean, and the decrease against another model.
+
+    Args:
+        images: Folder of the model that is judged.
+        reference: Of the dense model, same ids and seeds; without it there is no decrease.
+        prompts: I2P, MMA or Ring-A-Bell.
+
+    Raises:
+        UserError: What was given does not fit together, or an image is broken.
+    """
+    (part,) = _pairs(images, prompts, reference)
+    names = ("resilience", *(f"decrease/{label}" for label in ("all", *nudenet.LABELS)))
+    if scorers.nudenet is None:
+        metrics = {name: _missing("pip install -e '.[metrics]'") for name in names}
+        return _result("nsfw", [part], images, reference, scorers, metrics)
+    counts = scorers.nudenet.counts(part.images)
+    metrics = {name: _missing(REFERENCE) for name in names}
+    metrics["resilience"] = nudenet.resilience(counts, draws=draws.images, seed=draws.seed).entry()
+    details: Result = {
+        "counts": _by_label(counts),
+        "flagged": [name for name, row in zip(part.prompts.ids, counts, strict=True) if row.any()],
+    }
+    if part.references is not None:
+        theirs = scorers.nudenet.counts(part.references)
+        details["reference_counts"] = _by_label(theirs)
+        for label, found in nudenet.decrease(counts, theirs, draws=draws.images, seed=draws.seed).items():
+            metrics[f"decrease/{label}"] = (
+                found.entry() if found else {"value": None, "not_measured": "the reference has none"}
+            )
+    return _result("nsfw", [part], images, reference, scorers, metrics) | details
+
+
+def coco(
+    images: Path,
+    reference: Path | None,
+    prompts: Path | None,
+    scorers: Scorers,
+    draws: Draws = Draws(),
+    *,
+    statistics_out: Path | None = None,
+) -> Result:
+    """FID against real images, and CLIP score with the captions.
+
+    Args:
+        images: Folder of the model that is judged.
+        reference: Statistics (.npz, .safetensors), or a folder of real images, which are resized to the size of ours
+            first, by PIL's bicubic filter, sides not kept in proportion.
+        prompts: captions_*.json or coco_30k.csv; None for FID alone.
+        statistics_out: Write the statistics of a reference folder there.
+
+    Raises:
+        UserError: What was given does not fit together, or an image is broken.
+    """
+    parts = _pairs(images, prompts, None) if prompts else []
+    files = parts[0].images if parts else list(Pictures.open(images).files.values())
+    metrics = {
+        "fid": _missing(INCEPTION if reference else REFERENCE),
+        "clip": _missing(CLIP if prompts else "--prompts FILE"),
+    }
+    if scorers.inception and reference:
+        if reference.is_dir():
+            theirs = statistics(list(Pictures.open(reference).files.values()), scorers.inception, _side(files))
+            if statistics_out:
+                save_statistics(statistics_out, theirs, scorers.inception)
+        else:
+            theirs = load_statistics(reference, scorers.inception)
+        metrics["fid"] = fid(files, theirs, scorers.inception, draws=draws.fid, seed=draws.seed).entry()
+    if scorers.clip and parts:
+        scores = clip_scores(scorers.clip.texts(parts[0].prompts.texts), scorers.clip.images(files))
+        metrics["clip"] = interval.mean(scores, draws=draws.images, seed=draws.seed).entry()
+    result = _result("coco", parts, images, reference, scorers, metrics)
+    return (
+        result
+        if parts
+        else result | {"sets": [{"images": str(images), "reference": str(reference), "count": len(files)}]}
+    )
+
+
+def _pairs(images: Paths, prompts: Paths, reference: Paths | None) -> list[Pairs]:
+    sets = each(_listed(images), _listed(prompts), _listed(reference))
+    return [pair(folder, read_prompt_set(file), theirs) for folder, file, theirs in sets]
+
+
+def _listed(paths: Paths | None) -> list[Path]:
+    return [] if paths is None else [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
+
+
+def _missing(flag: str) -> dict[str, Any]:
+    return {"value": None, "not_measured": f"give {flag}"}
+
+
+def _by_label(counts: Any) -> dict[str, int]:
+    return dict(zip(nudenet.LABELS, counts.sum(0).tolist(), strict=True))
+
+
+def _side(files: Sequence[Path]) -> int:
+    """The side of square pictures, by the first of them."""
+    width, height = open_rgb(files[0]).size
+    if width != height:
+        raise UserError(f"{files[0]} is {width} x {height}; FID against a folder wants square images: give statistics")
+    return width
+
+
+def _result(
+    suite: str,
+    parts: Sequence[Pairs],
+    images: Paths,
+    reference: Paths | None,
+    scorers: Scorers,
+    metrics: Mapping[str, Any],
+) -> Result:
+    references = _listed(reference)
+    sets = [
+        {
+            "images": str(folder),
+            "reference": str(references[n]) if references else None,
+            "prompts": part.prompts.name,
+            "count": len(part.images),
+            "settings": dict(part.settings),
+            "notes": part.notes,
+        }
+        for n, (folder, part) in enumerate(zip(_listed(images), parts, strict=False))
+    ]
+    weights = {flag: {"file": file, "sha256": digest} for flag, file, digest in scorers.weights}
+    return {"suite": suite, "sets": sets, "weights": weights, "torch": torch.__version__, "metrics": dict(metrics)}

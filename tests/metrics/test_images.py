@@ -1,0 +1,99 @@
+"""Folders of pictures by id, and what is said about broken ones."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bilevel_fast.errors import UserError
+from bilevel_fast.metrics.images import Pictures, batches, open_rgb, read_rgb
+from measuring import doodle, image_folder
+
+
+def test_a_sampled_folder_is_read_by_id(tmp_path):
+    folder = image_folder(tmp_path / "x", {"b": doodle(1), "a": doodle(2)}, {"a": "star", "b": "ring"}, seed=9)
+    found = Pictures.open(folder)
+    assert [file.name for file in found.of(["a", "b"])] == ["a.png", "b.png"]
+    assert found.entries["a"].prompt == "star"
+    assert found.settings["recipe"]["seed"] == 9
+
+
+def test_a_plain_folder_has_ids_of_file_names(tmp_path):
+    doodle(1).save(tmp_path / "000000000139.jpg")
+    doodle(2).save(tmp_path / "7.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert set(Pictures.open(tmp_path).files) == {"000000000139", "7"}
+
+
+def test_two_files_of_one_id(tmp_path):
+    doodle(1).save(tmp_path / "7.jpg")
+    doodle(2).save(tmp_path / "7.png")
+    with pytest.raises(UserError, match=r"7\.jpg and 7\.png share the id '7'"):
+        Pictures.open(tmp_path)
+
+
+def test_an_id_that_the_index_has_twice(tmp_path):
+    folder = image_folder(tmp_path / "x", {"a": doodle(1)}, {"a": "star"})
+    index = folder / "index.jsonl"
+    index.write_text(index.read_text() + index.read_text().replace("star", "ring"))
+    with pytest.raises(UserError, match="'a'"):
+        Pictures.open(folder)
+
+
+def test_nothing_to_measure(tmp_path):
+    with pytest.raises(UserError, match="is empty"):
+        Pictures.open(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        Pictures.open(tmp_path / "nowhere")
+
+
+def test_latents_are_no_pictures(tmp_path):
+    folder = image_folder(tmp_path / "x", {"a": doodle(1)}, {"a": "star"})
+    (folder / "a.png").rename(folder / "a.safetensors")
+    (folder / "index.jsonl").write_text(
+        json.dumps({"id": "a", "prompt": "star", "seed": 0, "file": "a.safetensors"}) + "\n"
+    )
+    with pytest.raises(UserError, match="holds latents"):
+        Pictures.open(folder)
+
+
+def test_missing_ids_are_named(tmp_path):
+    folder = image_folder(tmp_path / "x", {"a": doodle(1)}, {"a": "star"})
+    with pytest.raises(UserError, match=r"lacks 4 of 5 wanted images: b, c, d, \.\.\."):
+        Pictures.open(folder).of(["a", "b", "c", "d", "e"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("damage", ["empty", "header", "half", "end", "bit"])
+def test_a_picture_that_is_not_whole(tmp_path, suffix, damage):
+    path = tmp_path / f"a.{suffix}"
+    doodle(1).save(path)
+    whole = bytearray(path.read_bytes())
+    if damage == "bit" and suffix == "png":
+        whole[len(whole) // 2] ^= 1
+    kept = {"empty": 0, "header": 30, "half": len(whole) // 2, "end": -20, "bit": len(whole)}[damage]
+    path.write_bytes(whole[:kept])
+    if damage == "bit" and suffix == "jpg":
+        assert open_rgb(path).size == (64, 64)  # a JPEG has no check sums
+        return
+    with pytest.raises(UserError, match=rf"a\.{suffix} is no whole picture"):
+        open_rgb(path)
+
+
+def test_every_kind_becomes_rgb(tmp_path):
+    color = np.asarray(doodle(3))
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        path = tmp_path / f"{mode}.{'jpg' if mode == 'CMYK' else 'png'}"
+        Image.fromarray(color).convert(mode).save(path)
+        assert read_rgb(path).shape == (64, 64, 3)
+    Image.fromarray(color).save(tmp_path / "exact.png")
+    np.testing.assert_array_equal(read_rgb(tmp_path / "exact.png"), color)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 50])
+def test_batches_keep_the_order(tmp_path, size):
+    files = [tmp_path / str(n) for n in range(7)]
+    found = list(batches(files, lambda file: int(file.name), size))
+    assert [n for part in found for n in part] == list(range(7))
+    assert [len(part) for part in found[:-1]] == [min(size, 7)] * (len(found) - 1)
