@@ -140,16 +140,18 @@ class ImageWriter:
         """
         if not ids:
             return
-        lines = "".join(_line(self._wanted[name]) for name in ids).encode()
-        with self._locked(), (self.path / INDEX).open("ab") as file:
+        left = memoryview("".join(_line(self._wanted[name]) for name in ids).encode())
+        # no buffer: when the disk is full, it would try again on closing, after what was torn is cut off
+        with self._locked(), (self.path / INDEX).open("ab", buffering=0) as file:
             _drop_torn_line(self.path / INDEX)
             size = os.fstat(file.fileno()).st_size
             try:
-                file.write(lines)
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
                 os.fsync(file.fileno())
-            except OSError:
+            except OSError as error:
                 os.ftruncate(file.fileno(), size)
+                error.filename = str(self.path / INDEX)
                 raise
         self.finished |= set(ids)
 
@@ -168,11 +170,19 @@ class ImageWriter:
 
         buffer = io.BytesIO()
         Image.fromarray(pixels.numpy()).save(buffer, "PNG")
-        write_atomic(self.path / self._wanted[id].file, buffer.getvalue())
+        self._write(id, buffer.getvalue())
 
     def save_latents(self, id: str, latents: Tensor) -> None:
         """Write latents (C, h, w)."""
-        write_atomic(self.path / self._wanted[id].file, save({"latents": latents.float().contiguous()}))
+        self._write(id, save({"latents": latents.float().contiguous()}))
+
+    def _write(self, id: str, data: bytes) -> None:
+        path = self.path / self._wanted[id].file
+        try:
+            write_atomic(path, data)
+        except OSError as error:
+            error.filename = str(path)  # a write that failed does not say where
+            raise
 
     def _settings(self, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
         """Those that are there, if they say the same."""
@@ -260,9 +270,11 @@ def _drop_torn_line(file: Path) -> None:
     """Cut off what a killed process has left of a line, so that the next one begins where a line begins."""
     if not file.exists():
         return
-    data = file.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        with file.open("r+b") as handle:
-            handle.truncate(whole)
-            os.fsync(handle.fileno())
+    with file.open("r+b") as handle:
+        size = handle.seek(0, os.SEEK_END)
+        handle.seek(max(0, size - 1))
+        if handle.read() in (b"", b"\n"):
+            return
+        handle.seek(0)
+        handle.truncate(handle.read().rfind(b"\n") + 1)
+        os.fsync(handle.fileno())

@@ -154,7 +154,11 @@ def sample_folder(
             captured = Captured(unet, cuda_recorder(place) if graphs else None)
             for start in range(0, len(part), batch):
                 chunk = part[start : start + batch]
-                saver.save(chunk, _draw(captured, folder, recipe, chunk, batch, place))
+                try:
+                    images = _draw(captured, folder, recipe, chunk, batch, place)
+                except torch.OutOfMemoryError as error:
+                    raise UserError(f"{place} is out of memory for a batch of {batch}; finished images stay") from error
+                saver.save(chunk, images)
                 done += len(chunk)
                 if progress:
                     progress(done, len(todo))
@@ -224,12 +228,12 @@ def _draw(
 
 def _fingerprints(folder: ModelFolder, mixture: Mixture | None) -> dict[str, Any]:
     """Which model draws."""
-    found: dict[str, Any] = {name: fingerprint(folder.path / name) for name in ("text_encoder", "vae", "scheduler")}
+    parts = {name: fingerprint(folder.path / name) for name in ("text_encoder", "vae", "scheduler")}
     if mixture is None:
-        return found | {"unet": fingerprint(folder.path / "unet")}
+        return {"unet": fingerprint(folder.path / "unet"), **parts}
     digest = hashlib.sha256((mixture.path / MIXTURE).read_bytes()).hexdigest()[:DIGEST]
     experts = [fingerprint(mixture.expert_folder(k) / "unet") for k in range(len(mixture.structures))]
-    return found | {"mixture": digest, "experts": experts}
+    return {"mixture": digest, "experts": experts, **parts}
 
 
 class _Saver:

@@ -8,6 +8,7 @@ import torch
 
 from bilevel_fast.data.prompts import Row
 from bilevel_fast.image_folder import ImageWriter
+from bilevel_fast.mini.world import SCENES
 from bilevel_fast.ranks import Ranks
 from bilevel_fast.sampling import Recipe, sample_folder
 from saving import processes
@@ -16,6 +17,13 @@ processes.set_forkserver_preload(["bilevel_fast.checkpoint", "bilevel_fast.sampl
 
 RECIPE = Recipe(steps=3, seed=7)
 BATCH = 2
+CAPTIONS = [scene.caption for scene in SCENES]
+ROWS = [Row(str(n), CAPTIONS[17 * n]) for n in (3, 0, 11, 4, 12)]
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def draw(model: Path, rows: list[Row], out: Path, events: Connection, ranks: Ranks) -> None:

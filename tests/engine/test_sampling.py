@@ -15,22 +15,30 @@ from torch import Tensor
 
 import drawing
 from bilevel_fast import sampling
+from bilevel_fast.captured import Captured
 from bilevel_fast.data.prompts import Row
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
 from bilevel_fast.generate import generate
+from bilevel_fast.graphs import WARMUP
 from bilevel_fast.image_folder import ImageFolder
-from bilevel_fast.mini.world import SCENES
+from bilevel_fast.pruning.aptp.codebook import Router
+from bilevel_fast.pruning.aptp.encoders import TextPrompts, centred
+from bilevel_fast.pruning.aptp.mixture_folder import Mixture, write_mixture
+from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.randomness import Stream, normal
 from bilevel_fast.ranks import Ranks
 from bilevel_fast.report import to_pixels
-from bilevel_fast.sampling import noise_index, sample_folder
-from drawing import BATCH, RECIPE
-from mini_folder import make_mini_folder
+from bilevel_fast.samplers import guided
+from bilevel_fast.samplers import sample as walk
+from bilevel_fast.sampling import Recipe, noise_index, sample_folder
+from bilevel_fast.structure import Structure
+from drawing import BATCH, CAPTIONS, RECIPE, ROWS
+from mini_folder import TINY, make_mini_folder
+from replay import on_the_cpu
 from saving import processes
+from sd_folder import make_sd_folder
 
-CAPTIONS = [scene.caption for scene in SCENES]
-ROWS = [Row(str(n), CAPTIONS[17 * n]) for n in (3, 0, 11, 4, 12)]
 LATENTS = replace(RECIPE, format="latents")
 
 
@@ -51,10 +59,6 @@ def model(tmp_path_factory):
 def whole(model, tmp_path_factory):
     """A folder that was drawn in one piece."""
     return sample_folder(model, ROWS, tmp_path_factory.mktemp("whole") / "images", RECIPE, batch=BATCH)
-
-
-def content(path):
-    return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 def pixels(path) -> Tensor:
@@ -135,7 +139,7 @@ def test_two_processes_fill_one_folder(model, whole, tmp_path):
     said = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert any("5 of 5 images" in text for text in said)
-    assert content(tmp_path / "images") == content(whole.path)
+    assert drawing.content(tmp_path / "images") == drawing.content(whole.path)
 
 
 def test_ranks_share_all_rows():
@@ -175,7 +179,7 @@ def test_kills_change_nothing(model, whole, tmp_path):
     (out / ".12.png.tmp").unlink()
     for rank in range(2):
         sample_folder(model, ROWS, out, RECIPE, batch=BATCH, ranks=Ranks(rank, 2))
-    assert content(out) == content(whole.path)
+    assert drawing.content(out) == drawing.content(whole.path)
 
 
 def test_a_finished_folder_is_not_drawn_again(model, whole, tmp_path, monkeypatch):
@@ -192,7 +196,7 @@ def test_a_deleted_image_is_drawn_again(model, whole, tmp_path):
     with pytest.raises(UserError, match=r"4\.png is missing, and index\.jsonl names it"):
         ImageFolder.open(folder.path)
     sample_folder(model, ROWS, folder.path, RECIPE, batch=BATCH)
-    assert content(folder.path) == content(whole.path)
+    assert drawing.content(folder.path) == drawing.content(whole.path)
 
 
 def test_more_prompts_may_follow(model, whole, tmp_path):
@@ -202,3 +206,108 @@ def test_more_prompts_may_follow(model, whole, tmp_path):
     assert list(folder.entries) == [row.id for row in ROWS]
     assert [run["batch"] for run in folder.settings["runs"]] == [2, 4]
     assert folder.path_of("0").read_bytes() == whole.path_of("0").read_bytes()
+
+
+class Recorder:
+    """Records op by op, as `test_graphs`, and counts."""
+
+    def __init__(self):
+        self.recorded, self.replayed = 0, 0
+
+    def __call__(self, call):
+        replay, answer = on_the_cpu(call)
+        self.recorded += 1
+
+        def counted():
+            self.replayed += 1
+            replay()
+
+        return counted, answer
+
+
+@pytest.fixture
+def torch_ops(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")  # native code reads its numbers on the CPU, as no graph can
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_a_captured_unet_walks_as_the_unet_does(model, torch_ops, guidance):
+    """PNDM keeps earlier answers: a replay must not write over them. Two shapes take turns."""
+    folder = load_folder(model)
+    unet, recorder = folder.unet().requires_grad_(False), Recorder()
+    captured, null = Captured(unet, recorder), folder.text_encoder.encode([""])
+    for batch in (2, 3, 2):
+        text = folder.text_encoder.encode([row.prompt for row in ROWS[:batch]])
+        x = sampling.noise(ROWS[:batch], batch, (12, 8, 8))
+        ours, theirs = (walk(guided(m, text, null, guidance), x, folder.schedule, 8) for m in (captured, unet))
+        assert torch.equal(ours, theirs)
+    assert recorder.recorded == 2
+    assert recorder.replayed == 3 * 9 - 2 * WARMUP
+
+
+def test_a_gpu_records_the_unet(model, whole, torch_ops, tmp_path, monkeypatch):
+    recorder = Recorder()
+    monkeypatch.setattr(sampling, "cuda_recorder", lambda _: recorder)
+    folder = sample_folder(model, ROWS, tmp_path / "images", RECIPE, batch=BATCH)
+    assert (recorder.recorded, recorder.replayed) == (1, 3 * 4 - WARMUP)  # filled batches: of one shape
+    for row in ROWS:
+        a, b = (pixels(found.path_of(row.id)).int() for found in (whole, folder))
+        assert (a - b).abs().max() <= 1  # torch's ops against native ones
+    sample_folder(model, ROWS, tmp_path / "off", RECIPE, batch=BATCH, graphs=False)
+    assert recorder.recorded == 1
+
+
+def test_a_recording_that_fails_is_done_without(model, torch_ops, caplog):
+    def fails(call):
+        raise RuntimeError("out of graphs\nmore")
+
+    folder = load_folder(model)
+    unet = folder.unet().requires_grad_(False)
+    captured, inputs = (
+        Captured(unet, fails),
+        (torch.ones(1, 12, 8, 8), torch.ones(1), torch.ones(1, 12, TINY.cross_attention_dim)),
+    )
+    for _ in range(WARMUP + 2):
+        assert torch.equal(captured(*inputs).out, unet(*inputs).out)
+    assert caplog.messages == ["no CUDA graph of the UNet, it runs without: out of graphs"]
+
+
+def test_a_mixture_draws_with_its_experts(model, tmp_path):
+    teacher = load_folder(model)
+    encoder, embeddings = centred(TextPrompts(teacher.text_encoder), CAPTIONS)
+    router = Router(TINY, encoder.width, 2, seed=1).requires_grad_(False)
+    router.predictor.linear.bias += torch.linspace(-3, 3, len(router.predictor.linear.bias))
+    router.rebalance(embeddings)
+    experts = (Structure.uniform(TINY, 0.3), Structure.uniform(TINY, 0.9))
+    write_mixture(tmp_path / "mixture", teacher, teacher.unet(), router, encoder, experts, MacBudget(0.7, 8, 12), {})
+    mixture = Mixture.load(tmp_path / "mixture")
+    rows = [Row(str(n), caption) for n, caption in enumerate(CAPTIONS[:9])]
+    routes = mixture.route([row.prompt for row in rows]).tolist()
+    assert set(routes) == {0, 1}
+    folder = sample_folder(mixture.path, rows, tmp_path / "images", LATENTS, batch=BATCH)
+    assert list(folder.entries) == [row.id for row in rows]
+    for k in (0, 1):
+        theirs = [row for row, route in zip(rows, routes, strict=True) if route == k]
+        alone = sample_folder(mixture.expert_folder(k), theirs, tmp_path / str(k), LATENTS, batch=BATCH)
+        for row in theirs:
+            assert torch.equal(folder.latents(row.id), alone.latents(row.id))
+    with pytest.raises(UserError, match="made with mixture None, not"):
+        sample_folder(mixture.path, theirs, tmp_path / "1", LATENTS, batch=BATCH)
+
+
+def test_a_stable_diffusion_folder(tmp_path):
+    """Its VAE decodes some images at a time; the UNet in bf16 draws nearly the same."""
+    model, rows = make_sd_folder(tmp_path / "sd"), [Row("a", "a red star"), Row("b", "a blue house"), Row("c", "a")]
+    recipe = Recipe(steps=2, method="ddim")
+    found = {
+        name: sample_folder(model, rows, tmp_path / name, replace(recipe, **change), batch=6)
+        for name, change in (("png", {}), ("latents", {"format": "latents"}), ("bf16", {"precision": "bf16"}))
+    }
+    assert found["png"].settings["recipe"].items() > {"guidance": 7.5, "size": 8}.items()
+    vae = load_folder(model).vae
+    for row in rows:
+        picture = pixels(found["png"].path_of(row.id)).int()
+        assert picture.shape == (64, 64, 3)
+        exact = to_pixels(vae.decode(found["latents"].latents(row.id)[None]))[0].int()
+        assert (picture - exact).abs().max() <= 1
+        assert 0 < (pixels(found["bf16"].path_of(row.id)).int() - picture).abs().float().mean() < 5
