@@ -71,11 +71,16 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     args = parse(sys.argv[1:])
-    from bilevel_fast.reproduction.run import reproduce  # after parsing: --help and a typo should not wait
+    from bilevel_fast.engine import Interrupted  # after parsing: --help and a typo should not wait
+    from bilevel_fast.reproduction.run import reproduce
 
     full = args.full if args.scale == "full" else None
     out = args.out or Path("runs") / f"reproduce-{args.scale}"
-    text, results = reproduce(args.experiment, args.run, args.rows, full, args.seeds, out)
+    try:
+        text, results = reproduce(args.experiment, args.run, args.rows, full, args.seeds, out)
+    except Interrupted as interrupted:
+        print(f"{interrupted}; the same command goes on", file=sys.stderr)
+        raise SystemExit(130) from None
     print(f"\n{text}\n\n{results}: {', '.join(sorted(path.name for path in results.iterdir()))}")
 
 

@@ -9,35 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel_fast.data.bank import Concept, anchor_for, make_bank
-from bilevel_fast.data.cache import Index
-from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.folder import load_folder
 
 pytest.importorskip("diffusers")
-from sd_folder import make_sd_folder
+from sd_world import make_sd_world
 
-CONCEPT = Concept("in the style of monet")
 STEPS = ["--lower.steps", "5", "--lower.batch", "3", "--upper.batch", "2", "--upper.every", "2", "--log-every", "1"]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """teacher/, pruned/ (by the command line), cache/ (encoded by the teacher's VAE), bank/ (drawn by the teacher)."""
-    root = tmp_path_factory.mktemp("sd")
-    teacher = load_folder(make_sd_folder(root / "teacher"))
-    command = [sys.executable, "-m", "bilevel_fast.prune", "magnitude", "--teacher", root / "teacher", "--out"]
-    subprocess.run([*map(str, command), str(root / "pruned")], check=True, capture_output=True)
-    index = Index(kind="images", latent_shape=(4, 8, 8), vae=teacher.vae_fingerprint)
-    writer = CacheWriter(root / "cache", index, shard_samples=4)
-    for i in range(10):
-        pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1
-        writer.add(teacher.vae.moments(pixels), [f"a photo of a house {i}", "a blue star"])
-    writer.finish()
-    prompts = ["a red star in the style of monet", "a house in the style of monet"]
-    anchors = [anchor_for(prompt, CONCEPT) for prompt in prompts]
-    make_bank(teacher, prompts, anchors, 4, 0, 7.5, 2, 2, root / "bank")
-    return root
+    return make_sd_world(tmp_path_factory.mktemp("sd"))
 
 
 def train(world: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
