@@ -263,8 +263,8 @@ class Edit(Plugin, ABC):
         """Change the masters, what computes, and the average where there is one; return what it measured."""
 
 
-Watch = Callable[[Tensor, Tensor, Tensor, float], None]
-"""watch(out, concept, target, reach): see `erasing.controller.Controller.watch`."""
+Watch = Callable[..., None]
+"""watch(out, concept, target, reach[, order]): see `erasing.controller.Controller.watch`."""
 
 
 class Pace(ABC):

@@ -111,9 +111,10 @@ class Controller:
 
     enabled: bool = False
     """Off: lambda and K stay as they are set. On, a run begins with them."""
-    gone: float = 0.9
+    gone: float | None = None
     """The concept is gone where the student's answer to it has come so far from the teacher's, with the teacher's
-    answer to the anchor at 1. Upper steps then move nothing until it comes back."""
+    answer to the anchor at 1. Upper steps then move nothing until it comes back. By default at 1, or where the eraser's
+    target is no further than that, at 0.9."""
     by: float = 0.5
     """Share of the lower steps after which it should be gone; lambda falls, and then K, where that would be missed."""
     gap: float = 0.05
@@ -275,7 +276,7 @@ class TrainConfig:
             "upper.batch": self.upper.batch >= 1,
             "upper.lr": self.upper.lr > 0,
             "upper.penalty": self.upper.penalty >= 0,
-            "upper.controller.gone": self.upper.controller.gone > 0,
+            "upper.controller.gone": self.upper.controller.gone is None or self.upper.controller.gone > 0,
             "upper.controller.by": 0 < self.upper.controller.by <= 1,
             "upper.controller.gap": self.upper.controller.gap >= 0,
             "upper.controller.horizon": self.upper.controller.horizon >= 1,

@@ -5,7 +5,8 @@ It looks at two measurements, both free of scale:
     progress   q = (1 + eta) <v_S - c, y - c> / |y - c|^2, with the student's answer v_S to the concept's prompt, the
                teacher's answer c, and the eraser's target y = a - eta (c - a): 0 at the concept, 1 at the anchor,
                1 + eta at the target. What the student gets wrong in other directions does not count, so q is smooth
-               where the suppression loss is not. Numerator and denominator are averaged over upper steps apart.
+               where the suppression loss is not. Numerator and denominator are averaged over upper steps apart. Of
+               several concepts each has its own q, and the least one counts.
     gap        smoothed L_ft(theta) over its least value so far, minus 1: the value function gap of arXiv:2412.15341's
                penalty, lambda (L_ft(theta) - min L_ft), with the minimum that this run has seen.
 
@@ -14,8 +15,9 @@ and acts on what both say:
     lambda     times 2^(u - v) after an upper step, where v in [0, 1] says how far q lags behind its schedule, a
                straight line to `gone` at the lower step `by`, and u in [0, 1] how far the gap exceeds its slack
     pace       every `horizon` lower steps: twice as many upper steps if q lags although lambda is at most 1, half as
-               many if the concept is gone or only the gap is too large; back to the settings after that
-    stop       an upper step that finds q at `gone` or above moves nothing; moving begins anew below 0.9 `gone`
+               many if q is beyond `gone` or only the gap is too large; back to the settings after that
+    stop       an upper step that finds q at `gone` or above moves nothing; moving begins anew below 0.95 `gone`. The
+               lower level brings a concept back that it never shows: a stop is a pause
 
 The slack is the larger of a share of L_ft and five standard errors of the smoothed value, which are known from the
 spread of what was smoothed: with small batches noise alone would look like a gap, and the least of many noisy values
@@ -26,6 +28,7 @@ optimizer's skipped step, so no bit moves. The pace is Python's, and costs one r
 it is in the checkpoint.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,13 +38,14 @@ from torch import Tensor
 from bilevel_fast.bilevel import Level, Pace
 from bilevel_fast.config import Upper
 from bilevel_fast.data.batches import Batch
+from bilevel_fast.erasing.upper import reach
 from bilevel_fast.losses import Loss
 
 LEAST, MOST = 0.1, 100.0
 """Between these lambda stays: below and above, one of the two gradients is as good as alone."""
-SLOWEST = 8
+SLOWEST = 4
 """Upper steps that only look are this much rarer than the settings' at most."""
-BACK = 0.9
+BACK = 0.95
 """Share of `gone` below which a stopped level moves again."""
 STEEP = 4.0
 """v is 1 where q lags by a quarter of the way."""
@@ -58,6 +62,8 @@ class Controller(Pace):
         upper: lambda and K to begin with, and the settings; a lambda of 0 begins at `LEAST`.
         steps: Lower steps of the whole run.
         device: Of the student.
+        concepts: How many there are.
+        shows: Which of them upper sample n of the run shows.
 
     Attributes:
         penalty: () fp32, lambda of the next upper step.
@@ -66,13 +72,25 @@ class Controller(Pace):
         upper_steps: Upper steps so far, with those that moved nothing.
     """
 
-    def __init__(self, upper: Upper, steps: int, device: torch.device):
+    def __init__(
+        self,
+        upper: Upper,
+        steps: int,
+        device: torch.device,
+        concepts: int = 1,
+        shows: Callable[[int], int] = lambda sample: 0,
+    ):
         self.settings, self.first, self.every = upper.controller, upper.every, upper.every
+        # where the target is at the anchor, nobody gets there
+        self.gone = upper.controller.gone or min(1.0, 0.9 * reach(upper))
         self.deadline, self.upper_steps, self.last = upper.controller.by * steps, 0, 0
         # L_ft: sum of weights, of their squares, weighted sums of values and of squared errors; least value; steps
         self.lower = torch.zeros(6, device=device)
-        # progress: weighted sums of numerator and denominator
-        self.way = torch.zeros(2, device=device)
+        # progress of each concept: weighted sums of numerator and denominator
+        self.way = torch.zeros(concepts, 2, device=device)
+        self.shows, self.batch = shows, upper.batch
+        # which concept each row of the next upper batch shows
+        self.concepts = torch.zeros(upper.batch, dtype=torch.int64, device=device)
         self.penalty = torch.tensor(min(max(upper.penalty, LEAST), MOST), device=device)
         self.stopped = torch.zeros((), device=device)
 
@@ -105,7 +123,7 @@ class Controller(Pace):
         new = torch.stack([weight, squares, total, errors, least, steps + 1])
         self.lower.copy_(torch.where(loss.isfinite(), new, self.lower))
 
-    def watch(self, out: Tensor, concept: Tensor, target: Tensor, reach: float) -> None:
+    def watch(self, out: Tensor, concept: Tensor, target: Tensor, reach: float, order: Tensor | None = None) -> None:
         """Take in an upper step's progress.
 
         Args:
@@ -113,16 +131,18 @@ class Controller(Pace):
             concept: The teacher's, of the same shape.
             target: What the eraser wants instead.
             reach: Where the target lies, in distances from concept to anchor: 1 + eta.
+            order: (B,) which row of the batch each of these is; None where they are in its order.
         """
         gone, way = (x.detach().float() - concept.float() for x in (out, target))
-        new = torch.stack([reach * (gone * way).sum(), way.square().sum()])
-        new = KEPT * self.way + (1 - KEPT) * new
+        rows = torch.stack([reach * (gone * way).flatten(1).sum(1), way.square().flatten(1).sum(1)], dim=1)
+        concepts = self.concepts if order is None else self.concepts[order]
+        new = KEPT * self.way + (1 - KEPT) * torch.zeros_like(self.way).index_add_(0, concepts, rows)
         self.way.copy_(torch.where(new.isfinite().all(), new, self.way))
 
     @property
     def progress(self) -> Tensor:
-        """() fp32; 0 before the first upper step."""
-        return self.way[0] / self.way[1].clamp(min=1e-12)
+        """() fp32, of the concept that has come least far; 0 before the first upper step."""
+        return (self.way[:, 0] / self.way[:, 1].clamp(min=1e-12)).min()
 
     @property
     def excess(self) -> tuple[Tensor, Tensor]:
@@ -136,14 +156,14 @@ class Controller(Pace):
     @property
     def lag(self) -> Tensor:
         """v, () fp32."""
-        due = self.settings.gone * (self.lower[5] / self.deadline).clamp(max=1)
-        return (STEEP * (due - self.progress) / self.settings.gone).clamp(0, 1)
+        due = self.gone * (self.lower[5] / self.deadline).clamp(max=1)
+        return (STEEP * (due - self.progress) / self.gone).clamp(0, 1)
 
     def decide(self) -> dict[str, Tensor]:
         """Set lambda for the next upper step and stop for this one; what was found, () fp32 each."""
         (gap, u), v, progress, used = self.excess, self.lag, self.progress, self.penalty.clone()
-        moves = torch.where(progress < BACK * self.settings.gone, 0.0, self.stopped)
-        self.stopped.copy_(torch.where(progress >= self.settings.gone, 1.0, moves))
+        moves = torch.where(progress < BACK * self.gone, 0.0, self.stopped)
+        self.stopped.copy_(torch.where(progress >= self.gone, 1.0, moves))
         turned = (used * torch.exp2(u - v)).clamp(LEAST, MOST)
         self.penalty.copy_(torch.where(self.stopped > 0, used, turned))
         return {"lambda": used, "gap": gap, "progress": progress, "stopped": self.stopped.clone()}
@@ -155,11 +175,14 @@ class Controller(Pace):
             return None
         self.last, number = step + 1, self.upper_steps
         self.upper_steps += 1
+        if len(self.way) > 1:  # before the step, which may be a CUDA graph: its rows lie where they always do
+            samples = range(number * self.batch, (number + 1) * self.batch)
+            self.concepts.copy_(torch.tensor([self.shows(sample) for sample in samples]), non_blocking=True)
         return number
 
     def _review(self) -> None:
-        stopped, u, v, penalty = torch.stack([self.stopped, self.excess[1], self.lag, self.penalty]).tolist()
-        if stopped or (u > 0.5 and v < 0.5):
+        progress, u, v, penalty = torch.stack([self.progress, self.excess[1], self.lag, self.penalty]).tolist()
+        if progress >= self.gone or (u > 0.5 and v < 0.5):
             self.every = min(2 * self.every, SLOWEST * self.first)
         elif v >= 0.5 and penalty <= 1:
             self.every = max(self.every // 2, 1)

@@ -55,7 +55,7 @@ class Esd(Sourced):
             out = student(x, t, text).out
         with room("losses"):
             if self.watch is not None:
-                self.watch(out, concept, target, 1 + self.eta)
+                self.watch(out, concept, target, 1 + self.eta, order)
             return suppression_loss(out, target)
 
     @torch.no_grad()

@@ -205,6 +205,11 @@ def _reads(eraser: str, section: str) -> bool:
     return section not in OWN or section in UPPER[eraser].reads
 
 
+def reach(upper: Upper) -> float:
+    """Where the eraser's target lies, in distances from the concept to its anchor."""
+    return 1 + upper.eta if "eta" in UPPER[upper.eraser].reads else 1.0
+
+
 def _check_controller(upper: Upper) -> None:
     """Refuse a controller that could not see, or would not be heard."""
     kind, given = UPPER[upper.eraser], "--upper.controller.enabled given"
@@ -215,9 +220,8 @@ def _check_controller(upper: Upper) -> None:
         raise UserError(f"{given} with --upper.penalty-norm {upper.penalty_norm}; its lambda is one of `grad`")
     if not upper.every:
         raise UserError(f"{given} with --upper.every 0, which runs no upper steps")
-    target = 1 + upper.eta if "eta" in kind.reads else 1.0
-    if upper.controller.gone >= target:
+    if upper.controller.gone is not None and upper.controller.gone >= reach(upper):
         raise UserError(
             f"--upper.controller.gone is {upper.controller.gone}, but the target of eraser {upper.eraser!r} lies at "
-            f"{target:g}: the concept would never be gone"
+            f"{reach(upper):g}: the concept would never be gone"
         )
