@@ -80,7 +80,7 @@ class UceStep:
     texts: int = 256
     """How many of these, without a file."""
     hold: float = 1.0
-    """Weight of all preserved texts together; all texts to erase weigh 1 together, and so do their guides."""
+    """Weight of all preserved texts together; a concept's texts to erase weigh 1 together, and so do their guides."""
     ridge: float = 0.5
     """How much the weights hold on to what they are where no text says anything."""
 
@@ -214,10 +214,15 @@ class TrainConfig:
     """Pruned model folder. None: prune the teacher as --prune says."""
     data: Path | None = None
     """Latent cache to fine-tune on. None: the mini world."""
-    concepts: Path | None = None
-    """Concept bank to suppress. None: sampled from the mini teacher."""
+    concepts: tuple[Path, ...] = ()
+    """Concept banks to suppress, one or more. None: sampled from the mini teacher."""
     erase: tuple[str, ...] = ("pointillism",)
     """Drawing styles of the mini world to suppress; elsewhere --concepts says what."""
+    concept_weights: tuple[float, ...] = ()
+    """What share of each upper batch shows each concept, whatever the sizes of the banks; by default all the same."""
+    resume_concepts: Path | None = None
+    """Finished run to go on from: erases further concepts from its student, and goes on showing those that it erased,
+    with the weights that they had there."""
     twin: bool = True
     """On the mini world, also train the distilled-only twin: same start and lower steps, no upper ones."""
     lower: Lower = field(default_factory=Lower)
@@ -257,7 +262,7 @@ class TrainConfig:
         """
         needs = {
             "--data": (self.data, "--teacher", self.teacher),
-            "--concepts": (self.concepts, "--data", self.data),
+            "--concepts": (self.concepts or None, "--data", self.data),
             "--student": (self.student, "--teacher", self.teacher),
         }
         for flag, (given, wanted, other) in needs.items():
@@ -265,7 +270,14 @@ class TrainConfig:
                 raise UserError(f"{flag} given without {wanted}")
         if self.preset in ("paper", "released") and self.data is None and not self.dry_run:
             raise UserError(f"preset {self.preset!r} is for folders: it wants --teacher, --data and --concepts")
-        if self.data is not None and self.concepts is None and self.upper.every:
+        if self.resume_concepts is not None and self.student is not None:
+            raise UserError("--student given with --resume-concepts, whose student it is that goes on")
+        named, flag = (self.erase, "--erase") if self.on_mini_world else (self.concepts, "--concepts")
+        if self.concept_weights and len(self.concept_weights) != len(named):
+            raise UserError(
+                f"{len(self.concept_weights)} --concept-weights for {len(named)} of {flag}; wanted one each"
+            )
+        if self.data is not None and not self.concepts and self.upper.every:
             raise UserError("--data given without --concepts; --upper.every 0 runs without suppression")
         checks = {
             "lower.steps": self.lower.steps >= 1,
@@ -282,6 +294,7 @@ class TrainConfig:
             "upper.controller.horizon": self.upper.controller.horizon >= 1,
             "prune.budget": 0 < self.prune.budget <= 1,
             "erase": len(self.erase) >= 1,
+            "concept-weights": all(0 < weight < float("inf") for weight in self.concept_weights),
             "clip-norm": self.clip_norm is None or self.clip_norm > 0,
             "ema": self.ema is None or 0 < self.ema < 1,
             "log-every": self.log_every >= 1,
@@ -304,7 +317,9 @@ class TrainConfig:
         def plain(value: Any) -> Any:
             if isinstance(value, dict):
                 return {k: plain(v) for k, v in value.items()}
-            return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            if isinstance(value, tuple):
+                return [plain(v) for v in value]
+            return str(value) if isinstance(value, Path) else value
 
         return plain(dataclasses.asdict(self))
 

@@ -31,7 +31,6 @@ from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
 from bilevel_fast.graphs import WARMUP, Graphs, Record, cuda_recorder
 from bilevel_fast.mini import TEACHER
-from bilevel_fast.mini.experiment import erased_styles
 from bilevel_fast.profile_trace import OTHER, STEP, Recorded, Work, digest
 
 TOTAL = "total"
@@ -283,7 +282,7 @@ def descents(
 
 def _levels(config: TrainConfig, device: torch.device, scratch: Path) -> tuple[Level, AnyLevel | None]:
     """What `session.run` trains the student with."""
-    erased = erased_styles(config.erase) if config.on_mini_world else []
+    erased = session.erased_styles(config)
     folder = load_folder(config.teacher or TEACHER)
     if config.on_mini_world and not folder.is_mini:
         raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")

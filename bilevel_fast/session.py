@@ -19,8 +19,10 @@ from bilevel_fast.checkpoint import GracefulStop, latest
 from bilevel_fast.config import VOLATILE, TrainConfig
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.engine import Materials, Places, Progress, compute_dtype, fit
+from bilevel_fast.erasing import history
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.errors import UserError
+from bilevel_fast.files import write_json
 from bilevel_fast.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.macs import count
 from bilevel_fast.memory import describe, estimate
@@ -33,6 +35,7 @@ from bilevel_fast.pruning import MacBudget, calibration_set, method
 from bilevel_fast.runfolder import RunFolder
 from bilevel_fast.structure import Structure
 from bilevel_fast.unet import UNet
+from bilevel_fast.weights import fingerprint
 
 _log = logging.getLogger(__name__)
 _SHOWN_ERASED, _SHOWN_KEPT = 6, 6
@@ -47,7 +50,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     device = pick_device(config.device)
-    erased = mini.erased_styles(config.erase) if config.on_mini_world else []
+    erased = erased_styles(config)
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)
     folder = load_folder(config.teacher or TEACHER)
@@ -68,6 +71,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
             models = {"teacher": folder.unet().to(device), **{name: trained[name][0] for name in reversed(names)}}
             shown = {name: mini.portfolio(unet, folder, erased, config) for name, unet in models.items()}
             probe = Probe.load()
+            summary["hits"] = {name: mini.hits(samples, erased, probe) for name, samples in shown.items()}
             summary["quality"] = {name: asdict(judge(samples, erased, probe)) for name, samples in shown.items()}
             pictures["samples"] = _contact_sheet(shown, len(erased) * config.mini.judge_erased)
             place.samples.mkdir(exist_ok=True)
@@ -81,29 +85,60 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path) -> Materials:
     """Open the caches that were given, or draw the mini world's."""
+    past = None if config.resume_concepts is None else history.read(config.resume_concepts)
+    earlier = () if past is None else past.concepts
+    if past is not None:
+        history.check_teacher(past, fingerprint(folder.path / "unet"))
     if config.on_mini_world:
         assert isinstance(folder.vae, PixelUnshuffleVAE)
         data = mini.drawn_source(folder.vae, erased, config.mini.images, config.seed)
-        concepts = mini.concept_bank(folder, erased, config, out / "concepts")
+        banks = mini.concept_banks(folder, config, out / "concepts", alone=not earlier)
+        names = config.erase
     else:
         data = _cache(config.data, "--data", "images", folder)
-        concepts = _cache(config.concepts, "--concepts", "concepts", folder)
-        _say_what_the_bank_shows(config, concepts)
-        assert data is not None
-    return Materials(teacher, folder.schedule, folder.text_encoder, data, concepts)
+        banks = [_cache(path, "--concepts", "concepts", folder) for path in config.concepts]
+        names = [path.name for path in config.concepts]
+    if not banks:
+        return Materials(teacher, folder.schedule, folder.text_encoder, data, None)
+    weights = config.concept_weights or (1.0,) * len(banks)
+    new = [history.Erased(*row) for row in zip(names, (str(bank.path) for bank in banks), weights, strict=True)]
+    concepts, banks = [*earlier, *new], [*history.open_banks(earlier), *banks]
+    for bank in banks:
+        bank.check_model(folder.config, folder.vae_fingerprint)
+        _say_what_the_bank_shows(config, bank)
+    source = history.together(concepts, banks, data, len(earlier))
+    if config.upper.every:
+        record = history.to_json(out, fingerprint(folder.path / "unet"), concepts)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / history.RECORD, record)
+    return Materials(teacher, folder.schedule, folder.text_encoder, data, source)
 
 
-def _say_what_the_bank_shows(config: TrainConfig, bank: Cache | None) -> None:
+def erased_styles(config: TrainConfig) -> list[int]:
+    """Indices of the mini world's styles that are erased after a run: by it, and by those that it goes on from.
+
+    Raises:
+        UserError: A style is not one, or erased already.
+    """
+    if not config.on_mini_world:
+        return []
+    earlier = () if config.resume_concepts is None else history.read(config.resume_concepts).names
+    for style in config.erase:
+        if style in earlier:
+            raise UserError(f"style {style!r} was erased by {config.resume_concepts} already; --erase names another")
+    return mini.erased_styles([*earlier, *config.erase])
+
+
+def _say_what_the_bank_shows(config: TrainConfig, bank: Cache) -> None:
     wanted = erasers.shows(config.upper.eraser)
-    if bank is not None and (shows := bank.index.recipe.get("shows", "prompt")) != wanted:
+    if (shows := bank.index.recipe.get("shows", "prompt")) != wanted:
         _log.warning(
-            "the images of --concepts were drawn by their %s, %s wants the %s", shows, config.upper.eraser, wanted
+            "the images of %s were drawn by their %s, %s wants the %s", bank.path, shows, config.upper.eraser, wanted
         )
 
 
-def _cache(path: Path | None, flag: str, kind: str, folder: ModelFolder) -> Cache | None:
-    if path is None:
-        return None
+def _cache(path: Path | None, flag: str, kind: str, folder: ModelFolder) -> Cache:
+    assert path is not None, "checked with the settings"
     cache = Cache.open(path)
     if cache.index.kind != kind:
         raise UserError(f"{flag} {path} is a cache of {cache.index.kind}, wanted one of {kind}")
@@ -117,10 +152,11 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
     Raises:
         UserError: The student was made from another UNet, or the method or the budget is impossible.
     """
-    if config.student is not None:
-        student = load_unet(config.student, align)
+    given = config.student if config.resume_concepts is None else config.resume_concepts / "student"
+    if given is not None:
+        student = load_unet(given, align)
         if student.config != folder.config:
-            raise UserError(f"{config.student} was not made from {folder.path}: their UNets differ")
+            raise UserError(f"{given} was not made from {folder.path}: their UNets differ")
         return student
     dense = folder.unet()
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bilevel_fast.data.mixture import Shares, parts_of, weights_of
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.errors import UserError, nearest
 from bilevel_fast.randomness import Stream, integers, normal, permutation, uniform
@@ -24,6 +25,8 @@ Anchor = Literal["none", "null", "phrase"]
 
 LEVEL_STRIDE = 2**40
 """Distance between the global indices of two levels: no run draws as many samples."""
+_PART_STRIDE = 2**30
+"""Distance between the numbers of two parts' epochs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +64,10 @@ class Batch:
 
 
 class Batches:
-    """Draws batches from a source, every sample once per epoch, in another order each epoch."""
+    """Draws batches from a source, every sample once per epoch, in another order each epoch.
+
+    Of a `Mixture`, each source has epochs of its own, and a share of every batch by its weight.
+    """
 
     def __init__(
         self,
@@ -105,7 +111,8 @@ class Batches:
         self.p_uncond, self.anchor = p_uncond, anchor
         self._offset = level * LEVEL_STRIDE
         self._states = _TextStates(text_encoder, source, batch_size, max_states)
-        self._orders: dict[int, NDArray[np.int64]] = {}
+        self._shares, self._lengths = Shares(weights_of(source)), [len(part) for part in parts_of(source)]
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step."""
@@ -121,13 +128,14 @@ class Batches:
 
     def _position(self, sample: int) -> int:
         """Where in the source the sample lies."""
-        epoch, place = divmod(sample, len(self.source))
-        if epoch not in self._orders:
-            if len(self._orders) > 1:  # one batch may lie across two epochs
-                del self._orders[min(self._orders)]
-            number = self._offset + epoch
-            self._orders[epoch] = permutation(self.seed, Stream.SHUFFLE, number, len(self.source))
-        return int(self._orders[epoch][place])
+        part, number = self._shares(sample)
+        epoch, place = divmod(number, self._lengths[part])
+        if (part, epoch) not in self._orders:
+            for old in [key for key in self._orders if key[0] == part][:-1]:  # one batch may lie across two epochs
+                del self._orders[old]
+            key = self._offset + part * _PART_STRIDE + epoch
+            self._orders[part, epoch] = permutation(self.seed, Stream.SHUFFLE, key, self._lengths[part])
+        return sum(self._lengths[:part]) + int(self._orders[part, epoch][place])
 
     def _captions(self, positions: list[int], index: Tensor) -> list[str]:
         choices = [self.source.captions(position) for position in positions]

@@ -25,8 +25,8 @@ one zeros them again.
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor
 from bilevel_fast.bilevel import Edit, Terms
 from bilevel_fast.config import ConceptPruneStep, UceStep, Upper
 from bilevel_fast.data.bank import read_prompts
+from bilevel_fast.data.mixture import parts_of, weights_of
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing import concept_prune
@@ -81,11 +82,12 @@ def make(upper: Upper, ground: Ground) -> Edit:
     Raises:
         UserError: The student has no such layer left, or a text cannot be erased, or both erased and preserved.
     """
-    pairs = pairs_of(ground.concepts, to_null=upper.anchor == "null")
-    return _uce(upper.uce, ground, pairs) if upper.eraser == "uce" else _prune(upper.concept_prune, ground, pairs)
+    banks = [pairs_of(bank, to_null=upper.anchor == "null") for bank in parts_of(ground.concepts)]
+    check([pair for pairs in banks for pair in pairs], (), ground.encoder)
+    return _uce(upper.uce, ground, banks) if upper.eraser == "uce" else _prune(upper.concept_prune, ground, banks)
 
 
-def _uce(settings: UceStep, ground: Ground, pairs: tuple[Pair, ...]) -> "UceProjection":
+def _uce(settings: UceStep, ground: Ground, banks: Sequence[tuple[Pair, ...]]) -> "UceProjection":
     device, erased = ground.flat.master.device, phrases(ground.concepts)
     names = [name for name, _ in matrices(ground.student)]
     if settings.preserve is not None:
@@ -97,10 +99,14 @@ def _uce(settings: UceStep, ground: Ground, pairs: tuple[Pair, ...]) -> "UceProj
         kept, clashes = captions_of(ground.data, settings.texts, erased)
         if clashes:
             _log.warning("%d lower captions hold an erased phrase, such as %r: not preserved", clashes, erased[0])
-    check(pairs, kept, ground.encoder)
     kept = dict.fromkeys(("", *kept))
+    weights = weights_of(ground.concepts)
+    pairs = [
+        replace(pair, weight=weight / (sum(weights) / len(weights)) / len(bank))
+        for bank, weight in zip(banks, weights, strict=True)
+        for pair in bank
+    ]
     new = match(ground.encoder, pairs, device)
-    new = Matched(new.erased, new.guide, new.weight / sum(pair.weight for pair in pairs))
     held_by = gram(ground.encoder, {text: settings.hold / len(kept) for text in kept}, device)
     matrix, directions = projection(new, held_by, settings.ridge)
     about = f"keys and values, {len(pairs)} texts, {len(kept)} preserved, {directions} of {len(matrix)} directions"
@@ -111,17 +117,16 @@ def _uce(settings: UceStep, ground: Ground, pairs: tuple[Pair, ...]) -> "UceProj
     return UceProjection(ground.flat, names, about, matrix)
 
 
-def _prune(settings: ConceptPruneStep, ground: Ground, pairs: tuple[Pair, ...]) -> "PruneMasks":
+def _prune(settings: ConceptPruneStep, ground: Ground, banks: Sequence[tuple[Pair, ...]]) -> "PruneMasks":
     layers = concept_prune.second_matrices(ground.student)
     concept_prune.check_ratio(settings.ratio, layers, "--upper.concept-prune.ratio")
-    check(pairs, (), ground.encoder)
-    stride = -(-len(pairs) // settings.prompts)
+    some = [pairs[:: -(-len(pairs) // settings.prompts)] for pairs in banks]
     size = ground.concepts.latent_shape[1]
     guidance = ground.guidance if settings.guidance is None else settings.guidance
 
     def find() -> dict[str, Tensor]:
         return concept_prune.find_masks(
-            ground.student, ground.schedule, ground.encoder, [pairs[::stride]],
+            ground.student, ground.schedule, ground.encoder, some,
             ratio=settings.ratio, select=settings.select, seed=ground.seed, size=size, guidance=guidance,
             steps=settings.steps, batch=settings.batch,
         )  # fmt: skip
@@ -202,7 +207,8 @@ def projection(new: Matched, held: Tensor, ridge: float) -> tuple[Tensor, int]:
 
 
 class PruneMasks(_OnMatrices):
-    """Zeros what masks name in the second matrices of the feed-forward layers.
+    """Zeros what masks name in the second matrices of the feed-forward layers, and what was zero there from the start:
+    that is how a run that goes on from another one's student does not forget what that one has erased.
 
     Args:
         find: Finds the masks of the student as it is: (C, F) bool by parameter name.
@@ -215,14 +221,15 @@ class PruneMasks(_OnMatrices):
         super().__init__(flat, names, about)
         self.find, self.every = find, every
         # in place from here on: a CUDA graph looks where they lie
-        self.masks = {name: torch.zeros_like(w, dtype=torch.bool) for name, w in self.masters.items()}
+        self.masks = {name: w == 0 for name, w in self.masters.items()}
+        self.zero = {name: mask.clone() for name, mask in self.masks.items()}
         self.found = False
 
     def prepare(self, step: int) -> None:
         if self.found and not (self.every and step % self.every == 0):
             return
         for name, mask in self.find().items():
-            self.masks[name].copy_(mask)
+            self.masks[name].copy_(mask | self.zero[name])
         self.found = True
         gone, every = (sum(map(count, self.masks.values())) for count in (Tensor.count_nonzero, Tensor.numel))
         _log.info("upper step %d: masks found; %d of %d weights go", step, gone, every)

@@ -9,6 +9,8 @@ from bilevel_fast.erasing.concepts import Pair, form
 
 _LOOKED_FOR = 64  # phrases that are looked for in other captions, the most frequent ones
 
+_LOOKED_AT = 20_000  # samples of the lower data, spread over all of it
+
 
 def span(caption: str, anchor: str) -> tuple[int, int]:
     """Which words of a caption lie between what it and its anchor begin and end with: first, and one after the last."""
@@ -66,6 +68,14 @@ def captions_of(source: LatentSource, limit: int, erased: Sequence[str]) -> tupl
             if len(found) == limit:
                 return tuple(found), clashes
     return tuple(found), clashes
+
+
+def clashes_of(source: LatentSource, erased: Sequence[str]) -> tuple[int, int, str]:
+    """How many of how many samples of a source have a caption that holds an erased phrase, and the first of these."""
+    stride = -(-len(source) // _LOOKED_AT)
+    indices = range(0, len(source), stride)
+    found = [caption for i in indices for caption in source.captions(i)[:1] if held(caption, erased) is not None]
+    return len(found), len(indices), found[0] if found else ""
 
 
 def _samples(bank: LatentSource) -> Iterator[tuple[str, str]]:

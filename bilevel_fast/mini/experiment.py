@@ -12,7 +12,7 @@ from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import ModelFolder
-from bilevel_fast.mini.judge import Samples, is_held_out, paint, style_numbers
+from bilevel_fast.mini.judge import Samples, erased_scenes, is_held_out, kept_scenes, paint, style_numbers
 from bilevel_fast.mini.probe import Probe
 from bilevel_fast.mini.vae import PixelUnshuffleVAE
 from bilevel_fast.mini.world import SCENES, STYLES, Scene, render
