@@ -58,6 +58,8 @@ class Run:
     """Of everything random; one after the other."""
     groups: tuple[str, ...] = GROUPS
     """`controlled` (with the distilled student) and `swept`, one after the other: each has its rows when it is done."""
+    only: tuple[str, ...] = ()
+    """Cases to run; by default all. Those of a group run side by side: fewer of them are sooner done."""
     cache: Path = Path("runs/frontier")
     """Where concept banks are kept between runs."""
     preset: str = "mini"
@@ -116,7 +118,8 @@ def run(args: Run, seed: int, group: str, place: Row, say: Callable[[str], None]
     """Train and judge all cases of a group that have no row. `place` is part of every row."""
     config = replace(preset(args.preset), seed=seed)
     done = {(row["seed"], row["case"]) for row in rows()}
-    missing = {name: upper for name, upper in cases(group, config.upper).items() if (seed, name) not in done}
+    wanted = {name: upper for name, upper in cases(group, config.upper).items() if name in (args.only or [name])}
+    missing = {name: upper for name, upper in wanted.items() if (seed, name) not in done}
     if not missing:
         return
     folder = load_folder(TEACHER)
