@@ -72,7 +72,9 @@ class Decoder:
         self._device, self._threads = device, threads
         self._pipeline: Any = None
 
-    def __call__(self, files: Sequence[bytes], crops: Sequence[Sequence[Crop]]) -> tuple[Tensor, list[str | None]]:
+    def __call__(
+        self, files: Sequence[bytes], crops: Sequence[Sequence[Crop]]
+    ) -> tuple[list[Tensor], list[str | None]]:
         """Views of images.
 
         Args:
@@ -80,7 +82,7 @@ class Decoder:
             crops: V crops of each.
 
         Returns:
-            (B, V, 3, R, R) fp32 pixels in [-1, 1] on the device, zeros where an image cannot be decoded; and per
+            V times (B, 3, R, R) fp32 pixels in [-1, 1] on the device, zeros where an image cannot be decoded; and per
             image, why not.
         """
         try:
@@ -90,12 +92,13 @@ class Decoder:
             if any(word in str(error).lower() for word in _NOT_THE_IMAGE):
                 raise UserError(f"DALI: {' '.join(str(error).split())[-300:]}") from error
         if len(files) == 1:
-            side = self._resolution
-            return torch.zeros(1, self._views, 3, side, side, device=self._device), [UNDECODABLE]
+            shape = 1, 3, self._resolution, self._resolution
+            return [torch.zeros(shape, device=self._device) for _ in range(self._views)], [UNDECODABLE]
         alone = [self([file], [crop]) for file, crop in zip(files, crops, strict=True)]
-        return torch.cat([pixels for pixels, _ in alone]), [reason for _, (reason,) in alone]
+        views = [torch.cat([pixels[view] for pixels, _ in alone]) for view in range(self._views)]
+        return views, [reason for _, (reason,) in alone]
 
-    def _run(self, files: Sequence[bytes], crops: Sequence[Sequence[Crop]]) -> Tensor:
+    def _run(self, files: Sequence[bytes], crops: Sequence[Sequence[Crop]]) -> list[Tensor]:
         if self._pipeline is None:
             self._pipeline = self._build()
         inputs: dict[str, list[np.ndarray]] = {"files": [np.frombuffer(file, np.uint8) for file in files]}
@@ -108,8 +111,7 @@ class Decoder:
         for each, (height, width, _) in zip(crops, np.asarray(shapes.as_array()), strict=True):
             if each[0].size != (height, width):  # an orientation that one library reads and the other does not
                 raise RuntimeError(f"an image of {each[0].size} was decoded as {height}x{width}")
-        # cloned: the pipeline writes its next batch to the same memory
-        return torch.stack([torch.from_dlpack(view.as_tensor()).clone() for view in views], dim=1).to(self._device)
+        return [torch.from_dlpack(view.as_tensor()).to(self._device) for view in views]
 
     def _build(self) -> Any:
         fn, types = (require(f"nvidia.dali.{name}", "data") for name in ("fn", "types"))
@@ -119,6 +121,7 @@ class Decoder:
             num_threads=self._threads,
             device_id=(self._device.index or 0) if gpu else None,
             prefetch_queue_depth=1,
+            exec_dynamic=True,  # what it gives out is ours: without this, the next batch is written over it
         )
         side = self._resolution
         with pipeline:

@@ -74,8 +74,8 @@ class Decoded:
 
     entries: tuple[Entry, ...]
     """With the problem of each that is not usable."""
-    pixels: Tensor
-    """(B, V, 3, R, R) fp32 in [-1, 1]."""
+    views: tuple[Tensor, ...]
+    """V times (B, 3, R, R) fp32 pixels in [-1, 1]."""
 
 
 def decode(found: Sequence[tuple[Entry, bytes]], views: int, framing: Framing, decoder: Decoder) -> Decoded:
@@ -93,17 +93,19 @@ def decode(found: Sequence[tuple[Entry, bytes]], views: int, framing: Framing, d
         files.append(data)
         crops.append(framing.cut([entry.key] * views, range(views), [size] * views))
     if not usable:
-        side = framing.resolution
-        return Decoded(tuple(entries), torch.empty(0, views, 3, side, side))
+        return Decoded(tuple(entries), ())
     pixels, reasons = decoder(files, crops)
     for row, reason in zip(usable, reasons, strict=True):
         entries[row] = replace(entries[row], problem=reason)
-    return Decoded(tuple(entries), pixels[[reason is None for reason in reasons]])
+    if any(reasons):
+        good = [reason is None for reason in reasons]
+        pixels = [view[good] for view in pixels]
+    return Decoded(tuple(entries), tuple(pixels))
 
 
-def moments(vae: Autoencoder, pixels: Tensor) -> Tensor:
-    """(B, V, 3, R, R) pixels to (B, V, 2C, h, w) fp32 on the CPU; views one by one, for what memory they take."""
-    return torch.stack([vae.moments(pixels[:, view]).cpu() for view in range(pixels.shape[1])], dim=1)
+def moments(vae: Autoencoder, views: Sequence[Tensor]) -> Tensor:
+    """V times (B, 3, R, R) pixels to (B, V, 2C, h, w) fp32 on the CPU; view by view, for the memory that they take."""
+    return torch.stack([vae.moments(pixels).cpu() for pixels in views], dim=1)
 
 
 def latent_shape(vae: Autoencoder, resolution: int) -> tuple[int, int, int]:
@@ -177,7 +179,8 @@ def encode(
 
 
 def _write(writer: CacheWriter, decoded: Decoded, vae: Autoencoder) -> None:
-    encoded = iter(moments(vae, decoded.pixels) if len(decoded.pixels) else ())
+    usable = any(entry.problem is None for entry in decoded.entries)
+    encoded = iter(moments(vae, decoded.views) if usable else ())
     for entry in decoded.entries:
         for caption, reason in entry.refused:
             writer.drop_caption(entry.file, caption, reason)

@@ -25,7 +25,7 @@ from torch import Tensor
 from bilevel_fast.autoencoder import Autoencoder, KLAutoencoder
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Dropped, check_latents, check_sum
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
-from bilevel_fast.data.encode import Files, ahead, decode, moments
+from bilevel_fast.data.encode import Files, ahead, decode
 from bilevel_fast.data.listing import Entry, Listing
 from bilevel_fast.data.pictures import MAX_VIEWS, Framing, Unusable, upright_size
 from bilevel_fast.errors import UserError
@@ -202,17 +202,17 @@ class ImageStream:
         assert vae is not None
         starts = range(0, len(indices), _CHUNK)
         chunks = [(indices[start : start + _CHUNK], views[start : start + _CHUNK]) for start in starts]
-        return torch.cat([moments(vae, pixels)[:, 0] for pixels in ahead(self._pixels, chunks)])
+        return torch.cat([vae.moments(pixels).cpu() for pixels in ahead(self._pixels, chunks)])
 
     def _pixels(self, chunk: tuple[Sequence[int], Sequence[int]]) -> Tensor:
-        """(B, 1, 3, R, R)."""
+        """(B, 3, R, R)."""
         indices, views = chunk
         with ThreadPoolExecutor(_READERS) as readers:
             files = list(readers.map(self._read, indices))
         entries = [self._entries[index] for index in indices]
         sizes = [upright_size(data, entry.file) for data, entry in zip(files, entries, strict=True)]
         crops = self.index.framing.cut([entry.key for entry in entries], views, sizes)
-        pixels, reasons = self._decoder(files, [[crop] for crop in crops])
+        (pixels,), reasons = self._decoder(files, [[crop] for crop in crops])
         for entry, reason in zip(entries, reasons, strict=True):
             if reason is not None:
                 raise self._changed(entry, reason)
