@@ -20,6 +20,7 @@ from bilevel_fast.bilevel import Answers, AnyLevel, Editing, FineTuning, Level, 
 from bilevel_fast.config import TrainConfig
 from bilevel_fast.data.batches import Batch, Batches
 from bilevel_fast.data.loader import Loader
+from bilevel_fast.data.mixture import Shares, weights_of
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing import loop_edits
@@ -115,7 +116,10 @@ def levels(
         words = partial(Words, encoder, materials.concepts)
         eraser = erasers.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
     hold = erasers.holder(flat, upper.subset)
-    controller = Controller(upper, lower.steps, device) if upper.controller.enabled else None
+    controller = None
+    if upper.controller.enabled:
+        shares = Shares(weights_of(materials.concepts))
+        controller = Controller(upper, lower.steps, device, len(shares.weights), lambda sample: shares(sample)[0])
     penalty = upper.penalty if controller is None else controller.penalty
     suppression = Suppression(fine_tuning, eraser, penalty, upper.penalty_norm, flat, hold=hold, surgery=upper.surgery)
     making = optimizer(lr=upper.lr, warmup=upper.warmup)

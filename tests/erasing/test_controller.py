@@ -4,7 +4,6 @@ import copy
 import json
 import re
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from bilevel_fast.bilevel import Answers, bilevel
 from bilevel_fast.config import Controller as Settings
 from bilevel_fast.config import Upper
 from bilevel_fast.diffusion import Schedule
-from bilevel_fast.engine import Interrupted, Places, fit
+from bilevel_fast.engine import Interrupted, Places, fit, levels, running
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.erasing.controller import LEAST, MOST, Controller
 from bilevel_fast.errors import UserError
@@ -48,7 +47,7 @@ def at(controller: Controller, progress: float, gap: float = 0.0, step: int = 0)
     return controller
 
 
-def walk(controller: Controller, start=0, steps=12, both=None, graphs=None):
+def walk(controller: Controller, start=0, steps=9, both=None, graphs=None):
     """Run both levels under a controller; terms of all steps, and the levels."""
     if both is None:
         both = make_levels(*make_models(), penalty=controller.penalty)
@@ -275,32 +274,43 @@ def test_pace():
 
 def test_a_controlled_run_is_recorded_and_is_resumed():
     """Replayed steps, and steps of a controller that took over in the middle, are the same steps to the bit."""
-    settings = {"penalty": 10.0, "every": 1, "steps": 16, "by": 0.4, "gone": 0.7, "horizon": 4}
-    whole, (_, upper) = walk(make(**settings), steps=16)
+    settings = {"penalty": 10.0, "every": 1, "steps": 9, "by": 0.6, "gone": 0.7, "horizon": 4}
+    whole, (_, upper) = walk(make(**settings), steps=9)
     recorded = []
     replayed, (_, again) = walk(
-        make(**settings), steps=16, graphs=Graphs(lambda call: (recorded.append(call), on_the_cpu(call))[1])
+        make(**settings), steps=9, graphs=Graphs(lambda call: (recorded.append(call), on_the_cpu(call))[1])
     )
     assert len(recorded) == 2
     assert replayed == whole
     assert torch.equal(again.optimizer.flat.master, upper.optimizer.flat.master)
 
     first = make(**settings)
-    begun, both = walk(first, steps=9)
+    begun, both = walk(first, steps=5)
     state = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in first.state_dict().items()}
     second = make(**settings)
-    levels = make_levels(*make_models(), penalty=second.penalty)
-    for old, new in zip(both, levels, strict=True):
+    own = make_levels(*make_models(), penalty=second.penalty)
+    for old, new in zip(both, own, strict=True):
         new.optimizer.flat.load_state_dict(old.optimizer.flat.state_dict())
         new.optimizer.load_state_dict(old.optimizer.state_dict())
-    taken = second.take(*levels)
+    taken = second.take(*own)
     second.load_state_dict(state)
-    ended, _ = walk(second, start=9, steps=16, both=taken)
+    ended, _ = walk(second, start=5, steps=9, both=taken)
     assert begun + ended == whole
     seen = [terms for terms in whole if "upper/lambda" in terms]
     assert {terms["upper/stopped"] for terms in seen} == {0.0, 1.0}
     assert any(b["upper/lambda"] < a["upper/lambda"] for a, b in pairwise(seen))
     assert seen[0]["upper/lambda"] == 10.0
+
+
+class After:
+    """Asks for the end of a training after a step."""
+
+    def __init__(self, checkpoints, step):
+        self.saved = checkpoints / f"step-{step or 0:06d}"
+
+    @property
+    def requested(self):
+        return self.saved.exists()
 
 
 def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
@@ -312,11 +322,11 @@ def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
     start = initial_student(config, folder, 1)
     materials = gather(config, folder, folder.unet(), erased_styles(config.erase), tmp_path)
 
-    def train(name, stop=False):
+    def train(name, until=None):
         student, out = copy.deepcopy(start), tmp_path / name
         out.mkdir(exist_ok=True)
         places = Places(out / "checkpoints", out / "stats.jsonl", out / "events")
-        progress = fit(config, student, materials, places, SimpleNamespace(requested=stop), CPU)
+        progress = fit(config, student, materials, places, After(places.checkpoints, until), CPU)
         return progress.upper_steps, student.state_dict(), places
 
     count, whole, places = train("whole")
@@ -324,12 +334,15 @@ def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
     assert [row["upper/every"] for row in rows] == [2, 2, 2, 1, 1, 1, 1, 1]
     assert [row["step"] for row in rows if "upper/lambda" in row] == [2, 4, 5, 6, 7, 8]
     assert count == 6
-    for _ in range(4):
-        with pytest.raises(Interrupted):  # after one step
-            train("parts", stop=True)
+    upper = [{name.removeprefix("upper/"): x for name, x in row.items()} for row in rows if "upper/lambda" in row]
+    for row in upper:
+        assert row["loss"] == pytest.approx(row["suppression"] + row["lambda"] * row["penalty"], rel=1e-5)
+    assert upper[0]["lambda"] > upper[-1]["lambda"]
+    with pytest.raises(Interrupted):
+        train("parts", until=4)
     saved = checkpoint.latest(tmp_path / "parts" / "checkpoints")
     assert (saved.step, saved.state["upper_steps"], saved.optimizers["pace"]["every"]) == (4, 2, 1)
-    count, resumed, places = train("parts")
+    count, resumed, places = train("parts")  # goes on from there
     assert count == 6
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     again = [json.loads(line) for line in places.stats.read_text().splitlines()]
@@ -337,6 +350,23 @@ def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
     assert [{k: v for k, v in row.items() if k not in timed} for row in again] == [
         {k: v for k, v in row.items() if k not in timed} for row in rows
     ]
+
+
+def test_the_engine_says_which_row_shows_which_concept(tmp_path):
+    """Two styles, one in three quarters of the samples: as the captions of the upper batches have it."""
+    flags = ["--preset", "smoke", "--upper.controller.enabled", "--erase", "waves", "pointillism", "--mini.bank", "2"]
+    config = parse([*flags, "--concept-weights", "1", "3", "--mini.images", "4"])
+    folder = load_folder(TEACHER)
+    materials = gather(config, folder, folder.unet(), [], tmp_path)
+    both = levels(config, initial_student(config, folder, 1), materials, CPU)
+    _, upper = both
+    with running(both, CPU):
+        for number in range(3):
+            assert upper.pace.due(4 * number + 3) == number
+            captions = upper.batches(number).captions
+            assert upper.pace.concepts.tolist() == [int("pointillism" in caption) for caption in captions]
+            assert upper.pace.concepts.sum() == 3
+    assert upper.pace.way.shape == (2, 2)
 
 
 @pytest.mark.parametrize(
