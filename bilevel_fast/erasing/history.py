@@ -142,9 +142,7 @@ def together(
             _log.warning("%s: anchor %r holds a phrase that is to be erased, too", concepts[i].name, guide)
     count, seen, example = clashes_of(data, [phrase for some in erased for phrase in some])
     if count:
-        text = (
-            "%d of %d lower samples hold a phrase that is to be erased, such as %r: the levels work against each other"
-        )
+        text = "%d of %d lower captions hold a phrase to erase, such as %r: the levels work against each other"
         _log.warning(text, count, seen, example)
     if len(banks) == 1:
         return banks[0]

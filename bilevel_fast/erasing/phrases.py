@@ -14,7 +14,7 @@ _LOOKED_AT = 20_000  # samples of the lower data, spread over all of it
 
 def span(caption: str, anchor: str) -> tuple[int, int]:
     """Which words of a caption lie between what it and its anchor begin and end with: first, and one after the last."""
-    words, rest = caption.split(), anchor.split()
+    words, rest = ([plain(word) for word in text.split()] for text in (caption, anchor))
     before = _agree(words, rest)
     after = _agree(words[before:][::-1], rest[before:][::-1])
     return before, len(words) - after
