@@ -10,8 +10,8 @@ COMMANDS = {
     "prune": "prune a model folder to a MAC budget",
     "erase": "erase concepts from any model folder by an edit of its weights",
     "prepare": "images and captions to the latent cache that training reads",
-    "sample": "prompts to a PNG grid, with any model folder",
-    "evaluate": "judge a model of the mini world",
+    "sample": "prompts to a PNG grid, or a file of them to a folder of images, with any model folder",
+    "evaluate": "judge models of the mini world, or folders of images by the paper's metrics",
     "profile": "where the time of a training step goes",
 }
 

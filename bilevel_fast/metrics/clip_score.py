@@ -13,7 +13,7 @@ Source: CLIPScore, arXiv:2104.08718, without its factor 2.5 and its floor at 0, 
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -77,7 +77,7 @@ class ClipScorer:
             tokenizer = open_clip.get_tokenizer(name)
         how = get_model_preprocess_cfg(model)
         transform = image_transform_v2(PreprocessCfg(**how), is_train=False)
-        return cls(model.float().to(device), transform, tokenizer, batch)
+        return cls(model.float().to(device), cast(Any, transform), tokenizer, batch)
 
     @torch.inference_mode()
     def images(self, files: Sequence[Path]) -> Tensor:

@@ -30,7 +30,7 @@ from bilevel_fast.errors import UserError, require
 from bilevel_fast.files import open_safetensors, sha256, write_atomic
 from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
 from bilevel_fast.metrics.frechet import FrechetStatistics, Moments, frechet_distance, resampled_distances
-from bilevel_fast.metrics.images import batches, open_rgb
+from bilevel_fast.metrics.images import Pictures, batches, open_rgb
 from bilevel_fast.metrics.interval import Estimate, normal
 
 FEATURES = 2048
@@ -48,6 +48,7 @@ class Inception:
 
     def __init__(self, network: Any, weights: str, batch: int):
         self.network, self.weights, self.batch = network.eval().requires_grad_(False), weights, batch
+        self._known: dict[tuple[Path, int | None], FrechetStatistics] = {}
 
     @classmethod
     def load(cls, path: Path, *, device: str | torch.device = "cpu", batch: int = 32) -> "Inception":
@@ -74,6 +75,17 @@ class Inception:
         """
         for pixels in batches(files, lambda file: resized(file, size), self.batch):
             yield self(torch.stack(pixels)).cpu()
+
+    def of_folder(self, folder: Path, size: int | None = None) -> FrechetStatistics:
+        """Statistics of all pictures of a folder, computed once: rows of a table share their reference.
+
+        Raises:
+            UserError: The folder is missing or empty, or a file is no whole picture.
+        """
+        key = (folder.resolve(), size)
+        if key not in self._known:
+            self._known[key] = statistics(list(Pictures.open(folder).files.values()), self, size)
+        return self._known[key]
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """(B, 3, 299, 299) fp32 in [0, 255] -> (B, 2048) fp32 where the network is."""

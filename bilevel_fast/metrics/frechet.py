@@ -13,6 +13,7 @@ Source: FID, arXiv:1706.08500.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -34,7 +35,7 @@ class FrechetStatistics:
 
     @classmethod
     def of(cls, features: Tensor) -> Self:
-        """Statistics of one batch.
+        """Statistics of one batch. Of fewer samples than features, the deviations are a factor of the covariance.
 
         Args:
             features: (N, D), N >= 1, any float dtype and device.
@@ -49,7 +50,10 @@ class FrechetStatistics:
             raise ValueError(f"features {tuple(features.shape)} hold infinities or NaNs")
         mean = features.mean(0)
         deviations = features - mean
-        return cls(mean, deviations.T @ deviations, len(features))
+        found = cls(mean, deviations.T @ deviations, len(features))
+        if 1 < len(features) < features.shape[1]:
+            found.__dict__["factor"] = deviations.T / (len(features) - 1) ** 0.5
+        return found
 
     @classmethod
     def accumulate(cls, batches: Iterable[Tensor]) -> Self:
@@ -86,6 +90,15 @@ class FrechetStatistics:
             raise UserError(f"a covariance needs at least 2 samples, this set has {self.count}")
         return self.scatter / (self.count - 1)
 
+    @cached_property
+    def factor(self) -> Tensor:
+        """F (D, R) fp64 with F F^T the covariance: computed once, as the other side of many distances.
+
+        Raises:
+            UserError: There are fewer than two samples.
+        """
+        return _factor(self.covariance)
+
     def save(self, path: Path, metadata: dict[str, str] | None = None) -> None:
         """Write a safetensors file, whole or not at all; `metadata` says what the features are."""
         tensors = {"mean": self.mean, "scatter": self.scatter, "count": torch.tensor(self.count)}
@@ -115,6 +128,11 @@ class Moments:
     mean: Tensor  # (D,) fp64
     covariance: Tensor  # (D, D) fp64
 
+    @cached_property
+    def factor(self) -> Tensor:
+        """F (D, R) fp64 with F F^T the covariance."""
+        return _factor(self.covariance)
+
 
 def frechet_distance(a: FrechetStatistics | Moments, b: FrechetStatistics | Moments) -> float:
     """The squared Frechet distance of two Gaussians with these statistics, in squared units of the features.
@@ -124,9 +142,8 @@ def frechet_distance(a: FrechetStatistics | Moments, b: FrechetStatistics | Mome
         ValueError: The sets differ in the number of features.
     """
     _check_width(a, b)
-    A, B = a.covariance, b.covariance
-    cross = torch.linalg.svdvals(_factor(A).T @ _factor(B)).sum()
-    distance = (a.mean - b.mean).square().sum() + A.trace() + B.trace() - 2 * cross
+    cross = torch.linalg.svdvals(a.factor.T @ b.factor).sum()
+    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return max(0.0, distance.item())  # round-off of equal sets may fall below zero
 
 
@@ -144,8 +161,8 @@ def resampled_distances(
         reference: Of D features.
         counts: (N,) integers each, which sum to N: how often each sample is in the draw.
     """
-    x, B = features.double(), reference.covariance
-    z = x @ _factor(B)
+    x = features.double()
+    z = x @ reference.factor
     for w in counts:
         kept = w > 0
         weights, total = w[kept].double(), int(w.sum())
@@ -155,7 +172,7 @@ def resampled_distances(
         rows = (z[kept] - projected) * root
         gram = rows @ rows.T if rows.shape[0] < rows.shape[1] else rows.T @ rows
         cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
-        yield ((mean - reference.mean).square().sum() + trace + B.trace() - 2 * cross).item()
+        yield ((mean - reference.mean).square().sum() + trace + reference.covariance.trace() - 2 * cross).item()
 
 
 def _factor(covariance: Tensor) -> Tensor:

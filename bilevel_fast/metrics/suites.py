@@ -22,7 +22,7 @@ from bilevel_fast.metrics import interval, nudenet
 from bilevel_fast.metrics.clip_score import clip_scores
 from bilevel_fast.metrics.cp_score import cp_scores
 from bilevel_fast.metrics.csd import csd_scores
-from bilevel_fast.metrics.fid import fid, load_statistics, save_statistics, statistics
+from bilevel_fast.metrics.fid import fid, load_statistics, save_statistics
 from bilevel_fast.metrics.images import Pictures, open_rgb
 from bilevel_fast.metrics.pairing import Pairs, each, pair
 from bilevel_fast.metrics.prompt_sets import read_prompt_set
@@ -145,7 +145,7 @@ def coco(
     }
     if scorers.inception and reference:
         if reference.is_dir():
-            theirs = statistics(list(Pictures.open(reference).files.values()), scorers.inception, _side(files))
+            theirs = scorers.inception.of_folder(reference, _side(files))
             if statistics_out:
                 save_statistics(statistics_out, theirs, scorers.inception)
         else:
