@@ -50,6 +50,8 @@ def parse(argv: Sequence[str]) -> Args:
     erase = asked.erase if asked else preset(name).erase
     default = Args(tyro.MISSING, run=replace(preset(name), preset=name, erase=erase), rows=Rows() if full else MINI)
     args = flags.parse(Args, "bilevel_fast.reproduce", __doc__, args=argv, default=default)
+    if full and not (args.run.teacher and args.run.data and args.run.concepts):
+        raise UserError("--scale full wants --run.teacher, --run.data and --run.concepts")
     args.run.check()
     if not args.run.upper.every or not args.seeds:
         raise UserError("--run.upper.every and --seeds want at least one: there would be nothing to compare")

@@ -76,12 +76,14 @@ def full_benches(
     from bilevel_fast.metrics.scorers import Scorers  # its packages are optional
     from bilevel_fast.reproduction.full_judge import FullJudge
 
-    if config.teacher is None or config.data is None or not config.concepts:
-        raise UserError("--scale full wants --run.teacher, --run.data and --run.concepts")
+    assert config.teacher is not None, "the command line was checked"
     if len(full.phrase) != len(config.concepts):
         raise UserError(
             f"{len(full.phrase)} --full.phrase came for {len(config.concepts)} --run.concepts; wanted one each"
         )
+    for flag, path in full.paths():
+        if not path.exists():
+            raise UserError(f"{flag} {path} does not exist")
     folder = load_folder(config.teacher, device)
     preserve = read_prompts(full.preserve) if full.preserve else []
     scorers = Scorers.load(

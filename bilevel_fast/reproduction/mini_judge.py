@@ -27,7 +27,7 @@ from bilevel_fast.text_encoder import TextEncoder
 from bilevel_fast.unet import UNet
 
 _KEPT = (
-    Column("fid", "FID", "down", 1),
+    Column("fid", "FID", "down"),
     Column("object", "object", "up"),
     Column("color", "colour", "up"),
     Column("other_style_hit", "other styles", "up"),

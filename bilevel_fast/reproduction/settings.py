@@ -1,5 +1,6 @@
 """What the rows of an experiment are made with, besides the bilevel run itself."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -94,3 +95,10 @@ class Full:
     """Classifier-free guidance of every sample."""
     batch: int = 16
     """Images sampled together."""
+
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        """Every path that was given, with its flag: better looked for before the training than after."""
+        for name, value in vars(self).items():
+            for path in value if isinstance(value, tuple) else (value,):
+                if isinstance(path, Path):
+                    yield f"--full.{name.replace('_', '-')}", path
