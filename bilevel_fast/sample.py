@@ -17,6 +17,7 @@ from bilevel_fast.data.prompts import RowFlags
 from bilevel_fast.errors import UserError
 from bilevel_fast.grid import GridFlags, draw_grid
 from bilevel_fast.mini import TEACHER
+from bilevel_fast.pruning.aptp.mixture_folder import INDEX as MIXTURE
 from bilevel_fast.sampling import Format, Precision, Recipe, sample_folder
 
 
@@ -58,6 +59,8 @@ def _fill_folder(config: SampleConfig) -> None:
         raise UserError("--prompts-file takes --model or --mixture: experts draw their prompts with their own weights")
     if config.prompt_encoder is not None and config.mixture is None:
         raise UserError("--prompt-encoder is for the router of a --mixture, and none was named")
+    if config.mixture is not None and not (config.mixture / MIXTURE).is_file():
+        raise UserError(f"{config.mixture} is not a mixture: {MIXTURE} is missing")
     assert config.prompts_file is not None
     rows = config.read(config.prompts_file)
     same = ("steps", "guidance", "method", "size", "precision", "format")

@@ -239,20 +239,23 @@ def make_part(
     with side_stream(device) if device.type == "cuda" else contextlib.nullcontext():
         while writer.samples < len(rows_of_part):
             rows = rows_of_part[writer.samples : writer.samples + batch]
-            latents = generate(
-                unet,
-                folder.schedule,
-                folder.text_encoder,
-                [texts[row % len(prompts)] for row in rows],
-                rows,
-                seed=seed,
-                size=(size, size),
-                guidance=guidance,
-                steps=steps,
-                stream=Stream.BANK,
-                batch=batch,
-                model=lambda _: captured,
-            )
+            try:
+                latents = generate(
+                    unet,
+                    folder.schedule,
+                    folder.text_encoder,
+                    [texts[row % len(prompts)] for row in rows],
+                    rows,
+                    seed=seed,
+                    size=(size, size),
+                    guidance=guidance,
+                    steps=steps,
+                    stream=Stream.BANK,
+                    batch=batch,
+                    model=lambda _: captured,
+                )
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{device} is out of memory for a batch of {batch}; finished samples stay") from error
             for row, moments in zip(rows, exact_moments(latents), strict=True):
                 prompt = row % len(prompts)
                 writer.add(moments, [prompts[prompt]], anchors[prompt])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import drawing
-from bilevel_fast import errors, sample
+from bilevel_fast import errors, sample, samplers, sampling
 from bilevel_fast.data.prompts import Row
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
@@ -69,6 +69,23 @@ def test_a_full_disk(run, whole, tmp_path):
     assert drawing.content(out) == drawing.content(whole.path)
 
 
+def test_out_of_memory_is_one_line(run, whole, tmp_path, monkeypatch):
+    """In the second batch: the first one stays."""
+    drawn = []
+
+    def sampled(*args):
+        drawn.append(1)
+        if len(drawn) == 3:  # the first walks nothing, to see whether it could
+            raise torch.OutOfMemoryError("CUDA out of memory\nmore")
+        return samplers.sample(*args)
+
+    monkeypatch.setattr(sampling, "sample", sampled)
+    assert run() == (2, "", "error: cpu is out of memory for a batch of 2; finished images stay\n")
+    found = ImageFolder.open(tmp_path / "images")
+    assert list(found.entries) == ["3", "0"]
+    assert found.path_of("0").read_bytes() == whole.path_of("0").read_bytes()
+
+
 def test_a_full_disk_tears_no_line(tmp_path):
     rows, limit = [Row(str(n), "a red star") for n in range(100)], 5000
     ours, theirs = processes.Pipe(duplex=False)
@@ -117,6 +134,8 @@ def test_a_folder_of_something_else_is_refused(run, whole, model, tmp_path, more
         (["--seeds", "1", "2"], "--prompts-file wants --folder and one of --seeds"),
         (["--out", "grid.png"], "--prompts-file wants --folder and one of --seeds, and neither --prompts nor --out"),
         (["--mixture", "m"], "--prompts-file takes --model or --mixture"),
+        (["--mixture", "m", "--model", "None"], "m is not a mixture: mixture.json is missing"),
+        (["--prompt-encoder", "m"], "--prompt-encoder is for the router of a --mixture"),
         (["--batch", "0"], "batch is 0; wanted at least 1"),
         (["--steps", "1"], "steps is 1; pndm"),
         (["--steps", "2000"], "steps is 2000; a schedule of 1000 timesteps"),

@@ -257,6 +257,19 @@ def test_a_gpu_records_the_unet(model, whole, torch_ops, tmp_path, monkeypatch):
     assert recorder.recorded == 1
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_cuda_graph_draws_the_same(model, tmp_path, precision):
+    recipe = replace(RECIPE, precision=precision, format="latents", steps=8)
+    found = [
+        sample_folder(model, ROWS, tmp_path / str(graphs), recipe, batch=BATCH, device="cuda", graphs=graphs)
+        for graphs in (True, False)
+    ]
+    for row in ROWS:
+        torch.testing.assert_close(*(folder.latents(row.id) for folder in found), rtol=1e-4, atol=1e-4)
+    assert torch.cuda.get_device_name() == found[0].settings["runs"][0]["device"]
+
+
 def test_a_recording_that_fails_is_done_without(model, torch_ops, caplog):
     def fails(call):
         raise RuntimeError("out of graphs\nmore")
