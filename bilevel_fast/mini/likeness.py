@@ -5,6 +5,8 @@
            A model that only draws anew scores about 50, the reference itself 0.
     style  100 x mean cosine of the style embeddings of image and reference: the centred logits of the probe's style
            head, where the paper takes CSD's descriptor. The reference itself scores 100.
+    plain  100 x share of prompts whose image is drawn in the plain style, which is what the prompt's anchor asks for.
+           Neither of the paper's scores tells a style that is gone from one that another has taken the place of.
 
 Image and reference belong to the same prompt and the same noise.
 """
@@ -19,7 +21,7 @@ from torch.nn import functional as F
 from bilevel_fast.errors import UserError
 from bilevel_fast.mini.judge import Samples
 from bilevel_fast.mini.probe import Probe
-from bilevel_fast.mini.world import labels
+from bilevel_fast.mini.world import STYLES, labels
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Likeness:
 
     cp: float
     style: float
+    plain: float
 
 
 @torch.no_grad()
@@ -52,4 +55,6 @@ def likeness(samples: Samples, reference: Samples, styles: Sequence[int], probe:
 
     styled = [head.style_logits.double() - head.style_logits.double().mean(1, keepdim=True) for head in (seen, before)]
     less = clearly(seen.logits) < clearly(before.logits)
-    return Likeness(100 * less.double().mean().item(), 100 * F.cosine_similarity(*styled).mean().item())
+    plain = seen.style_logits.argmax(1) == STYLES.index("plain")
+    similar = F.cosine_similarity(*styled)
+    return Likeness(*(100 * shares.double().mean().item() for shares in (less, similar, plain)))

@@ -38,6 +38,7 @@ _COLUMNS = {
         Column("content_kept", "content kept", "up"),
         Column("cp", "CP score", "up", 1),
         Column("style", "style similarity", "down", 1),
+        Column("plain", "drawn plain", "up", 1),
         *_KEPT,
     ),
     "attacked": (

@@ -33,6 +33,14 @@ def test_another_style_is_told_by_both(probe):
     assert gone.cp == 100, "every image shows less clearly what was asked"
     assert again.style > 90
     assert gone.style < 50
+    assert (again.plain, gone.plain) == (0, 100)
+
+
+def test_a_style_in_the_place_of_another_is_not_plain(probe):
+    swapped = [Scene(s.object, s.color, STYLES.index("mosaic")) for s in SCENES]
+    found = likeness(drawn(SCENES, swapped), drawn(SCENES), [STYLE], probe)
+    assert (found.cp, found.plain) == (100, 0)
+    assert found.style < 50
 
 
 def test_the_other_direction_scores_nothing(probe):
