@@ -12,6 +12,7 @@ COMMANDS = {
     "prepare": "images and captions to the latent cache that training reads",
     "sample": "prompts to a PNG grid, or a file of them to a folder of images, with any model folder",
     "evaluate": "judge models of the mini world, or folders of images by the paper's metrics",
+    "reproduce": "the paper's tables and figures, on the mini world or in full",
     "profile": "where the time of a training step goes",
 }
 
