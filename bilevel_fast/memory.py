@@ -49,7 +49,10 @@ class Setting:
         recompute: See `UNet.recompute`.
         ema: Whether a moving average of the student is kept.
         upper: Whether there is an upper level: moments of its own, the teacher asked for two batches at once, and a
-            second gradient while the penalty is added. Its batch is the lower level's.
+            second gradient while the penalty is added. Its batch is the lower level's. An edit of weights has none of
+            this, and no other need: it is as if there were no upper level.
+        start: Whether the eraser keeps a frozen copy of the student as the run starts, which computes.
+        mask: Whether it keeps a byte for each parameter, as SalUn does.
         align: As `UNet`; the engine pads to 8 on a GPU.
     """
 
@@ -61,6 +64,8 @@ class Setting:
     ema: bool = False
     upper: bool = True
     align: int = 8
+    start: bool = False
+    mask: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -78,6 +83,8 @@ class Memory:
     gradients: int
     moments: int
     ema: int
+    eraser: int
+    """Its frozen copy of the student, and its mask."""
     teacher_weights: int
     teacher_activations: int
     """The teacher's answer to the lower batch, and the batch: kept for the upper level."""
@@ -106,6 +113,8 @@ def estimate(
     ema: bool = False,
     upper: bool = True,
     align: int = 8,
+    start: bool = False,
+    mask: bool = False,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
 
@@ -114,7 +123,7 @@ def estimate(
     """
     if batch < 1:
         raise UserError(f"batch is {batch}, wanted at least 1")
-    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align)).at(batch)
+    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align, start, mask)).at(batch)
 
 
 def largest_batch(
@@ -212,11 +221,16 @@ class _Line:
             gradients=flat.gradient.nbytes * copies,
             moments=2 * flat.master.nbytes * copies,
             ema=0 if flat.average is None else flat.average.nbytes,
+            eraser=self._held(),
             teacher_weights=sum(p.nbytes for p in self._teacher.parameters()),
             teacher_activations=found.answered,
             student_activations=found.kept,
             workspace=max(found.learning, found.teaching, updating) - found.kept + OUTSIDE,
         )
+
+    def _held(self) -> int:
+        copy = sum(p.numel() for p in self._student.parameters()) * self.setting.dtype.itemsize
+        return copy * self.setting.start + self._flat.master.numel() * self.setting.mask
 
     def largest(self, bytes_of_card: int) -> int:
         if self.at(1).total > bytes_of_card:

@@ -9,6 +9,8 @@ import torch
 from bilevel_fast.architecture import MINI, SD21
 from bilevel_fast.cost import saved_bytes
 from bilevel_fast.diffusion import Noised
+from bilevel_fast.erasing.saliency import SalUn
+from bilevel_fast.erasing.sources import Start
 from bilevel_fast.errors import UserError
 from bilevel_fast.losses import fine_tuning_loss
 from bilevel_fast.memory import COUNTED_AT, OUTSIDE, Setting, _Line, _Weighing, describe, estimate, largest_batch
@@ -93,9 +95,21 @@ def test_more_takes_more():
     assert estimate(PRUNED, 2 * SIZES[0], 12, 64).student_activations > 4 * 0.9 * base.student_activations
     assert base.total == sum(base.parts.values())
     assert set(base.parts) == {
-        "weights", "gradients", "moments", "ema", "teacher_weights", "teacher_activations", "student_activations",
-        "workspace",
+        "weights", "gradients", "moments", "ema", "eraser", "teacher_weights", "teacher_activations",
+        "student_activations", "workspace",
     }  # fmt: skip
+
+
+def test_what_an_eraser_holds():
+    """A frozen copy as `sources.Start` makes it, and a mask as SalUn does."""
+    student = UNet(MINI, PRUNED, 8)
+    copy = Start(student, torch.bfloat16)
+    size = sum(p.nbytes for p in copy.unet.parameters())
+    assert mini(4, start=True).total - mini(4).total == mini(4, start=True).eraser == size
+    flat = FlatParameters(student, torch.bfloat16)
+    mask = SalUn(copy, flat, torch.ones_like(flat.master, dtype=torch.bool)).still
+    assert mini(4, start=True, mask=True).eraser == size + mask.nbytes
+    assert mini(4).eraser == 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])
