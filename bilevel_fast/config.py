@@ -213,7 +213,8 @@ class TrainConfig:
     student: Path | None = None
     """Pruned model folder. None: prune the teacher as --prune says."""
     data: Path | None = None
-    """Latent cache to fine-tune on. None: the mini world."""
+    """What to fine-tune on: a latent cache, or a list of images, which DALI decodes and the VAE encodes as they are
+    wanted; bilevel_fast.prepare makes both. None: the mini world."""
     concepts: tuple[Path, ...] = ()
     """Concept banks to suppress, one or more. None: sampled from the mini teacher."""
     erase: tuple[str, ...] = ("pointillism",)

@@ -18,6 +18,7 @@ from bilevel_fast import ops, providers, report
 from bilevel_fast.checkpoint import GracefulStop, latest
 from bilevel_fast.config import VOLATILE, TrainConfig
 from bilevel_fast.data.cache import Cache
+from bilevel_fast.data.stream import open_images
 from bilevel_fast.engine import Materials, Places, Progress, compute_dtype, fit
 from bilevel_fast.erasing import history
 from bilevel_fast.erasing import upper as erasers
@@ -95,8 +96,9 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
         banks = mini.concept_banks(folder, config, out / "concepts", alone=not earlier)
         names = config.erase
     else:
-        data = _cache(config.data, "--data", "images", folder)
-        banks = [_cache(path, "--concepts", "concepts", folder) for path in config.concepts]
+        assert config.data is not None
+        data = open_images(config.data, folder, next(teacher.parameters()).device)
+        banks = [_bank(path, folder) for path in config.concepts]
         names = [path.name for path in config.concepts]
     if not banks:
         return Materials(teacher, folder.schedule, folder.text_encoder, data, None)
@@ -105,6 +107,11 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
     concepts, banks = [*earlier, *new], [*history.open_banks(earlier), *banks]
     for bank in banks:
         bank.check_model(folder.config, folder.vae_fingerprint)
+        if bank.latent_shape != data.latent_shape:
+            ours, theirs = ("x".join(map(str, source.latent_shape[1:])) for source in (data, bank))
+            raise UserError(
+                f"--data has latents of {ours}, {bank.path} of {theirs}; make one of them in the other's size"
+            )
         _say_what_the_bank_shows(config, bank)
     source = history.together(concepts, banks, data, len(earlier))
     if config.upper.every:
@@ -137,11 +144,10 @@ def _say_what_the_bank_shows(config: TrainConfig, bank: Cache) -> None:
         )
 
 
-def _cache(path: Path | None, flag: str, kind: str, folder: ModelFolder) -> Cache:
-    assert path is not None, "checked with the settings"
+def _bank(path: Path, folder: ModelFolder) -> Cache:
     cache = Cache.open(path)
-    if cache.index.kind != kind:
-        raise UserError(f"{flag} {path} is a cache of {cache.index.kind}, wanted one of {kind}")
+    if cache.index.kind != "concepts":
+        raise UserError(f"--concepts {path} is a cache of {cache.index.kind}, wanted one of concepts")
     cache.check_model(folder.config, folder.vae_fingerprint)
     return cache
 

@@ -1,7 +1,8 @@
-"""Batches made ahead, by a thread, and on the device when the step wants them.
+"""Batches made ahead, by a thread, and on the device when the step wants them; of several processes, each its share.
 
-Reading latents, encoding captions and drawing noise take the CPU a few milliseconds; the copies go over a stream of
-their own. A step that finds its batch ready waits for neither.
+Reading latents, encoding captions and drawing noise take the CPU a few milliseconds; the copies go from pinned memory,
+over a stream of their own. A step that finds its batch ready waits for neither. A recorded step reads its batch where
+the recorded one lay: `graphs.py` copies it there, on the device.
 """
 
 from collections import deque
@@ -13,9 +14,37 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batches import Batch, Batches
+from bilevel_fast.errors import UserError
+from bilevel_fast.ranks import Ranks
 
 AHEAD = 2  # batches: one that is being made and one that is being copied
+
+
+class RankBatches:
+    """One process's rows of every batch: a pure function of (step, rank, world), so nothing is kept for a resume.
+
+    Together the processes have the rows of the batch that one process would have, each with the same random numbers.
+    """
+
+    def __init__(self, batches: Batches, ranks: Ranks) -> None:
+        """Set up.
+
+        Args:
+            batches: Of all processes together.
+            ranks: Which process this is.
+
+        Raises:
+            UserError: The processes would have different numbers of rows.
+        """
+        if batches.batch_size % ranks.world:
+            raise UserError(f"a batch of {batches.batch_size} cannot be shared evenly by {ranks.world} processes")
+        self._batches, self._ranks = batches, ranks
+
+    def __call__(self, step: int) -> Batch:
+        """This process's share of the batch of a step."""
+        size = self._batches.batch_size
+        return self._batches.at(self._ranks.share(range(step * size, (step + 1) * size)))
 
 
 class Loader:

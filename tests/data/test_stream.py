@@ -1,6 +1,8 @@
 """Images straight into training: the pixels of a cache, no bad one on the way, and on in the middle of an epoch."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("diffusers")
 
+from bilevel_fast import session, train
 from bilevel_fast.data import check, commands
 from bilevel_fast.data.batches import Batches
-from bilevel_fast.data.cache import Cache
+from bilevel_fast.data.cache import Cache, Index
 from bilevel_fast.data.stream import ImageStream, open_images
+from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_folder
 from bilevel_fast.mini import TEACHER
@@ -96,6 +100,32 @@ def test_pruning_tries_the_teacher_on_images(images, model):
     found = calibration_set(load_folder(model), images, images=4, batch=2)
     latents, text = found[1]
     assert (latents.shape, text.shape) == ((2, 4, 8, 8), (2, 77, 32))
+
+
+def test_trained_on_and_resumed_in_the_middle_of_an_epoch(images, model, tmp_path):
+    flags = ["--teacher", model, "--data", images, "--upper.every", 0, "--lower.batch", 5, "--lower.warmup", 0]
+    flags += ["--prune.method", "uniform", "--device", "cpu", "--log-every", 1, "--checkpoint-every", 2]
+    config = train.parse([*map(str, flags)])
+    whole, parts = (replace(config, out=tmp_path / name) for name in ("whole", "parts"))
+    session.run(replace(whole, lower=replace(config.lower, steps=6)))
+    session.run(replace(parts, lower=replace(config.lower, steps=4)))  # 20 of 26 images of the second epoch
+    shutil.rmtree(parts.out / "student")
+    shutil.copy(whole.out / "config.json", parts.out / "config.json")
+    session.run(replace(parts, lower=replace(config.lower, steps=6), resume=True))
+    first, second = (load_folder(place.out / "student").unet().state_dict() for place in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_bank_of_another_size_is_refused(images, model, tmp_path):
+    bank = tmp_path / "bank"
+    index = Index("concepts", (4, 16, 16), load_folder(model).vae_fingerprint)
+    writer = CacheWriter(bank, index)
+    writer.add(torch.zeros(1, 8, 16, 16), ["a star by monet"], anchor="a star")
+    writer.finish()
+    flags = ["--teacher", model, "--data", images, "--concepts", bank, "--out", tmp_path / "run", "--device", "cpu"]
+    config = train.parse([*map(str, flags), "--prune.method", "uniform"])
+    with pytest.raises(UserError, match=r"--data has latents of 8x8, .*bank of 16x16"):
+        session.run(config)
 
 
 @pytest.fixture

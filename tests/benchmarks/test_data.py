@@ -1,0 +1,83 @@
+"""The benchmark of data: every rival gives all images once per round, the same pictures, and rows say what they are."""
+
+import itertools
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("nvidia.dali")
+pytest.importorskip("torchvision")
+pytest.importorskip("webdataset")
+
+from benchmarks import data
+from bilevel_fast.data.pictures import Framing
+
+SETTINGS = data.Settings(images=10, resolution=64, batch=5, rounds=2, samples=32, workers=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def entries(folder):
+    return data.make_images(folder, SETTINGS.images)
+
+
+def test_every_rival_gives_the_same_pictures(folder, entries, monkeypatch):
+    """Crops are random; what is left of the average colour tells the pictures apart."""
+    monkeypatch.setattr(data, "Framing", lambda side, seed: Framing(side, seed, crop="center"))
+    tar = data.make_tars(folder, entries, SETTINGS.workers)
+    rivals = {
+        "dali": data.through_dali(folder, entries, SETTINGS, 2),
+        "loader": data.through_loader(folder, entries, SETTINGS, 2),
+        "webdataset": data.through_webdataset(tar, SETTINGS, 2),
+    }
+    means = {}
+    for name, batches in rivals.items():
+        for _ in range(2):  # two epochs: the second is like the first
+            found = torch.cat(list(itertools.islice(batches, 2)))
+            assert (found.shape, found.dtype) == ((10, 3, 64, 64), torch.float32), name
+            assert found.min() >= -1
+            assert found.max() <= 1
+            means[name] = found.mean(dim=(2, 3))
+    torch.testing.assert_close(means["loader"], means["dali"], rtol=0, atol=0.1)
+    order = torch.cdist(means["webdataset"], means["dali"]).argmin(dim=1)
+    assert sorted(order.tolist()) == list(range(10)), "each picture once, in another order"
+    between = torch.cdist(means["dali"], means["dali"]) + torch.eye(10)
+    assert between.min() > 0.1, "or the averages would not tell the pictures apart"
+
+
+def test_rows(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "rows.jsonl"
+    flags = [
+        "--images",
+        "10",
+        "--resolution",
+        "64",
+        "--batch",
+        "5",
+        "--rounds",
+        "2",
+        "--samples",
+        "32",
+        "--workers",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["data", *flags, "--out", str(out)])
+    data.main()
+    rows = {row["provider"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == ["dali", "torch DataLoader + PIL", "webdataset", "cache", "cache, drawn", data.RATIO]
+    assert [row["images"] for row in rows.values()] == [10, 10, 10, 30, 30, 10], "of 32 samples in whole batches"
+    for row in rows.values():
+        assert 0 < row["p20"] <= row["value"] <= row["p80"]
+        assert (row["suite"], row["workers"], row["resolution"], row["batch"]) == ("data", 2, 64, 5)
+        assert {"device", "torch", "commit", "date", "load_before", "load_after", "kilobytes"} <= set(row)
+    ratio = rows["dali"]["value"] / rows["torch DataLoader + PIL"]["value"]
+    assert rows[data.RATIO]["value"] == pytest.approx(ratio, rel=0.5)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in rows)
+    assert "load average" in printed
