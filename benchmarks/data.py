@@ -8,10 +8,14 @@ DALI as `prepare` does, which also looks at every file first; a torch DataLoader
 over a tar of the same files, decoded by the same. All get one worker per core. `cache` draws batches from a cache of
 64x64 latents with five captions each, as training does: memory map, choice of view and caption, a sample of the
 posterior; the text encoder is left out. `cache, drawn` adds noise and timesteps. Rivals take turns within a round.
+
+Besides images per second there are images per second of CPU time, of all processes and threads: what one core would do
+if it had nothing else to do. On a machine that others use as well, that is the number to compare.
 """
 
 import io
 import json
+import multiprocessing
 import os
 import tarfile
 import tempfile
@@ -39,7 +43,8 @@ from bilevel_fast.errors import require
 Row = dict[str, Any]
 SIZES = ((640, 480), (640, 427), (480, 640), (500, 375), (640, 640))  # the commonest of COCO, width x height
 LATENT = (4, 64, 64)
-RATIO = "dali / torch DataLoader + PIL"
+LOADER = "torch DataLoader + PIL"
+RATIO = f"dali / {LOADER}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Settings:
     """Rounds that count."""
     samples: int = 2048
     """Samples of the cache, all of which are read once per round."""
+    threads: int = 1
+    """Of torch, which the cache uses."""
     workers: int | None = None
     """Threads of DALI, and processes of the others; by default one per core."""
     out: Path | None = None
@@ -178,7 +185,7 @@ def rivals(folder: Path, settings: Settings, workers: int) -> tuple[dict[str, Ca
     make_tars(folder, entries, workers)
     sources = {
         "dali": through_dali(folder, entries, settings, workers),
-        "torch DataLoader + PIL": through_loader(folder, entries, settings, workers),
+        LOADER: through_loader(folder, entries, settings, workers),
         "webdataset": through_webdataset(folder / "images.tar", settings, workers),
     }
     batches = Batches(make_cache(folder / "cache", settings.samples), _NoText(), settings.batch, 0)
@@ -208,13 +215,36 @@ def rivals(folder: Path, settings: Settings, workers: int) -> tuple[dict[str, Ca
     return calls, counts
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of the workers that it has now."""
+    ticks = 0
+    for pid in ("self", *(str(child.pid) for child in multiprocessing.active_children())):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def clocked(call: Callable[[], object], spent: list[float]) -> Callable[[], None]:
+    """The call, with its CPU time added to a list."""
+
+    def run() -> None:
+        before = cpu_seconds()
+        call()
+        spent.append(cpu_seconds() - before)
+
+    return run
+
+
 def measure(settings: Settings) -> list[Row]:
-    """One row per rival, and the ratio that we promise."""
+    """Two rows per rival, and the ratios that we promise."""
     workers = settings.workers or usable_cores()
+    torch.set_num_threads(settings.threads)
     before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         calls, counts = rivals(Path(folder), settings, workers)
-        timings = interleaved(calls, settings.rounds, warmup=1)
+        spent: dict[str, list[float]] = {name: [] for name in calls}
+        clocks = {name: clocked(call, spent[name]) for name, call in calls.items()}
+        timings = interleaved(clocks, settings.rounds, warmup=1)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.jpg")) / settings.images
     shared = {"suite": "data", "resolution": settings.resolution, "batch": settings.batch, "workers": workers}
     shared |= {"kilobytes": round(size / 1024, 1), "load_before": before, "load_after": os.getloadavg()[0]}
@@ -224,22 +254,26 @@ def measure(settings: Settings) -> list[Row]:
                 "p20": timing.p20, "p80": timing.p80}  # fmt: skip
 
     rows = []
-    for name, timing in timings.items():
-        count = counts[name]
-        rate = timing.map(lambda seconds, count=count: count / seconds)
-        rows.append({**row(name, "img_per_s", "img/s", rate), "images": count})
-    ratio = timings["dali"].times_faster_than(timings["torch DataLoader + PIL"])
-    return [*rows, {**row(RATIO, "ratio", "x", ratio), "images": settings.images}]
+    cores = {name: Timing(tuple(spent[name][1:])) for name in timings}  # without the warm-up
+    for metric, unit, found in (("img_per_s", "img/s", timings), ("img_per_core_s", "img/core s", cores)):
+        for name, timing in found.items():
+            rate = timing.map(lambda seconds, count=counts[name]: count / max(seconds, 1e-9))
+            rows.append({**row(name, metric, unit, rate), "images": counts[name]})
+    for metric, found in (("ratio", timings), ("core_ratio", cores)):
+        ratio = found["dali"].times_faster_than(found[LOADER])
+        rows.append({**row(RATIO, metric, "x", ratio), "images": settings.images})
+    return rows
 
 
 def text(row: Row) -> str:
-    return f"{row['provider']:32} {row['value']:10.2f} {row['unit']:6} ({row['p20']:.2f} .. {row['p80']:.2f})"
+    return f"{row['provider']:32} {row['value']:10.2f} {row['unit']:10} ({row['p20']:.2f} .. {row['p80']:.2f})"
 
 
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.data", __doc__)
+    rows = measure(settings)
     machine = describe(torch.device("cpu"))
-    rows = [{**row, **machine} for row in measure(settings)]
+    rows = [{**row, **machine} for row in rows]
     for row in rows:
         print(text(row))
     print(f"load average {rows[0]['load_before']:.1f} before, {rows[0]['load_after']:.1f} after")
