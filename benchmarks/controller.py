@@ -28,16 +28,18 @@ import tyro
 
 from benchmarks.machine import describe
 from bilevel_fast import errors
-from bilevel_fast.bilevel import SharedAnswers, Terms, bilevel
+from bilevel_fast.bilevel import bilevel
 from bilevel_fast.config import TrainConfig, Upper, preset
 from bilevel_fast.engine import Materials, levels
 from bilevel_fast.errors import UserError
+from bilevel_fast.fine_tuning import SharedAnswers
 from bilevel_fast.folder import load_folder
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini
 from bilevel_fast.mini.judge import judge
 from bilevel_fast.mini.probe import Probe
 from bilevel_fast.session import gather, initial_student
+from bilevel_fast.suppression import Terms
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
 

@@ -25,9 +25,10 @@ import tyro
 
 from benchmarks.machine import describe
 from bilevel_fast import errors
-from bilevel_fast.bilevel import SharedAnswers, bilevel, descend
+from bilevel_fast.bilevel import bilevel, descend
 from bilevel_fast.config import TrainConfig, Upper, preset
 from bilevel_fast.engine import Materials, levels
+from bilevel_fast.fine_tuning import SharedAnswers
 from bilevel_fast.folder import ModelFolder, load_folder
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini

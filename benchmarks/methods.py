@@ -32,11 +32,12 @@ import tyro
 from benchmarks.machine import describe
 from benchmarks.methods_cases import BUDGETS, Case, cases
 from bilevel_fast import errors
-from bilevel_fast.bilevel import Answered, Answers, SharedAnswers, descend
+from bilevel_fast.bilevel import descend
 from bilevel_fast.config import preset
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.engine import Materials, levels
 from bilevel_fast.errors import UserError
+from bilevel_fast.fine_tuning import Answered, Answers, SharedAnswers
 from bilevel_fast.folder import ModelFolder, load_folder
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.mini import experiment as mini

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from benchmarks.peers import Inputs, Peer
 from benchmarks.unet_providers import ops
-from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, move
+from bilevel_fast.bilevel import Level, move
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.erasing.targets import Guidance
+from bilevel_fast.fine_tuning import Answers, FineTuning
 from bilevel_fast.fp8 import to_fp8
 from bilevel_fast.graphs import WARMUP, Graphs, cuda_recorder
 from bilevel_fast.optim import LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.suppression import Suppression
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
 

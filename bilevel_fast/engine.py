@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bilevel_fast import checkpoint
-from bilevel_fast.bilevel import Answers, AnyLevel, Editing, FineTuning, Level, Suppression, bilevel, descend
+from bilevel_fast.bilevel import AnyLevel, Editing, Level, bilevel, descend
 from bilevel_fast.config import TrainConfig
 from bilevel_fast.data.batches import Batch, Batches
 from bilevel_fast.data.loader import Loader
@@ -29,11 +29,13 @@ from bilevel_fast.erasing.attention import Words
 from bilevel_fast.erasing.controller import Controller
 from bilevel_fast.erasing.saliency import salient
 from bilevel_fast.errors import UserError
+from bilevel_fast.fine_tuning import Answers, FineTuning
 from bilevel_fast.fp8 import kd_error, to_fp8
 from bilevel_fast.graphs import Graphs, cuda_recorder, side_stream
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.stats import Console, JsonLines, Stats, tensorboard
+from bilevel_fast.suppression import Suppression
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.text_encoder import TextEncoder
 from bilevel_fast.unet import UNet

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_fast.bilevel import AnyLevel, Terms, move
+from bilevel_fast.bilevel import AnyLevel, move
 from bilevel_fast.data.batches import Batch
+from bilevel_fast.suppression import Terms
 
 WARMUP = 3
 

@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bilevel_fast import engine, rooms, session
-from bilevel_fast.bilevel import AnyLevel, Level, Terms, descend, move
+from bilevel_fast.bilevel import AnyLevel, Level, descend, move
 from bilevel_fast.config import TrainConfig
 from bilevel_fast.cost import Cost, Counter
 from bilevel_fast.data.batches import Batch
@@ -32,6 +32,7 @@ from bilevel_fast.folder import load_folder
 from bilevel_fast.graphs import WARMUP, Graphs, Record, cuda_recorder
 from bilevel_fast.mini import TEACHER
 from bilevel_fast.profile_trace import OTHER, STEP, Recorded, Work, digest
+from bilevel_fast.suppression import Terms
 
 TOTAL = "total"
 

@@ -6,14 +6,16 @@ from functools import partial
 import torch
 
 from bilevel_fast.architecture import MINI
-from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression
+from bilevel_fast.bilevel import Level
 from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing.targets import Guidance
+from bilevel_fast.fine_tuning import Answers, FineTuning
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.randomness import Stream, normal
 from bilevel_fast.structure import Structure
+from bilevel_fast.suppression import Suppression
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
 

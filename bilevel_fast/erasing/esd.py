@@ -12,10 +12,10 @@ The released script can also ask for a third prompt, from which the concept is e
 import torch
 from torch import Tensor
 
-from bilevel_fast.bilevel import Answers
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing.sources import Sourced
+from bilevel_fast.fine_tuning import Answers
 from bilevel_fast.losses import Loss, suppression_loss
 from bilevel_fast.randomness import Stream, integers
 from bilevel_fast.rooms import room

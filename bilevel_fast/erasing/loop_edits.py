@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_fast.bilevel import Edit, Terms
 from bilevel_fast.config import ConceptPruneStep, UceStep, Upper
 from bilevel_fast.data.bank import read_prompts
 from bilevel_fast.data.mixture import parts_of, weights_of
@@ -45,6 +44,7 @@ from bilevel_fast.erasing.phrases import captions_of, held, pairs_of, phrases
 from bilevel_fast.erasing.uce import Matched, gram, match, matrices
 from bilevel_fast.errors import UserError
 from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.suppression import Edit, Terms
 from bilevel_fast.text_encoder import TextEncoder
 from bilevel_fast.unet import UNet
 

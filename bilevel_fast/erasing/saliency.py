@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel_fast.bilevel import Answers
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.erasing.sources import Sourced
+from bilevel_fast.fine_tuning import Answers
 from bilevel_fast.losses import Loss, suppression_loss
 from bilevel_fast.parameters import FlatParameters, dot
 from bilevel_fast.rooms import room

@@ -16,10 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bilevel_fast.bilevel import Answers, Eraser
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Noised
 from bilevel_fast.errors import UserError
+from bilevel_fast.fine_tuning import Answers
+from bilevel_fast.suppression import Eraser
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
 

@@ -11,11 +11,12 @@ with a and c a source's outputs for anchor and concept at the student's own x_t:
 import torch
 import torch.nn.functional as F
 
-from bilevel_fast.bilevel import Answers, Eraser
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.erasing.sources import Sourced
+from bilevel_fast.fine_tuning import Answers
 from bilevel_fast.losses import Loss, suppression_loss
 from bilevel_fast.rooms import room
+from bilevel_fast.suppression import Eraser
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
 

@@ -7,7 +7,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bilevel_fast.bilevel import Eraser
 from bilevel_fast.config import Upper
 from bilevel_fast.data.bank import Shows
 from bilevel_fast.erasing.attention import ForgetMeNot, Words
@@ -19,6 +18,7 @@ from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.errors import UserError, nearest
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.runfolder import flatten
+from bilevel_fast.suppression import Eraser
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.unet import UNet
 

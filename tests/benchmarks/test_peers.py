@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import peers
 from benchmarks.peers import TINY_VAE, Inputs, Masters, compiled, eager, released
 from bilevel_fast.architecture import MINI
-from bilevel_fast.bilevel import Answers, FineTuning
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.diffusion import Schedule
+from bilevel_fast.fine_tuning import Answers, FineTuning
 from bilevel_fast.losses import suppression_loss
 from bilevel_fast.randomness import Stream, integers, normal
 from bilevel_fast.structure import Structure

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bilevel_fast.bilevel import FineTuning, Level, SharedAnswers, bilevel
+from bilevel_fast.bilevel import Level, bilevel
 from bilevel_fast.diffusion import Schedule
+from bilevel_fast.fine_tuning import FineTuning, SharedAnswers
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.randomness import Stream, integers, normal

@@ -14,14 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bilevel_fast import bilevel, providers
-from bilevel_fast.bilevel import Answers, FineTuning, Level, Suppression, move
+from bilevel_fast.bilevel import Level, move
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing.saliency import EraseDiff
 from bilevel_fast.erasing.sources import Itself
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.erasing.upper import holder
+from bilevel_fast.fine_tuning import Answers, FineTuning
 from bilevel_fast.optim import AdamW, LevelOptimizer
 from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.suppression import Suppression
 from bilevel_fast.teacher import Teacher
 from world import ETA, SEED, make_batch, make_models
 

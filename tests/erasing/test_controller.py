@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bilevel_fast import checkpoint
-from bilevel_fast.bilevel import Answers, bilevel
+from bilevel_fast.bilevel import bilevel
 from bilevel_fast.config import Controller as Settings
 from bilevel_fast.config import Upper
 from bilevel_fast.diffusion import Schedule
@@ -17,6 +17,7 @@ from bilevel_fast.engine import Interrupted, Places, fit, levels, running
 from bilevel_fast.erasing import upper as erasers
 from bilevel_fast.erasing.controller import LEAST, MOST, Controller
 from bilevel_fast.errors import UserError
+from bilevel_fast.fine_tuning import Answers
 from bilevel_fast.folder import load_folder
 from bilevel_fast.graphs import Graphs
 from bilevel_fast.mini import TEACHER

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from bilevel_fast.bilevel import Answers, bilevel, project
+from bilevel_fast.bilevel import bilevel
 from bilevel_fast.config import Ablation, Erasediff, Salun, Upper
 from bilevel_fast.config import Esd as EsdSettings
 from bilevel_fast.diffusion import Schedule
@@ -16,8 +16,10 @@ from bilevel_fast.erasing.sources import Itself
 from bilevel_fast.erasing.subsets import subset
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.errors import UserError
+from bilevel_fast.fine_tuning import Answers
 from bilevel_fast.graphs import Graphs
 from bilevel_fast.parameters import FlatParameters, dot
+from bilevel_fast.suppression import project
 from bilevel_fast.teacher import Teacher
 from bilevel_fast.train import parse
 from replay import on_the_cpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bilevel_fast.bilevel import Answers, bilevel
+from bilevel_fast.bilevel import bilevel
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.diffusion import Schedule, noise
@@ -14,6 +14,7 @@ from bilevel_fast.erasing.saliency import Relabel, salient
 from bilevel_fast.erasing.sources import Itself, Start
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.errors import UserError
+from bilevel_fast.fine_tuning import Answers
 from bilevel_fast.mini.text import MiniTextEncoder, WordTokenizer
 from bilevel_fast.parameters import FlatParameters
 from bilevel_fast.randomness import Stream, integers
