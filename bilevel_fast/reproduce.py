@@ -64,7 +64,7 @@ def parse(argv: Sequence[str]) -> Args:
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
     """What follows a flag, if it is given."""
-    for arg, after in zip(argv, [*argv[1:], ""], strict=True):
+    for arg, after in zip(argv, [*argv[1:], ""], strict=False):
         if arg == flag or arg.startswith(f"{flag}="):
             return after if arg == flag else arg.partition("=")[2]
     return None

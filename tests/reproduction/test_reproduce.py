@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from bilevel_fast.errors import UserError
 from bilevel_fast.folder import load_unet
+from bilevel_fast.reproduce import parse
 
 SMALL = ["--run.preset=smoke", "--run.lower.steps=4", "--run.upper.every=2", "--seeds=0"]
 ROWS = ["--rows.esd.sample.steps=4", "--rows.concept-prune.steps=2", "--rows.attack.steps=2", "--rows.attack.batch=2"]
@@ -141,18 +144,29 @@ def test_a_curve_is_one_training(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ((), "Missing from python -m bilevel_fast.reproduce"),
-        (("table9",), "table9"),
         (("table1", "--run.lowr.lr", "1"), "there is no flag '--run.lowr.lr'; did you mean '--run.lower.lr'"),
-        (("table1", "--run.erase", "pointilism"), "style 'pointilism' does not exist; did you mean 'pointillism'?"),
         (("fig6", "--run.erase", "waves"), "fig6 erases 3 concepts; --run.erase names 1"),
         (("table1", "--run.upper.every", "0"), "there would be nothing to compare"),
         (("table1", "--rows.attack.steps", "0"), "--attack.steps is 0; wanted a positive number"),
         (("table1", "--scale", "full"), "--scale full wants --run.teacher, --run.data and --run.concepts"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, flags, says):
-    result = reproduce(*flags, "--out", tmp_path / "out")
-    assert result.returncode == 2
-    assert says in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_input_is_one_line(flags, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        parse(flags)
+
+
+def test_bad_input_at_the_terminal(tmp_path):
+    result = reproduce("table1", "--run.erase", "pointilism", "--out", tmp_path / "out")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.strip() == "error: style 'pointilism' does not exist; did you mean 'pointillism'?"
+    assert "Missing from python -m bilevel_fast.reproduce" in reproduce().stderr
+
+
+def test_presets_follow_the_scale():
+    small, full = parse(["table1"]), ["--scale", "full", "--run.teacher", "t", "--run.data", "d", "--run.concepts", "c"]
+    large = parse(["table2", *full, "--full.phrase", "naked"])
+    assert (small.run.preset, small.rows.esd.sample.steps) == ("mini", 20)
+    assert (large.run.preset, large.rows.esd.sample.steps, large.run.lower.steps) == ("paper", 50, 20_000)
+    assert parse(["fig6"]).run.erase == ("pointillism", "waves", "mosaic")
+    assert parse(["table1", "--run.preset=smoke"]).run.lower.steps == 8
