@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import frontier_report, methods_report, precision
+from benchmarks import frontier_report, methods_report, precision, reproduced
 from bilevel_fast import errors, flags
 from bilevel_fast.errors import UserError
 
@@ -221,6 +221,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "projections": projections,
     "memory": memory,
     "bf16": bf16,
+    "table1": lambda: reproduced.markdown("table1", RESULTS / "reproduce"),
+    "table2": lambda: reproduced.markdown("table2", RESULTS / "reproduce"),
+    "fig6": lambda: reproduced.markdown("fig6", RESULTS / "reproduce"),
 }
 
 

@@ -142,7 +142,7 @@ def _write(
     text = report.table(experiment, columns, rows)
     about = {"title": experiment.title, "columns": [asdict(column) for column in columns], "config": config.to_dict()}
     place.write_json("results.json", {**about, "rows": list(rows)})
-    where = sorted({f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in rows})
+    where = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
     place.write_text("table.md", f"# {experiment.title}\n\n{text}\n\nMeasured on {'; '.join(where)}.\n")
     report.plot(experiment, columns, rows, place.path / "plot.png")
     if models := {label: images for label, images in shown.items() if label and len(images)}:
