@@ -246,12 +246,26 @@ def measure(settings: Settings) -> list[Row]:
         clocks = {name: clocked(call, spent[name]) for name, call in calls.items()}
         timings = interleaved(clocks, settings.rounds, warmup=1)
         size = sum(path.stat().st_size for path in Path(folder).glob("*.jpg")) / settings.images
-    shared = {"suite": "data", "resolution": settings.resolution, "batch": settings.batch, "workers": workers}
-    shared |= {"kilobytes": round(size / 1024, 1), "load_before": before, "load_after": os.getloadavg()[0]}
+    shared = {
+        "suite": "data",
+        "load_before": before,
+        "load_after": os.getloadavg()[0],
+        "kilobytes": round(size / 1024, 1),
+    }
+    config = {"batch": settings.batch, "workers": workers}
 
     def row(provider: str, metric: str, unit: str, timing: Timing) -> Row:
-        return {**shared, "provider": provider, "metric": metric, "unit": unit, "value": timing.p50,
-                "p20": timing.p20, "p80": timing.p80}  # fmt: skip
+        case = f"latents {LATENT[1]}" if provider.startswith("cache") else f"images {settings.resolution}"
+        quantiles = {"value": timing.p50, "p20": timing.p20, "p80": timing.p80}
+        return {
+            **shared,
+            "case": case,
+            "provider": provider,
+            "metric": metric,
+            "unit": unit,
+            **quantiles,
+            "config": config,
+        }
 
     rows = []
     cores = {name: Timing(tuple(spent[name][1:])) for name in timings}  # without the warm-up

@@ -1,7 +1,6 @@
 """The benchmark of data: every rival gives all images once per round, the same pictures, and rows say what they are."""
 
 import itertools
-import json
 import multiprocessing
 import sys
 import time
@@ -13,7 +12,7 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("torchvision")
 pytest.importorskip("webdataset")
 
-from benchmarks import data
+from benchmarks import compare, data
 from bilevel_fast.data.pictures import Framing
 
 SETTINGS = data.Settings(images=10, resolution=64, batch=5, rounds=2, samples=32, workers=2)
@@ -71,7 +70,8 @@ def test_rows(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["data", *flags, "--out", str(out)])
     data.main()
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = [compare.parse(line, "row") for line in out.read_text().splitlines()]
+    assert len(compare.latest(rows)) == len(rows) == 12, "rows of one run have keys of their own"
     rivals = ["dali", data.LOADER, "webdataset", "cache", "cache, drawn"]
     wall, cores = ([row for row in rows if row["metric"] == metric] for metric in ("img_per_s", "img_per_core_s"))
     assert [row["provider"] for row in wall] == [row["provider"] for row in cores] == rivals
@@ -81,7 +81,8 @@ def test_rows(tmp_path, monkeypatch, capsys):
     assert set(ratios) == {"ratio", "core_ratio"}, "which at this size is a few ticks of the clock"
     for row in rows:
         assert 0 <= row["p20"] <= row["value"] <= row["p80"]
-        assert (row["suite"], row["workers"], row["resolution"], row["batch"]) == ("data", 2, 64, 5)
+        assert (row["suite"], row["config"]) == ("data", {"batch": 5, "workers": 2})
+        assert row["case"] == ("latents 64" if row["provider"].startswith("cache") else "images 64")
         assert {"device", "torch", "commit", "date", "load_before", "load_after", "kilobytes"} <= set(row)
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*rivals, data.RATIO, "load average"))
