@@ -95,7 +95,7 @@ def _run(
                 with (place.path / ROWS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1], allow_nan=False) + "\n")
                 _log.info("seed %d, %s, step %d: %s", seed, row.label, step, rows[-1]["numbers"])
-            if seed == seeds[0] and not experiment.is_curve and len(made) == 1:  # one grid has one set of prompts
+            if seed == seeds[0] and not experiment.is_curve and len(erase) == len(concepts):  # one set of prompts
                 shown[row.name], prompts = bench.judge.pictures(row.member, bench.shop(row.member))
                 shown.setdefault("", prompts)
     return _write(experiment, config, columns, rows, shown, place)
