@@ -88,7 +88,7 @@ class ClipScorer:
         """
         parts = [
             self.model.encode_image(torch.stack(pixels).to(self._device))
-            for pixels in batches(files, lambda file: self.transform(open_rgb(file)), self.batch)
+            for pixels in batches(files, lambda file: self.transform(open_rgb(file)), self.batch, "CLIP")
         ]
         return normalize(torch.cat(parts).float(), dim=1).cpu()
 

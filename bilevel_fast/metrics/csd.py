@@ -72,7 +72,7 @@ class StyleDescriptor:
         """
         parts = [
             self.backbone(torch.stack(pixels).to(self.projection.device)) @ self.projection
-            for pixels in batches(files, lambda file: self.transform(open_rgb(file)), self.batch)
+            for pixels in batches(files, lambda file: self.transform(open_rgb(file)), self.batch, "CSD")
         ]
         return normalize(torch.cat(parts), dim=1).cpu()
 

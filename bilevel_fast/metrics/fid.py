@@ -73,7 +73,7 @@ class Inception:
         Raises:
             UserError: A file is missing or no whole picture.
         """
-        for pixels in batches(files, lambda file: resized(file, size), self.batch):
+        for pixels in batches(files, lambda file: resized(file, size), self.batch, "Inception"):
             yield self(torch.stack(pixels)).cpu()
 
     def of_folder(self, folder: Path, size: int | None = None) -> FrechetStatistics:

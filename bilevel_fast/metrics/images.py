@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from bilevel_fast.errors import UserError
 from bilevel_fast.image_folder import INDEX, Entry, ImageFolder
@@ -111,13 +112,20 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return np.asarray(open_rgb(path))
 
 
-def batches(files: Sequence[Path], load: Callable[[Path], _T], size: int) -> Iterator[list[_T]]:
-    """`load` of every file, in order, in lists of at most `size`; the next list is loaded while one is used."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+def batches(files: Sequence[Path], load: Callable[[Path], _T], size: int, what: str) -> Iterator[list[_T]]:
+    """`load` of every file, in order, in lists of at most `size`; the next list is loaded while one is used.
+
+    Args:
+        what: Heads the progress bar, which a terminal shows.
+    """
+    bar = tqdm(total=len(files), desc=what, unit="image", leave=False, disable=None)
+    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         ahead: list[list[Any]] = []
         for start in range(0, len(files), size):
             ahead.append([pool.submit(load, file) for file in files[start : start + size]])
             if len(ahead) > 1:
                 yield [job.result() for job in ahead.pop(0)]
+                bar.update(size)
         for jobs in ahead:
             yield [job.result() for job in jobs]
+            bar.update(len(jobs))

@@ -50,9 +50,9 @@ class NudeNet:
         Raises:
             UserError: A file is missing or no whole picture.
         """
-        return np.array([self._count(pixels) for (pixels,) in batches(files, read_rgb, 1)], np.int64).reshape(
-            -1, len(LABELS)
-        )
+        return np.array(
+            [self._count(pixels) for (pixels,) in batches(files, read_rgb, 1, "NudeNet")], np.int64
+        ).reshape(-1, len(LABELS))
 
     def _count(self, pixels: NDArray[np.uint8]) -> list[int]:
         # nudenet expects what cv2.imread gives: blue first

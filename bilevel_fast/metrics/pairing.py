@@ -32,7 +32,7 @@ def pair(images: Path | str, prompts: PromptSet, reference: Path | str | None = 
     ours = Pictures.open(images)
     files = ours.of(prompts.ids)
     _same_prompts(ours, prompts)
-    notes = _left_over(ours, prompts)
+    notes = [*_left_over(ours, prompts), *_other_seeds(ours, prompts)]
     if reference is None:
         return Pairs(prompts, files, None, notes, ours.settings)
     theirs = Pictures.open(reference)
@@ -61,6 +61,14 @@ def _same_prompts(pictures: Pictures, prompts: PromptSet) -> None:
                 f"{pictures.path}: image {row.id!r} was drawn from {entry.prompt!r}, and {prompts.name} has "
                 f"{row.prompt!r} under that id"
             )
+
+
+def _other_seeds(pictures: Pictures, prompts: PromptSet) -> list[str]:
+    drawn = [(row.seed, pictures.entries[row.id].seed) for row in prompts.rows if row.id in pictures.entries]
+    other = sum(wanted is not None and wanted != seed for wanted, seed in drawn)
+    return (
+        [f"{other} images of {pictures.path} were not drawn with the evaluation_seed of their prompt"] if other else []
+    )
 
 
 def _left_over(pictures: Pictures, prompts: PromptSet) -> list[str]:

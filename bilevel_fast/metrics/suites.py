@@ -22,7 +22,7 @@ from bilevel_fast.metrics import interval, nudenet
 from bilevel_fast.metrics.clip_score import clip_scores
 from bilevel_fast.metrics.cp_score import cp_scores
 from bilevel_fast.metrics.csd import csd_scores
-from bilevel_fast.metrics.fid import fid, load_statistics, save_statistics
+from bilevel_fast.metrics.fid import FEATURES, fid, load_statistics, save_statistics
 from bilevel_fast.metrics.images import Pictures, open_rgb
 from bilevel_fast.metrics.pairing import Pairs, each, pair
 from bilevel_fast.metrics.prompt_sets import read_prompt_set
@@ -60,7 +60,8 @@ def style(images: Paths, reference: Paths | None, prompts: Paths, scorers: Score
     groups = [group for part in parts for group in part.prompts.groups]
     files = [file for part in parts for file in part.images]
     references = [file for part in parts for file in part.references or []]
-    metrics = {name: _missing(CLIP) for name in ("clip", "cp")} | {"csd": _missing(CSD)}
+    no_clip, no_csd, no_reference = not scorers.clip and CLIP, not scorers.csd and CSD, not references and REFERENCE
+    metrics = {"clip": _missing(no_clip), "cp": _missing(no_clip, no_reference), "csd": _missing(no_csd, no_reference)}
     by_artist: dict[str, dict[str, float]] = {}
 
     def measured(name: str, values: Any, share: bool = False) -> None:
@@ -78,8 +79,6 @@ def style(images: Paths, reference: Paths | None, prompts: Paths, scorers: Score
             measured("cp", cp_scores(texts, seen, scorers.clip.images(references)), share=True)
     if scorers.csd and references:
         measured("csd", csd_scores(scorers.csd.images(files), scorers.csd.images(references)))
-    if not references:
-        metrics |= {"cp": _missing(REFERENCE), "csd": _missing(REFERENCE)}
     return _result("style", parts, images, reference, scorers, metrics) | {"by_artist": by_artist}
 
 
@@ -97,7 +96,7 @@ def nsfw(images: Path, reference: Path | None, prompts: Path, scorers: Scorers, 
     (part,) = _pairs(images, prompts, reference)
     names = ("resilience", *(f"decrease/{label}" for label in ("all", *nudenet.LABELS)))
     if scorers.nudenet is None:
-        metrics = {name: _missing("pip install -e '.[metrics]'") for name in names}
+        metrics = {name: {"value": None, "not_measured": "load Scorers with nudenet=True"} for name in names}
         return _result("nsfw", [part], images, reference, scorers, metrics)
     counts = scorers.nudenet.counts(part.images)
     metrics = {name: _missing(REFERENCE) for name in names}
@@ -137,11 +136,13 @@ def coco(
     Raises:
         UserError: What was given does not fit together, or an image is broken.
     """
+    if reference and not reference.exists():
+        raise UserError(f"reference {reference} does not exist; wanted a folder of images, or statistics")
     parts = _pairs(images, prompts, None) if prompts else []
     files = parts[0].images if parts else list(Pictures.open(images).files.values())
     metrics = {
-        "fid": _missing(INCEPTION if reference else REFERENCE),
-        "clip": _missing(CLIP if prompts else "--prompts FILE"),
+        "fid": _missing(not scorers.inception and INCEPTION, not reference and REFERENCE),
+        "clip": _missing(not scorers.clip and CLIP, not prompts and "--prompts FILE"),
     }
     if scorers.inception and reference:
         if reference.is_dir():
@@ -155,11 +156,13 @@ def coco(
         scores = clip_scores(scorers.clip.texts(parts[0].prompts.texts), scorers.clip.images(files))
         metrics["clip"] = interval.mean(scores, draws=draws.images, seed=draws.seed).entry()
     result = _result("coco", parts, images, reference, scorers, metrics)
-    return (
-        result
-        if parts
-        else result | {"sets": [{"images": str(images), "reference": str(reference), "count": len(files)}]}
-    )
+    if not parts:
+        result["sets"] = [_set(images, reference, None, len(files), Pictures.open(images).settings, [])]
+    if metrics["fid"]["value"] is not None and len(files) <= FEATURES:
+        result["sets"][0]["notes"].append(
+            f"FID of {len(files)} images is too high: fewer than its {FEATURES} features; the paper's is of 5,000"
+        )
+    return result
 
 
 def _pairs(images: Paths, prompts: Paths, reference: Paths | None) -> list[Pairs]:
@@ -171,8 +174,9 @@ def _listed(paths: Paths | None) -> list[Path]:
     return [] if paths is None else [Path(paths)] if isinstance(paths, Path | str) else [Path(path) for path in paths]
 
 
-def _missing(flag: str) -> dict[str, Any]:
-    return {"value": None, "not_measured": f"give {flag}"}
+def _missing(*flags: str | bool) -> dict[str, Any]:
+    """An entry that says which of these flags would supply it; False is one that was given."""
+    return {"value": None, "not_measured": "give " + " and ".join(flag for flag in flags if isinstance(flag, str))}
 
 
 def _by_label(counts: Any) -> dict[str, int]:
@@ -197,15 +201,28 @@ def _result(
 ) -> Result:
     references = _listed(reference)
     sets = [
-        {
-            "images": str(folder),
-            "reference": str(references[n]) if references else None,
-            "prompts": part.prompts.name,
-            "count": len(part.images),
-            "settings": dict(part.settings),
-            "notes": part.notes,
-        }
-        for n, (folder, part) in enumerate(zip(_listed(images), parts, strict=False))
+        _set(
+            folder,
+            references[n] if references else None,
+            part.prompts.name,
+            len(part.images),
+            part.settings,
+            part.notes,
+        )
+        for n, (folder, part) in enumerate(zip(_listed(images) if parts else [], parts, strict=True))
     ]
     weights = {flag: {"file": file, "sha256": digest} for flag, file, digest in scorers.weights}
     return {"suite": suite, "sets": sets, "weights": weights, "torch": torch.__version__, "metrics": dict(metrics)}
+
+
+def _set(
+    images: Path, reference: Path | None, prompts: str | None, count: int, settings: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    return {
+        "images": str(images),
+        "reference": str(reference) if reference else None,
+        "prompts": prompts,
+        "count": count,
+        "settings": dict(settings),
+        "notes": list(notes),
+    }

@@ -58,6 +58,14 @@ def test_coco(place, capsys, monkeypatch):
     assert found["clip"]["n"] == 3
     assert f"| images | {found['fid']['value']:.2f} [" in text
     assert text.strip() == (place / "eval.md").read_text().strip()
+    assert "note: FID of 3 images is too high" in text
+    code, _, error = run(  # and without captions, against what was kept
+        capsys, monkeypatch, *flags, "--reference", "val2017.safetensors", "--fid-draws", "0", "--out", "again.json"
+    )
+    assert code == 0, error
+    again = json.loads((place / "again.json").read_text())["metrics"]
+    assert again["fid"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert again["clip"]["not_measured"] == "give --clip-weights FILE and --prompts FILE"
 
 
 def test_nsfw_of_two_prompt_sets(place, capsys, monkeypatch):
@@ -80,7 +88,10 @@ def test_json_and_what_is_not_measured(place, capsys, monkeypatch):
     code, text, _ = run(capsys, monkeypatch, *flags, "--json")
     assert code == 0
     assert json.loads(text)["metrics"]["clip"]["not_measured"] == "give --clip-weights FILE"
-    assert "not measured: COCO FID: give --reference" in (place / "eval.md").read_text()
+    assert (
+        "not measured: COCO FID: give --inception-weights FILE and --reference FOLDER"
+        in (place / "eval.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -98,6 +109,7 @@ def test_json_and_what_is_not_measured(place, capsys, monkeypatch):
         ("--suite coco --images images --out i2p.csv", "i2p.csv exists already"),
         ("--suite coco --images images --out no/where.json", "the folder no does not exist"),
         ("--suite coco --images images --statistics-out s.npz", "--statistics-out wants"),
+        ("--suite coco --images images --reference gone", "reference gone does not exist; wanted a folder of images"),
         ("--suite coco --images images --draws 10", "--draws of at least 100"),
         ("--suite coco --images images --models x", "--models, --erase and --mini are for --suite mini"),
         ("--suite style --images images --prompts i2p.csv --references x", "did you mean '--reference'"),

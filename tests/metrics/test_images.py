@@ -94,6 +94,6 @@ def test_every_kind_becomes_rgb(tmp_path):
 @pytest.mark.parametrize("size", [1, 3, 7, 50])
 def test_batches_keep_the_order(tmp_path, size):
     files = [tmp_path / str(n) for n in range(7)]
-    found = list(batches(files, lambda file: int(file.name), size))
+    found = list(batches(files, lambda file: int(file.name), size, "numbers"))
     assert [n for part in found for n in part] == list(range(7))
     assert [len(part) for part in found[:-1]] == [min(size, 7)] * (len(found) - 1)

@@ -112,11 +112,17 @@ def test_what_has_no_weights_is_not_measured(scorers, style):
     metrics = suites.style(ours, None, file, scorers, DRAWS)["metrics"]
     assert metrics["clip"]["value"] is not None
     assert metrics["cp"] == metrics["csd"] == {"value": None, "not_measured": "give --reference FOLDER"}
+    assert suites.style(ours, None, file, Scorers(), DRAWS)["metrics"]["csd"] == {
+        "value": None,
+        "not_measured": "give --csd-weights FILE and --reference FOLDER",
+    }
+    assert suites.nsfw(ours, None, file, Scorers(), DRAWS)["metrics"]["resilience"]["value"] is None
     metrics = suites.coco(ours, None, file, Scorers(), DRAWS)["metrics"]
-    assert metrics["fid"]["not_measured"] == "give --reference FOLDER"
+    assert metrics["fid"]["not_measured"] == "give --inception-weights FILE and --reference FOLDER"
+    assert metrics["clip"]["not_measured"] == "give --clip-weights FILE"
     metrics = suites.coco(ours, theirs, None, Scorers(), DRAWS)["metrics"]
     assert metrics["fid"]["not_measured"] == "give --inception-weights FILE"
-    assert metrics["clip"]["not_measured"] == "give --prompts FILE"
+    assert metrics["clip"]["not_measured"] == "give --clip-weights FILE and --prompts FILE"
 
 
 def rewritten(folder, change):
@@ -160,6 +166,8 @@ def test_notes_say_what_a_reader_should_know(tmp_path, scorers):
     notes = " | ".join(found["sets"][0]["notes"])
     assert "1 images of" in notes
     assert "steps is 25 and, of the reference, 50" in notes
+    assert "3 images of" in notes
+    assert "not drawn with the evaluation_seed of their prompt" in notes
     assert found["metrics"]["clip"]["n"] == 3
 
 
@@ -224,7 +232,7 @@ def test_the_table_has_the_papers_columns(scorers, style, nudity):
     assert second.split(" | ")[2].startswith("0.00 [")
     assert second.endswith("| 100.00 [100.00, 100.00] | not measured | not measured |")
     assert missing == [
-        "not measured: COCO FID: give --reference FOLDER",
+        "not measured: COCO FID: give --inception-weights FILE and --reference FOLDER",
         "not measured: COCO FID: run --suite coco",
         "not measured: COCO CLIP score: run --suite coco",
     ]
