@@ -125,7 +125,7 @@ def test_parts_join_to_the_whole(cache, coco, model, tmp_path, parts):
 
 def test_killed_ten_times_the_cache_is_the_same_to_the_bit(tmp_path):
     coco = make_coco(tmp_path / "coco", plain=40)
-    argv = ["--root", str(coco.root), "--model", str(TEACHER), "--resolution", "32", "--views", "16"]
+    argv = ["--root", str(coco.root), "--model", str(TEACHER), "--resolution", "32", "--views", "8"]
     argv += ["--batch", "1", "--per-file", "1", "--threads", "1", "--device", "cpu", "--out"]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bilevel_fast.data.commands", "nvidia.dali.fn", "PIL.JpegImagePlugin"])
