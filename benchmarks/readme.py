@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import frontier_report, methods_report, precision, reproduced
+from benchmarks import controller_report, frontier_report, methods_report, precision, reproduced
 from bilevel_fast import errors, flags
 from bilevel_fast.errors import UserError
 
@@ -175,6 +175,18 @@ def memory() -> str:
     return "\n".join([*lines, *shown])
 
 
+def controller() -> str:
+    """The controller against a sweep: the cases of every seed together, then all cases of the first seed."""
+    rows = load("controller.jsonl")
+    if not rows:
+        return "not measured"
+    seeds = sorted({row["seed"] for row in rows})
+    cases = {row["case"]: {other["seed"] for other in rows if other["case"] == row["case"]} for row in rows}
+    everywhere = [row for row in rows if cases[row["case"]] == set(seeds)]
+    first = [row for row in rows if row["seed"] == seeds[0]]
+    return "\n\n".join(controller_report.table(some) for some in ([everywhere, first] if len(seeds) > 1 else [first]))
+
+
 def bf16() -> str:
     """bf16 against fp32, in a sentence or two."""
     rows = load("precision.jsonl")
@@ -221,6 +233,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "projections": projections,
     "memory": memory,
     "bf16": bf16,
+    "controller": controller,
     "table1": lambda: reproduced.markdown("table1", RESULTS / "reproduce"),
     "table2": lambda: reproduced.markdown("table2", RESULTS / "reproduce"),
     "fig6": lambda: reproduced.markdown("fig6", RESULTS / "reproduce"),

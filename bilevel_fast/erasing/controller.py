@@ -45,6 +45,8 @@ LEAST, MOST = 0.1, 100.0
 """Between these lambda stays: below and above, one of the two gradients is as good as alone."""
 SLOWEST = 4
 """Upper steps that only look are this much rarer than the settings' at most."""
+PAST = 1.2
+"""Where the concept is gone unless the settings say: at the anchor itself some samples still show it."""
 BACK = 0.95
 """Share of `gone` below which a stopped level moves again."""
 STEEP = 4.0
@@ -82,7 +84,7 @@ class Controller(Pace):
     ):
         self.settings, self.first, self.every = upper.controller, upper.every, upper.every
         # where the target is at the anchor, nobody gets there
-        self.gone = upper.controller.gone or min(1.0, 0.9 * reach(upper))
+        self.gone = upper.controller.gone or min(PAST, 0.9 * reach(upper))
         self.deadline, self.upper_steps, self.last = upper.controller.by * steps, 0, 0
         # L_ft: sum of weights, of their squares, weighted sums of values and of squared errors; least value; steps
         self.lower = torch.zeros(6, device=device)

@@ -102,7 +102,8 @@ class FullJudge:
         if file is None:
             self._not_measured("give --full.coco")
             return dict.fromkeys(("fid", "clip"))
-        found = suites.coco(self._sampled(name, path, file), self.given.coco_images, file, self.scorers)
+        draws = suites.Draws(fid=0)  # the spread over seeds is shown, not an interval
+        found = suites.coco(self._sampled(name, path, file), self.given.coco_images, file, self.scorers, draws)
         return {metric: self._value(found, metric) for metric in ("fid", "clip")}
 
     def _attacked(self, name: str, path: Path) -> Numbers:

@@ -175,7 +175,7 @@ def test_stop_and_go():
 
 
 @pytest.mark.parametrize(
-    ("settings", "gone"), [({}, 1.0), ({"eta": 0.05}, 0.945), ({"eraser": "anchor-kd"}, 0.9), ({"eraser": "esd"}, 1.0)]
+    ("settings", "gone"), [({}, 1.2), ({"eta": 0.05}, 0.945), ({"eraser": "anchor-kd"}, 0.9), ({"eraser": "esd"}, 1.2)]
 )
 def test_where_the_concept_is_gone(settings, gone):
     assert Controller(Upper(**settings), 100, CPU).gone == pytest.approx(gone)

@@ -75,10 +75,7 @@ def test_table2_by_nudenet(world):
     [
         (("--full.phrase", "by monet", "by manet"), "2 --full.phrase came for 1 --run.concepts; wanted one each"),
         (("--full.styles", "nowhere.csv"), "--full.styles nowhere.csv does not exist"),
-        (
-            ("--full.clip-weights", "--full.clip-weights nowhere.pt does not exist"),
-            "--full.clip-weights nowhere.pt does not exist",
-        ),
+        (("--full.clip-weights", "nowhere.pt"), "--full.clip-weights nowhere.pt does not exist"),
     ],
 )
 def test_bad_input_is_one_line(world, tmp_path, flags, says):
