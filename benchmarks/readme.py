@@ -133,6 +133,19 @@ def step() -> str:
     return "\n".join([*lines, "", note, machines(rows)])
 
 
+def data() -> str:
+    """Images per second into training."""
+    rows = [row for row in load("data.jsonl") if row["metric"] in ("img_per_s", "ratio")]
+    if not rows:
+        return "not measured"
+    lines = ["| images per second | 20 .. 80 % |", "|---|--:|"]
+    for row in rows:
+        shown = 2 if row["metric"] == "ratio" else 0
+        value, low, high = (f"{row[key]:.{shown}f}" for key in ("value", "p20", "p80"))
+        lines.append(f"| {row['provider']}, {row['case']} | {value} ({low}..{high}) |")
+    return "\n".join([*lines, "", machines(rows)])
+
+
 def gpu() -> str:
     """The goals of the step on a GPU."""
     rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in load(path.name)]
@@ -176,15 +189,11 @@ def memory() -> str:
 
 
 def controller() -> str:
-    """The controller against a sweep: the cases of every seed together, then all cases of the first seed."""
+    """The controller against a sweep: the cases that were run on every seed; `controller report` shows the rest."""
     rows = load("controller.jsonl")
-    if not rows:
-        return "not measured"
-    seeds = sorted({row["seed"] for row in rows})
+    seeds = {row["seed"] for row in rows}
     cases = {row["case"]: {other["seed"] for other in rows if other["case"] == row["case"]} for row in rows}
-    everywhere = [row for row in rows if cases[row["case"]] == set(seeds)]
-    first = [row for row in rows if row["seed"] == seeds[0]]
-    return "\n\n".join(controller_report.table(some) for some in ([everywhere, first] if len(seeds) > 1 else [first]))
+    return controller_report.table([row for row in rows if cases[row["case"]] == seeds])
 
 
 def bf16() -> str:
@@ -229,6 +238,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "aptp": aptp,
     "step": step,
     "kernels": kernels,
+    "data": data,
     "gpu": gpu,
     "projections": projections,
     "memory": memory,

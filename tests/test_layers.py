@@ -21,6 +21,7 @@ CORE = [
 
 # Imported by the functions that need them: the engine starts fast, and runs where they are absent.
 LAZY = ["diffusers", "transformers", "accelerate", "torchvision", "tensorboard", "matplotlib", "PIL"]
+LAZY += ["nvidia", "webdataset", "open_clip", "nudenet", "torchmetrics", "torch_fidelity"]
 
 
 def top_level_names(path: Path) -> Iterator[str]:
