@@ -53,7 +53,7 @@ def doodle(number: int, side: int = 64) -> Image.Image:
 
 
 def image_folder(path: Path, images: Mapping[str, Image.Image], prompts: Mapping[str, str], seed: int = 0) -> Path:
-    """As `sample --out-folder` leaves it."""
+    """As `sample --folder` leaves it."""
     path.mkdir()
     lines = []
     for name, image in images.items():
