@@ -66,6 +66,7 @@ class KLAutoencoder:
             variant=variant,
             use_safetensors=True,
             output_loading_info=True,
+            low_cpu_mem_usage=False,  # True wants accelerate, and says so on every terminal without it
         )
         check_report(folder, report)
         return cls(model.to(device).eval().requires_grad_(False))

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bilevel_fast import bilevel, providers
+from bilevel_fast import providers
 from bilevel_fast.bilevel import Level, move
 from bilevel_fast.diffusion import Schedule
 from bilevel_fast.erasing.saliency import EraseDiff
@@ -68,7 +68,8 @@ def levels(monkeypatch, request):
     monkeypatch.setattr(providers, "architecture", lambda device: "sm_90")
     provider, _, name = request.param.partition(" ")
     monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
-    monkeypatch.setattr(bilevel, "_backward", lambda loss: None)
+    for module in ("fine_tuning", "suppression"):
+        monkeypatch.setattr(f"bilevel_fast.{module}.backward", lambda loss: None)
     teacher, student = make_models()
     batches = [make_batch(level, 0).drawn(SEED, 1000) for level in (0, 1)]
     with FakeTensorMode():
