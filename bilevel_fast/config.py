@@ -113,8 +113,8 @@ class Controller:
     """Off: lambda and K stay as they are set. On, a run begins with them."""
     gone: float | None = None
     """The concept is gone where the student's answer to it has come so far from the teacher's, with the teacher's
-    answer to the anchor at 1. Upper steps then move nothing until it comes back. By default at 1.2, or where the eraser's
-    target is not much further than that, at 0.9 of the way to it."""
+    answer to the anchor at 1. Upper steps then move nothing until it comes back. By default at 1.2, or where the
+    eraser's target is not much further than that, at 0.9 of the way to it."""
     by: float = 0.5
     """Share of the lower steps after which it should be gone; lambda falls, and then K, where that would be missed."""
     gap: float = 0.05
