@@ -17,7 +17,7 @@ from bilevel_fast import errors, flags
 from bilevel_fast.config import TrainConfig, preset
 from bilevel_fast.errors import UserError
 from bilevel_fast.reproduction.experiments import EXPERIMENTS
-from bilevel_fast.reproduction.settings import MINI, Full, Rows
+from bilevel_fast.reproduction.settings import MINI, UNREAD, Full, Rows
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def parse(argv: Sequence[str]) -> Args:
     args = flags.parse(Args, "bilevel_fast.reproduce", __doc__, args=argv, default=default)
     if full and not (args.run.teacher and args.run.data and args.run.concepts):
         raise UserError("--scale full wants --run.teacher, --run.data and --run.concepts")
+    if not full and args.full != Full():
+        raise UserError("--full.* is given without --scale full, and would not be read")
+    for name, instead in UNREAD.items():
+        if getattr(args.run, name) != getattr(default.run, name):
+            raise UserError(f"--run.{name.replace('_', '-')} is not read here; {instead}")
     args.run.check()
     if not args.run.upper.every or not args.seeds:
         raise UserError("--run.upper.every and --seeds want at least one: there would be nothing to compare")

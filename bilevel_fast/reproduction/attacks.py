@@ -6,8 +6,8 @@
                     that do not name it (after arXiv:2308.01508, which learns a word; here any state may move)
 
 f(p) (L, D) are the states of a prompt without the concept; d and the vector are one (L, D) tensor for all prompts.
-Words are not searched for: what no state in their neighbourhood brings back, no word there does, and the mini world has
-two dozen words. The paper's Table 2 takes published lists of such words, which `full` reads from files.
+Words are not searched for: the mini world has two dozen. The paper's Table 2 takes published lists of prompts that were
+found so, which `full` reads from files.
 """
 
 from collections.abc import Sequence

@@ -2,8 +2,8 @@
 
     config.json                   settings, the same for all experiments in the folder
     seed-0/pointillism/...        a concept bank, models (model folders), checkpoints; experiments share them
-    table1/rows.jsonl             a line per model, seed and step, as soon as it is measured
-    table1/results.json table.md  all of them, and mean and spread over seeds
+    table1/rows.jsonl             a line per model, its concepts, seed and step, as soon as it is measured
+    table1/results.json table.md  those of the concepts last asked for, and mean and spread over seeds
     table1/plot.png grid.png      the same drawn; samples of the first seed's models
 
 A row that is there is not measured again, a model that is there is not made again: whoever is killed goes on.
@@ -74,14 +74,15 @@ def _run(
     benches: Benches,
     place: RunFolder,
 ) -> str:
-    rows = read(place.path / ROWS)
+    wanted = {row.name: list(concepts[: row.concepts or None]) for row in experiment.rows}
+    rows = [row for row in read(place.path / ROWS) if row.get("concepts") == wanted.get(row["row"])]
     columns: tuple[Column, ...] = ()
     done = {(row["row"], row["seed"], row["step"]) for row in rows}
     shown: dict[str, Any] = {}
     for seed in seeds:
         made: dict[tuple[str, ...], Bench] = {}
         for row in experiment.rows:
-            erase = tuple(concepts[: row.concepts or None])
+            erase = tuple(wanted[row.name])
             steps = dict.fromkeys(round(share * config.lower.steps) for share in (*row.steps, 1.0))
             missing = [step for step in steps if (row.name, seed, step) not in done]
             if not missing and columns and (seed != seeds[0] or experiment.is_curve):
@@ -91,7 +92,7 @@ def _run(
             bench = made[erase]
             columns = bench.judge.columns(experiment.measure)
             for step in missing:
-                rows.append(_measure(experiment, row, seed, step, bench))
+                rows.append(_measure(experiment, row, erase, seed, step, bench))
                 with (place.path / ROWS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1], allow_nan=False) + "\n")
                 _log.info("seed %d, %s, step %d: %s", seed, row.label, step, rows[-1]["numbers"])
@@ -115,7 +116,7 @@ def read(path: Path) -> list[Measured]:
         raise UserError(f"{path} is not JSON, line by line: {error}; delete it to measure anew") from error
 
 
-def _measure(experiment: Experiment, row: Row, seed: int, step: int, bench: Bench) -> Measured:
+def _measure(experiment: Experiment, row: Row, concepts: Sequence[str], seed: int, step: int, bench: Bench) -> Measured:
     name, shop = f"{row.name}-{step}" if row.steps else row.member, bench.shop
     if row.steps:
         path = shop.after(row.name, step, row.weights or shop.recipe.bilevel.lower.weights, row.random)
@@ -124,6 +125,7 @@ def _measure(experiment: Experiment, row: Row, seed: int, step: int, bench: Benc
     return {
         "row": row.name,
         "label": row.label,
+        "concepts": list(concepts),
         "seed": seed,
         "step": step,
         "numbers": bench.judge(experiment.measure, name, path),

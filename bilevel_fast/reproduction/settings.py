@@ -61,6 +61,16 @@ MINI = Rows(esd=EsdRow(sample=Esd(steps=20)), concept_prune=ConceptPrune(steps=1
 """On the mini world: fewer steps to a sample, as for its judge."""
 
 
+UNREAD = {
+    "out": "--out is the folder of all experiments",
+    "seed": "--seeds has them all",
+    "resume": "the same command goes on by itself",
+    "dry_run": "python -m bilevel_fast.train --dry-run shows the settings",
+    "resume_concepts": "every row starts from the pruned student",
+}
+"""Settings of a bilevel run that a reproduction does not read, and what to do instead."""
+
+
 @dataclass(frozen=True)
 class Full:
     """Prompts, images and weights of --scale full. What is not given is not measured."""

@@ -100,6 +100,20 @@ def test_rows_that_are_there_are_kept_and_a_torn_one_is_measured_again(table1):
     assert (out / "table1" / "rows.jsonl").read_bytes() == whole
 
 
+def test_rows_of_other_concepts_are_not_taken_for_these(table1):
+    out, _ = table1
+    before = rows_of(out / "table1")
+    assert {tuple(row["concepts"]) for row in before} == {("pointillism",)}
+    result = reproduce("fig7", *SMALL, *ROWS, "--out", out)
+    assert result.returncode == 0, result.stderr
+    others = [{**row, "concepts": ["waves"], "numbers": {"plain": 999.0}} for row in rows_of(out / "fig7")]
+    (out / "fig7" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    result = reproduce("fig7", *SMALL, *ROWS, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "999" not in result.stdout
+    assert rows_of(out / "fig7")[: len(others)] == others, "and they are kept"
+
+
 def test_other_settings_are_refused(table1):
     out, _ = table1
     result = reproduce("table1", *SMALL, *ROWS, "--run.lower.lr", "1e-3", "--out", out)
@@ -148,6 +162,9 @@ def test_a_curve_is_one_training(tmp_path):
         (("fig6", "--run.erase", "waves"), "fig6 erases 3 concepts; --run.erase names 1"),
         (("table1", "--run.upper.every", "0"), "there would be nothing to compare"),
         (("table1", "--rows.attack.steps", "0"), "--attack.steps is 0; wanted a positive number"),
+        (("table1", "--run.seed", "3"), "--run.seed is not read here; --seeds has them all"),
+        (("table1", "--run.out", "x"), "--run.out is not read here; --out is the folder of all experiments"),
+        (("table1", "--full.phrase", "naked"), "--full.* is given without --scale full"),
         (("table1", "--scale", "full"), "--scale full wants --run.teacher, --run.data and --run.concepts"),
     ],
 )
