@@ -1,4 +1,4 @@
-"""What each table and figure compares.
+"""What each table and figure compares; numbers are the paper's (arXiv:2412.15341) as far as its text was at hand.
 
 table1  suppression of one style, against two-stage ESD, UCE and ConceptPrune
 table2  what prompts that were searched for bring back
@@ -7,6 +7,8 @@ fig4    which losses: diffusion, distillation, both
 fig5    which start: pruned or random weights
 fig6    one, two and three styles suppressed by one model
 fig7    detections, label by label, and how many fewer they are than the dense teacher's
+
+What table3 and fig6 hold is our reading of the released evaluation.
 """
 
 from collections.abc import Sequence
