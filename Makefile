@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 ARGS   ?=
-SUITE  ?= step
+SUITE  ?= speed.step
 JOBS   ?= auto
 
 SHELL       := /bin/bash
@@ -42,7 +42,7 @@ bench: $(VENV)/.installed-test
 
 # Fails if MACs, launches, compiled kernels or the CPU step's ratio are worse than benchmarks/results/baseline.jsonl.
 bench-check: $(VENV)/.installed-test
-	$(BIN)/python -m benchmarks.bench_check $(ARGS)
+	$(BIN)/python -m benchmarks.pages.bench_check $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

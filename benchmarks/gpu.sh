@@ -49,17 +49,17 @@ if [ "$device" = cuda ]; then
   export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests"
   nvidia-smi >"$out/nvidia-smi.txt" 2>&1
   [ -d wheels ] && step wheels 40 "$python" -m pip install --no-index --no-deps wheels/*.whl
-  "$python" -c 'import bilevel_fast._C' 2>/dev/null ||
+  "$python" -c 'import bilevel_fast.ops.native._C' 2>/dev/null ||
     step install 150 "$python" -m pip install --no-build-isolation --no-deps -e .
   # Right before fast: graphs that are the run they stand for, optimizers, the loader, fp8.
   step tests 60 "$python" -m pytest -q -m gpu tests/engine tests/data
 fi
-step step 150 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --ladder
-step alignment 60 "$python" -m benchmarks.alignment "${tiny[@]}" "${common[@]}" --full
-step unet 90 "$python" -m benchmarks.unet "${tiny[@]}" "${common[@]}" --providers eager torch graphs ours
-step roofline 40 bash -c "'$python' -m benchmarks.roofline --validate --device $device --json | tee -a '$out/rows.jsonl'"
+step step 150 "$python" -m benchmarks.speed.step "${tiny[@]}" "${common[@]}" --ladder
+step alignment 60 "$python" -m benchmarks.speed.alignment "${tiny[@]}" "${common[@]}" --full
+step unet 90 "$python" -m benchmarks.speed.unet "${tiny[@]}" "${common[@]}" --providers eager torch graphs ours
+step roofline 40 bash -c "'$python' -m benchmarks.counts.roofline --validate --device $device --json | tee -a '$out/rows.jsonl'"
 step profile 60 "$python" -m bilevel_fast.profile --device "$device" --profile-out "$out/profile" --preset smoke --lower.batch 16
-step step_055 60 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --structure 0.55 --peers eager
-step step_batch_2 60 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --batch 2 --ladder --peers eager
-step compile 200 "$python" -m benchmarks.step "${tiny[@]}" "${common[@]}" --peers compile
-step mixture 60 "$python" -m benchmarks.mixture "${tiny[@]}" "${common[@]}" --batch 16
+step step_055 60 "$python" -m benchmarks.speed.step "${tiny[@]}" "${common[@]}" --structure 0.55 --peers eager
+step step_batch_2 60 "$python" -m benchmarks.speed.step "${tiny[@]}" "${common[@]}" --batch 2 --ladder --peers eager
+step compile 200 "$python" -m benchmarks.speed.step "${tiny[@]}" "${common[@]}" --peers compile
+step mixture 60 "$python" -m benchmarks.speed.mixture "${tiny[@]}" "${common[@]}" --batch 16

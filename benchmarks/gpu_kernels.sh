@@ -26,11 +26,11 @@ step install 150 python -m pip install --no-build-isolation --no-deps -e .
 # Right before fast: a time of a kernel that is wrong says nothing.
 step tests 240 python -m pytest -q -m gpu tests/kernels tests/csrc tests/engine
 for op in group_norm_silu feature_kd adamw_ema pruned_attention geglu structured_conv2d denoise_loss noise_v steered_mse; do
-  step "kernels_$op" 120 python -m benchmarks.kernels --device cuda --op "$op" --out "$out/kernels.jsonl"
+  step "kernels_$op" 120 python -m benchmarks.kernels.sweep --device cuda --op "$op" --out "$out/kernels.jsonl"
 done
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 for tool in memcheck racecheck; do
-  step "$tool" 200 "$sanitizer" --tool "$tool" --error-exitcode 1 python -m benchmarks.once --device cuda
+  step "$tool" 200 "$sanitizer" --tool "$tool" --error-exitcode 1 python -m benchmarks.kernels.once --device cuda
 done
-step tune 60 python -m benchmarks.kernels --device cuda --out "$out/kernels.jsonl" --tune
+step tune 60 python -m benchmarks.kernels.sweep --device cuda --out "$out/kernels.jsonl" --tune
 cp bilevel_fast/providers.json "$out/"

@@ -5,7 +5,7 @@
 
 The page is one file without scripts or links to elsewhere. It says `not measured` where there are no rows, and a
 projection, which is a model's number, is hatched and called one. Of rows with one key the last counts, as in
-benchmarks.compare; those of baseline.jsonl give way to all others.
+benchmarks.pages.compare; those of baseline.jsonl give way to all others.
 """
 
 import re
@@ -16,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cards import CARDS
-from benchmarks.compare import Row, config_text, device, direction, is_projection, latest, number, parse
+from benchmarks.pages.compare import Row, config_text, device, direction, is_projection, latest, number, parse
 from benchmarks.report_plots import STYLE, Bar, Point, bars, escape, plane, strips, table
-from bilevel_fast import errors, flags
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import write_atomic
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the browser, too, sees to it
 NOT_MEASURED = "<p class=none>not measured</p>"
 COMMANDS = {
-    "frontier": "python -m benchmarks.frontier run",
-    "compile_matrix": "python -m benchmarks.compile_matrix --write",
-    "macs": "python -m benchmarks.bench_check --only macs",
+    "frontier": "python -m benchmarks.quality.frontier run",
+    "compile_matrix": "python -m benchmarks.kernels.compile_matrix --write",
+    "macs": "python -m benchmarks.pages.bench_check --only macs",
 }
 # A provider keeps its colour; the last is everybody else's. Those of one colour never meet.
 PALETTE = (("ours", "triton", "native"), ("eager",), ("torch",), ("compile",), ("graphs", "cuda", "xformers"))
@@ -165,7 +165,7 @@ def _config(row: Row) -> dict[str, Any]:
 
 
 def pruning(rows: list[Row]) -> str:
-    """The plane of MAC ratio against latency ratio, one per machine; rows as benchmarks.unet writes them."""
+    """The plane of MAC ratio against latency ratio, one per machine; rows as benchmarks.speed.unet writes them."""
     parts = ""
     for place, found in grouped(rows, device).items():
         points: list[Point] = []
@@ -272,9 +272,7 @@ def launches(rows: list[Row]) -> str:
         for (case, place), mine in grouped(rows, lambda row: (row["case"], row["device"])).items()
         for values in [{need(row, "kind"): row["value"] for row in mine}]
     ]
-    caption = (
-        "Ops that reach a device in one step, before CUDA graphs and torch.compile (python -m benchmarks.launches)"
-    )
+    caption = "Ops that reach a device in one step, before CUDA graphs and torch.compile (python -m benchmarks.counts.launches)"
     return table(("step", "counted on", *kinds), lines, range(2, len(kinds) + 2), caption)
 
 

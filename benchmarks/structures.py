@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from bilevel_fast.architecture import MINI, SD21, UNetConfig, sites
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.files import write_atomic
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import write_atomic
+from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.planner import spend
 from bilevel_fast.pruning.uniform import uniform
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 NAMES = ("dense", "0.80", "0.55", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 PLANNED = ("planned-0.80", "planned-0.55")

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from bilevel_fast import errors
+from bilevel_fast.base import errors
 
 COMMANDS = {
     "train": "prune, distil and suppress concepts in one run",

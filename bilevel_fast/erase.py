@@ -12,19 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilevel_fast import errors, flags
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.data.bank import read_prompts
 from bilevel_fast.erasing import EDITS, ConceptPrune, Uce
 from bilevel_fast.erasing.concept_prune import FRAMES
-from bilevel_fast.erasing.concepts import Frame, check, framed, make_pairs, read_pairs
 from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.folder import load_folder, save_student
-from bilevel_fast.mini import TEACHER
-from bilevel_fast.mini.judge import is_held_out
-from bilevel_fast.mini.world import SCENES
-from bilevel_fast.session import pick_device
-from bilevel_fast.structure import Structure
+from bilevel_fast.erasing.pairs import Frame, check, framed, make_pairs, read_pairs
+from bilevel_fast.models.folder import load_folder, save_student
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.runs.session import pick_device
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini.judge import is_held_out
+from bilevel_fast.worlds.mini.world import SCENES
 
 _PERCENT = {"weights", "zeroed", "erased moved", "guides moved", "left to guide", "preserved moved", "earlier moved"}
 

@@ -13,15 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bilevel_fast import errors, flags, report
-from bilevel_fast.config import Mini, preset
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics.command import Folders, given, measure
-from bilevel_fast.mini import TEACHER
-from bilevel_fast.mini import experiment as mini
-from bilevel_fast.mini.judge import judge
-from bilevel_fast.mini.probe import Probe
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs import page as report
+from bilevel_fast.runs.config import Mini, preset
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.judge import judge
+from bilevel_fast.worlds.mini.probe import Probe
 
 
 @dataclass(frozen=True)

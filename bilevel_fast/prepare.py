@@ -13,8 +13,8 @@ left out with its captions and named in CACHE/dropped.jsonl.
 import sys
 from collections.abc import Callable, Sequence
 
-from bilevel_fast import errors
-from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.base import errors
+from bilevel_fast.base.errors import UserError, nearest
 
 
 def _images(name: str) -> Callable[[Sequence[str]], None]:
@@ -33,7 +33,7 @@ def _check(argv: Sequence[str]) -> None:
 
 
 def _concepts(argv: Sequence[str]) -> None:
-    from bilevel_fast.data import concepts
+    from bilevel_fast.runs import prepare_concepts as concepts
 
     concepts.main(argv)
 

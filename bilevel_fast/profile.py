@@ -20,9 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bilevel_fast import errors, flags
-from bilevel_fast.config import TrainConfig, preset
-from bilevel_fast.errors import UserError
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.runs.config import TrainConfig, preset
 
 _BY_DATA = "mini, or paper with --data"
 
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> ProfileConfig:
     name = given.preset if given.preset != _BY_DATA else "mini" if given.data is None else "paper"
     config = read(default=_defaults(name))
     config.check()
-    from bilevel_fast.erasing import upper  # after the flags are read: --help should not wait for torch
+    from bilevel_fast.erasing import registry as upper  # after the flags are read: --help should not wait for torch
 
     upper.check(config.upper, preset(config.preset).upper)
     if config.steps < 1 or config.warmup < 0:
@@ -73,7 +73,9 @@ def main() -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     # after parsing: --help and a typo should not wait for the engine
-    from bilevel_fast import profile_report, profiling, session
+    from bilevel_fast.profiling import picture as profile_report
+    from bilevel_fast.profiling import profile as profiling
+    from bilevel_fast.runs import session
 
     profile_report.check_free(config.profile_out, config.overwrite)
     device = session.pick_device(config.device)

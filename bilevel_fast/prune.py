@@ -7,11 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from bilevel_fast import errors, flags
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder, save_student
-from bilevel_fast.macs import count
-from bilevel_fast.mini import TEACHER
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.folder import load_folder, save_student
+from bilevel_fast.models.macs import count
+from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning import (
     FIXED,
     LatencyBudget,
@@ -22,11 +22,11 @@ from bilevel_fast.pruning import (
     read_latencies,
     reinitialise,
 )
-from bilevel_fast.pruning.aptp.cli import COMMANDS
 from bilevel_fast.pruning.latency import RESOLUTION
 from bilevel_fast.pruning.picture import picture
-from bilevel_fast.session import pick_device
-from bilevel_fast.structure import Structure
+from bilevel_fast.runs.prune_aptp import COMMANDS
+from bilevel_fast.runs.session import pick_device
+from bilevel_fast.worlds.mini import TEACHER
 
 BUDGET = 0.8
 """Of a method that needs one, if none is given."""
@@ -49,7 +49,7 @@ class Args:
     """MACs of the student as a share of the teacher's: never more, and as close as whole units allow. By default 0.8,
     and for BK-SDM, which leaves no choice, whatever it costs."""
     latency: Path | None = None
-    """Rows of `python -m benchmarks.unet --sites` or `benchmarks.roofline_sites`: the budget is then a share of the
+    """Rows of `benchmarks.speed.unet --sites` or `benchmarks.counts.roofline_sites`: the budget is then a share of the
     time that the sites take by them."""
     latency_batch: int | None = None
     """Use the rows of this batch, if there are those of several."""

@@ -13,11 +13,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from bilevel_fast import errors, flags
-from bilevel_fast.config import TrainConfig, preset
-from bilevel_fast.errors import UserError
-from bilevel_fast.reproduction.experiments import EXPERIMENTS
-from bilevel_fast.reproduction.settings import MINI, UNREAD, Full, Rows
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.runs.config import TrainConfig, preset
+from bilevel_fast.runs.paper.experiments import EXPERIMENTS
+from bilevel_fast.runs.paper.settings import MINI, UNREAD, Full, Rows
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     args = parse(sys.argv[1:])
-    from bilevel_fast.engine import Interrupted  # after parsing: --help and a typo should not wait
-    from bilevel_fast.reproduction.run import reproduce
+    from bilevel_fast.runs.assemble import Interrupted  # after parsing: --help and a typo should not wait
+    from bilevel_fast.runs.paper.run import reproduce
 
     full = args.full if args.scale == "full" else None
     out = args.out or Path("runs") / f"reproduce-{args.scale}"

@@ -12,13 +12,13 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from bilevel_fast import errors, flags
-from bilevel_fast.data.prompts import RowFlags
-from bilevel_fast.errors import UserError
-from bilevel_fast.grid import GridFlags, draw_grid
-from bilevel_fast.mini import TEACHER
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX as MIXTURE
-from bilevel_fast.sampling import Format, Precision, Recipe, sample_folder
+from bilevel_fast.sampling.prompts import RowFlags
+from bilevel_fast.sampling.to_folder import Format, Precision, Recipe, sample_folder
+from bilevel_fast.sampling.to_grid import GridFlags, draw_grid
+from bilevel_fast.worlds.mini import TEACHER
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from bilevel_fast import errors, flags, report
-from bilevel_fast.config import TrainConfig, preset
+from bilevel_fast.base import errors, flags
+from bilevel_fast.runs import page as report
+from bilevel_fast.runs.config import TrainConfig, preset
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:
@@ -25,7 +26,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
             name = value if has_value else argv[position + 1] if position + 1 < len(argv) else name
     config = flags.parse(TrainConfig, "bilevel_fast.train", __doc__, args=argv, default=preset(name))
     config.check()
-    from bilevel_fast.erasing import upper  # after the flags are read: --help should not wait for torch
+    from bilevel_fast.erasing import registry as upper  # after the flags are read: --help should not wait for torch
 
     upper.check(config.upper, preset(config.preset).upper)
     return config
@@ -38,8 +39,8 @@ def main() -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     # after parsing: --help and a typo should not wait for torch
-    from bilevel_fast.engine import Interrupted
-    from bilevel_fast.session import run
+    from bilevel_fast.runs.assemble import Interrupted
+    from bilevel_fast.runs.session import run
 
     try:
         summary = run(config)

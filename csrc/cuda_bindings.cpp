@@ -1,4 +1,4 @@
-// The module bilevel_fast._cuda, as bindings.cpp is of _C.
+// The module bilevel_fast.ops.native._cuda, as bindings.cpp is of _C.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -90,4 +90,4 @@ def test_the_engine_imports_without_optional_packages():
 
 
 def test_importing_the_package_is_cheap():
-    python("import sys, bilevel_fast, bilevel_fast.errors; sys.exit('torch' in sys.modules)")
+    python("import sys, bilevel_fast, bilevel_fast.base.errors; sys.exit('torch' in sys.modules)")

@@ -17,16 +17,16 @@ from typing import Any, Literal
 
 import torch
 
-from bilevel_fast.captured import Captured
+from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.data.cache import INDEX, Cache, Index
 from bilevel_fast.data.sources import exact_moments
 from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.folder import ModelFolder
-from bilevel_fast.generate import generate
-from bilevel_fast.graphs import cuda_recorder, side_stream
-from bilevel_fast.randomness import Stream
-from bilevel_fast.weights import DIGEST, fingerprint
+from bilevel_fast.models.folder import ModelFolder
+from bilevel_fast.models.weights import DIGEST, fingerprint
+from bilevel_fast.ops.randomness import Stream
+from bilevel_fast.sampling.captured import Captured
+from bilevel_fast.sampling.generate import generate
+from bilevel_fast.training.graphs import cuda_recorder, side_stream
 
 Shows = Literal["prompt", "anchor"]
 

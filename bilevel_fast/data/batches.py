@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel_fast.data.mixture import Shares, parts_of, weights_of
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.data.blend import Shares, parts_of, weights_of
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.randomness import Stream, integers, normal, permutation, uniform
-from bilevel_fast.text_encoder import TextEncoder
+from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.ops.randomness import Stream, integers, normal, permutation, uniform
 
 Anchor = Literal["none", "null", "phrase"]
 

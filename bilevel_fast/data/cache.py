@@ -26,9 +26,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bilevel_fast.architecture import UNetConfig
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import open_safetensors, read_json, sha256
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import open_safetensors, read_json, sha256
+from bilevel_fast.models.architecture import UNetConfig
 
 FORMAT, VERSION = "bilevel_fast.cache", 2
 READABLE = (1, VERSION)

@@ -10,12 +10,12 @@ from typing import Annotated
 
 import tyro
 
-from bilevel_fast import flags
+from bilevel_fast.base import flags
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import open_safetensors
 from bilevel_fast.data.cache import DROPPED, Cache, Dropped, Shard, check_sum
 from bilevel_fast.data.stream import ImageStream, is_list
 from bilevel_fast.data.writer import read_report
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import open_safetensors
 
 
 @dataclass(frozen=True)

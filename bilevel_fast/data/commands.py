@@ -10,7 +10,8 @@ from typing import Literal
 
 import torch
 
-from bilevel_fast import flags
+from bilevel_fast.base import flags
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Dropped, Index
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, Source, encode, latent_shape
@@ -19,9 +20,8 @@ from bilevel_fast.data.pictures import MAX_VIEWS, Framing
 from bilevel_fast.data.stream import ImageIndex, write_list
 from bilevel_fast.data.tars import Tars
 from bilevel_fast.data.writer import WHOLE, Part
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import ModelFolder, load_folder
-from bilevel_fast.session import pick_device
+from bilevel_fast.models.folder import ModelFolder, load_folder
+from bilevel_fast.runs.session import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)

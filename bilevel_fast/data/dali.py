@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.data.pictures import Crop
-from bilevel_fast.errors import UserError, require
 
 Backend = Literal["cpu", "mixed"]
 

@@ -16,14 +16,14 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from bilevel_fast.autoencoder import Autoencoder
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import Cache, Dropped, Index
 from bilevel_fast.data.dali import Decoder
 from bilevel_fast.data.listing import Entry, Listing
 from bilevel_fast.data.pictures import Framing, Unusable, upright_size
 from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
-from bilevel_fast.errors import UserError
-from bilevel_fast.weights import DIGEST
+from bilevel_fast.models.autoencoder import Autoencoder
+from bilevel_fast.models.weights import DIGEST
 
 _AHEAD = 2  # batches that are read and decoded while one is encoded
 _T = TypeVar("_T")

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import read_json
 from bilevel_fast.data.pictures import MAX_KEY, Unusable
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.files import read_json
 
 SPLITS = ("train2017", "val2017", "train2014", "val2014")
 

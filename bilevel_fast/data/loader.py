@@ -14,9 +14,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.devices import Ranks
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batch, Batches
-from bilevel_fast.errors import UserError
-from bilevel_fast.ranks import Ranks
 
 AHEAD = 2  # batches: one that is being made and one that is being copied
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
-from bilevel_fast.randomness import Stream, uniform
+from bilevel_fast.ops.randomness import Stream, uniform
 
 MAX_VIEWS = 2**20
 """Views of one image that differ in their random numbers."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 
 EXACT_LOGVAR = -30.0
 """The log-variance of a latent that is known, not estimated: the floor to which diffusers clamps a posterior."""

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_fast.autoencoder import Autoencoder, KLAutoencoder
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import read_json, write_atomic, write_json
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Dropped, check_latents, check_sum
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, ahead, decode
 from bilevel_fast.data.listing import Entry, Listing
 from bilevel_fast.data.pictures import MAX_VIEWS, Framing, Unusable, upright_size
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import read_json, write_atomic, write_json
-from bilevel_fast.folder import ModelFolder
+from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
+from bilevel_fast.models.folder import ModelFolder
 
 FORMAT, VERSION = "bilevel_fast.images", 1
 LIST = "images.jsonl"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.data.listing import Entry, with_captions
 from bilevel_fast.data.writer import Part
-from bilevel_fast.errors import UserError, require
 
 _IMAGES = "jpg;jpeg;jpe;png;webp;bmp"
 _AT_A_TIME = 64

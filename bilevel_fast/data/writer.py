@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic, write_json
 from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Dropped, Index, Shard
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import write_atomic, write_json
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing.phrases import span
-from bilevel_fast.errors import UserError
-from bilevel_fast.fine_tuning import Answers
-from bilevel_fast.losses import Loss
-from bilevel_fast.rooms import room
-from bilevel_fast.suppression import Eraser
-from bilevel_fast.text_encoder import TextEncoder
-from bilevel_fast.unet import Attention, UNet
+from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.unet import Attention, UNet
+from bilevel_fast.training.losses import Loss
+from bilevel_fast.training.lower import Answers
+from bilevel_fast.training.phases import room
+from bilevel_fast.training.upper import Eraser
 
 
 class ForgetMeNot(Eraser):

@@ -19,14 +19,14 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from bilevel_fast.diffusion import Schedule
-from bilevel_fast.erasing.concepts import Frame, Pair, framed
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.edit import Job, Outcome, Record, transformers
-from bilevel_fast.errors import UserError
-from bilevel_fast.randomness import Stream, normal
-from bilevel_fast.samplers import Predict, guided, sample
-from bilevel_fast.text_encoder import TextEncoder
-from bilevel_fast.unet import UNet
+from bilevel_fast.erasing.pairs import Frame, Pair, framed
+from bilevel_fast.models.diffusion import Schedule
+from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.randomness import Stream, normal
+from bilevel_fast.sampling.samplers import Predict, guided, sample
 
 FIRST = 1 << 45
 """Sample index of the first image sampled here, far from those that are trained on or judged."""

@@ -35,11 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_fast.bilevel import Level, Pace
-from bilevel_fast.config import Upper
 from bilevel_fast.data.batches import Batch
-from bilevel_fast.erasing.upper import reach
-from bilevel_fast.losses import Loss
+from bilevel_fast.erasing.registry import reach
+from bilevel_fast.runs.config import Upper
+from bilevel_fast.training.levels import Level, Pace
+from bilevel_fast.training.losses import Loss
 
 LEAST, MOST = 0.1, 100.0
 """Between these lambda stays: below and above, one of the two gradients is as good as alone."""

@@ -8,12 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bilevel_fast.architecture import Site, sites
-from bilevel_fast.erasing.concepts import Frame, Pair
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import read_json
-from bilevel_fast.folder import ModelFolder
-from bilevel_fast.structure import Structure
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import read_json
+from bilevel_fast.erasing.pairs import Frame, Pair
+from bilevel_fast.models.architecture import Site, sites
+from bilevel_fast.models.folder import ModelFolder
+from bilevel_fast.models.structure import Structure
 
 RECORD = "erased.json"
 _FORMAT, _VERSION = "bilevel_fast.erased", 1

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.data.batches import Batch
-from bilevel_fast.diffusion import Schedule
-from bilevel_fast.erasing.sources import Sourced
-from bilevel_fast.fine_tuning import Answers
-from bilevel_fast.losses import Loss, suppression_loss
-from bilevel_fast.randomness import Stream, integers
-from bilevel_fast.rooms import room
-from bilevel_fast.samplers import ddim_step, guided, timesteps
-from bilevel_fast.teacher import Teacher
-from bilevel_fast.unet import UNet
+from bilevel_fast.erasing.references import Sourced
+from bilevel_fast.models.diffusion import Schedule
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.randomness import Stream, integers
+from bilevel_fast.sampling.samplers import ddim_step, guided, timesteps
+from bilevel_fast.training.losses import Loss, suppression_loss
+from bilevel_fast.training.lower import Answers
+from bilevel_fast.training.phases import room
+from bilevel_fast.training.teacher import Teacher
 
 
 class Esd(Sourced):

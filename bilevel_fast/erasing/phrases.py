@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.erasing.concepts import Pair, form
+from bilevel_fast.erasing.pairs import Pair, form
 
 _LOOKED_FOR = 64  # phrases that are looked for in other captions, the most frequent ones
 

@@ -28,13 +28,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel_fast.data.batches import Batch
-from bilevel_fast.erasing.sources import Sourced
-from bilevel_fast.fine_tuning import Answers
-from bilevel_fast.losses import Loss, suppression_loss
-from bilevel_fast.parameters import FlatParameters, dot
-from bilevel_fast.rooms import room
-from bilevel_fast.teacher import Teacher
-from bilevel_fast.unet import UNet
+from bilevel_fast.erasing.references import Sourced
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.training.losses import Loss, suppression_loss
+from bilevel_fast.training.lower import Answers
+from bilevel_fast.training.parameters import FlatParameters, dot
+from bilevel_fast.training.phases import room
+from bilevel_fast.training.teacher import Teacher
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.unet import UNet
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models.unet import UNet
 
 PRESETS: dict[str, Callable[[str], bool]] = {
     "esd-x": lambda module: ".attn2." in module,

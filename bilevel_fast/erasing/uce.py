@@ -27,11 +27,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from bilevel_fast.erasing.concepts import Pair, form, framed, last_words
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.edit import Job, Outcome, Record, transformers
-from bilevel_fast.errors import UserError
-from bilevel_fast.text_encoder import TextEncoder
-from bilevel_fast.unet import UNet
+from bilevel_fast.erasing.pairs import Pair, form, framed, last_words
+from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.unet import UNet
 
 _BATCH = 64  # texts encoded at once
 _MEASURED = 64  # preserved texts looked at for the table

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import open_safetensors
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import open_safetensors
 
 # What training scripts leave in a checkpoint beside the weights: their flags, and learning rates as numpy scalars,
 # pickled under the name that numpy's module had before 2.0 or has since. None of it runs anything.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from bilevel_fast.errors import UserError, nearest, require
+from bilevel_fast.base.errors import UserError, nearest, require
 from bilevel_fast.metrics.checkpoints import fit, is_torchscript, read_checkpoint, tensors_of
 from bilevel_fast.metrics.images import batches, open_rgb
 

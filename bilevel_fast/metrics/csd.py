@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from bilevel_fast.errors import UserError, require
+from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
 from bilevel_fast.metrics.images import batches, open_rgb
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bilevel_fast.errors import UserError, require
-from bilevel_fast.files import open_safetensors, sha256, write_atomic
+from bilevel_fast.base.errors import UserError, require
+from bilevel_fast.base.files import open_safetensors, sha256, write_atomic
 from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
 from bilevel_fast.metrics.frechet import FrechetStatistics, Moments, frechet_distance, resampled_distances
 from bilevel_fast.metrics.images import Pictures, batches, open_rgb

@@ -21,8 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import open_safetensors, write_atomic
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import open_safetensors, write_atomic
 
 
 @dataclass(frozen=True, eq=False)

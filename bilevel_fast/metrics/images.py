@@ -1,6 +1,6 @@
 """Pictures to be measured: folders by id, and decoding that says which file is broken.
 
-A folder is one that `sample` filled (`bilevel_fast.image_folder`), or a plain one, such as COCO's val2017: there the id
+A folder is one that `sample` filled (`sampling.image_folder`), or a plain one, such as COCO's val2017: there the id
 is the name of the file without its suffix, and neither prompt nor seed is known.
 """
 
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bilevel_fast.errors import UserError
-from bilevel_fast.image_folder import INDEX, Entry, ImageFolder
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.sampling.image_folder import INDEX, Entry, ImageFolder
 
 if TYPE_CHECKING:  # imported where it is used: the engine runs without it
     from PIL import Image

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bilevel_fast.errors import require
+from bilevel_fast.base.errors import require
 from bilevel_fast.metrics.images import batches, read_rgb
 from bilevel_fast.metrics.interval import Estimate, mean, ratio_of_sums
 

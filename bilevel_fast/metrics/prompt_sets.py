@@ -6,7 +6,7 @@
     COCO          image_id, prompt, evaluation_seed (coco_30k.csv), or captions_*.json
     lines         one prompt per line (Ring-A-Bell)
 
-Ids are those that `sample --prompts-file` gives the images (`bilevel_fast.data.prompts`): images are found by id,
+Ids are those that `sample --prompts-file` gives the images (`bilevel_fast.sampling.prompts`): images are found by id,
 never by their order.
 """
 
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilevel_fast.data.prompts import ID_COLUMNS, Row, read_rows
-from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.sampling.prompts import ID_COLUMNS, Row, read_rows
 
 SEED, ADVERSARIAL, ARTIST = "evaluation_seed", "adv_prompt", ("artist", "artists")
 

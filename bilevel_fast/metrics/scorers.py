@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from bilevel_fast.files import sha256
+from bilevel_fast.base.files import sha256
 from bilevel_fast.metrics.clip_score import ClipScorer
 from bilevel_fast.metrics.csd import StyleDescriptor
 from bilevel_fast.metrics.fid import Inception

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics import interval, nudenet
 from bilevel_fast.metrics.clip_score import clip_scores
 from bilevel_fast.metrics.cp_score import cp_scores

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
-from bilevel_fast.errors import UserError, nearest
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.bk_sdm import FIXED, TINY, bk_sdm_base, bk_sdm_small
 from bilevel_fast.pruning.budget import Budget, Calibration, MacBudget
 from bilevel_fast.pruning.calibration import CalibrationSet, calibration_set
@@ -14,8 +16,6 @@ from bilevel_fast.pruning.magnitude import magnitude
 from bilevel_fast.pruning.random import random
 from bilevel_fast.pruning.taylor import diff_pruning
 from bilevel_fast.pruning.uniform import uniform
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 __all__ = [
     "FIXED",

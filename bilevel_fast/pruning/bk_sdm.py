@@ -15,11 +15,11 @@ resamplers that lead there and back go too, and a structure never drops those.
 from math import ceil
 from typing import Literal
 
-from bilevel_fast.architecture import UNetConfig, sites
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.architecture import UNetConfig, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import Budget, Calibration
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 FIXED = ("bk-sdm-base", "bk-sdm-small")
 """Methods that say themselves what is left, whatever the budget."""

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel_fast.architecture import Site, UNetConfig, Width, sites
-from bilevel_fast.errors import UserError
-from bilevel_fast.macs import fixed_costs, site_costs
-from bilevel_fast.structure import Structure
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
+from bilevel_fast.models.macs import fixed_costs, site_costs
+from bilevel_fast.models.structure import Structure
 
 Calibration = Sequence[tuple[Tensor, Tensor]]
 """Batches of scaled latents (B, C, H, W) and text states (B, L, D) that a method may try the teacher on."""
@@ -70,7 +70,7 @@ class Budget(Protocol):
 
 @dataclass(frozen=True)
 class MacBudget:
-    """At most `ratio` of the dense UNet's MACs, counted as `true` by `bilevel_fast.macs`.
+    """At most `ratio` of the dense UNet's MACs, counted as `true` by `bilevel_fast.models.macs`.
 
     `latent` and `text` are the sizes to count at, as in `macs.count`.
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.data.stream import open_images
-from bilevel_fast.diffusion import Noised, Schedule, noise
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import ModelFolder
-from bilevel_fast.mini.experiment import drawn_source
-from bilevel_fast.mini.vae import PixelUnshuffleVAE
+from bilevel_fast.models.diffusion import Noised, Schedule, noise
+from bilevel_fast.models.folder import ModelFolder
+from bilevel_fast.models.mini import PixelUnshuffleVAE
+from bilevel_fast.ops.randomness import Stream, normal, uniform
 from bilevel_fast.pruning.budget import Calibration
-from bilevel_fast.randomness import Stream, normal, uniform
+from bilevel_fast.worlds.mini.materials import drawn_source
 
 FIRST = 1 << 44
 """Sample index of the first random number drawn for pruning: training and its levels stay below 1 << 43."""

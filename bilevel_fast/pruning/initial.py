@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.randomness import Stream, uniform
 from bilevel_fast.pruning.calibration import FIRST
-from bilevel_fast.randomness import Stream, uniform
-from bilevel_fast.unet import UNet
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """A budget of time: what each site takes at each kept count, read from rows that measured it.
 
-`python -m benchmarks.unet --sites --out sites.jsonl` times each distinct site at a few kept shares; rows of a model of
+`benchmarks.speed.unet --sites --out sites.jsonl` times each distinct site at a few kept shares; rows of a model of
 the hardware do as well, if they have the same fields (`suite`, `value` in ms, and in `config` `sites`, `kept`, `batch`,
 `latent`, `text`, `align`). Between two measured counts time is interpolated. Below the smallest it stays what it was
 there: nobody measured that more would be saved.
@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from bilevel_fast.architecture import Site, UNetConfig, sites
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.macs import SiteCost, site_costs
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models.architecture import Site, UNetConfig, sites
+from bilevel_fast.models.macs import SiteCost, site_costs
 from bilevel_fast.pruning.budget import Prices, SitePrice, check_share
 
 SUITE = "unet_sites"

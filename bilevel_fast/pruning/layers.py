@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import torch
 
-from bilevel_fast.architecture import Site, UNetConfig, sites
-from bilevel_fast.errors import UserError
-from bilevel_fast.native import plan
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.architecture import Site, UNetConfig, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import Dropped, UNet
+from bilevel_fast.ops.native import plan
 from bilevel_fast.pruning.budget import Budget, Calibration
 from bilevel_fast.pruning.calibration import CalibrationSet, numbered
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import Dropped, UNet
 
 
 def laptop(teacher: UNet, budget: Budget, calibration: Calibration) -> Structure:

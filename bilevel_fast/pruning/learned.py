@@ -2,15 +2,15 @@
 
 import torch
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batch
-from bilevel_fast.errors import UserError
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.losses import RouterWeights
 from bilevel_fast.pruning.aptp.train import RouterConfig, mean_pool, train
 from bilevel_fast.pruning.budget import Budget, Calibration, MacBudget
 from bilevel_fast.pruning.calibration import FIRST, CalibrationSet
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 STEPS = 200
 RATE = 0.04

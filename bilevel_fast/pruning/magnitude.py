@@ -15,11 +15,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import Budget, Calibration, Choice, choices
 from bilevel_fast.pruning.planner import spend
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 
 def magnitude(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:

@@ -2,9 +2,9 @@
 
 import sys
 
-from bilevel_fast.architecture import Site, Width, sites
+from bilevel_fast.models.architecture import Site, Width, sites
+from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning.budget import Prices
-from bilevel_fast.structure import Structure
 
 BAR = 10
 UNITS = {"groups": "groups", "attn1": "heads", "attn2": "heads", "ff": "groups"}

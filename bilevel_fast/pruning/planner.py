@@ -8,7 +8,7 @@
 
 Shares are for importances that compare within a width vector only, as norms of weights do; `magnitude.py` says why
 their logarithm. If importances have one unit everywhere, as changes of a loss do, their sum says more
-(`python -m benchmarks.planner`): what it takes from a vector depends on how much the network hangs on that vector.
+(`benchmarks.quality.planner`): what it takes from a vector depends on how much the network hangs on that vector.
 
 A site that is dropped keeps no share, and log 0 would forbid it; what the network loses without it has to be scored
 apart, in `importance[site]["drop"]`: d_s <= 0, with "shares" the logarithm of the share of the signal that remains,
@@ -31,12 +31,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bilevel_fast.architecture import Site, UNetConfig, Width, sites
-from bilevel_fast.errors import UserError, nearest
-from bilevel_fast.native import plan
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.ops.native import plan
 from bilevel_fast.pruning.budget import Budget, MacBudget, Prices, check_share, least_units
 from bilevel_fast.pruning.latency import LatencyBudget
-from bilevel_fast.structure import Structure
 
 __all__ = ["DROP", "Budget", "Importance", "LatencyBudget", "MacBudget", "Objective", "spend"]
 

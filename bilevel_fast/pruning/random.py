@@ -1,11 +1,11 @@
 """Keep units at random, the same share of every width vector: the floor that a criterion has to beat."""
 
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.randomness import Stream, permutation
 from bilevel_fast.pruning.budget import Budget, Calibration, assemble, choices
 from bilevel_fast.pruning.calibration import FIRST, CalibrationSet
 from bilevel_fast.pruning.uniform import uniform
-from bilevel_fast.randomness import Stream, permutation
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 
 def random(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:

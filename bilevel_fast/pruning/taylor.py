@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from bilevel_fast.architecture import Cut, Site, Width, sites
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.architecture import Cut, Site, Width, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import Budget, Calibration, choices
 from bilevel_fast.pruning.calibration import CalibrationSet, numbered
 from bilevel_fast.pruning.planner import spend
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 LEVELS = 16
 """Timesteps that are tried, one from each of as many equal parts of the noise process; the paper tries all 1000."""
@@ -36,8 +36,8 @@ THRESHOLD = 0.05
 def diff_pruning(teacher: UNet, budget: Budget, calibration: Calibration) -> Structure:
     """Keep the units on which the diffusion loss depends most, by Taylor expansion over the timesteps that matter.
 
-    The importance of all vectors is in units of the loss, so it adds up across them: `benchmarks.planner` has how much
-    that is worth against shares of each vector.
+    The importance of all vectors is in units of the loss, so it adds up across them: `benchmarks.quality.planner` has
+    how much that is worth against shares of each vector.
 
     Raises:
         UserError: The calibration set is empty, the budget too small, or a loss or gradient is not finite.

@@ -1,8 +1,8 @@
 """Keep the same share of every width vector."""
 
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import Budget, Calibration, assemble, choices, fill
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 
 def uniform(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:

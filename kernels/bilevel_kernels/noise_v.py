@@ -182,7 +182,7 @@ def noise_v(
         t_sigma: (B,) fp32 sigma.
         seed: In [0, 2**64).
         index: (B,) int64 global index of each sample, not negative, which is not checked: it would stall the stream.
-        stream: What the noise is for, in [0, 2**32); a value of bilevel_fast.randomness.Stream.
+        stream: What the noise is for, in [0, 2**32); a value of bilevel_fast.ops.randomness.Stream.
         dtype: Of both results.
 
     Returns:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bilevel_fast import flags, profile
+from bilevel_fast import profile
+from bilevel_fast.base import flags
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import RESULTS, load, page
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 GPU = {
@@ -218,7 +218,15 @@ def test_every_row_is_accounted_for(full):
     rows = cells(sections(full)["Every row"])[1:]
     assert sum(int(row[2]) for row in rows) == len(ROWS)
     machine = "Card X, 8 threads, torch 2.11.0, driver 580.1"
-    step_row = ["step", "rows.jsonl", "5", machine, "python -m benchmarks.step --device cuda", "abc1234", "2026-11-21"]
+    step_row = [
+        "step",
+        "rows.jsonl",
+        "5",
+        machine,
+        "python -m benchmarks.speed.step --device cuda",
+        "abc1234",
+        "2026-11-21",
+    ]
     assert step_row in rows
     assert any(row[0] == "roofline (projection)" for row in rows)
     assert any(row[0] == "compile_matrix" and row[3] == "none: computed, not timed" for row in rows)

@@ -7,8 +7,8 @@ import pytest
 
 from benchmarks import structures
 from benchmarks.structures import FOLDER, NAMES, PLANNED, model, plan, structure
-from bilevel_fast.architecture import sites
-from bilevel_fast.structure import Structure
+from bilevel_fast.models.architecture import sites
+from bilevel_fast.models.structure import Structure
 
 
 def worth(found: Structure) -> float:

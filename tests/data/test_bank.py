@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data import bank
 from bilevel_fast.data.bank import Concept, anchor_for, make_bank, prompts_for, read_prompts, without
 from bilevel_fast.data.cache import Cache
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
-from bilevel_fast.randomness import Stream, normal
-from bilevel_fast.samplers import guided, sample
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.ops.randomness import Stream, normal
+from bilevel_fast.sampling.samplers import guided, sample
 from mini_folder import make_mini_folder
 
 DOTS = Concept("in the style of pointillism")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import LEVEL_STRIDE, Batches
 from bilevel_fast.data.cache import Index
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.data.writer import CacheWriter
-from bilevel_fast.errors import UserError
 
 SAMPLES, SHAPE = 10, (2, 3, 5)
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bilevel_fast.architecture import MINI
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import Cache, Index
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.data.writer import CacheWriter
-from bilevel_fast.errors import UserError
+from bilevel_fast.models.architecture import MINI
 
 SHAPE = (4, 3, 5)  # neither square nor even: a swap of height and width shows
 IMAGES = Index("images", SHAPE, vae="0123456789abcdef", views=2, dtype="float32")
@@ -281,7 +281,7 @@ def test_dropped_entries_leave_no_hole_and_are_counted(tmp_path):
 
 def test_a_death_before_any_write_changes_nothing(tmp_path, monkeypatch):
     """Every write of a making, in turn, is the one that never happens; what follows ends with the same bytes."""
-    from bilevel_fast import files
+    from bilevel_fast.base import files
     from bilevel_fast.data import writer
 
     _make_with_gaps(tmp_path / "whole")

@@ -15,13 +15,14 @@ import torch
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("diffusers")
 
-from bilevel_fast import session, train
+from bilevel_fast import train
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data import check, commands
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.pictures import Framing, upright_size
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
-from bilevel_fast.mini import TEACHER
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs import session
+from bilevel_fast.worlds.mini import TEACHER
 from coco_folder import SIDE, SPLIT, CocoFolder, by_torchvision, make_coco
 from sd_folder import make_sd_folder
 

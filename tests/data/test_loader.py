@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from bilevel_fast.base.devices import Ranks
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.cache import Cache, Index
 from bilevel_fast.data.loader import Loader, RankBatches
 from bilevel_fast.data.writer import CacheWriter
-from bilevel_fast.errors import UserError
-from bilevel_fast.randomness import Stream, integers, normal
-from bilevel_fast.ranks import Ranks
+from bilevel_fast.ops.randomness import Stream, integers, normal
 from world import SEED, make_batch
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("nvidia.dali")
 
 from bilevel_fast import prepare
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import sha256
 from bilevel_fast.data import check, commands
 from bilevel_fast.data.cache import Cache
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import sha256
-from bilevel_fast.mini import TEACHER
+from bilevel_fast.worlds.mini import TEACHER
 from coco_folder import encoded, picture
 
 SETTINGS = {"model": TEACHER, "resolution": 32, "batch": 2, "per_file": 4, "threads": 1, "device": "cpu"}

@@ -11,17 +11,18 @@ import torch
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("diffusers")
 
-from bilevel_fast import session, train
+from bilevel_fast import train
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data import check, commands
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.cache import Cache, Index
 from bilevel_fast.data.stream import ImageStream, open_images
 from bilevel_fast.data.writer import CacheWriter
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
-from bilevel_fast.mini import TEACHER
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.ops.randomness import Stream, integers, normal
 from bilevel_fast.pruning import calibration_set
-from bilevel_fast.randomness import Stream, integers, normal
+from bilevel_fast.runs import session
+from bilevel_fast.worlds.mini import TEACHER
 from coco_folder import SIDE, CocoFolder, encoded, make_coco, picture
 from sd_folder import make_sd_folder
 

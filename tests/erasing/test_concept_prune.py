@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 
-from bilevel_fast.architecture import sites
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing import concept_prune
 from bilevel_fast.erasing.concept_prune import FIRST, FRAMES, ConceptPrune, collect, mask
-from bilevel_fast.erasing.concepts import Frame, Pair, framed
 from bilevel_fast.erasing.edit import Job
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
-from bilevel_fast.randomness import Stream, normal
-from bilevel_fast.samplers import guided, sample
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
+from bilevel_fast.erasing.pairs import Frame, Pair, framed
+from bilevel_fast.models.architecture import sites
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.randomness import Stream, normal
+from bilevel_fast.sampling.samplers import guided, sample
 from mini_folder import TINY, make_mini_folder
 
 GONE = "down_blocks.1.attentions.0"

@@ -8,24 +8,24 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bilevel_fast import checkpoint
-from bilevel_fast.bilevel import bilevel
-from bilevel_fast.config import Controller as Settings
-from bilevel_fast.config import Upper
-from bilevel_fast.diffusion import Schedule
-from bilevel_fast.engine import Interrupted, Places, fit, levels, running
-from bilevel_fast.erasing import upper as erasers
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.controller import LEAST, MOST, Controller
-from bilevel_fast.errors import UserError
-from bilevel_fast.fine_tuning import Answers
-from bilevel_fast.folder import load_folder
-from bilevel_fast.graphs import Graphs
-from bilevel_fast.mini import TEACHER
-from bilevel_fast.mini.experiment import erased_styles
-from bilevel_fast.parameters import FlatParameters
-from bilevel_fast.session import gather, initial_student
-from bilevel_fast.teacher import Teacher
+from bilevel_fast.models.diffusion import Schedule
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs.assemble import Interrupted, Places, fit, levels, running
+from bilevel_fast.runs.config import Controller as Settings
+from bilevel_fast.runs.config import Upper
+from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
+from bilevel_fast.training import checkpoint
+from bilevel_fast.training.graphs import Graphs
+from bilevel_fast.training.levels import bilevel
+from bilevel_fast.training.lower import Answers
+from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.training.teacher import Teacher
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini.materials import erased_styles
 from replay import on_the_cpu
 from world import SEED, B, make_batch, make_levels, make_models
 

@@ -6,16 +6,17 @@ import re
 import pytest
 import torch
 
-from bilevel_fast import erase, errors
-from bilevel_fast.architecture import sites
+from bilevel_fast import erase
+from bilevel_fast.base import errors
 from bilevel_fast.erasing.concept_prune import ConceptPrune
-from bilevel_fast.erasing.concepts import Frame, Pair
 from bilevel_fast.erasing.edit import Job, read_records
+from bilevel_fast.erasing.pairs import Frame, Pair
 from bilevel_fast.erasing.uce import Uce
-from bilevel_fast.folder import load_folder, load_unet, save_student
-from bilevel_fast.mini.judge import is_held_out
-from bilevel_fast.mini.world import parse
-from bilevel_fast.structure import Structure
+from bilevel_fast.models.architecture import sites
+from bilevel_fast.models.folder import load_folder, load_unet, save_student
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.worlds.mini.judge import is_held_out
+from bilevel_fast.worlds.mini.world import parse
 from mini_folder import TINY, make_mini_folder
 
 GONE = "up_blocks.2.attentions.1"

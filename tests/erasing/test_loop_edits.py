@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from bilevel_fast.bilevel import Editing, descend
 from bilevel_fast.data.bank import Concept, anchor_for
 from bilevel_fast.erasing import uce
 from bilevel_fast.erasing.concept_prune import second_matrices
-from bilevel_fast.erasing.concepts import Pair
 from bilevel_fast.erasing.loop_edits import PruneMasks, UceProjection, projection
-from bilevel_fast.folder import load_folder
-from bilevel_fast.graphs import WARMUP, Graphs
-from bilevel_fast.mini import TEACHER
-from bilevel_fast.mini.judge import is_held_out
-from bilevel_fast.mini.world import SCENES, STYLES
-from bilevel_fast.parameters import FlatParameters
+from bilevel_fast.erasing.pairs import Pair
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.training.graphs import WARMUP, Graphs
+from bilevel_fast.training.levels import Editing, descend
+from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini.judge import is_held_out
+from bilevel_fast.worlds.mini.world import SCENES, STYLES
 from replay import on_the_cpu
 from world import make_levels, make_models
 

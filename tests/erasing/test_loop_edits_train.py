@@ -10,16 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bilevel_fast import checkpoint, session
-from bilevel_fast.engine import Places, fit, levels
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.concept_prune import second_matrices
 from bilevel_fast.erasing.uce import matrices
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
-from bilevel_fast.mini import TEACHER
-from bilevel_fast.mini.world import STYLES
-from bilevel_fast.structure import Structure
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.runs import session
+from bilevel_fast.runs.assemble import Places, fit, levels
 from bilevel_fast.train import parse
+from bilevel_fast.training import checkpoint
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini.world import STYLES
 
 CPU = torch.device("cpu")
 SMALL = ["--preset", "smoke", "--lower.batch", "1", "--lower.warmup", "0", "--log-every", "1"]
@@ -166,7 +167,7 @@ def test_a_preserve_list_is_read_and_checked(world, tmp_path, caplog):
 
 
 def test_profile_knows_edits(world, tmp_path):
-    from bilevel_fast import profiling
+    from bilevel_fast.profiling import profile as profiling
 
     config = parse([*SMALL, *EDITS["uce"]])
     (tmp_path / "scratch").mkdir()

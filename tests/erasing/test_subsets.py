@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from bilevel_fast.architecture import SD21, sites
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.subsets import modules, subset
-from bilevel_fast.errors import UserError
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
+from bilevel_fast.models.architecture import SD21, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from mini_folder import TINY
 
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from bilevel_fast.architecture import sites
-from bilevel_fast.erasing.concepts import Frame, Pair, framed
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.edit import Job
+from bilevel_fast.erasing.pairs import Frame, Pair, framed
 from bilevel_fast.erasing.uce import Uce
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
+from bilevel_fast.models.architecture import sites
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from mini_folder import TINY, make_mini_folder
 
 GONE = "up_blocks.2.attentions.1"

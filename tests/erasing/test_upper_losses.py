@@ -4,21 +4,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bilevel_fast.bilevel import bilevel
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batch
 from bilevel_fast.data.sources import MemorySource
-from bilevel_fast.diffusion import Schedule, noise
 from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
+from bilevel_fast.erasing.references import Itself, Start
 from bilevel_fast.erasing.saliency import Relabel, salient
-from bilevel_fast.erasing.sources import Itself, Start
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
-from bilevel_fast.errors import UserError
-from bilevel_fast.fine_tuning import Answers
-from bilevel_fast.mini.text import MiniTextEncoder, WordTokenizer
-from bilevel_fast.parameters import FlatParameters
-from bilevel_fast.randomness import Stream, integers
-from bilevel_fast.teacher import Teacher
+from bilevel_fast.models.diffusion import Schedule, noise
+from bilevel_fast.models.mini import MiniTextEncoder, WordTokenizer
+from bilevel_fast.ops.randomness import Stream, integers
+from bilevel_fast.training.levels import bilevel
+from bilevel_fast.training.lower import Answers
+from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.training.teacher import Teacher
 from world import SEED, B, make_batch, make_levels, make_models
 
 

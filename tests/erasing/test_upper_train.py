@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bilevel_fast import checkpoint
-from bilevel_fast.engine import Materials, Places, fit
-from bilevel_fast.erasing.upper import UPPER
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import load_folder
-from bilevel_fast.mini import TEACHER
-from bilevel_fast.mini.experiment import erased_styles
-from bilevel_fast.session import gather, initial_student
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.erasing.registry import UPPER
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs.assemble import Materials, Places, fit
+from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
+from bilevel_fast.training import checkpoint
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini.materials import erased_styles
 
 CPU = torch.device("cpu")
 FLAGS = {"esd": ["--upper.esd.steps", "4"], "salun": ["--upper.salun.batches", "1"]}
@@ -64,7 +64,9 @@ def world(tmp_path_factory) -> World:
 def test_a_few_steps_and_the_same_run_when_stopped_in_between(world, tmp_path, name):
     config = world.config(name)
     whole = world.fit(config, tmp_path / "whole")
-    if name in STATEFUL:  # of the others, nothing but the student and its optimizers is kept: tests/engine/test_kill.py
+    if (
+        name in STATEFUL
+    ):  # of the others, nothing but the student and its optimizers is kept: tests/training/test_kill.py
         world.fit(config, tmp_path / "parts", steps=1)
         assert "eraser" in checkpoint.latest(tmp_path / "parts" / "checkpoints").optimizers
         resumed = world.fit(config, tmp_path / "parts")

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import aot
-from benchmarks.compile_matrix import KEY, check, complaints
+from benchmarks.kernels import aot
+from benchmarks.kernels.compile_matrix import KEY, check, complaints
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {
@@ -27,7 +27,7 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_nothing_is_worse_than_the_committed_table():
-    done = compiling("-m", "benchmarks.compile_matrix", "--check")
+    done = compiling("-m", "benchmarks.kernels.compile_matrix", "--check")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
@@ -81,7 +81,7 @@ def test_what_is_bad_is_seen(tmp_path, sm):
 
 def test_offline_needs_the_interpreter_off():
     done = compiling("-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
-                     "from benchmarks.aot import offline\nwith offline(80): pass")  # fmt: skip
+                     "from benchmarks.kernels.aot import offline\nwith offline(80): pass")  # fmt: skip
     assert "RuntimeError: TRITON_INTERPRET is set" in done.stderr
 
 

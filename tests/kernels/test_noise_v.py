@@ -3,8 +3,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from bilevel_fast.diffusion import Schedule, noise
-from bilevel_fast.randomness import Stream, normal
+from bilevel_fast.models.diffusion import Schedule, noise
+from bilevel_fast.ops.randomness import Stream, normal
 from bilevel_kernels.noise_v import noise_v, noise_v_fwd, noise_v_ref, normal_ref
 from mutants import mutated
 from numerics import assert_no_worse_than_eager

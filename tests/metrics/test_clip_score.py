@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn.functional import normalize
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics.clip_score import ClipScorer, clip_scores
 from bilevel_fast.metrics.cp_score import cp_scores
 from measuring import SIDE, doodle, openai_archive, small_clip

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics.csd import StyleDescriptor, csd_scores
 from measuring import SIDE, csd_checkpoint, doodle, small_clip
 

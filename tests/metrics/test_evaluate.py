@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from bilevel_fast import errors, evaluate
+from bilevel_fast import evaluate
+from bilevel_fast.base import errors
 from bilevel_fast.metrics.fid import Inception, resized
 from measuring import FLAGGED, HARMLESS, doodle, ellipses, image_folder, inception_file, openai_archive, small_clip
 

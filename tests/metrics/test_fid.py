@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics import fid as module
 from bilevel_fast.metrics.fid import Inception, fid, load_statistics, resized, save_statistics
 from bilevel_fast.metrics.frechet import FrechetStatistics, Moments, frechet_distance, resampled_distances

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics.images import Pictures, batches, open_rgb, read_rgb
 from measuring import doodle, image_folder
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics.prompt_sets import read_prompt_set
 
 ARTISTS = """case_number,prompt,evaluation_seed,artist,evaluation_guidance

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics import suites
 from bilevel_fast.metrics.nudenet import LABELS
 from bilevel_fast.metrics.scorers import Scorers

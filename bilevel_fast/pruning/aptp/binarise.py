@@ -15,9 +15,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bilevel_fast.architecture import UNetConfig
-from bilevel_fast.pruning.aptp.layout import layout
-from bilevel_fast.randomness import Indices, Stream, uniform
+from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.vector import layout
+from bilevel_fast.ops.randomness import Indices, Stream, uniform
 
 TEMPERATURE, BIAS = 0.4, 3.0
 _LOGIT_EPS = 1e-6

@@ -17,10 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from bilevel_fast.errors import UserError, require
-from bilevel_fast.files import read_json, sha256
-from bilevel_fast.text_encoder import TextEncoder
-from bilevel_fast.weights import DIGEST, check_report, find_weights, load_pretrained
+from bilevel_fast.base.errors import UserError, require
+from bilevel_fast.base.files import read_json, sha256
+from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.weights import DIGEST, check_report, find_weights, load_pretrained
 
 CHUNK = 64  # captions encoded at once
 

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from bilevel_fast.architecture import SD21, UNetConfig
-from bilevel_fast.errors import UserError
-from bilevel_fast.folder import read_unet
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.architecture import SD21, UNetConfig
+from bilevel_fast.models.folder import read_unet
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.models.vector import layout
 from bilevel_fast.pruning.aptp.binarise import TEMPERATURE
-from bilevel_fast.pruning.aptp.layout import layout
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.planner import DROP, spend
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
 
 VECTOR = "arch_vector.pt"
 _EPS = 1e-6  # gates of 0 and 1 have finite odds

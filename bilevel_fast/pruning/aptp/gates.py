@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel_fast.architecture import UNetConfig
-from bilevel_fast.ops import attention, group_norm_silu
-from bilevel_fast.pruning.aptp.layout import layout
+from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
+from bilevel_fast.models.vector import layout
+from bilevel_fast.ops.dispatch import attention, group_norm_silu
 from bilevel_fast.pruning.aptp.walk import transform, walk
-from bilevel_fast.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
 
 ResNetGate = Literal["exact", "compat"]
 

@@ -20,15 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel_fast.architecture import UNetConfig
-from bilevel_fast.diffusion import Noised
-from bilevel_fast.errors import UserError
-from bilevel_fast.losses import Loss, LossWeights, fine_tuning_loss
-from bilevel_fast.macs import dense_true, site_costs
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.diffusion import Noised
+from bilevel_fast.models.macs import dense_true, site_costs
+from bilevel_fast.models.unet import Prediction
+from bilevel_fast.models.vector import layout
 from bilevel_fast.pruning.aptp.binarise import harden
-from bilevel_fast.pruning.aptp.codebook import cosines
-from bilevel_fast.pruning.aptp.layout import layout
-from bilevel_fast.unet import Prediction
+from bilevel_fast.pruning.aptp.router import cosines
+from bilevel_fast.training.losses import Loss, LossWeights, fine_tuning_loss
 
 SHARPNESS = 0.03
 """Temperature of both softmaxes of the contrastive loss."""

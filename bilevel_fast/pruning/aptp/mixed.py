@@ -16,12 +16,12 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from bilevel_fast.architecture import Site, sites
-from bilevel_fast.errors import UserError
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.architecture import Site, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
 from bilevel_fast.pruning.aptp import mixed_ops
 from bilevel_fast.pruning.aptp.walk import transform, walk
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
 from bilevel_kernels.kept import Kept
 
 # Assignments of rows to experts that are remembered: a sampler asks with the same one again and again. The kernels

@@ -4,7 +4,7 @@
     attention      q, k and v of the heads that a row keeps, and the projection from them
     feed_forward   both halves of the GEGLU of the groups that a row keeps, and the projection from them
 
-Two providers, and `BILEVEL_FAST_OPS` chooses as it does for the ops of `bilevel_fast.ops`:
+Two providers, and `BILEVEL_FAST_OPS` chooses as it does for the ops of `bilevel_fast.ops.dispatch`:
 
     triton    every operation is one launch for the whole batch, and reads a row's list of kept channels; what a row
               dropped is neither read nor multiplied. The default on a GPU
@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bilevel_kernels as triton_ops
-from bilevel_fast import ops
-from bilevel_fast.errors import UserError
-from bilevel_fast.providers import choose
-from bilevel_fast.unet import Attention, FeedForward, ResNet
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.unet import Attention, FeedForward, ResNet
+from bilevel_fast.ops import dispatch as ops
+from bilevel_fast.ops.providers import choose
 from bilevel_kernels.kept import Kept
 
 

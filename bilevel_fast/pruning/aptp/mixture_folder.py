@@ -21,17 +21,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from bilevel_fast.architecture import UNetConfig
-from bilevel_fast.errors import UserError
-from bilevel_fast.files import open_safetensors, read_json, sha256, write_atomic, write_json
-from bilevel_fast.folder import ModelFolder, load_folder, save_student
-from bilevel_fast.pruning.aptp.codebook import Router
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import open_safetensors, read_json, sha256, write_atomic, write_json
+from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.folder import ModelFolder, load_folder, save_student
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.models.vector import layout
+from bilevel_fast.models.weights import check_names, fingerprint
 from bilevel_fast.pruning.aptp.encoders import PromptEncoder, encode_all, open_encoder
-from bilevel_fast.pruning.aptp.layout import layout
+from bilevel_fast.pruning.aptp.router import Router
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.structure import Structure
-from bilevel_fast.unet import UNet
-from bilevel_fast.weights import check_names, fingerprint
 
 FORMAT, VERSION = "bilevel_fast.mixture", 1
 INDEX, ROUTER, EXPERTS = "mixture.json", "router.safetensors", "experts"

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from bilevel_fast.folder import ModelFolder, load_unet
-from bilevel_fast.generate import Model
+from bilevel_fast.models.folder import ModelFolder, load_unet
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.mixed import Mix
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
-from bilevel_fast.unet import UNet
+from bilevel_fast.sampling.generate import Model
 
 Part = tuple[Sequence[int], UNet, Callable[[slice], Model] | None]
 """Numbers of the prompts, the UNet to sample them with, and what `generate` calls in its place."""

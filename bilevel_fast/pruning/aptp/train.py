@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batch
-from bilevel_fast.diffusion import Schedule, noise
-from bilevel_fast.errors import UserError
-from bilevel_fast.optim import LevelOptimizer
-from bilevel_fast.parameters import FlatParameters
-from bilevel_fast.pruning.aptp.codebook import Router, embed
+from bilevel_fast.models.diffusion import Schedule, noise
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.gates import ResNetGate, gated
 from bilevel_fast.pruning.aptp.losses import Prices, RouterWeights, router_loss
+from bilevel_fast.pruning.aptp.router import Router, embed
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.unet import UNet
+from bilevel_fast.training.optim import LevelOptimizer
+from bilevel_fast.training.parameters import FlatParameters
 
 
 @dataclass(frozen=True)

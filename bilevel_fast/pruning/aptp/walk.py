@@ -10,9 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from bilevel_fast.errors import UserError
-from bilevel_fast.ops import group_norm, group_norm_silu, layer_norm
-from bilevel_fast.unet import Attention, Block, FeedForward, Prediction, ResNet, Transformer, TransformerBlock, UNet
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.unet import (
+    Attention,
+    Block,
+    FeedForward,
+    Prediction,
+    ResNet,
+    Transformer,
+    TransformerBlock,
+    UNet,
+)
+from bilevel_fast.ops.dispatch import group_norm, group_norm_silu, layer_norm
 
 RunResNet = Callable[[str, ResNet, Tensor, Tensor | None, Tensor], Tensor]
 """(name, module, h (B, C, H, W), skip connection or None, SiLU of the time embedding (B, 4 C_0)) -> (B, C_out, H, W)"""

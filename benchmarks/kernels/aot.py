@@ -1,0 +1,185 @@
+"""Compile kernels for cards that need not be here, exactly as their launchers would, and read what ptxas made of them.
+
+    python -m benchmarks.kernels.aot group_norm_silu      what every launch of an op compiles to
+
+Inside `offline(sm)` a launch specialises and compiles its kernel for that target, and runs nothing. So tensors may be
+on the CPU with contents that nobody looks at, and the signatures, alignment hints and configurations are those that the
+op itself asks for. Triton's interpreter must be off: a process either interprets or compiles.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(frozen=True)
+class Card:
+    """Limits of one SM (CUDA C++ Programming Guide, table of technical specifications per compute capability)."""
+
+    warps: int
+    blocks: int
+    shared: int  # bytes
+    block_shared: int  # bytes that one block may have
+    registers: int = 65536
+
+
+CARDS = {
+    80: Card(warps=64, blocks=32, shared=164 << 10, block_shared=163 << 10),
+    86: Card(warps=48, blocks=16, shared=100 << 10, block_shared=99 << 10),
+    89: Card(warps=48, blocks=24, shared=100 << 10, block_shared=99 << 10),
+    90: Card(warps=64, blocks=32, shared=228 << 10, block_shared=227 << 10),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled for one card."""
+
+    kernel: str
+    sm: int
+    config: str  # compile-time constants, warps and stages
+    registers: int
+    spills: int  # bytes of stack and local memory of a thread
+    shared: int  # bytes of a block
+    occupancy: float  # resident warps of the most that an SM holds
+    tensor_core: int  # instructions
+    wide_copies: int  # instructions that load or copy 16 bytes
+    double: int  # fp64 arithmetic instructions
+    sass: str
+
+    @property
+    def fits(self) -> bool:
+        return self.shared <= CARDS[self.sm].block_shared
+
+
+class _Target:
+    """Triton's driver, for a card that is only named."""
+
+    def __init__(self, sm: int):
+        self.sm = sm
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.sm, 32)
+
+    def get_current_device(self) -> int:
+        return self.sm  # kernels are cached by device: one for each target
+
+    def get_current_stream(self, _: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def offline(sm: int) -> Iterator[list[Compiled]]:
+    """Launches in here are compiled for `sm`, not run; each new kernel is appended to the list."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels and cannot compile them")
+    found: dict[Any, Compiled] = {}
+    rows: list[Compiled] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in found:
+            found[kernel.hash] = _read(kernel, sm)
+            rows.append(found[kernel.hash])
+        return kernel
+
+    driver.set_active(_Target(sm))  # pyright: ignore[reportArgumentType]  # the three methods that compiling calls
+    JITFunction.run = compile_only
+    try:
+        yield rows
+    finally:
+        JITFunction.run = run
+        driver._active = active  # `reset_active` would look for a driver, and there may be none
+
+
+def _read(kernel: Any, sm: int) -> Compiled:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        command = [tool, "-res-usage", "-sass", file.name]
+        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers, stack, local = (
+        int(found[1]) if (found := re.search(rf"\b{key}:(\d+)", sass)) else 0 for key in ("REG", "STACK", "LOCAL")
+    )
+    meta = kernel.metadata
+    names = kernel.src.fn.arg_names
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
+    config = " ".join(f"{name}={value}" for name, value in constants.items() if name.isupper())
+    return Compiled(
+        kernel=meta.name,
+        sm=sm,
+        config=f"{config} warps={meta.num_warps} stages={meta.num_stages}".strip(),
+        registers=registers,
+        spills=stack + local,
+        shared=meta.shared,
+        occupancy=_occupancy(CARDS[sm], meta.num_warps, registers, meta.shared),
+        tensor_core=len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\b", sass)),
+        wide_copies=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128|\bUTMALDG", sass)),
+        double=len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b|\.F64\b", sass)),
+        sass=sass,
+    )
+
+
+@lru_cache
+def _occupancy(card: Card, warps: int, registers: int, shared: int) -> float:
+    per_warp = -(-registers * 32 // 256) * 256  # registers are given out in units of 256 per warp
+    blocks = min(
+        card.blocks,
+        card.warps // warps,
+        card.registers // (per_warp * warps) if per_warp else card.blocks,
+        card.shared // (shared + 1024),  # the driver keeps 1 KiB of each block's for itself
+    )
+    return blocks * warps / card.warps
+
+
+def compile_op(op: str, dtype: str, sm: int, skip: tuple[str, ...] = ()) -> list[tuple[str, Compiled]]:
+    """(case, kernel) of every kernel that the benchmark cases of an op launch at batch 2; each kernel once.
+
+    Cases with one of the words of `skip` in their names are left out.
+    """
+    import importlib
+
+    import torch
+
+    cases = importlib.import_module(f"benchmarks.kernels.cases.{op}").cases(
+        2, torch.device("cpu"), getattr(torch, dtype)
+    )
+    rows: list[tuple[str, Compiled]] = []
+    with offline(sm) as compiled:
+        for case in cases:
+            if set(skip) & set(case.name.split()):
+                continue
+            before = len(compiled)
+            call: Callable[[], object] = case.providers["triton"]()
+            call()
+            rows += [(case.name, kernel) for kernel in compiled[before:]]
+    return rows
+
+
+def main() -> None:
+    for op in sys.argv[1:]:
+        for sm in CARDS:
+            for case, k in compile_op(op, "bfloat16", sm):
+                print(
+                    f"sm_{sm} {k.kernel:32} {k.registers:3} reg {k.spills:4} B spilled {k.shared:6} B shared "
+                    f"{k.occupancy:4.0%} {k.tensor_core:3} mma {k.wide_copies:3} x 16 B {k.double} f64  "
+                    f"{case}  {k.config}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""The lower step's loss on the prediction: SD 2.1's v at 512 px, with what the teacher and the data say in fp32."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.cases import Case, Unavailable
+from bilevel_kernels.denoise_loss import denoise_loss, denoise_loss_ref
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
+    shape = (batch, 4, 64, 64)
+
+    def provider(op: Loss) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            s, teacher = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+            target, weight = torch.randn(shape, device=device), torch.rand(batch, device=device)
+            s.requires_grad_()
+            return lambda: torch.autograd.grad(op(s, target, teacher, weight)[0], s)
+
+        return make
+
+    def compiled() -> Callable[[], object]:
+        if device.type != "cuda":
+            raise Unavailable("torch.compile is measured on a GPU only")
+        return provider(torch.compile(denoise_loss_ref))()
+
+    providers = {"triton": provider(denoise_loss), "torch": provider(denoise_loss_ref), "compile": compiled}
+    elements = batch * 4 * 64 * 64
+    moved = elements * (3 * dtype.itemsize + 4)  # s, teacher and ds; the target
+    return [Case("denoise_loss", f"4x64x64 b{batch} fwd+bwd", providers, moved, numel=elements)]

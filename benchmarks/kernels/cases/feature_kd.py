@@ -1,0 +1,71 @@
+"""Feature distillation over the nine block outputs of SD 2.1 at 512 px.
+
+Backward alone is no case: the gradient is written in the forward pass, and a graph runs backward once. Our CUDA code
+always writes it, and is called below autograd.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch._dynamo
+from torch import Tensor
+
+from benchmarks.kernels.cases import Case, Unavailable
+from bilevel_fast.ops.native import cuda as native
+from bilevel_kernels.feature_kd import feature_kd, feature_kd_bytes, feature_kd_ref
+
+# after the down- and upsamplers: down_blocks.0-3, mid_block, up_blocks.0-3; pruning leaves them alone
+BLOCKS = [(320, 32), (640, 16), (1280, 8), (1280, 8), (1280, 8), (1280, 16), (1280, 32), (640, 64), (320, 64)]
+WEIGHT = 0.1
+
+Op = Callable[[list[Tensor], list[Tensor], float], tuple[Tensor, Tensor]]
+
+
+def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
+    def outputs(fill: Callable[..., Tensor]) -> list[Tensor]:
+        return [
+            fill(batch, c, side, side, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+            for c, side in BLOCKS
+        ]
+
+    def provider(op: Op, grad: bool) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            fill = torch.empty if device.type == "cpu" else torch.randn  # on the CPU nobody looks at the values
+            student, teacher = outputs(fill), outputs(fill)
+            if not grad:
+                return lambda: op(student, teacher, WEIGHT)
+            for s in student:
+                s.requires_grad_()
+            return lambda: torch.autograd.grad(op(student, teacher, WEIGHT)[0], student)
+
+        return make
+
+    def compiled(grad: bool) -> Callable[[], Callable[[], object]]:
+        def make() -> Callable[[], object]:
+            if device.type != "cuda":
+                raise Unavailable("compiled for a GPU only")
+            torch._dynamo.reset()  # cases share code: no trace of the shapes before
+            return provider(torch.compile(feature_kd_ref, dynamic=False), grad)()
+
+        return make
+
+    def cuda() -> Callable[[], object]:
+        if device.type != "cuda" or not native.is_built():
+            raise Unavailable(
+                "bilevel_fast.ops.native._cuda is not built" if device.type == "cuda" else "measured on a GPU"
+            )
+        student, teacher = outputs(torch.randn), outputs(torch.randn)
+        return lambda: native.feature_kd(student, teacher, WEIGHT)
+
+    meta = [torch.empty(batch, c, side, side, device="meta", dtype=dtype) for c, side in BLOCKS]
+    return [
+        Case(
+            "feature_kd",
+            f"nine blocks b{batch} {name}",
+            {"triton": provider(feature_kd, grad), "torch": provider(feature_kd_ref, grad), "compile": compiled(grad)}
+            | ({"cuda": cuda} if grad else {}),
+            bytes=feature_kd_bytes(meta, meta, grad),
+            numel=sum(s.numel() for s in meta),
+        )
+        for name, grad in (("fwd", False), ("fwd+bwd", True))
+    ]

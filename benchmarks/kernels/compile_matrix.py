@@ -1,0 +1,131 @@
+"""Every kernel, as its launcher ships it, compiled for every card: what ptxas made of it. Needs no GPU.
+
+    python -m benchmarks.kernels.compile_matrix            compile and print
+    python -m benchmarks.kernels.compile_matrix --check    fails on a row worse than the committed table, or not in it
+    python -m benchmarks.kernels.compile_matrix --write    replaces the committed table, or the rows of --op
+
+The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units.
+A row is worse if it spills, needs more shared memory than the card has, computes in fp64, holds fewer warps on an SM
+than the committed row, or lost its tensor-core instructions or 16-byte copies.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kernels.aot import CARDS, compile_op
+from benchmarks.kernels.cases import OPS
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError, nearest
+
+TABLE = Path(__file__).parent / "results" / "compile_matrix.jsonl"
+# Of each dtype, the kept ratios left out: between dense and 0.55, 0.80 shows nothing new.
+DTYPES = {"bfloat16": ("0.80",), "float32": ("0.80", "0.55")}
+KEY = ("op", "dtype", "sm", "kernel", "case", "config")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the benchmark."""
+
+    op: str | None = None
+    """Only this one."""
+    check: bool = False
+    """Compare with the committed table; exit with 1 if a row is worse."""
+    write: bool = False
+    """Replace the committed table, or the rows of `op` in it."""
+    json: bool = False
+    """One JSON object per row instead of text."""
+
+
+def compile_one(op: str, dtype: str, sm: int) -> list[Row]:
+    """The rows of one op for one card. Runs in a process of its own."""
+    rows = []
+    for case, kernel in compile_op(op, dtype, sm, DTYPES[dtype]):
+        row = {"suite": "compile_matrix", "op": op, "dtype": dtype, "case": case, **asdict(kernel)}
+        del row["sass"]
+        rows.append({**row, "occupancy": round(kernel.occupancy, 3), "fits": kernel.fits})
+    return rows
+
+
+def compile_all(ops: Iterable[str]) -> list[Row]:
+    """All rows, in a fixed order, compiled by as many processes as there are cores."""
+    os.environ.pop("TRITON_INTERPRET", None)  # the processes inherit the environment
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        jobs = [pool.submit(compile_one, *job) for job in product(ops, DTYPES, CARDS)]
+        return [row for job in jobs for row in job.result()]
+
+
+def complaints(row: Row, committed: Row | None) -> list[str]:
+    """What is wrong with a row, by itself and against the committed one."""
+    found = []
+    if row["spills"]:
+        found.append(f"{row['spills']} bytes spilled")
+    if not row["fits"]:
+        found.append(f"{row['shared']} bytes of shared memory do not fit")
+    if row["double"]:
+        found.append(f"{row['double']} fp64 instructions")
+    if committed is None:
+        return [*found, "not in the table; --write adds it"]
+    if row["occupancy"] < committed["occupancy"]:
+        found.append(f"occupancy {row['occupancy']:.0%}, was {committed['occupancy']:.0%}")
+    lost = [what for what in ("tensor_core", "wide_copies") if committed[what] and not row[what]]
+    return found + [f"no {what} instructions, had {committed[what]}" for what in lost]
+
+
+def key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def check(rows: list[Row], table: list[Row]) -> list[str]:
+    """One line for every complaint about a row, and for every committed row that is gone."""
+    committed = {key(row): row for row in table}
+    lines = [f"{' '.join(map(str, key(row)))}: {c}" for row in rows for c in complaints(row, committed.get(key(row)))]
+    gone = committed.keys() - {key(row) for row in rows}
+    return lines + [f"{' '.join(map(str, k))}: in the table, but no longer compiled" for k in sorted(gone, key=str)]
+
+
+def load() -> list[Row]:
+    if not TABLE.exists():
+        raise UserError(f"{TABLE}: no committed table; --write makes one")
+    return [json.loads(line) for line in TABLE.read_text().splitlines()]
+
+
+def text(row: Row) -> str:
+    return (
+        f"sm_{row['sm']} {row['dtype']:8} {row['kernel']:36} {row['registers']:3} regs  {row['spills']:3} B spilled  "
+        f"{row['shared']:6} B shared  {row['occupancy']:4.0%} occupied  {row['tensor_core']:3} mma  "
+        f"{row['wide_copies']:3} x 16 B  {row['double']} f64  {row['case']}  {row['config']}"
+    )
+
+
+def main() -> None:
+    settings = flags.parse(Settings, "benchmarks.kernels.compile_matrix", __doc__)
+    if settings.op is not None and settings.op not in OPS:
+        raise UserError(f"--op {settings.op}: no such op{nearest(settings.op, OPS)}")
+    ops = OPS if settings.op is None else (settings.op,)
+    table = [row for row in load() if row["op"] in ops] if settings.check else []
+    rows = compile_all(ops)
+    for row in rows if settings.json or not settings.check else []:
+        print(json.dumps(row) if settings.json else text(row))
+    if settings.write:
+        others = [] if settings.op is None else [row for row in load() if row["op"] != settings.op]
+        table = sorted(others + rows, key=lambda row: OPS.index(row["op"]))
+        TABLE.write_text("".join(json.dumps(row) + "\n" for row in table))
+    if settings.check:
+        lines = check(rows, table)
+        if lines:
+            raise SystemExit("\n".join([*lines, f"{len(lines)} complaints about {len(rows)} compiled kernels"]))
+        print(f"{len(rows)} compiled kernels, none worse than the committed table")
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))

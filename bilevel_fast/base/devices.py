@@ -1,0 +1,54 @@
+"""Which of several processes this one is, as `torchrun` says it: RANK, WORLD_SIZE and LOCAL_RANK."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from bilevel_fast.base.errors import UserError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process of `world`."""
+
+    rank: int = 0
+    world: int = 1
+    local: int | None = None
+    """Among the processes of this machine; None if nobody said."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world:
+            raise UserError(f"rank {self.rank} of {self.world} does not exist; ranks count from 0")
+
+    @classmethod
+    def from_environment(cls, variables: Mapping[str, str] = os.environ) -> "Ranks":
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; without them this is the only process.
+
+        Raises:
+            UserError: One is no number, RANK and WORLD_SIZE are not both there, or there is no such rank.
+        """
+        found: dict[str, int] = {}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            if name in variables:
+                try:
+                    found[name] = int(variables[name])
+                except ValueError as error:
+                    raise UserError(f"{name} is {variables[name]!r}, wanted a number") from error
+        if ("RANK" in found) != ("WORLD_SIZE" in found):
+            raise UserError("only one of RANK and WORLD_SIZE is set; wanted both, as torchrun sets them, or neither")
+        return cls(found.get("RANK", 0), found.get("WORLD_SIZE", 1), found.get("LOCAL_RANK"))
+
+    def share(self, rows: Sequence[_T]) -> Sequence[_T]:
+        """Rows rank, rank + world, ...: all ranks together have each row once."""
+        return rows[self.rank :: self.world]
+
+    def device(self, name: str) -> str:
+        """`auto` of several processes on one machine is a GPU each."""
+        import torch
+
+        if name == "auto" and self.local is not None and torch.cuda.is_available():
+            return f"cuda:{self.local}"
+        return name

@@ -1,0 +1,75 @@
+"""Files on disk: whole or not there when written, and one clear line when they cannot be read."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from bilevel_fast.base.errors import UserError
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder as durable as the files: a rename lives in the folder, not in the file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        UserError: It is missing, not JSON, or holds something else than an object.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}: wanted a JSON object, found {type(fields).__name__}")
+    return fields
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """Map a safetensors file. Opening checks the header against the length of the file, so truncation shows here.
+
+    Raises:
+        UserError: It is missing, cut short, or not a safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except SafetensorError as error:
+        raise UserError(f"{path} is cut short or not a safetensors file: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,146 @@
+"""What is to be erased and what should stand in its place: pairs of texts, alone or in sentences, and their checks."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models.text_encoder import TextEncoder
+
+_COLUMNS = ("erase", "guide")
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text, and the text that the model should take it for."""
+
+    erase: str
+    guide: str = ""
+    """Empty is the null prompt."""
+    weight: float = 1.0
+    """Of its error among the others'."""
+
+    def __post_init__(self) -> None:
+        if not self.erase.strip():
+            raise UserError(f"erase {self.erase!r} is empty; wanted a text")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise UserError(f"erase {self.erase!r} has weight {self.weight}; wanted a positive number")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A sentence for a concept, `{}` in its place: `a photo of a {} man`, `a red star {}`.
+
+    Attributes:
+        erase: Where the erased text is put.
+        guide: Where the guide is put; the same sentence, unless a base sentence is worded otherwise.
+    """
+
+    erase: str
+    guide: str
+
+    @classmethod
+    def of(cls, subject: str) -> "Frame":
+        """A subject without `{}` is followed by the concept."""
+        sentence = subject if "{}" in subject else f"{subject} {{}}"
+        return cls(sentence, sentence)
+
+
+def form(text: str) -> str:
+    """What two texts share if they are the same but for case and spacing."""
+    return " ".join(text.casefold().split())
+
+
+def make_pairs(erase: Sequence[str], guide: Sequence[str] = ("",), weights: Sequence[float] = ()) -> tuple[Pair, ...]:
+    """Pairs from three lists: one guide serves all texts, and no weights are ones.
+
+    Raises:
+        UserError: The lists do not fit each other, or a pair is none.
+    """
+    if not erase:
+        raise UserError("there is nothing to erase; --erase or --pairs names texts")
+    if len(guide) not in (1, len(erase)):
+        raise UserError(f"{len(guide)} guides came for {len(erase)} texts to erase; wanted one each, or one for all")
+    if weights and len(weights) != len(erase):
+        raise UserError(f"{len(weights)} weights came for {len(erase)} texts to erase; wanted one each")
+    guides = list(guide) * len(erase) if len(guide) == 1 else guide
+    return tuple(Pair(*row) for row in zip(erase, guides, weights or [1.0] * len(erase), strict=True))
+
+
+def read_pairs(path: Path) -> tuple[Pair, ...]:
+    """Read a CSV file with the columns `erase` and `guide`, and perhaps `weight`.
+
+    Raises:
+        UserError: The file is missing, not UTF-8, lacks a column, holds no pair, or has a weight that is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"pair file {path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"pair file {path} is not UTF-8: {error}") from error
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    columns = rows.fieldnames or []
+    for column in _COLUMNS:
+        if column not in columns:
+            raise UserError(f"pair file {path} has no column {column!r}{nearest(column, columns)}")
+    pairs: list[Pair] = []
+    for row in rows:
+        weight = (row.get("weight") or "1").strip()
+        try:
+            pairs.append(Pair((row["erase"] or "").strip(), (row["guide"] or "").strip(), float(weight)))
+        except UserError as error:
+            raise UserError(f"pair file {path}, line {rows.line_num}: {error}") from error
+        except ValueError as error:
+            raise UserError(f"pair file {path}, line {rows.line_num}: weight {weight!r} is no number") from error
+    if not pairs:
+        raise UserError(f"pair file {path} holds no pair")
+    return tuple(pairs)
+
+
+def framed(pairs: Iterable[Pair], frames: Iterable[Frame]) -> tuple[Pair, ...]:
+    """Every pair in every sentence, pair by pair. An empty guide leaves no gap and no comma behind."""
+    frames = list(frames)
+    return tuple(
+        Pair(_put(frame.erase, pair.erase), _put(frame.guide, pair.guide), pair.weight)
+        for pair in pairs
+        for frame in frames
+    )
+
+
+def _put(sentence: str, text: str) -> str:
+    return " ".join(sentence.replace("{}", text).split()).replace(" ,", ",").strip(" ,")
+
+
+def check(pairs: Sequence[Pair], preserve: Sequence[str], encoder: TextEncoder) -> None:
+    """Refuse what cannot be carried out.
+
+    Raises:
+        UserError: A text to erase is its own guide, is there twice, should also be preserved, or has no tokens.
+    """
+    seen: set[str] = set()
+    kept = set(map(form, preserve))
+    for pair in pairs:
+        name = form(pair.erase)
+        if name == form(pair.guide):
+            raise UserError(f"erase {pair.erase!r} has itself as its guide, which changes nothing; wanted another text")
+        if name in seen:
+            raise UserError(f"erase {pair.erase!r} is there twice; wanted each text once")
+        if name in kept:
+            raise UserError(f"{pair.erase!r} is to be erased and preserved; wanted one of the two")
+        seen.add(name)
+    for pair, last in zip(pairs, last_words(encoder, [pair.erase for pair in pairs]), strict=True):
+        if last < 1:
+            raise UserError(f"erase {pair.erase!r} has no tokens for the text encoder; wanted a word that it knows")
+
+
+def last_words(encoder: TextEncoder, texts: Sequence[str]) -> list[int]:
+    """Where the last token of each text stands, before the one that ends it; 0, the begin token, if it has none."""
+    places: list[int] = []
+    for start in range(0, len(texts), _BATCH):
+        places += (encoder.mask(texts[start : start + _BATCH]).sum(1) - 2).tolist()
+    return places

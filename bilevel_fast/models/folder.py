@@ -1,0 +1,283 @@
+"""Model folders: a teacher or a student on disk, in the layout of a diffusers Stable Diffusion pipeline.
+
+    model_index.json     which class each component is
+    unet/                config.json, weights, and for a pruned UNet structure.json
+    text_encoder/  tokenizer/  vae/  scheduler/
+
+The mini world's models have the same layout with components of their own. Weights are safetensors only.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import read_json, sync_folder, write_atomic, write_json
+from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
+from bilevel_fast.models.diffusion import Schedule
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.models.weights import PICKLES, check_names, find_weights, fingerprint, read_weights
+
+UNET_STEM = "diffusion_pytorch_model"
+
+MINI_INDEX = {
+    "_class_name": "MiniPipeline",
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["bilevel_fast.models.mini", "MiniTextEncoder"],
+    "tokenizer": ["bilevel_fast.models.mini", "WordTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["bilevel_fast.models.mini", "PixelUnshuffleVAE"],
+}
+"""The `model_index.json` of a mini world's model."""
+
+# Component, then the classes that can be read, by name: whoever wrote the folder may import them from elsewhere.
+_SD = {
+    "scheduler": ("PNDMScheduler", "DDIMScheduler"),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+_MINI = {component: (pair[1],) for component, pair in MINI_INDEX.items() if component != "_class_name"}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A loaded model folder: everything but the UNet, which `unet` reads when asked."""
+
+    path: Path
+    is_mini: bool
+    """A model of the mini world, not a Stable Diffusion."""
+    config: UNetConfig
+    structure: Structure | None
+    """None if the UNet is dense."""
+    text_encoder: TextEncoder
+    vae: Autoencoder
+    schedule: Schedule
+
+    def unet(self, align: int = 1) -> UNet:
+        """A fresh copy of the UNet, as `load_unet`."""
+        return load_unet(self.path, align)
+
+    @cached_property
+    def vae_fingerprint(self) -> str:
+        """Which VAE it is: caches of latents carry the same."""
+        return fingerprint(self.path / "vae")
+
+
+def load_folder(
+    path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ModelFolder:
+    """Load a model folder.
+
+    Args:
+        path: A folder on this machine; nothing is downloaded.
+        device: Of the text encoder and the VAE.
+        dtype: They compute in; they return fp32 all the same.
+
+    Raises:
+        UserError: The folder or a file of it is missing or broken, a component is of an unknown kind, or two
+            components do not fit each other. The file is named.
+    """
+    path = Path(path)
+    is_mini = _read_kind(path)
+    config, structure = _read_architecture(path / "unet")
+    find_weights(path / "unet", UNET_STEM)  # a missing file is better found now than after the text encoder
+    schedule = Schedule.load(path)
+    load_components = _load_mini if is_mini else _load_sd
+    text_encoder, vae = load_components(path, device, dtype)
+    if text_encoder.width != config.cross_attention_dim:
+        raise UserError(
+            f"{path}: the text encoder's states are {text_encoder.width} wide, "
+            f"the UNet reads {config.cross_attention_dim}"
+        )
+    if not vae.channels == config.in_channels == config.out_channels:
+        raise UserError(
+            f"{path}: the VAE has {vae.channels} latent channels, "
+            f"the UNet reads {config.in_channels} and writes {config.out_channels}"
+        )
+    return ModelFolder(path, is_mini, config, structure, text_encoder, vae, schedule)
+
+
+def _read_kind(path: Path) -> bool:
+    """Whether the folder holds a mini world's model; refuses what is neither that nor a Stable Diffusion."""
+    if not path.exists():
+        raise UserError(f"model folder {path} does not exist; wanted a folder on this machine in the diffusers layout")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; wanted a folder in the diffusers layout")
+    index = read_json(path / "model_index.json")
+    classes = {component: _class_name(path, index, component) for component in _SD}
+    is_mini = classes["text_encoder"] in _MINI["text_encoder"]
+    for component, known in (_MINI if is_mini else _SD).items():
+        if classes[component] not in known:
+            choices = known if is_mini else {*known, *_MINI[component]}
+            raise UserError(
+                f"{path / 'model_index.json'}: {component} {classes[component]!r} is not supported"
+                f"{nearest(classes[component], choices)}"
+            )
+    return is_mini
+
+
+def _class_name(path: Path, index: dict[str, Any], component: str) -> str:
+    match index.get(component):
+        case [str(), str(name)]:
+            return name
+        case None:
+            raise UserError(f"{path / 'model_index.json'}: {component} is missing")
+        case other:
+            raise UserError(f"{path / 'model_index.json'}: {component} is {other!r}, wanted [library, class]")
+
+
+def _load_sd(path: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[TextEncoder, Autoencoder]:
+    return ClipTextEncoder.load(path, device, dtype), KLAutoencoder.load(path / "vae", device, dtype)
+
+
+def _load_mini(path: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[TextEncoder, Autoencoder]:
+    from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
+
+    return MiniTextEncoder.load(path).to(device, dtype), PixelUnshuffleVAE.load(path / "vae")
+
+
+def load_unet(path: Path | str, align: int = 1) -> UNet:
+    """Load the UNet of a model folder: fp32 on the CPU, in eval mode, its parameters trainable.
+
+    Args:
+        path: The model folder.
+        align: As `UNet`.
+
+    Raises:
+        UserError: A file is missing or broken, or the weights do not fit the config and the structure; says which.
+    """
+    folder = Path(path) / "unet"
+    config, structure = _read_architecture(folder)
+    source = "the config without a structure.json" if structure is None else "the structure"
+    return read_unet(folder, config, structure, source, align)
+
+
+def read_unet(folder: Path, config: UNetConfig, structure: Structure | None, source: str, align: int = 1) -> UNet:
+    """As `load_unet`, where something else than the folder says what the UNet keeps.
+
+    Args:
+        folder: The `unet/` folder itself; only the weights in it are read.
+        config: Of the dense UNet.
+        structure: What is kept; None is everything.
+        source: Who says so, for the message about weights that do not fit.
+        align: As `UNet`.
+
+    Raises:
+        UserError: A file is missing or broken, or the weights are not those of this structure; says which.
+    """
+    with torch.device("meta"):
+        unet = UNet(config, structure, align)
+    weights, wanted = read_weights(folder, UNET_STEM), unet.state_dict()
+    check_names(str(folder), weights, wanted)
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape:
+            came, asked = list(tensor.shape), list(wanted[name].shape)
+            raise UserError(f"{folder}: {name} has shape {came}, {source} wants {asked}")
+    unet.load_state_dict(weights, assign=True)
+    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    return unet.eval()
+
+
+def _read_architecture(folder: Path) -> tuple[UNetConfig, Structure | None]:
+    config = UNetConfig.load(folder)
+    if not (folder / "structure.json").exists():
+        return config, None
+    structure = Structure.load(folder / "structure.json")
+    if structure.config != config:
+        raise UserError(f"{folder / 'structure.json'} describes another UNet than {folder / 'config.json'}")
+    return config, None if structure.is_dense else structure
+
+
+def write_unet(folder: Path, unet: UNet, dtype: torch.dtype = torch.float32) -> None:
+    """Write the `unet/` of a model folder: config.json, weights without padding, structure.json if it is pruned.
+
+    Args:
+        folder: The `unet/` folder itself; made if missing.
+        unet: On any device.
+        dtype: To store the weights in.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in unet.state_dict().items()}
+    write_json(folder / "config.json", unet.config.to_dict())
+    if not unet.structure.is_dense:
+        unet.structure.save(folder / "structure.json")
+    write_atomic(folder / f"{UNET_STEM}.safetensors", save(weights, metadata={"format": "pt"}))
+
+
+def save_student(
+    path: Path | str,
+    source: ModelFolder,
+    unet: UNet,
+    *,
+    overwrite: bool = False,
+    notes: Mapping[str, dict[str, Any]] | None = None,
+) -> None:
+    """Write a model folder: the UNet, and every other component copied from the folder that it was made from.
+
+    The folder is written aside and renamed: at `path` there is always a whole model or none.
+
+    Args:
+        path: The new folder.
+        source: Of the teacher.
+        unet: The student; on any device, padded or not.
+        overwrite: Replace a student that an earlier call wrote.
+        notes: JSON files to lie beside the components, by file name.
+
+    Raises:
+        UserError: The path exists and is not to be, or not to be lightly, replaced.
+    """
+    path = Path(path)
+    if path.exists():
+        if not overwrite:
+            raise UserError(f"{path} exists already; delete it or choose another folder")
+        if not _is_student(path) or path.resolve() in (source.path.resolve(), *source.path.resolve().parents):
+            raise UserError(f"{path} is not a student's folder; it is not replaced")
+    aside, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (aside, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    _write_student(aside, source, unet, notes or {})
+    if path.exists():
+        path.rename(old)
+    aside.rename(path)
+    sync_folder(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _is_student(path: Path) -> bool:
+    return (path / "model_index.json").is_file() and (path / "unet" / "structure.json").is_file()
+
+
+def _write_student(aside: Path, source: ModelFolder, unet: UNet, notes: Mapping[str, dict[str, Any]]) -> None:
+    index = read_json(source.path / "model_index.json")
+    aside.mkdir()
+    for part in source.path.iterdir():
+        if part.is_dir() and part.name in index and part.name != "unet":
+            shutil.copytree(part, aside / part.name, copy_function=_copy, ignore=shutil.ignore_patterns(*PICKLES))
+    write_unet(aside / "unet", unet)
+    unet.structure.save(aside / "unet" / "structure.json")  # a student has one even if nothing is pruned
+    for name, content in notes.items():
+        write_json(aside / name, content)
+    write_json(aside / "model_index.json", index)
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy the content of a file, or of what a link leads to, down to the disk."""
+    with open(source, "rb") as read, open(target, "wb") as write:
+        shutil.copyfileobj(read, write, length=1 << 20)
+        write.flush()
+        os.fsync(write.fileno())

@@ -1,0 +1,249 @@
+"""What is kept of a UNet: the kept units of every width vector, and the sites that are dropped.
+
+A `Structure` is the result of every pruning method and the only thing the student UNet, the MAC counter and the
+weight slicing need to know about it. Units are GroupNorm groups of a ResNet's inner channels, attention heads and
+FFN groups (APTP, arXiv:2406.12042, section 3); widths outside the sites never change, so teacher and student
+features keep the same shapes.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import read_json, write_atomic
+from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
+from bilevel_fast.models.macs import Macs
+from bilevel_fast.models.macs import count as count_macs
+
+FORMAT, VERSION = "bilevel_fast.models.structure", 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Frozen record of what is kept.
+
+    Attributes:
+        config: The dense UNet.
+        kept: For each site that is not dropped, kept unit indices per width vector, ascending, at least one:
+            `kept["down_blocks.0.resnets.0"]["groups"] == (0, 1, 5)`.
+        dropped: Names of the dropped sites.
+
+    Raises:
+        UserError: A site or width vector is unknown, missing, empty, unordered or out of range, or a site that
+            changes the number of channels is dropped. The message names the site.
+    """
+
+    config: UNetConfig
+    kept: Mapping[str, Mapping[str, tuple[int, ...]]]
+    dropped: frozenset[str] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        known = {site.name: site for site in sites(self.config)}
+        for name in (*self.kept, *self.dropped):
+            if name not in known:
+                raise UserError(f"structure: no site {name!r} in this UNet{nearest(name, known)}")
+        for name, site in known.items():
+            if name in self.dropped:
+                if name in self.kept:
+                    raise UserError(f"structure: site {name} is both kept and dropped")
+                if not site.droppable:
+                    raise UserError(f"structure: site {name} cannot be dropped, it changes the number of channels")
+            elif name not in self.kept:
+                raise UserError(f"structure: site {name} is missing")
+            else:
+                _check_widths(site, self.kept[name])
+
+    @classmethod
+    def dense(cls, config: UNetConfig) -> "Structure":
+        """Everything is kept."""
+        return cls.uniform(config, 1.0)
+
+    @classmethod
+    def uniform(cls, config: UNetConfig, keep: float, drop: Iterable[str] = ()) -> "Structure":
+        """The first max(1, floor(keep * w)) units of every width vector of w units; the sites in `drop` removed.
+
+        Raises:
+            UserError: `keep` is outside (0, 1], or a name in `drop` is not a droppable site.
+        """
+        if not 0.0 < keep <= 1.0:
+            raise UserError(f"keep is {keep}, wanted 0 < keep <= 1")
+        dropped = frozenset(drop)
+        kept = {
+            site.name: {w.name: tuple(range(max(1, int(keep * w.units + 1e-9)))) for w in site.widths}
+            for site in sites(config)
+            if site.name not in dropped
+        }
+        return cls(config, kept, dropped)
+
+    @property
+    def is_dense(self) -> bool:
+        return not self.dropped and all(
+            len(self.kept[site.name][w.name]) == w.units for site in sites(self.config) for w in site.widths
+        )
+
+    def count(self, site: Site, width: Width) -> int:
+        """Number of kept units of one width vector; 0 where the site is dropped."""
+        return 0 if site.name in self.dropped else len(self.kept[site.name][width.name])
+
+    def macs(self, latent: int, text: int) -> Macs:
+        """MACs and parameters of one sample at latents of `latent` x `latent` and `text` text tokens."""
+        return count_macs(self, latent, text)
+
+    # --- architecture vector ---
+
+    def to_vector(self) -> Tensor:
+        """The APTP architecture vector of zeros and ones, fp32: all width bits, then the depth bits; (1620,) for
+        SD 2.1. The width bits of a dropped site are one.
+
+        Raises:
+            UserError: A site without a depth bit is dropped: the vector cannot say so.
+        """
+        widths: list[Tensor] = []
+        depths: list[float] = []
+        for site in sites(self.config):
+            gone = site.name in self.dropped
+            if gone and not site.depth_bit:
+                raise UserError(f"structure: site {site.name} is dropped, but has no depth bit in the vector")
+            for width in site.widths:
+                bits = torch.ones(width.units) if gone else torch.zeros(width.units)
+                if not gone:
+                    bits[list(self.kept[site.name][width.name])] = 1.0
+                widths.append(bits)
+            depths += [0.0 if gone else 1.0] if site.depth_bit else []
+        return torch.cat([*widths, torch.tensor(depths)])
+
+    @classmethod
+    def from_vector(cls, config: UNetConfig, vector: Tensor | Sequence[float]) -> "Structure":
+        """Read an architecture vector, hard or soft: a unit is kept, a site stays, where its entry is >= 0.5.
+
+        Raises:
+            UserError: The length is wrong, an entry is not finite, or a width vector keeps nothing (the site is named).
+        """
+        values = torch.as_tensor(vector, dtype=torch.float32).flatten()
+        if not values.isfinite().all():
+            raise UserError(f"architecture vector has {int((~values.isfinite()).sum())} entries that are not finite")
+        bits = (values >= 0.5).tolist()
+        widths = sum(w.units for site in sites(config) for w in site.widths)
+        depths = [site.name for site in sites(config) if site.depth_bit]
+        if len(bits) != widths + len(depths):
+            raise UserError(
+                f"architecture vector has {len(bits)} entries, this UNet wants {widths} widths + {len(depths)} depths"
+            )
+        dropped = frozenset(name for name, bit in zip(depths, bits[widths:], strict=True) if not bit)
+        kept: dict[str, dict[str, tuple[int, ...]]] = {}
+        start = 0
+        for site in sites(config):
+            for width in site.widths:
+                units = tuple(i for i in range(width.units) if bits[start + i])
+                if site.name not in dropped:
+                    kept.setdefault(site.name, {})[width.name] = units
+                start += width.units
+        return cls(config, kept, dropped)
+
+    # --- weights ---
+
+    def slice(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Cut the weights of the dense UNet down to this structure, as APTP slices an expert.
+
+        Exact for heads, FFN groups and dropped sites: the result equals the dense model with those units set to
+        zero. For ResNet groups it equals masking *after* GroupNorm and SiLU; masking before them, as APTP's gates
+        do, would let SiLU(beta) of the masked groups flow on.
+
+        Args:
+            state: State dict of the dense UNet, with diffusers' keys.
+
+        Returns:
+            A new state dict; untouched tensors are the same objects.
+
+        Raises:
+            UserError: A tensor is missing or has another size than the dense UNet's.
+        """
+        out = dict(state)
+        for site in sites(self.config):
+            prefix = site.name + "."
+            if site.name in self.dropped:
+                out = {k: v for k, v in out.items() if not k.startswith(prefix)}
+                continue
+            for width in site.widths:
+                units = self.kept[site.name][width.name]
+                if len(units) == width.units:
+                    continue
+                for cut in width.cuts:
+                    key = prefix + cut.tensor
+                    if key not in out:
+                        raise UserError(f"weights: {key} is missing, wanted the dense UNet")
+                    size, wanted = out[key].shape[cut.axis], width.units * width.unit_size * cut.copies
+                    if size != wanted:
+                        raise UserError(f"weights: {key} has size {size} on axis {cut.axis}, the dense UNet {wanted}")
+                    index = channel_index(units, width, cut.copies)
+                    out[key] = out[key].index_select(cut.axis, index.to(out[key].device))
+        return out
+
+    # --- file ---
+
+    def to_dict(self) -> dict[str, Any]:
+        kept = {name: {w: list(units) for w, units in widths.items()} for name, widths in self.kept.items()}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.config.to_dict(),
+            "kept": kept,
+            "dropped": sorted(self.dropped),
+        }
+
+    def save(self, path: Path) -> None:
+        """Write `structure.json`, atomically."""
+        write_atomic(path, json.dumps(self.to_dict()).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> "Structure":
+        """Read `structure.json`.
+
+        Raises:
+            UserError: The file is missing, not ours, of a newer version, or invalid; file, site and reason are named.
+        """
+        fields = read_json(path)
+        if fields.get("format") != FORMAT:
+            raise UserError(f"{path} is not a structure file; wanted format {FORMAT!r}")
+        if fields.get("version") != VERSION:
+            raise UserError(f"{path} has version {fields.get('version')!r}, this release reads {VERSION}")
+        try:
+            config = UNetConfig.from_dict(fields["config"], "config")
+            kept = {name: {w: tuple(u) for w, u in widths.items()} for name, widths in fields["kept"].items()}
+            return cls(config, kept, frozenset(fields["dropped"]))
+        except KeyError as error:
+            raise UserError(f"{path}: field {error} is missing") from error
+        except (AttributeError, TypeError) as error:
+            raise UserError(f"{path}: kept, dropped or config is not what a structure holds ({error})") from error
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+
+def channel_index(units: Sequence[int], width: Width, copies: int = 1) -> Tensor:
+    """Channel numbers of the kept units, (copies * len(units) * unit_size,) int64, ascending."""
+    channels = torch.tensor(units)[:, None] * width.unit_size + torch.arange(width.unit_size)
+    return (torch.arange(copies)[:, None] * (width.units * width.unit_size) + channels.flatten()).flatten()
+
+
+def _check_widths(site: Site, widths: Mapping[str, tuple[int, ...]]) -> None:
+    wanted = {w.name: w for w in site.widths}
+    for name in widths:
+        if name not in wanted:
+            raise UserError(f"structure: site {site.name} has no width vector {name!r}{nearest(name, wanted)}")
+    for name, width in wanted.items():
+        if name not in widths:
+            raise UserError(f"structure: site {site.name} lacks width vector {name!r}")
+        units = widths[name]
+        if not units:
+            raise UserError(f"structure: site {site.name} keeps nothing of {name!r}, wanted at least one unit")
+        if any(type(u) is not int or not 0 <= u < width.units for u in units):
+            raise UserError(f"structure: site {site.name}, {name!r}: units must be integers in 0..{width.units - 1}")
+        if any(b <= a for a, b in itertools.pairwise(units)):
+            raise UserError(f"structure: site {site.name}, {name!r}: units must be ascending, without repeats")

@@ -1,0 +1,349 @@
+"""The Stable Diffusion UNet, teacher and student alike: built from a config and a Structure.
+
+    prediction = UNet(config, structure)(x, t, text)
+
+State-dict keys and shapes are those of diffusers' `UNet2DConditionModel` (narrower where pruned), so weights load
+unchanged in both directions. The forward pass *returns* the block outputs that distillation compares; there are no
+hooks. Activations are channels_last throughout: a Transformer sees (B, H*W, C) without a copy.
+
+Legend: B batch, C channels, H W latent size, T = H*W image tokens, L text tokens, D text width, N heads.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bilevel_fast.models.architecture import Site, UNetConfig, sites
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.ops.dispatch import attention, geglu, group_norm, group_norm_silu, layer_norm
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a UNet says about a noisy batch.
+
+    Attributes:
+        out: (B, C_out, H, W), the network output: v for SD 2.1.
+        blocks: Outputs of the down blocks, the mid block and the up blocks, after their down- or upsampler.
+            Pruning leaves their shapes alone. Nine for SD 2.1.
+    """
+
+    out: Tensor
+    blocks: tuple[Tensor, ...]
+
+
+class Dropped(nn.Module):
+    """Stands where a site was dropped: hands its first input on. A ResNet's skip connection is ignored."""
+
+    def forward(self, x: Tensor, *_: Tensor | None) -> Tensor:
+        return x
+
+
+class ResNet(nn.Module):
+    """Residual block; only its inner width is prunable.
+
+    The inner channels may be stored padded: `pad` zero channels after the real ones. They start at zero, GroupNorm
+    does not see them and their gradients are exactly zero, so they stay zero and change nothing. The state dict
+    holds the real channels only.
+    """
+
+    def __init__(self, site: Site, groups: int, config: UNetConfig, align: int):
+        super().__init__()
+        inner = groups * site.widths[0].unit_size
+        self.inner, self.pad = inner, -inner % align
+        self.norm1 = nn.GroupNorm(config.norm_num_groups, site.in_channels, config.norm_eps)
+        self.conv1 = nn.Conv2d(site.in_channels, inner + self.pad, 3, padding=1)
+        self.time_emb_proj = nn.Linear(config.time_embed_dim, inner + self.pad)
+        self.norm2 = nn.GroupNorm(groups, inner, config.norm_eps)
+        self.conv2 = nn.Conv2d(inner + self.pad, site.out_channels, 3, padding=1)
+        widen = site.in_channels != site.out_channels
+        self.conv_shortcut = nn.Conv2d(site.in_channels, site.out_channels, 1) if widen else None
+        if self.pad:
+            self._zero_padding()
+            self.register_load_state_dict_pre_hook(_pad_on_load)
+            self.register_state_dict_post_hook(_crop_on_save)
+
+    def _zero_padding(self) -> None:
+        with torch.no_grad():
+            for name, axis in _PADDED.items():
+                self.get_parameter(name).narrow(axis, self.inner, self.pad).zero_()
+
+    def forward(self, x: Tensor, skip: Tensor | None, time: Tensor) -> Tensor:
+        """x (B, C, H, W), skip (B, C_skip, H, W) or None, time = SiLU of the time embedding (B, 4 C_0)."""
+        if skip is not None:
+            x = torch.cat([x, skip], dim=1)
+        h = self.conv1(group_norm_silu(x, self.norm1))
+        h = self.conv2(group_norm_silu(h, self.norm2, self.pad, self.time_emb_proj(time)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+_PADDED = {"conv1.weight": 0, "conv1.bias": 0, "time_emb_proj.weight": 0, "time_emb_proj.bias": 0, "conv2.weight": 1}
+
+
+def _pad_on_load(module: ResNet, state: dict[str, Tensor], prefix: str, *_) -> None:
+    for name, axis in _PADDED.items():
+        value = state.get(prefix + name)
+        if value is not None and value.shape[axis] == module.inner:
+            zeros = value.new_zeros([module.pad if d == axis else s for d, s in enumerate(value.shape)])
+            state[prefix + name] = torch.cat([value, zeros], dim=axis)
+
+
+def _crop_on_save(module: ResNet, state: dict[str, Tensor], prefix: str, *_) -> None:
+    for name, axis in _PADDED.items():
+        state[prefix + name] = state[prefix + name].narrow(axis, 0, module.inner)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over the kept heads; q, k, v without bias."""
+
+    def __init__(self, channels: int, context: int, heads: int, head_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, heads * head_dim, bias=False)
+        self.to_k = nn.Linear(context, heads * head_dim, bias=False)
+        self.to_v = nn.Linear(context, heads * head_dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, channels)])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, T, C), context (B, S, D) -> (B, T, C)."""
+        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return geglu(x, self.proj)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, channels: int, inner: int):
+        super().__init__()
+        # index 1 is a dropout of rate 0 in diffusers; it holds the place of the key `net.2`
+        self.net = nn.Sequential(GEGLU(channels, inner), nn.Identity(), nn.Linear(inner, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, site: Site, kept: dict[str, int], text_width: int):
+        super().__init__()
+        channels, (attn1, attn2, ff) = site.out_channels, site.widths
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
+        self.attn1 = Attention(channels, channels, kept["attn1"], attn1.unit_size)
+        self.attn2 = Attention(channels, text_width, kept["attn2"], attn2.unit_size)
+        self.ff = FeedForward(channels, kept["ff"] * ff.unit_size)
+
+    def forward(self, h: Tensor, text: Tensor) -> Tensor:
+        n = layer_norm(h, self.norm1)
+        h = h + self.attn1(n, n)
+        h = h + self.attn2(layer_norm(h, self.norm2), text)
+        return h + self.ff(layer_norm(h, self.norm3))
+
+
+class Transformer(nn.Module):
+    """GroupNorm, projection in, one block of self-attention, cross-attention and GEGLU, projection out, residual."""
+
+    def __init__(self, site: Site, kept: dict[str, int], config: UNetConfig):
+        super().__init__()
+        channels = site.out_channels
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.linear = config.use_linear_projection
+        # SD 1.x stores the same projections as 1x1 convolutions
+        project = nn.Linear if self.linear else lambda i, o: nn.Conv2d(i, o, 1)
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(site, kept, config.cross_attention_dim)])
+        self.proj_out = project(channels, channels)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        """x (B, C, H, W), text (B, L, D) -> (B, C, H, W)."""
+        h = group_norm(x, self.norm)
+        h = _to_tokens(h) if self.linear else _to_tokens(self.proj_in(h))
+        h = self.proj_in(h) if self.linear else h
+        h = self.transformer_blocks[0](h, text)
+        h = self.proj_out(h) if self.linear else h
+        h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+def _to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) channels_last -> (B, T, C), a view."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Resample(nn.Module):
+    """Holds `conv` under diffusers' key; stride 2 shrinks, stride 1 follows a nearest-neighbour enlargement."""
+
+    def __init__(self, channels: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(h)
+
+
+class Block(nn.Module):
+    """The ResNets of a block, its Transformers, and at most one resampler.
+
+    Called with h (B, C, H, W), the SiLU of the time embedding, text states and the list of skip connections, which
+    down blocks push to and up blocks pop from.
+
+    Attributes:
+        recompute: Whether backward computes the inside of a ResNet or Transformer again, from its inputs, instead of
+            finding it in memory.
+    """
+
+    def __init__(self, name: str, structure: Structure, align: int, resample: str | None):
+        super().__init__()
+        self.recompute = False
+        config = structure.config
+        members = [site for site in sites(config) if site.block == name]
+
+        def build(site: Site) -> nn.Module:
+            if site.name in structure.dropped:
+                return Dropped()
+            kept: dict[str, int] = {w.name: structure.count(site, w) for w in site.widths}
+            if site.kind == "resnet":
+                return ResNet(site, kept["groups"], config, align)
+            return Transformer(site, kept, config)
+
+        self.resnets = nn.ModuleList([build(s) for s in members if s.kind == "resnet"])
+        attentions = [build(s) for s in members if s.kind == "transformer"]
+        if attentions:
+            self.attentions = nn.ModuleList(attentions)
+        channels = members[0].out_channels
+        if resample == "downsamplers":
+            self.downsamplers = nn.ModuleList([Resample(channels, stride=2)])
+        elif resample == "upsamplers":
+            self.upsamplers = nn.ModuleList([Resample(channels, stride=1)])
+
+    def resnet(self, index: int, *inputs: Tensor | None) -> Tensor:
+        return self._run(self.resnets[index], *inputs)
+
+    def attend(self, index: int, h: Tensor, text: Tensor) -> Tensor:
+        return self._run(self.attentions[index], h, text) if hasattr(self, "attentions") else h
+
+    def _run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            # nothing inside draws random numbers, and their state cannot be read while a CUDA graph is captured
+            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+        return module(*inputs)
+
+
+class DownBlock(Block):
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+        for j in range(len(self.resnets)):
+            h = self.attend(j, self.resnet(j, h, None, time), text)
+            skips.append(h)
+        if hasattr(self, "downsamplers"):
+            h = self.downsamplers[0](h)
+            skips.append(h)
+        return h
+
+
+class MidBlock(Block):
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, _: list[Tensor]) -> Tensor:
+        return self.resnet(1, self.attend(0, self.resnet(0, h, None, time), text), None, time)
+
+
+class UpBlock(Block):
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+        for j in range(len(self.resnets)):
+            h = self.attend(j, self.resnet(j, h, skips.pop(), time), text)
+        if hasattr(self, "upsamplers"):
+            # to the size of the next skip connection: an odd size halved was rounded up
+            h = self.upsamplers[0](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
+        return h
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal embedding (cosines first) of the timestep, then two linear layers."""
+
+    def __init__(self, channels: int, dim: int):
+        super().__init__()
+        self.channels = channels
+        self.linear_1, self.linear_2 = nn.Linear(channels, dim), nn.Linear(dim, dim)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t (B,) -> (B, dim)."""
+        half = self.channels // 2
+        frequency = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half))
+        angle = t.float()[:, None] * frequency
+        waves = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.linear_1.weight.dtype)
+        return self.linear_2(F.silu(self.linear_1(waves)))
+
+
+class UNet(nn.Module):
+    """The network.
+
+    Args:
+        config: The dense UNet.
+        structure: What is kept of it; everything if None.
+        align: Inner ResNet widths are stored padded to a multiple of this, at no change of the result.
+    """
+
+    def __init__(self, config: UNetConfig, structure: Structure | None = None, align: int = 1):
+        super().__init__()
+        self.config = config
+        self.structure = structure or Structure.dense(config)
+        assert self.structure.config == config, "the structure describes another UNet"
+        channels, levels = config.block_out_channels, len(config.block_out_channels)
+        last = levels - 1
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimeEmbedding(channels[0], config.time_embed_dim)
+        kept = self.structure
+        self.down_blocks = nn.ModuleList(
+            [DownBlock(f"down_blocks.{i}", kept, align, "downsamplers" if i < last else None) for i in range(levels)]
+        )
+        self.mid_block = MidBlock("mid_block", kept, align, None) if config.mid_block_type else None
+        self.up_blocks = nn.ModuleList(
+            [UpBlock(f"up_blocks.{i}", kept, align, "upsamplers" if i < last else None) for i in range(levels)]
+        )
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0], config.norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # an overload its stub lacks
+
+    @property
+    def recompute(self) -> bool:
+        """Whether backward recomputes ResNets and Transformers: less memory, a third more time of forward."""
+        return self.down_blocks[0].recompute  # pyright: ignore[reportReturnType]
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.recompute = on
+
+    def cut(self, structure: Structure, align: int = 1) -> "UNet":
+        """A pruned copy of this dense UNet: the same weights, sliced; no memory is shared."""
+        with torch.device("meta"):
+            student = UNet(self.config, structure, align)
+        student.to_empty(device=self.conv_in.weight.device)
+        student.load_state_dict(structure.slice(self.state_dict()))
+        return student
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:
+        """Predict from a noisy batch, in the dtype of the parameters.
+
+        Args:
+            x: (B, C_in, H, W) noisy latents, any float dtype.
+            t: (B,) timesteps.
+            text: (B, L, D) text states, any float dtype.
+        """
+        blocks: list[Tensor] = []
+        dtype = self.conv_in.weight.dtype
+        time, text = F.silu(self.time_embedding(t)), text.to(dtype)
+        h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
+        skips = [h]
+        for block in (*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks):
+            h = block(h, time, text, skips)
+            blocks.append(h)
+        return Prediction(self.conv_out(group_norm_silu(h, self.conv_norm_out)), tuple(blocks))

@@ -1,0 +1,142 @@
+"""Weight files of a model folder: finding them, reading them, and saying exactly what does not fit."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import open_safetensors, read_json, sha256
+
+PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
+DIGEST = 16  # hex digits of a fingerprint: enough to tell apart the models one person owns
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of one component; together they hold its weights."""
+
+    variant: str | None
+    """What diffusers and transformers call it when they are to load the same files."""
+    files: tuple[Path, ...]
+
+
+def find_weights(folder: Path, stem: str) -> WeightFiles:
+    """Find `stem.safetensors`, its shards, or its half-precision variant, in this order, and open each file.
+
+    Raises:
+        UserError: There are none, only pickles, or one is missing, cut short or not a safetensors file.
+    """
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    half = folder / f"{stem}.fp16.safetensors"
+    if single.is_file():
+        found = WeightFiles(None, (single,))
+    elif index.is_file():
+        found = WeightFiles(None, _shards(index))
+    elif half.is_file():
+        found = WeightFiles("fp16", (half,))
+    elif pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
+        raise UserError(f"{folder} has only {pickles[0]}: pickle weights are not loaded; convert to safetensors")
+    else:
+        raise UserError(f"{single} is missing")
+    for file in found.files:
+        open_safetensors(file)
+    return found
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: weight_map is missing")
+    files = sorted(set(names.values()), key=str)
+    for name in files:
+        if type(name) is not str or Path(name).name != name:
+            raise UserError(f"{index}: {name!r} is not the name of a file beside it")
+    return tuple(index.with_name(name) for name in files)
+
+
+def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of a component, as fp32 on the CPU whatever they are stored in.
+
+    Raises:
+        UserError: As `find_weights`.
+    """
+    weights: dict[str, Tensor] = {}
+    for file in find_weights(folder, stem).files:
+        handle = open_safetensors(file)
+        # Copied: a tensor that is still mapped would change, or crash the process, with its file.
+        weights |= {name: handle.get_tensor(name).to(torch.float32, copy=True) for name in handle.keys()}  # noqa: SIM118
+    return weights
+
+
+def check_names(what: str, found: Collection[str], wanted: Collection[str]) -> None:
+    """Refuse weights whose names are not the wanted ones.
+
+    Raises:
+        UserError: Names are missing or unexpected; says how many and which first.
+    """
+    found, wanted = set(found), set(wanted)
+    missing, unexpected = sorted(wanted - found), sorted(found - wanted)
+    parts = [f"{_count(names)} {kind}" for names, kind in ((missing, "missing"), (unexpected, "unexpected")) if names]
+    if not parts:
+        return
+    near = difflib.get_close_matches(missing[0], unexpected, n=1) if missing else []
+    hint = f"; is {near[0]} meant to be {missing[0]}?" if near else ""
+    raise UserError(f"{what}: {', '.join(parts)}{hint}")
+
+
+def _count(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def load_pretrained(cls: Any, folder: Path, **settings: Any) -> Any:
+    """`cls.from_pretrained` of diffusers or transformers on a folder of this machine; the network is never asked.
+
+    Raises:
+        UserError: The library cannot make sense of the folder.
+    """
+    try:
+        return cls.from_pretrained(folder, local_files_only=True, **settings)
+    except Exception as error:  # a bad file makes these libraries raise anything
+        raise UserError(f"{folder}: {' '.join(str(error).split())}") from error
+
+
+def check_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Refuse what diffusers and transformers only warn about: weights that were not in the file are random now.
+
+    Args:
+        folder: Of the component, for the message.
+        report: The loading info that `from_pretrained(..., output_loading_info=True)` returns.
+
+    Raises:
+        UserError: A weight is missing, unexpected, or has another shape than the config says.
+    """
+    check_names(str(folder), report["unexpected_keys"], report["missing_keys"])
+    if report["mismatched_keys"]:
+        name, came, wanted = min(report["mismatched_keys"])
+        raise UserError(f"{folder}: {name} has shape {list(came)}, the config wants {list(wanted)}")
+
+
+def fingerprint(folder: Path) -> str:
+    """A short id of a component: its configuration and its weights, wherever the folder lies.
+
+    Notes that tools leave in a configuration (names with a leading underscore, such as the version that wrote it) do
+    not count.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
+        digest.update(path.name.encode() + b"\0")
+        if path.suffix == ".json":
+            fields = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+            digest.update(json.dumps(fields, sort_keys=True).encode())
+        else:
+            digest.update(bytes.fromhex(sha256(path)))
+    return digest.hexdigest()[:DIGEST]

@@ -1,0 +1,83 @@
+"""Which implementation runs an op: what won where it was measured, torch everywhere else.
+
+`providers.json` says so per architecture, op and size class; `python -m benchmarks.kernels.sweep --tune` writes it:
+
+    {"cpu": {"group_norm_silu": {"small": "native", "medium": "native"}}}
+
+An architecture is `cpu` or `sm_90` and the like. What the table does not name runs on torch, and so does hardware that
+nobody has measured; but a mixture batch runs on Triton on any GPU: torch has no op that does several experts at once.
+`BILEVEL_FAST_OPS=torch` (or another provider) in the environment overrules the table, wherever that provider can take
+the inputs.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from bilevel_fast.base.errors import UserError, nearest
+
+VARIABLE = "BILEVEL_FAST_OPS"
+PROVIDERS = ("torch", "native", "triton", "cuda", "xformers")
+SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
+
+# architecture -> op -> size class -> provider
+TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
+
+
+def choose(op: str, device: torch.device, numel: int, *able: str, default: str = "torch") -> str:
+    """The provider to run `op` on.
+
+    Args:
+        op: Name of the op.
+        device: Where its inputs are.
+        numel: Elements of its main input; of all of them together where they are a list.
+        able: Providers besides torch that can take these inputs.
+        default: What runs where the table does not say.
+
+    Raises:
+        UserError: The environment names a provider that there is not.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted is None:
+        wanted = TABLE.get(architecture(device), {}).get(op, {}).get(size_class(numel), default)
+    elif wanted not in PROVIDERS:
+        raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
+    return wanted if wanted in able else "torch"
+
+
+def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
+    """What a run should say about its ops before it starts: what was asked for and is not there, or was never measured.
+
+    Args:
+        device: Where the run is.
+        missing: Why a provider cannot run here, by name; those that can are not in it.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted is not None:
+        return [f"{VARIABLE}={wanted}: {missing[wanted]}; torch runs all ops instead"] if wanted in missing else []
+    here = architecture(device)
+    if here in TABLE:
+        return []
+    known = ", ".join(sorted(TABLE)) or "none"
+    return [f"no op was measured on {here} (only on {known}), torch runs them all; "
+            f"to measure: python -m benchmarks.kernels.sweep --device {device.type} --tune"]  # fmt: skip
+
+
+def size_class(numel: int) -> str:
+    """`small`, `medium` or `large`: a kernel that wins on many elements may lose on few."""
+    for name, limit in SIZES.items():
+        if numel < limit:
+            return name
+    return "large"
+
+
+@torch.compiler.assume_constant_result
+def architecture(device: torch.device) -> str:
+    """`cpu`, `sm_90` and the like, or the type of another device."""
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,312 @@
+"""How much memory a training takes on one GPU, and the largest batch that fits, without a GPU.
+
+    memory = estimate(structure, latent=64, text=77, batch=16)
+    print(describe(memory, bytes_of_card=24 * 2**30))
+
+Parameters, gradients and moments are what `FlatParameters` and the two AdamWs allocate. Activations are counted and not
+guessed: a step runs on the meta device, where tensors have sizes and no memory, and every storage is weighed from birth
+to death. They grow with the batch by the same bytes per image, so they are counted at two batch sizes, and the batch in
+question lies on the line through them.
+
+Not counted: fragmentation, and what libraries allocate for themselves (`OUTSIDE`, an assumption). Ops are torch's own;
+our Triton ops keep less.
+"""
+
+import weakref
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.diffusion import Noised
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import Prediction, UNet
+from bilevel_fast.profiling.cost import AsOnGPU
+from bilevel_fast.training.losses import fine_tuning_loss
+from bilevel_fast.training.parameters import FlatParameters
+
+OUTSIDE = 2**30
+"""Bytes of the CUDA context, of loaded kernels and of cuDNN's and cuBLAS's workspaces. An assumption, not a count."""
+
+COUNTED_AT = (8, 24)
+"""Batch sizes at which activations are counted."""
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained, and how.
+
+    Attributes:
+        structure: Of the student; the teacher is dense.
+        latent: Height and width of the latents.
+        text: Text tokens.
+        precision: What the networks compute in; masters and moments are fp32.
+        recompute: See `UNet.recompute`.
+        ema: Whether a moving average of the student is kept.
+        upper: Whether there is an upper level: moments of its own, the teacher asked for two batches at once, and a
+            second gradient while the penalty is added. Its batch is the lower level's. An edit of weights has none of
+            this, and no other need: it is as if there were no upper level.
+        start: Whether the eraser keeps a frozen copy of the student as the run starts, which computes.
+        mask: Whether it keeps a byte for each parameter, as SalUn does.
+        align: As `UNet`; the engine pads to 8 on a GPU.
+    """
+
+    structure: Structure
+    latent: int
+    text: int
+    precision: Literal["bf16", "fp32"] = "bf16"
+    recompute: bool = False
+    ema: bool = False
+    upper: bool = True
+    align: int = 8
+    start: bool = False
+    mask: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the device, by what holds them, when a step holds the most."""
+
+    setting: Setting
+    batch: int
+    weights: int
+    """The student's fp32 masters, and the bf16 copy that computes."""
+    gradients: int
+    moments: int
+    ema: int
+    eraser: int
+    """Its frozen copy of the student, and its mask."""
+    teacher_weights: int
+    teacher_activations: int
+    """The teacher's answer to the lower batch, and the batch: kept for the upper level."""
+    student_activations: int
+    """What autograd keeps between forward and backward."""
+    workspace: int
+    """What else is alive at the peak: activations that come and go, a block that is recomputed, and `OUTSIDE`."""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The fields in bytes by name; they sum up to `total`."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("setting", "batch")}
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(
+    structure: Structure,
+    latent: int,
+    text: int,
+    batch: int,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: bool = False,
+    ema: bool = False,
+    upper: bool = True,
+    align: int = 8,
+    start: bool = False,
+    mask: bool = False,
+) -> Memory:
+    """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
+
+    Raises:
+        UserError: `latent`, `text` or `batch` is not positive.
+    """
+    if batch < 1:
+        raise UserError(f"batch is {batch}, wanted at least 1")
+    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align, start, mask)).at(batch)
+
+
+def largest_batch(
+    structure: Structure,
+    latent: int,
+    text: int,
+    bytes_of_card: int,
+    precision: Literal["bf16", "fp32"] = "bf16",
+    recompute: bool = False,
+    ema: bool = False,
+    upper: bool = True,
+    align: int = 8,
+) -> int:
+    """The largest batch whose `estimate` is at most `bytes_of_card`; 0 if not even one image fits."""
+    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align)).largest(bytes_of_card)
+
+
+def describe(memory: Memory, bytes_of_card: int | None = None) -> str:
+    """A few lines for who runs out of memory: what wants how much, what the card has, and which batch would fit."""
+    setting = memory.setting
+    parts = sorted(((size, name) for name, size in memory.parts.items() if size), reverse=True)
+    listed = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.1f}" for size, name in parts)
+    how = setting.precision + ", recomputing" * setting.recompute
+    text = (
+        f"batch {memory.batch} at latents of {setting.latent} x {setting.latent} ({how}) wants about "
+        f"{memory.total / _GIB:.1f} GiB\n({listed})"
+    )
+    if bytes_of_card is None:
+        return text
+    found = _line(setting).largest(bytes_of_card)
+    text += f"\nthe card has {bytes_of_card / _GIB:.1f} GiB; " + _fits(found)
+    if setting.recompute:
+        return text
+    return text + f"; with --recompute, {_fits(_line(replace(setting, recompute=True)).largest(bytes_of_card))}"
+
+
+def _fits(batch: int) -> str:
+    return f"the largest batch that fits is {batch}" if batch else "not even one image fits"
+
+
+@dataclass(frozen=True)
+class _Activations:
+    """Bytes that depend on the batch."""
+
+    answered: int
+    """The teacher's answer, and what was asked."""
+    kept: int
+    """Between forward and backward."""
+    teaching: int
+    """At the peak of the teacher's forward pass."""
+    learning: int
+    """At the peak of the student's forward and backward pass."""
+
+
+_LINES: dict[str, "_Line"] = {}
+
+
+def _line(setting: Setting) -> "_Line":
+    """Counted once per process."""
+    key = repr(setting)
+    if key not in _LINES:
+        _LINES[key] = _Line(setting)
+    return _LINES[key]
+
+
+class _Line:
+    """The memory of a setting as a function of the batch.
+
+    Raises:
+        UserError: Latents or text tokens are not positive.
+    """
+
+    def __init__(self, setting: Setting):
+        if setting.latent < 1 or setting.text < 1:
+            raise UserError(f"latents of {setting.latent} and {setting.text} text tokens, wanted at least 1 of each")
+        self.setting, config = setting, setting.structure.config
+        with torch.device("meta"):
+            self._teacher = UNet(config).to(setting.dtype).requires_grad_(False)
+            self._student = UNet(config, setting.structure, setting.align)
+            self._flat = FlatParameters(self._student, setting.dtype, average=setting.ema)
+        self._student.recompute = setting.recompute
+        self._counts = tuple(self._count(batch) for batch in COUNTED_AT)
+
+    def at(self, batch: int) -> Memory:
+        (first, last), (low, high) = COUNTED_AT, map(vars, self._counts)
+        slopes = {name: (high[name] - low[name]) / (last - first) for name in low}
+        found = _Activations(**{name: round(low[name] + slopes[name] * (batch - first)) for name in low})
+        flat, copies = self._flat, 1 + self.setting.upper
+        separate = flat.compute is not flat.master
+        updating = flat.master.nbytes * separate  # torch's AdamW wants an fp32 copy of the gradient
+        return Memory(
+            setting=self.setting,
+            batch=batch,
+            weights=flat.master.nbytes + flat.compute.nbytes * separate,
+            gradients=flat.gradient.nbytes * copies,
+            moments=2 * flat.master.nbytes * copies,
+            ema=0 if flat.average is None else flat.average.nbytes,
+            eraser=self._held(),
+            teacher_weights=sum(p.nbytes for p in self._teacher.parameters()),
+            teacher_activations=found.answered,
+            student_activations=found.kept,
+            workspace=max(found.learning, found.teaching, updating) - found.kept + OUTSIDE,
+        )
+
+    def _held(self) -> int:
+        copy = sum(p.numel() for p in self._student.parameters()) * self.setting.dtype.itemsize
+        return copy * self.setting.start + self._flat.master.numel() * self.setting.mask
+
+    def largest(self, bytes_of_card: int) -> int:
+        if self.at(1).total > bytes_of_card:
+            return 0
+        fits, too_large = 1, 2
+        while self.at(too_large).total <= bytes_of_card:
+            fits, too_large = too_large, 2 * too_large
+        while too_large - fits > 1:
+            middle = (fits + too_large) // 2
+            fits, too_large = (middle, too_large) if self.at(middle).total <= bytes_of_card else (fits, middle)
+        return fits
+
+    def _count(self, batch: int) -> _Activations:
+        """A lower step and the teacher's part of an upper one, on the meta device."""
+        noised, text = _batch(self.setting, batch)
+        asked, its_text = _batch(self.setting, batch * (1 + self.setting.upper))
+        with _Weighing() as teaching, torch.no_grad():
+            answer = self._teacher(asked.x, asked.t, its_text)
+        answer = Prediction(_first(answer.out, batch), tuple(_first(block, batch) for block in answer.blocks))
+        held = (answer.out, *answer.blocks, noised.x, noised.t, noised.target, noised.weight, text)
+        with _Weighing() as learning:
+            loss = _loss(self._student, noised, text, answer)
+            kept = learning.now
+            loss.backward()
+        return _Activations(sum(t.nbytes for t in held), kept, teaching.peak, learning.peak)
+
+
+def _batch(setting: Setting, batch: int) -> tuple[Noised, Tensor]:
+    """Noised latents and text states, on the meta device."""
+    config = setting.structure.config
+    latents = torch.empty(batch, config.in_channels, setting.latent, setting.latent, device="meta")
+    t = torch.empty(batch, dtype=torch.int64, device="meta")
+    text = torch.empty(batch, setting.text, config.cross_attention_dim, device="meta")
+    return Noised(latents, t, torch.empty_like(latents), torch.empty(batch, device="meta")), text
+
+
+def _loss(student: UNet, noised: Noised, text: Tensor, answer: Prediction) -> Tensor:
+    # a function of its own: the student's outputs die with it, as they do in the engine
+    return fine_tuning_loss(student(noised.x, noised.t, text), answer, noised).total
+
+
+def _first(x: Tensor, batch: int) -> Tensor:
+    return torch.empty_like(x[:batch], memory_format=torch.channels_last)
+
+
+class _Weighing(AsOnGPU):
+    """Follows the bytes of all storages that are made within, until they die.
+
+    Attributes:
+        now: Bytes alive.
+        peak: The most that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func.is_view:
+            return out
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+                self._meet(t.untyped_storage())
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._part, key, size)
+
+    def _part(self, key: int, size: int) -> None:
+        self._alive.discard(key)
+        self.now -= size

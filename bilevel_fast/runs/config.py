@@ -1,0 +1,372 @@
+"""The settings of a run: one tree of frozen dataclasses, a few named presets, and the checks across fields.
+
+The docstring under a field is its help text. Only `train` knows this module; the rooms of a training step receive
+plain values.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.training.losses import LossWeights
+
+
+@dataclass(frozen=True)
+class Lower:
+    """The lower level recovers quality: diffusion loss + output distillation + block distillation."""
+
+    steps: int = 20_000
+    """Lower steps in all."""
+    batch: int = 64
+    """Images per step."""
+    lr: float = 1e-6
+    """Learning rate of AdamW after the warm-up."""
+    warmup: int = 250
+    """Steps of linear warm-up; the first step has learning rate 0."""
+    weights: LossWeights = field(default_factory=LossWeights)
+    snr_gamma: float = 5.0
+    """Gamma of the SNR weight."""
+    p_uncond: float = 0.0
+    """Share of captions replaced by the empty prompt."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Concept Ablation."""
+
+    keep: float = 1.0
+    """Weight of the diffusion loss on anchor images and prompts; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class Esd:
+    """Erased Stable Diffusion."""
+
+    guidance: float = 3.0
+    """Classifier-free guidance of the half painted samples."""
+    steps: int = 50
+    """DDIM steps of a whole sample, at least 3; 1 to steps - 2 of them are painted."""
+    compat: bool = False
+    """Name the timestep as the released script does: 19 too high at 50 steps."""
+
+
+@dataclass(frozen=True)
+class Salun:
+    """SalUn."""
+
+    share: float = 0.5
+    """Of the parameters, how many move: those with the largest gradients on the concept. The paper's is the median."""
+    batches: int = 8
+    """Concept batches over which these gradients are added up, before the first step."""
+
+
+@dataclass(frozen=True)
+class Erasediff:
+    """EraseDiff."""
+
+    barrier: float = 0.5
+    """How fast the erasing loss must fall, in squared norms of its gradient. A choice of ours, not the paper's."""
+
+
+@dataclass(frozen=True)
+class UceStep:
+    """UCE as an upper step: each projects keys and values of all cross-attentions; see erasing/loop_edits.py."""
+
+    preserve: Path | None = None
+    """Prompt file: texts that should keep their keys and values, as the empty one always does. Default: captions of the
+    lower level's data."""
+    texts: int = 256
+    """How many of these, without a file."""
+    hold: float = 1.0
+    """Weight of all preserved texts together; a concept's texts to erase weigh 1 together, and so do their guides."""
+    ridge: float = 0.5
+    """How much the weights hold on to what they are where no text says anything."""
+
+
+@dataclass(frozen=True)
+class ConceptPruneStep:
+    """ConceptPrune as an upper step: each zeros what masks name, and the lower level may move it again."""
+
+    every: int = 0
+    """Upper steps between two searches for masks; 0 searches once, before the first upper step."""
+    ratio: float = 0.01
+    """Share of each row's weights that may go, for each timestep sampled."""
+    select: float = 0.0
+    """A weight goes if it was chosen at more than this share of the timesteps."""
+    prompts: int = 20
+    """Captions sampled per concept, and as many anchors."""
+    steps: int = 50
+    """DDIM steps of each sample."""
+    guidance: float | None = None
+    """Classifier-free guidance scale. Default: 7.5, and on the mini world --mini.guidance."""
+    batch: int = 8
+    """Prompts sampled together."""
+
+
+@dataclass(frozen=True)
+class Controller:
+    """Chooses lambda and how often upper steps come, and ends them when the concept is gone (bilevel_fast.erasing)."""
+
+    enabled: bool = False
+    """Off: lambda and K stay as they are set. On, a run begins with them."""
+    gone: float | None = None
+    """The concept is gone where the student's answer to it has come so far from the teacher's, with the teacher's
+    answer to the anchor at 1. Upper steps then move nothing until it comes back. By default at 1.2, or where the
+    eraser's target is not much further than that, at 0.9 of the way to it."""
+    by: float = 0.5
+    """Share of the lower steps after which it should be gone; lambda falls, and then K, where that would be missed."""
+    gap: float = 0.05
+    """How far the smoothed lower loss may rise above its least value, as a share of that, before lambda rises."""
+    horizon: int = 200
+    """Lower steps that the smoothing looks back on, and between two changes of K."""
+
+
+@dataclass(frozen=True)
+class Upper:
+    """The upper level suppresses the concept: an eraser's loss on concept images, and a penalty that keeps the rest."""
+
+    every: int = 20
+    """K: lower steps per upper step; 0 runs no upper steps."""
+    batch: int = 64
+    """Concept images per step."""
+    lr: float = 5e-6
+    """Learning rate of the second AdamW after its warm-up."""
+    warmup: int = 250
+    """Upper steps of linear warm-up; the first has learning rate 0."""
+    eraser: str = "guidance"
+    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun,
+    erasediff or forget-me-not. Or an edit of its weights, made again at every upper step: uce or concept-prune; these
+    have no gradient, and of this section read every, anchor and what bears their name."""
+    source: Literal["paper", "teacher", "start", "self"] = "paper"
+    """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
+    student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
+    subset: str = "full"
+    """Parameters that upper steps move, by preset (esd-x, esd-u, selfattn, full) or pattern, separated by commas."""
+    surgery: bool = False
+    """First take out of the suppression gradient what runs against the lower loss's gradient (PCGrad)."""
+    eta: float = 1.0
+    """How far the target is pushed beyond the anchor, away from the concept; 0 imitates it. For guidance, esd."""
+    anchor: Literal["phrase", "null"] = "phrase"
+    """What the teacher is asked instead: the caption without the concept phrase, or the empty prompt."""
+    penalty: float = 1.0
+    """Lambda: weight of the lower loss on the last lower batch, added to the upper loss; see benchmarks.quality.frontier.
+    erasediff weighs by a rule of its own and does not read it."""
+    penalty_norm: Literal["grad", "raw"] = "grad"
+    """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
+    controller: Controller = field(default_factory=Controller)
+    ablation: Ablation = field(default_factory=Ablation)
+    esd: Esd = field(default_factory=Esd)
+    salun: Salun = field(default_factory=Salun)
+    erasediff: Erasediff = field(default_factory=Erasediff)
+    uce: UceStep = field(default_factory=UceStep)
+    concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """How the student is made where no --student is given."""
+
+    method: str = "magnitude"
+    """As for bilevel_fast.prune, whose --help lists them."""
+    budget: float = 0.80
+    """MACs of the student as a share of the dense model's."""
+
+
+@dataclass(frozen=True)
+class Mini:
+    """The built-in world: its data, its concept bank and how the result is judged."""
+
+    images: int = 4096
+    """Drawn training images; the erased styles are not among them."""
+    bank: int = 48
+    """Concept images sampled from the teacher, per erased style."""
+    judge_erased: int = 36
+    """Samples judged per erased style."""
+    judge_kept: int = 36
+    """Samples judged per style that should stay."""
+    guidance: float = 3.0
+    """Classifier-free guidance of all sampling."""
+    bank_steps: int = 25
+    """PNDM steps of the concept bank."""
+    judge_steps: int = 12
+    """DDIM steps of the judged samples: on this world as good as 25 of PNDM, at half the time."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Prune a teacher, then distil it and suppress concepts in one run.
+
+    With no arguments the built-in mini world runs end to end. With --teacher, --data and --concepts the same loop runs
+    on model folders in the diffusers layout.
+    """
+
+    preset: str = "mini"
+    """Where the defaults come from: mini, smoke, paper or released."""
+    out: Path = Path("runs/mini")
+    """Run folder; must be new, unless --resume."""
+    seed: int = 0
+    """Seed of everything random."""
+    teacher: Path | None = None
+    """Dense model folder (diffusers layout). None: the built-in mini teacher."""
+    student: Path | None = None
+    """Pruned model folder. None: prune the teacher as --prune says."""
+    data: Path | None = None
+    """What to fine-tune on: a latent cache, or a list of images, which DALI decodes and the VAE encodes as they are
+    wanted; bilevel_fast.prepare makes both. None: the mini world."""
+    concepts: tuple[Path, ...] = ()
+    """Concept banks to suppress, one or more. None: sampled from the mini teacher."""
+    erase: tuple[str, ...] = ("pointillism",)
+    """Drawing styles of the mini world to suppress; elsewhere --concepts says what."""
+    concept_weights: tuple[float, ...] = ()
+    """What share of each upper batch shows each concept, whatever the sizes of the banks; by default all the same."""
+    resume_concepts: Path | None = None
+    """Finished run to go on from: erases further concepts from its student, and goes on showing those that it erased,
+    with the weights that they had there."""
+    twin: bool = True
+    """On the mini world, also train the distilled-only twin: same start and lower steps, no upper ones."""
+    lower: Lower = field(default_factory=Lower)
+    upper: Upper = field(default_factory=Upper)
+    prune: Prune = field(default_factory=Prune)
+    mini: Mini = field(default_factory=Mini)
+    clip_norm: float | None = None
+    """Gradients are scaled down to this norm; None does not clip."""
+    ema: float | None = None
+    """Decay of a moving average of the student's weights, which is then what is saved and judged; None keeps none."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the networks compute in; master weights, losses and moments are fp32. auto: bf16 on a GPU, else fp32."""
+    fp8_teacher: bool = False
+    """Compute the teacher's linear layers in fp8, on sm_89 and sm_90; the error that it causes is printed."""
+    recompute: bool = False
+    """Compute the inside of the student's blocks again in backward instead of keeping it: less memory."""
+    graphs: bool = True
+    """Run each level's step as one CUDA graph, on a GPU."""
+    log_every: int = 20
+    """Lower steps per status line."""
+    checkpoint_every: int = 100
+    """Lower steps per checkpoint."""
+    max_bad_steps: int = 10
+    """Stop after this many steps in a row whose gradient is not finite; each of them is skipped."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+    dry_run: bool = False
+    """Print the resolved settings and stop."""
+
+    def check(self) -> None:
+        """Refuse settings that contradict each other or are out of range.
+
+        Raises:
+            UserError: Names the flag.
+        """
+        needs = {
+            "--data": (self.data, "--teacher", self.teacher),
+            "--concepts": (self.concepts or None, "--data", self.data),
+            "--student": (self.student, "--teacher", self.teacher),
+        }
+        for flag, (given, wanted, other) in needs.items():
+            if given is not None and other is None:
+                raise UserError(f"{flag} given without {wanted}")
+        if self.preset in ("paper", "released") and self.data is None and not self.dry_run:
+            raise UserError(f"preset {self.preset!r} is for folders: it wants --teacher, --data and --concepts")
+        if self.resume_concepts is not None and self.student is not None:
+            raise UserError("--student given with --resume-concepts, whose student it is that goes on")
+        named, flag = (self.erase, "--erase") if self.on_mini_world else (self.concepts, "--concepts")
+        if self.concept_weights and len(self.concept_weights) != len(named):
+            raise UserError(
+                f"{len(self.concept_weights)} --concept-weights for {len(named)} of {flag}; wanted one each"
+            )
+        if self.data is not None and not self.concepts and self.upper.every:
+            raise UserError("--data given without --concepts; --upper.every 0 runs without suppression")
+        checks = {
+            "lower.steps": self.lower.steps >= 1,
+            "lower.batch": self.lower.batch >= 1,
+            "lower.lr": self.lower.lr > 0,
+            "lower.p-uncond": 0 <= self.lower.p_uncond < 1,
+            "upper.every": self.upper.every >= 0,
+            "upper.batch": self.upper.batch >= 1,
+            "upper.lr": self.upper.lr > 0,
+            "upper.penalty": self.upper.penalty >= 0,
+            "upper.controller.gone": self.upper.controller.gone is None or self.upper.controller.gone > 0,
+            "upper.controller.by": 0 < self.upper.controller.by <= 1,
+            "upper.controller.gap": self.upper.controller.gap >= 0,
+            "upper.controller.horizon": self.upper.controller.horizon >= 1,
+            "prune.budget": 0 < self.prune.budget <= 1,
+            "erase": len(self.erase) >= 1,
+            "concept-weights": all(0 < weight < float("inf") for weight in self.concept_weights),
+            "clip-norm": self.clip_norm is None or self.clip_norm > 0,
+            "ema": self.ema is None or 0 < self.ema < 1,
+            "log-every": self.log_every >= 1,
+            "checkpoint-every": self.checkpoint_every >= 1,
+        }
+        for flag, good in checks.items():
+            if not good:
+                value: Any = self
+                for part in flag.replace("-", "_").split("."):
+                    value = getattr(value, part)
+                raise UserError(f"--{flag} is {value}, outside its range; --help says what it means")
+
+    @property
+    def on_mini_world(self) -> bool:
+        return self.data is None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable, nested like the dataclasses."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {k: plain(v) for k, v in value.items()}
+            if isinstance(value, tuple):
+                return [plain(v) for v in value]
+            return str(value) if isinstance(value, Path) else value
+
+        return plain(dataclasses.asdict(self))
+
+
+VOLATILE = ("out", "recompute", "graphs", "log_every", "checkpoint_every", "device", "resume", "dry_run")
+"""Fields that a resumed run may change: none of them changes a result."""
+
+_MINI = TrainConfig(
+    lower=Lower(steps=120, batch=16, lr=3e-4, warmup=10, p_uncond=0.1),
+    upper=Upper(every=4, batch=16, lr=1.5e-4, warmup=4, controller=Controller(horizon=10)),
+    checkpoint_every=40,
+)
+PRESETS: dict[str, TrainConfig] = {
+    "mini": _MINI,
+    "smoke": dataclasses.replace(
+        _MINI,
+        preset="smoke",
+        out=Path("runs/smoke"),
+        lower=dataclasses.replace(_MINI.lower, steps=8, batch=4),
+        upper=dataclasses.replace(_MINI.upper, batch=4),
+        mini=Mini(images=64, bank=4, judge_erased=4, judge_kept=4, bank_steps=3, judge_steps=3),
+        log_every=4,
+        checkpoint_every=2,
+    ),
+    "paper": TrainConfig(
+        preset="paper",
+        out=Path("runs/paper"),
+        upper=Upper(anchor="null", penalty=100.0, penalty_norm="raw"),
+        checkpoint_every=1000,
+    ),
+    "released": TrainConfig(
+        preset="released",
+        out=Path("runs/released"),
+        lower=Lower(steps=50_000),
+        upper=Upper(every=10, anchor="null", penalty=0.0),
+        checkpoint_every=1000,
+    ),
+}
+
+
+def preset(name: str) -> TrainConfig:
+    """A named preset.
+
+    Raises:
+        UserError: There is none of that name; the nearest are named.
+    """
+    if name not in PRESETS:
+        raise UserError(f"preset {name!r} does not exist{nearest(name, PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,125 @@
+"""Where the models of one seed and one set of concepts are made and measured: on the mini world, and in full."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from bilevel_fast.training.checkpoint import GracefulStop
+from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.data.bank import read_prompts
+from bilevel_fast.erasing.concept_prune import FRAMES
+from bilevel_fast.erasing.pairs import Frame, Pair
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.folder import ModelFolder, load_folder
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.judge import is_held_out
+from bilevel_fast.worlds.mini.world import SCENES, STYLES
+from bilevel_fast.runs.paper.judges import Judge
+from bilevel_fast.runs.paper.mini_judge import MiniJudge
+from bilevel_fast.runs.paper.settings import Full, Rows
+from bilevel_fast.runs.paper.students import Recipe, Workshop
+from bilevel_fast.runs.session import gather, initial_student
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Of one seed and one set of concepts."""
+
+    shop: Workshop
+    judge: Judge
+
+
+Benches = Callable[[int, Sequence[str]], Bench]
+"""Of a seed and the concepts to erase."""
+
+
+def mini_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.device, stop: GracefulStop) -> Benches:
+    """Benches on the mini world; concepts are names of styles.
+
+    Raises:
+        UserError: The teacher is no model of it.
+    """
+    folder = load_folder(config.teacher or TEACHER)
+    if not folder.is_mini:
+        raise UserError(f"{folder.path} is no model of the mini world; --scale full is for others")
+
+    def bench(seed: int, concepts: Sequence[str]) -> Bench:
+        own, place = replace(config, seed=seed, erase=tuple(concepts)), _place(out, seed, concepts)
+        erased = mini.erased_styles(concepts)
+        recipe = _recipe(
+            own,
+            rows,
+            [f"in the style of {STYLES[style]}" for style in erased],
+            [Frame.of(scene.caption) for scene in SCENES if not scene.style and not is_held_out(scene)],
+            [scene.caption for scene in SCENES if scene.style not in erased],
+        )
+        shop = _shop(recipe, folder, erased, place, device, stop)
+        bank = shop.materials.concepts
+        assert bank is not None
+        judge = MiniJudge(folder, own, erased, bank, lambda: shop("distilled"), rows.attack, place / "samples", device)
+        return Bench(shop, judge)
+
+    return bench
+
+
+def full_benches(
+    config: TrainConfig, rows: Rows, full: Full, out: Path, device: torch.device, stop: GracefulStop
+) -> Benches:
+    """Benches on a Stable Diffusion; concept number n is the n-th phrase and the n-th bank.
+
+    Raises:
+        UserError: A path is missing or wrong, or phrases and banks do not fit each other.
+    """
+    from bilevel_fast.metrics.scorers import Scorers  # its packages are optional
+    from bilevel_fast.runs.paper.full_judge import FullJudge
+
+    assert config.teacher is not None, "the command line was checked"
+    if len(full.phrase) != len(config.concepts):
+        raise UserError(
+            f"{len(full.phrase)} --full.phrase came for {len(config.concepts)} --run.concepts; wanted one each"
+        )
+    for flag, path in full.paths():
+        if not path.exists():
+            raise UserError(f"{flag} {path} does not exist")
+    folder = load_folder(config.teacher, device)
+    preserve = read_prompts(full.preserve) if full.preserve else []
+    scorers = Scorers.load(
+        clip_weights=full.clip_weights,
+        csd_weights=full.csd_weights,
+        inception_weights=full.inception_weights,
+        nudenet=any((full.mma, full.ring_a_bell, full.i2p)),
+        device=str(device),
+    )
+
+    def bench(seed: int, concepts: Sequence[str]) -> Bench:
+        own, place = replace(config, seed=seed, concepts=config.concepts[: len(concepts)]), _place(out, seed, concepts)
+        recipe = _recipe(own, rows, concepts, FRAMES[full.subjects], preserve)
+        shop = _shop(recipe, folder, [], place, device, stop)
+        return Bench(shop, FullJudge(full, scorers, place / "samples", lambda: shop("distilled"), seed, device))
+
+    return bench
+
+
+def _place(out: Path, seed: int, concepts: Sequence[str]) -> Path:
+    return out / f"seed-{seed}" / "+".join(name.replace(" ", "-").replace("/", "-") for name in concepts)
+
+
+def _recipe(
+    config: TrainConfig, rows: Rows, phrases: Sequence[str], frames: Sequence[Frame], preserve: Sequence[str]
+) -> Recipe:
+    pairs = tuple(map(Pair, phrases))
+    esd = rows.esd.upper(config.upper)
+    return Recipe(config, esd, rows.uce, rows.concept_prune, pairs, tuple(frames), tuple(preserve))
+
+
+def _shop(
+    recipe: Recipe, folder: ModelFolder, erased: list[int], place: Path, device: torch.device, stop: GracefulStop
+) -> Workshop:
+    # a fresh teacher: a trainer may have turned the last one into bf16
+    teacher = folder.unet().to(device).requires_grad_(False)
+    materials = gather(recipe.bilevel, folder, teacher, erased, place)
+    pruned = initial_student(recipe.bilevel, folder, align=8 if device.type == "cuda" else 1)
+    return Workshop(recipe, folder, pruned, materials, place, device, stop)

@@ -1,0 +1,107 @@
+"""What each table and figure compares; numbers are the paper's (arXiv:2412.15341) as far as its text was at hand.
+
+table1  suppression of one style, against two-stage ESD, UCE and ConceptPrune
+table2  what prompts that were searched for bring back
+table3  what suppression costs elsewhere: quality on all other prompts
+fig4    which losses: diffusion, distillation, both
+fig5    which start: pruned or random weights
+fig6    one, two and three styles suppressed by one model
+fig7    detections, label by label, and how many fewer they are than the dense teacher's
+
+What table3 and fig6 hold is our reading of the released evaluation.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bilevel_fast.training.losses import LossWeights
+from bilevel_fast.runs.paper.students import LABELS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of an experiment.
+
+    Attributes:
+        name: Of the row, in rows.jsonl.
+        label: In tables.
+        member: What the workshop makes: a name of `students.LABELS`.
+        concepts: How many of the concepts are erased; 0 is all of them.
+        weights: Of the lower losses, where they differ from the run's.
+        random: Start from random weights in the pruned shape.
+        steps: Lower steps at which it is measured as well, as shares of all.
+    """
+
+    name: str
+    label: str
+    member: str
+    concepts: int = 0
+    weights: LossWeights | None = None
+    random: bool = False
+    steps: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table or figure.
+
+    Attributes:
+        title: Heads its page.
+        measure: What the judge is asked for.
+        rows: Its models.
+        erase: Styles of the mini world to erase, unless the user says which.
+        against: The row that the others are compared with, in percent of it; none if empty.
+    """
+
+    title: str
+    measure: str
+    rows: tuple[Row, ...]
+    erase: tuple[str, ...] = ("pointillism",)
+    against: str = ""
+
+    @property
+    def is_curve(self) -> bool:
+        """Measured on the way as well: drawn over steps."""
+        return any(row.steps for row in self.rows)
+
+
+_ON_THE_WAY = (0.0, 0.1, 0.25, 0.5, 0.75)
+_MODELS = tuple(Row(name, label, name) for name, label in LABELS.items())
+_SEVERAL = tuple(
+    Row(f"{name}-{count}", f"{LABELS[name]}, {count} erased", name, concepts=count)
+    for count in (1, 2, 3)
+    for name in ("distilled", "bilevel")
+)
+
+EXPERIMENTS = {
+    "table1": Experiment("One style suppressed", "style", _MODELS),
+    "table2": Experiment("Prompts that were searched for", "attacked", _MODELS),
+    "table3": Experiment("Quality on all other prompts", "kept", _MODELS),
+    "fig4": Experiment(
+        "Which losses",
+        "kept",
+        (
+            Row(
+                "diffusion", "the diffusion loss alone", "distilled",
+                weights=LossWeights(output=0.0, feature=0.0), steps=_ON_THE_WAY,
+            ),
+            Row(
+                "distillation", "distillation alone", "distilled",
+                weights=LossWeights(diffusion=0.0), steps=_ON_THE_WAY,
+            ),
+            Row("both", "both", "distilled", steps=_ON_THE_WAY),
+        ),
+    ),
+    "fig5": Experiment(
+        "Which start",
+        "kept",
+        (
+            Row("random", "random weights", "distilled", random=True, steps=_ON_THE_WAY),
+            Row("pruned", "pruned weights", "distilled", steps=_ON_THE_WAY),
+        ),
+    ),
+    "fig6": Experiment(
+        "One, two and three styles suppressed", "removed", _SEVERAL, erase=("pointillism", "waves", "mosaic")
+    ),
+    "fig7": Experiment("Detections by label", "labels", _MODELS, against="teacher"),
+}  # fmt: skip

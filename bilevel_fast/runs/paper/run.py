@@ -1,0 +1,153 @@
+"""Experiments, seed by seed and model by model, in one folder that they share.
+
+    config.json                   settings, the same for all experiments in the folder
+    seed-0/pointillism/...        a concept bank, models (model folders), checkpoints; experiments share them
+    table1/rows.jsonl             a line per model, its concepts, seed and step, as soon as it is measured
+    table1/results.json table.md  those of the concepts last asked for, and mean and spread over seeds
+    table1/plot.png grid.png      the same drawn; samples of the first seed's models
+
+A row that is there is not measured again, a model that is there is not made again: whoever is killed goes on.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bilevel_fast.training.checkpoint import GracefulStop
+from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic
+from bilevel_fast.profiling.picture import machine
+from bilevel_fast.runs.page import picture, png
+from bilevel_fast.runs.paper import report
+from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
+from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, Row
+from bilevel_fast.runs.paper.judges import Column
+from bilevel_fast.runs.paper.settings import Full, Rows
+from bilevel_fast.training.run_folder import RunFolder
+from bilevel_fast.runs.session import pick_device
+
+_log = logging.getLogger(__name__)
+ROWS = "rows.jsonl"
+Measured = dict[str, Any]
+
+
+def reproduce(
+    name: str, config: TrainConfig, settings: Rows, full: Full | None, seeds: Sequence[int], out: Path
+) -> tuple[str, Path]:
+    """Carry out an experiment, or what is missing of it; returns its table, and the folder with its results.
+
+    Args:
+        name: Of `EXPERIMENTS`.
+        config: Of the bilevel run.
+        settings: Of the other rows.
+        full: Prompts and weights of a Stable Diffusion; None is the mini world.
+        seeds: One after the other.
+        out: A new folder, or one of experiments with the same settings; seeds and concepts may be others.
+
+    Raises:
+        Interrupted: A stop was asked for; what is measured is kept.
+        UserError: The folder holds something else, or a model cannot be made or measured.
+    """
+    asked = {"run": config.to_dict(), "rows": asdict(settings)} | ({"full": asdict(full)} if full else {})
+    volatile = tuple(f"run.{field}" for field in (*VOLATILE, "seed", "erase"))
+    there, device = (out / "config.json").exists(), pick_device(config.device)
+    same = json.loads(json.dumps(asked, default=str))
+    with RunFolder.open(out, same, resume=there, volatile=volatile) as place, GracefulStop() as stop:
+        if full is None:
+            concepts, benches = config.erase, mini_benches(config, settings, place.path, device, stop)
+        else:
+            concepts, benches = full.phrase, full_benches(config, settings, full, place.path, device, stop)
+        results = RunFolder(place.path / name)
+        results.path.mkdir(exist_ok=True)
+        return _run(EXPERIMENTS[name], config, concepts, seeds, benches, results), results.path
+
+
+def _run(
+    experiment: Experiment,
+    config: TrainConfig,
+    concepts: Sequence[str],
+    seeds: Sequence[int],
+    benches: Benches,
+    place: RunFolder,
+) -> str:
+    wanted = {row.name: list(concepts[: row.concepts or None]) for row in experiment.rows}
+    rows = [row for row in read(place.path / ROWS) if row.get("concepts") == wanted.get(row["row"])]
+    columns: tuple[Column, ...] = ()
+    done = {(row["row"], row["seed"], row["step"]) for row in rows}
+    shown: dict[str, Any] = {}
+    for seed in seeds:
+        made: dict[tuple[str, ...], Bench] = {}
+        for row in experiment.rows:
+            erase = tuple(wanted[row.name])
+            steps = dict.fromkeys(round(share * config.lower.steps) for share in (*row.steps, 1.0))
+            missing = [step for step in steps if (row.name, seed, step) not in done]
+            if not missing and columns and (seed != seeds[0] or experiment.is_curve):
+                continue
+            if erase not in made:
+                made[erase] = benches(seed, erase)
+            bench = made[erase]
+            columns = bench.judge.columns(experiment.measure)
+            for step in missing:
+                rows.append(_measure(experiment, row, erase, seed, step, bench))
+                with (place.path / ROWS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1], allow_nan=False) + "\n")
+                _log.info("seed %d, %s, step %d: %s", seed, row.label, step, rows[-1]["numbers"])
+            if seed == seeds[0] and not experiment.is_curve and len(erase) == len(concepts):  # one set of prompts
+                shown[row.name], prompts = bench.judge.pictures(row.member, bench.shop(row.member))
+                shown.setdefault("", prompts)
+    return _write(experiment, config, columns, rows, shown, place)
+
+
+def read(path: Path) -> list[Measured]:
+    """Rows measured so far; a last line that a kill cut short is taken out of the file."""
+    if not path.exists():
+        return []
+    whole, newline, torn = path.read_text(encoding="utf-8").rpartition("\n")
+    if torn:
+        _log.warning("%s: its last line was cut short, that row is measured again", path)
+        write_atomic(path, (whole + newline).encode())
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON, line by line: {error}; delete it to measure anew") from error
+
+
+def _measure(experiment: Experiment, row: Row, concepts: Sequence[str], seed: int, step: int, bench: Bench) -> Measured:
+    name, shop = f"{row.name}-{step}" if row.steps else row.member, bench.shop
+    if row.steps:
+        path = shop.after(row.name, step, row.weights or shop.recipe.bilevel.lower.weights, row.random)
+    else:
+        path = shop(row.member)
+    return {
+        "row": row.name,
+        "label": row.label,
+        "concepts": list(concepts),
+        "seed": seed,
+        "step": step,
+        "numbers": bench.judge(experiment.measure, name, path),
+        **machine(shop.device),
+    }
+
+
+def _write(
+    experiment: Experiment,
+    config: TrainConfig,
+    columns: Sequence[Column],
+    rows: Sequence[Mapping[str, Any]],
+    shown: Mapping[str, Any],
+    place: RunFolder,
+) -> str:
+    text = report.table(experiment, columns, rows)
+    about = {"title": experiment.title, "columns": [asdict(column) for column in columns], "config": config.to_dict()}
+    place.write_json("results.json", {**about, "rows": list(rows)})
+    where = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
+    place.write_text("table.md", f"# {experiment.title}\n\n{text}\n\nMeasured on {'; '.join(where)}.\n")
+    report.plot(experiment, columns, rows, place.path / "plot.png")
+    if models := {label: images for label, images in shown.items() if label and len(images)}:
+        zoom = max(1, 96 // next(iter(models.values())).shape[-1])
+        place.write_bytes("grid.png", png(picture(models, shown[""], zoom)))
+    return text

@@ -1,0 +1,177 @@
+"""The models that the paper compares, each made once and kept as a model folder.
+
+    teacher        the dense model
+    distilled      pruned, then lower steps alone
+    esd            distilled, then ESD (arXiv:2303.07345): as many upper steps as `bilevel` takes, and nothing else
+    uce            distilled, then edited in closed form (arXiv:2308.14761)
+    concept-prune  distilled, then edited by ConceptPrune (arXiv:2405.19237)
+    bilevel        pruned, then lower and upper steps in turn
+    bilevel-uce    the same with UCE as the upper step: a projection instead of a gradient
+
+All start from one pruned student and see the same lower batches. A folder that is there already is read, not made
+again, so a run that was killed goes on; the two long trainings go on from their last checkpoint.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel_fast.training.levels import descend
+from bilevel_fast.training.checkpoint import GracefulStop
+from bilevel_fast.runs.config import TrainConfig, Upper
+from bilevel_fast.runs.assemble import Interrupted, Materials, Places, fit, levels, running
+from bilevel_fast.erasing import ConceptPrune, Uce
+from bilevel_fast.erasing.pairs import Frame, Pair
+from bilevel_fast.erasing.edit import RECORD, Job, to_json
+from bilevel_fast.models.folder import ModelFolder, load_unet, save_student
+from bilevel_fast.training.losses import LossWeights
+from bilevel_fast.pruning import reinitialise
+from bilevel_fast.models.unet import UNet
+
+_log = logging.getLogger(__name__)
+
+LABELS = {
+    "teacher": "dense teacher",
+    "distilled": "distilled",
+    "esd": "distilled + ESD",
+    "uce": "distilled + UCE",
+    "concept-prune": "distilled + ConceptPrune",
+    "bilevel": "bilevel",
+    "bilevel-uce": "bilevel, UCE inside",
+}
+"""Rows of the tables; all but the last are the paper's, in its order."""
+
+
+Notes = Mapping[str, dict[str, Any]]
+"""JSON files to lie in a model folder, by name."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the rows of one table are made.
+
+    Attributes:
+        bilevel: The run of the last row; the others share with it what they can.
+        esd: Upper level of ESD. Its number of steps is that of the bilevel run's.
+        uce, concept_prune: The edits.
+        pairs: What the edits erase, and what should stand in its place.
+        frames: Sentences for them.
+        preserve: Texts that UCE keeps.
+    """
+
+    bilevel: TrainConfig
+    esd: Upper
+    uce: Uce
+    concept_prune: ConceptPrune
+    pairs: tuple[Pair, ...]
+    frames: tuple[Frame, ...]
+    preserve: tuple[str, ...]
+
+
+class Workshop:
+    """Makes models of one seed, or finds them.
+
+    Args:
+        recipe: How.
+        folder: The teacher's.
+        pruned: The student that all start from.
+        materials: What they are trained with.
+        out: Where the folders go.
+        stop: Asks to stop between steps; what is finished is kept.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: ModelFolder,
+        pruned: UNet,
+        materials: Materials,
+        out: Path,
+        device: torch.device,
+        stop: GracefulStop,
+    ):
+        self.recipe, self.folder, self.pruned, self.materials = recipe, folder, pruned, materials
+        self.out, self.device, self.stop = out, device, stop
+
+    def __call__(self, name: str) -> Path:
+        """The model folder of a row.
+
+        Raises:
+            Interrupted: A stop was asked for.
+            UserError: A step of it cannot be carried out.
+        """
+        return self.folder.path if name == "teacher" else self._keep(name, lambda: self._make(name))
+
+    def after(self, name: str, steps: int, weights: LossWeights, random: bool) -> Path:
+        """The folder of a student distilled on the way to somewhere, for a curve.
+
+        Args:
+            name: Of the curve.
+            steps: Lower steps so far, 0 or more.
+            weights: Of the lower losses.
+            random: It has started from random weights in the pruned shape.
+
+        Raises:
+            Interrupted: A stop was asked for.
+        """
+
+        def make() -> tuple[UNet, Notes]:
+            config = self.recipe.bilevel
+            start = reinitialise(copy.deepcopy(self.pruned), config.seed) if random else self.pruned
+            lower = replace(config.lower, steps=steps, weights=weights)
+            alone = replace(config, lower=lower, upper=replace(config.upper, every=0))
+            return (self._train(name, alone, start) if steps else start), {}
+
+        return self._keep(f"{name}-{steps}", make)
+
+    def _keep(self, name: str, make: Callable[[], tuple[UNet, Notes]]) -> Path:
+        if not (path := self.out / name).exists():
+            _log.info("seed %d: making %s", self.recipe.bilevel.seed, LABELS.get(name, name))
+            unet, notes = make()
+            save_student(path, self.folder, unet, notes=notes)
+        return path
+
+    def _make(self, name: str) -> tuple[UNet, Notes]:
+        config = self.recipe.bilevel
+        if name == "esd":
+            return self._suppressed(), {}
+        if name in ("uce", "concept-prune"):
+            return self._edited(self.recipe.uce if name == "uce" else self.recipe.concept_prune)
+        if name == "distilled":
+            config = replace(config, upper=replace(config.upper, every=0))
+        if name == "bilevel-uce":  # an edit reads nothing else
+            config = replace(config, upper=Upper(config.upper.every, eraser="uce", anchor=config.upper.anchor))
+        return self._train(name, config, self.pruned), {}
+
+    def _train(self, name: str, config: TrainConfig, start: UNet) -> UNet:
+        """A copy of `start` after the run of a configuration, from its last checkpoint if there is one."""
+        student = copy.deepcopy(start).to(self.device)
+        self.out.mkdir(parents=True, exist_ok=True)
+        places = Places(self.out / "checkpoints" / name, self.out / f"stats-{name}.jsonl", self.out / "events" / name)
+        fit(config, student, self.materials, places, self.stop, self.device)
+        return student
+
+    def _suppressed(self) -> UNet:
+        """Two-stage: the distilled student, then upper steps alone, as many as the bilevel run takes."""
+        config, student = self.recipe.bilevel, load_unet(self("distilled")).to(self.device)
+        steps = config.lower.steps // config.upper.every
+        lower, upper = levels(replace(config, upper=self.recipe.esd), student, self.materials, self.device)
+        assert upper is not None, "a table of suppression has concepts"
+        with running([lower, upper], self.device):
+            for step in range(steps):
+                descend(upper, step)
+                if self.stop.requested:
+                    raise Interrupted(f"stopped after step {step + 1} of {steps} of ESD, which starts anew")
+            lower.optimizer.flat.release()
+        return student
+
+    def _edited(self, edit: Uce | ConceptPrune) -> tuple[UNet, Notes]:
+        unet, recipe = load_unet(self("distilled")).to(self.device).requires_grad_(False), self.recipe
+        kept = recipe.preserve if isinstance(edit, Uce) else ()
+        outcome = edit.edit(unet, Job(self.folder, recipe.pairs, recipe.frames, kept))
+        return unet, {RECORD: to_json([outcome.record])}

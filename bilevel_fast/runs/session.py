@@ -1,0 +1,266 @@
+"""A whole run, in a run folder: make the student, train it (and its twin), judge, report.
+
+Each part leaves a finished thing behind (`concepts/`, `checkpoints/`, `student/`, `distilled/`), written aside and
+renamed, and is skipped if that is there already. So `--resume` after a kill at any moment goes on where it can.
+"""
+
+import copy
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel_fast.ops import dispatch as ops, providers
+from bilevel_fast.runs import page as report
+from bilevel_fast.training.checkpoint import GracefulStop, latest
+from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.data.cache import Cache
+from bilevel_fast.data.stream import open_images
+from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit
+from bilevel_fast.runs import history
+from bilevel_fast.erasing import registry as erasers
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_json
+from bilevel_fast.models.folder import ModelFolder, load_folder, load_unet, save_student
+from bilevel_fast.models.macs import count
+from bilevel_fast.profiling.memory import describe, estimate
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.judge import Samples, judge
+from bilevel_fast.worlds.mini.probe import Probe
+from bilevel_fast.models.mini import PixelUnshuffleVAE
+from bilevel_fast.pruning import MacBudget, calibration_set, method
+from bilevel_fast.training.run_folder import RunFolder
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.models.weights import fingerprint
+
+_log = logging.getLogger(__name__)
+_SHOWN_ERASED, _SHOWN_KEPT = 6, 6
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Carry out a run and return its summary.
+
+    Raises:
+        UserError: Bad input of any kind.
+        Interrupted: SIGTERM or SIGINT came; everything is saved.
+    """
+    started = time.perf_counter()
+    device = pick_device(config.device)
+    erased = erased_styles(config)
+    for note in providers.notes(device, ops.missing(device)):
+        _log.info(note)
+    folder = load_folder(config.teacher or TEACHER)
+    if config.on_mini_world and not folder.is_mini:
+        raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")
+    # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
+    start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
+    names = ["student", "distilled"] if config.on_mini_world and config.twin else ["student"]
+    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
+        with GracefulStop() as stop:
+            teacher = folder.unet().to(device).requires_grad_(False)
+            materials = gather(config, folder, teacher, erased, place.path)
+            trained = {name: _train(name, config, folder, start, materials, place, stop, device) for name in names}
+        summary = _summary(config, folder, *trained["student"])
+        pictures: dict[str, bytes] = {}
+        if config.on_mini_world:
+            # read again: the trainer may have turned its own teacher into bf16
+            models = {"teacher": folder.unet().to(device), **{name: trained[name][0] for name in reversed(names)}}
+            shown = {name: mini.portfolio(unet, folder, erased, config) for name, unet in models.items()}
+            probe = Probe.load()
+            summary["hits"] = {name: mini.hits(samples, erased, probe) for name, samples in shown.items()}
+            summary["quality"] = {name: asdict(judge(samples, erased, probe)) for name, samples in shown.items()}
+            pictures["samples"] = _contact_sheet(shown, len(erased) * config.mini.judge_erased)
+            place.samples.mkdir(exist_ok=True)
+            place.write_bytes("samples/comparison.png", pictures["samples"])
+        pictures["losses"] = report.curves({name: _places(place, name).stats for name in names})
+        summary["seconds"] = round(time.perf_counter() - started, 1)
+        place.write_json("summary.json", summary)
+        place.write_text("report.html", report.page(f"bilevel_fast {config.preset}", summary, pictures))
+    return summary
+
+
+def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path) -> Materials:
+    """Open the caches that were given, or draw the mini world's."""
+    past = None if config.resume_concepts is None else history.read(config.resume_concepts)
+    earlier = () if past is None else past.concepts
+    if past is not None:
+        history.check_teacher(past, fingerprint(folder.path / "unet"))
+    if config.on_mini_world:
+        assert isinstance(folder.vae, PixelUnshuffleVAE)
+        data = mini.drawn_source(folder.vae, erased, config.mini.images, config.seed)
+        banks = mini.concept_banks(folder, config, out / "concepts", alone=not earlier)
+        names = config.erase
+    else:
+        assert config.data is not None
+        data = open_images(config.data, folder, next(teacher.parameters()).device)
+        banks = [_bank(path, folder) for path in config.concepts]
+        names = [path.name for path in config.concepts]
+    if not banks:
+        return Materials(teacher, folder.schedule, folder.text_encoder, data, None)
+    weights = config.concept_weights or (1.0,) * len(banks)
+    new = [history.Erased(*row) for row in zip(names, (str(bank.path) for bank in banks), weights, strict=True)]
+    concepts, banks = [*earlier, *new], [*history.open_banks(earlier), *banks]
+    for bank in banks:
+        bank.check_model(folder.config, folder.vae_fingerprint)
+        if bank.latent_shape != data.latent_shape:
+            ours, theirs = ("x".join(map(str, source.latent_shape[1:])) for source in (data, bank))
+            raise UserError(
+                f"--data has latents of {ours}, {bank.path} of {theirs}; make one of them in the other's size"
+            )
+        _say_what_the_bank_shows(config, bank)
+    source = history.together(concepts, banks, data, len(earlier))
+    if config.upper.every:
+        record = history.to_json(out, fingerprint(folder.path / "unet"), concepts)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / history.RECORD, record)
+    return Materials(teacher, folder.schedule, folder.text_encoder, data, source)
+
+
+def erased_styles(config: TrainConfig) -> list[int]:
+    """Indices of the mini world's styles that are erased after a run: by it, and by those that it goes on from.
+
+    Raises:
+        UserError: A style is not one, or erased already.
+    """
+    if not config.on_mini_world:
+        return []
+    earlier = () if config.resume_concepts is None else history.read(config.resume_concepts).names
+    for style in config.erase:
+        if style in earlier:
+            raise UserError(f"style {style!r} was erased by {config.resume_concepts} already; --erase names another")
+    return mini.erased_styles([*earlier, *config.erase])
+
+
+def _say_what_the_bank_shows(config: TrainConfig, bank: Cache) -> None:
+    wanted = erasers.shows(config.upper.eraser)
+    if (shows := bank.index.recipe.get("shows", "prompt")) != wanted:
+        _log.warning(
+            "the images of %s were drawn by their %s, %s wants the %s", bank.path, shows, config.upper.eraser, wanted
+        )
+
+
+def _bank(path: Path, folder: ModelFolder) -> Cache:
+    cache = Cache.open(path)
+    if cache.index.kind != "concepts":
+        raise UserError(f"--concepts {path} is a cache of {cache.index.kind}, wanted one of concepts")
+    cache.check_model(folder.config, folder.vae_fingerprint)
+    return cache
+
+
+def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNet:
+    """The student before training: the folder that was given, or the teacher pruned to the budget.
+
+    Raises:
+        UserError: The student was made from another UNet, or the method or the budget is impossible.
+    """
+    given = config.student if config.resume_concepts is None else config.resume_concepts / "student"
+    if given is not None:
+        student = load_unet(given, align)
+        if student.config != folder.config:
+            raise UserError(f"{given} was not made from {folder.path}: their UNets differ")
+        return student
+    dense = folder.unet()
+    budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
+    erased = mini.erased_styles(config.erase) if config.on_mini_world else []
+    calibration = calibration_set(folder, config.data, seed=config.seed, erased=erased)
+    return dense.cut(method(config.prune.method)(dense, budget, calibration), align)
+
+
+def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:
+    """GMAC per image at the model's sample size, dense and pruned, and their ratio."""
+    latent, text = folder.config.sample_size, folder.text_encoder.length
+    dense, student = (count(s, latent, text).true / 1e9 for s in (Structure.dense(folder.config), structure))
+    return {"dense_g": round(dense, 6), "student_g": round(student, 6), "ratio": round(student / dense, 6)}
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto`, and refuse what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _places(place: RunFolder, name: str) -> Places:
+    stats = place.stats if name == "student" else place.path / f"stats-{name}.jsonl"
+    return Places(place.checkpoints / name, stats, place.events / name)
+
+
+def _train(
+    name: str,
+    config: TrainConfig,
+    folder: ModelFolder,
+    start: UNet,
+    materials: Materials,
+    place: RunFolder,
+    stop: GracefulStop,
+    device: torch.device,
+) -> tuple[UNet, Progress]:
+    """Train `student` or its twin `distilled` from `start`, or read it if an earlier session finished it."""
+    out, places = place.path / name, _places(place, name)
+    if out.exists():
+        saved = latest(places.checkpoints)
+        return load_unet(out).to(device), Progress(**saved.state) if saved else Progress()
+    student = copy.deepcopy(start).to(device)
+    _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
+    if name == "distilled":
+        materials = replace(materials, concepts=None)
+    try:
+        progress = fit(config, student, materials, places, stop, device)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(config, student.structure, folder, device) from error
+    save_student(out, folder, student)
+    return student, progress
+
+
+def out_of_memory(config: TrainConfig, structure: Structure, folder: ModelFolder, device: torch.device) -> UserError:
+    """What the memory model says about the batch that did not fit, and about those that would."""
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    precision = "bf16" if compute_dtype(config.precision, device) == torch.bfloat16 else "fp32"
+    wanted = estimate(
+        structure,
+        folder.config.sample_size,
+        folder.text_encoder.length,
+        max(config.lower.batch, config.upper.batch if config.upper.every else 0),
+        precision=precision,
+        recompute=config.recompute,
+        ema=config.ema is not None,
+        upper=config.upper.every > 0 and config.upper.eraser not in erasers.EDITS,
+        start=config.upper.every > 0 and erasers.source_of(config.upper) == "start",
+        mask=config.upper.every > 0 and config.upper.eraser == "salun",
+    )
+    return UserError(f"{device} is out of memory; what was saved is whole\n{describe(wanted, card)}")
+
+
+def _summary(config: TrainConfig, folder: ModelFolder, student: UNet, progress: Progress) -> dict[str, Any]:
+    """What summary.json holds; `quality` and `seconds` are filled in when they are known."""
+    return {
+        "preset": config.preset,
+        "seconds": None,
+        "images_per_second": round(progress.images / max(progress.seconds, 1e-9), 3),
+        "lower_steps": progress.step,
+        "upper_steps": progress.upper_steps,
+        "macs": macs(student.structure, folder),
+        "quality": None,
+    }
+
+
+def _contact_sheet(shown: dict[str, Samples], erased: int) -> bytes:
+    """Some erased prompts left, some others right, one row per model."""
+    scenes = next(iter(shown.values())).scenes
+    # strides prime to how the scenes are laid out, so that the columns show different objects, colours and styles
+    left = [(5 * i) % erased for i in range(_SHOWN_ERASED)]
+    right = [erased + (29 * i) % (len(scenes) - erased) for i in range(_SHOWN_KEPT)]
+    columns = left + right
+    rows = {name: samples.images[columns] for name, samples in shown.items()}
+    return report.png(report.picture(rows, [scenes[i].caption for i in columns]))

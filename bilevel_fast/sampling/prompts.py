@@ -1,0 +1,213 @@
+"""Prompt sets for evaluation: rows of an id, a prompt and perhaps a seed, from tables, text files and COCO's captions.
+
+    csv     a table with a header: a column `prompt`, and one of ids; without ids, rows are numbered from 0
+    lines   one prompt per line; the id is its number, from 0
+    coco    `captions_*.json`: `annotations` of `image_id` and `caption`; the id is that of the image
+
+COCO has five captions to an image. The released evaluation samples them all, one over the other, so that the last one
+of each image is what it measures; it is the default here, and the only one that is drawn.
+"""
+
+import csv
+import io
+import itertools
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import read_json
+
+Layout = Literal["auto", "csv", "lines", "coco"]
+Duplicates = Literal["refuse", "first", "last", "all"]
+
+ID_COLUMNS = ("case_number", "id", "image_id")
+
+_log = logging.getLogger(__name__)
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image to be drawn."""
+
+    id: str
+    """Names its file: letters, digits, `.`, `_` and `-`."""
+    prompt: str
+    seed: int | None = None
+    """Of its noise; None is the seed of the whole set."""
+
+    def __post_init__(self) -> None:
+        if not _ID.fullmatch(self.id):
+            raise UserError(f"id {self.id!r} cannot name a file; wanted letters, digits, '.', '_' and '-', 200 at most")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise UserError(f"seed is {self.seed}; it must be in [0, 2**64)")
+
+
+@dataclass(frozen=True)
+class RowFlags:
+    """How a prompt file is read: flags of commands, arguments of `read_rows`."""
+
+    layout: Layout = "auto"
+    """Of the prompt file; auto goes by its name: .csv, .json, else lines."""
+    prompt_column: str = "prompt"
+    """Of a table: prompt, adv_prompt, ..."""
+    id_column: str | None = None
+    """Of a table: names the images. Default: case_number, id or image_id, else rows are numbered from 0."""
+    seed_column: str | None = None
+    """Of a table: a seed for each prompt, such as evaluation_seed. Default: one seed for all."""
+    duplicates: Duplicates | None = None
+    """Which rows of an id to keep. Default: the last of COCO's captions of an image; others are refused."""
+    limit: int | None = None
+    """Only the first so many ids."""
+
+    def read(self, path: Path) -> list[Row]:
+        """As `read_rows`."""
+        return read_rows(path, **{field.name: getattr(self, field.name) for field in fields(RowFlags)})
+
+
+def read_rows(
+    path: Path | str,
+    *,
+    layout: Layout = "auto",
+    prompt_column: str = "prompt",
+    id_column: str | None = None,
+    seed_column: str | None = None,
+    duplicates: Duplicates | None = None,
+    limit: int | None = None,
+) -> list[Row]:
+    """Read a prompt set. Rows without a prompt are left out, and a warning says which.
+
+    Args:
+        path: The file, UTF-8.
+        layout: `auto` goes by its name: `.csv`, `.json`, else lines.
+        prompt_column: Of a table, such as `adv_prompt`.
+        id_column: Of a table; by default the first of `ID_COLUMNS` that it has, else rows are numbered.
+        seed_column: Of a table, such as `evaluation_seed`; by default rows have no seed of their own.
+        duplicates: What to do about an id that is there twice: refuse it, keep the `first` or the `last` row, or keep
+            `all` as `ID-0`, `ID-1`, ... By default COCO's captions keep the last, all else is refused.
+        limit: Keep the first so many ids only.
+
+    Raises:
+        UserError: The file is missing, not UTF-8, not of that layout, lacks a column, or holds no prompt; a row has a
+            bad id or seed, or the id of another. The line is named.
+    """
+    path = Path(path)
+    if layout not in (known := get_args(Layout)):
+        raise UserError(f"prompt layout {layout!r} does not exist{nearest(layout, known)}")
+    if layout == "auto":
+        suffix = path.suffix.lower()
+        layout = "csv" if suffix == ".csv" else "coco" if suffix == ".json" else "lines"
+    if layout != "csv" and (prompt_column != "prompt" or id_column is not None or seed_column is not None):
+        raise UserError(f"prompt file {path} is read as {layout}, which has no columns; only a table, csv, has them")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit is {limit}; wanted at least 1")
+    match layout:
+        case "csv":
+            rows = _table(path, prompt_column, id_column, seed_column)
+        case "coco":
+            rows = _captions(path)
+        case _:
+            texts = (text for text in _text(path).split("\n") if text.strip())
+            rows = ((f"line {n + 1}", Row(str(n), text.strip())) for n, text in enumerate(texts))
+    kept = _without_duplicates(path, rows, duplicates or ("last" if layout == "coco" else "refuse"), limit)
+    if not kept:
+        raise UserError(f"prompt file {path} holds no prompt")
+    return kept
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"prompt file {path} does not exist") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"prompt file {path} is not UTF-8: {error}") from error
+
+
+def _table(path: Path, prompt: str, ids: str | None, seeds: str | None) -> Iterator[tuple[str, Row]]:
+    table = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        columns = [name.strip() for name in table.fieldnames or []]
+        table.fieldnames = columns
+        for name in (prompt, *filter(None, (ids, seeds))):
+            if name not in columns:
+                raise UserError(f"prompt file {path} has no column {name!r}{nearest(name, columns)}")
+        ids = ids or next((name for name in ID_COLUMNS if name in columns), None)
+        empty: list[int] = []
+        for number, fields in enumerate(table):
+            where = f"line {table.line_num}"
+            text = (fields[prompt] or "").strip()
+            if not text:
+                empty.append(table.line_num)
+                continue
+            try:
+                name = str(number) if ids is None else (fields[ids] or "").strip()
+                row = Row(name, text, None if seeds is None else _seed(fields[seeds]))
+            except UserError as error:
+                raise UserError(f"prompt file {path}, {where}: {error}") from error
+            yield where, row
+        _say_empty(path, "lines", empty)
+    except csv.Error as error:
+        raise UserError(f"prompt file {path}, line {table.line_num}: {error}") from error
+
+
+def _seed(text: str | None) -> int:
+    digits = (text or "").strip().removesuffix(".0")  # tables that went through a data frame with gaps have floats
+    try:
+        return int(digits)
+    except ValueError as error:
+        raise UserError(f"seed {text!r} is no integer") from error
+
+
+def _captions(path: Path) -> Iterator[tuple[str, Row]]:
+    annotations = read_json(path).get("annotations")
+    if not isinstance(annotations, list):
+        raise UserError(f"{path}: wanted COCO captions, a list of 'annotations'")
+    empty: list[int] = []
+    for number, annotation in enumerate(annotations):
+        where = f"annotation {number}"
+        match annotation:
+            case {"image_id": int(image) | str(image), "caption": str(caption)}:
+                if not caption.strip():
+                    empty.append(number)
+                    continue
+            case _:
+                raise UserError(f"{path}, {where}: wanted 'image_id' and 'caption'")
+        try:
+            yield where, Row(str(image), caption.strip())
+        except UserError as error:
+            raise UserError(f"{path}, {where}: {error}") from error
+    _say_empty(path, "annotations", empty)
+
+
+def _say_empty(path: Path, what: str, numbers: Sequence[int]) -> None:
+    if numbers:
+        shown = ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+        _log.warning("prompt file %s: %s %s have no prompt and are left out", path, what, shown)
+
+
+def _without_duplicates(
+    path: Path, rows: Iterator[tuple[str, Row]], duplicates: Duplicates, limit: int | None
+) -> list[Row]:
+    if duplicates not in (known := get_args(Duplicates)):
+        raise UserError(f"duplicates {duplicates!r} does not exist{nearest(duplicates, known)}")
+    groups: dict[str, list[tuple[str, Row]]] = {}
+    for where, row in rows:
+        group = groups.setdefault(row.id, [])
+        if group and duplicates == "refuse":
+            raise UserError(
+                f"prompt file {path}: id {row.id!r} is there twice, {group[0][0]} and {where}; "
+                "wanted another id column, or which of them to keep"
+            )
+        group.append((where, row))
+    kept: list[Row] = []
+    for group in itertools.islice(groups.values(), limit):
+        if duplicates == "all":
+            kept += [replace(row, id=f"{row.id}-{n}") for n, (_, row) in enumerate(group)]
+        else:
+            kept.append(group[0 if duplicates == "first" else -1][1])
+    return kept

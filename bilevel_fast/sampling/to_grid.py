@@ -1,0 +1,95 @@
+"""A few prompts to one PNG picture: a row per seed, a column per prompt."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.pruning.aptp.mixture_folder import Mixture
+from bilevel_fast.pruning.aptp.sampling import Part, expert_by_expert, one_batch
+from bilevel_fast.runs import page as report
+from bilevel_fast.runs.session import pick_device
+from bilevel_fast.sampling.generate import generate
+from bilevel_fast.sampling.samplers import Method
+from bilevel_fast.worlds.mini import TEACHER
+
+
+@dataclass(frozen=True)
+class GridFlags:
+    """What a grid is made of. A folder of `sample` shares all of it but `prompts` and `out`."""
+
+    prompts: tuple[str, ...] = ()
+    """What to draw into a grid."""
+    model: Path | None = None
+    """Model folder: a teacher or a student. Default: the built-in mini teacher."""
+    mixture: Path | None = None
+    """Mixture folder: each prompt is sampled by one of its experts. If --model names the dense model that they were cut
+    from, a grid is sampled in one batch, from its weights: what experts have learned since is not used."""
+    prompt_encoder: Path | None = None
+    """Where the sentence encoder is, if the mixture has one and it is not where it was."""
+    out: Path | None = None
+    """The grid; an existing file is refused. Default: grid.png."""
+    seeds: tuple[int, ...] = (0,)
+    """A grid's rows; all prompts of a row start from the same noise. A folder takes one; noise is of seed and id."""
+    steps: int = 25
+    """Sampling steps."""
+    guidance: float | None = None
+    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    method: Method = "pndm"
+    """Sampler."""
+    size: int | None = None
+    """Height and width of the latents. Default: what the model was made for; in a folder 64 (512 pixels) at most."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+
+
+def draw_grid(asked: GridFlags) -> Path:
+    """Sample every prompt from the noise of every seed, and write the picture; prints which expert draws what.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        UserError: Bad input of any kind.
+    """
+    prompts, seeds, out = asked.prompts, asked.seeds, asked.out or Path("grid.png")
+    if not prompts or not seeds:
+        raise UserError("--prompts and --seeds want at least one value")
+    if out.exists():
+        raise UserError(f"{out} exists already; delete it or choose another --out")
+    place = pick_device(asked.device)
+    if asked.mixture is None:
+        if asked.prompt_encoder is not None:
+            raise UserError("--prompt-encoder is for the router of a --mixture, and none was named")
+        folder = load_folder(asked.model or TEACHER, place)
+        parts: Iterable[Part] = [(range(len(prompts)), folder.unet(), None)]
+    else:
+        experts = Mixture.load(asked.mixture, prompt_encoder=asked.prompt_encoder, device=place)
+        folder = experts.parts if asked.model is None else load_folder(asked.model, place)
+        expert = experts.route(prompts)
+        for number, prompt in zip(expert.tolist(), prompts, strict=True):
+            print(f"expert {number}  {prompt}")
+        parts = expert_by_expert(experts, expert) if asked.model is None else one_batch(experts, folder, expert, place)
+    guidance = asked.guidance if asked.guidance is not None else 3.0 if folder.is_mini else 7.5
+    size = asked.size or folder.config.sample_size
+    images: dict[tuple[int, int], Tensor] = {}
+    for numbers, unet, call in parts:
+        unet.to(place)
+        for seed in seeds:
+            latents = generate(
+                unet, folder.schedule, folder.text_encoder, [prompts[n] for n in numbers], [0] * len(numbers),
+                seed=seed, size=(size, size), guidance=guidance, steps=asked.steps, method=asked.method,
+                model=call,
+            )  # fmt: skip
+            for n, latent in zip(numbers, latents, strict=True):
+                images[seed, n] = folder.vae.decode(latent[None].to(place)).cpu()
+        del unet, call
+    rows = {f"seed {s}": torch.cat([images[s, n] for n in range(len(prompts))]) for s in seeds}
+    zoom = max(1, 128 // next(iter(rows.values())).shape[-1])
+    write_atomic(out, report.png(report.picture(rows, prompts, zoom)))
+    return out

@@ -1,0 +1,245 @@
+"""Checkpoints that outlive a kill, a full disk and a flipped bit; the flag that ends a run after its step.
+
+    <folder>/step-000123/model.safetensors   tensors by name
+                         optimizer.pt        {name: state dict}; tensors and plain values only
+                         state.json          counters, seeds, whatever JSON holds exactly
+                         manifest.json       format, step, size and SHA-256 of the other three
+
+A checkpoint is written as `.tmp-step-000123`, synced to the disk and renamed, so a folder named `step-*` is
+whole unless something damaged it later. Nothing is replaced in place: a step that is saved again becomes
+`step-000123.1`.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from types import FrameType
+from typing import Any, Self, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import sha256, sync_folder
+
+FORMAT = 1
+
+_MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
+_FILES = (_MODEL, _OPTIMIZER, _STATE)
+_NAME = re.compile(r"step-(\d{6,})(?:\.(\d+))?")
+_ASIDE = ".tmp-"
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `save` was given, bit for bit; every tensor is on the CPU and contiguous."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    optimizers: dict[str, dict[str, Any]]
+    state: dict[str, Any]
+
+
+class _DamagedError(Exception):
+    """A file of a checkpoint is not what was saved: `<file>: <what is wrong>`."""
+
+
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizers: Mapping[str, Mapping[str, Any]],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint and keep the one before it; everything else in `folder` goes.
+
+    Those of this step or later ones go too: a run that is at `step` could not read them, or it would be
+    there.
+
+    Args:
+        folder: The run's folder of checkpoints; made if missing. One process writes to it at a time.
+        tensors: By name, on any device and in any memory format; no two may overlap in memory.
+        optimizers: By name, what `Optimizer.state_dict` returns.
+        state: JSON values; tuples come back as lists.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        UserError: the system refused to write (a full disk); the earlier checkpoints are as they were.
+    """
+    attempts = [attempt for found, attempt, _ in _checkpoints(folder) if found == step]
+    name = f"step-{step:06d}" + (f".{attempts[-1] + 1}" if attempts else "")
+    aside = folder / f"{_ASIDE}{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{_ASIDE}*"):
+            shutil.rmtree(leftover)
+        aside.mkdir()
+        _write(aside, step, tensors, optimizers, state)
+        path = aside.rename(folder / name)
+        sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"checkpoint {step} not saved in {folder}: {reason}; earlier ones are untouched") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    _prune(folder, step, path)
+    return path
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies, None if there is none; a damaged one on the way gets a warning.
+
+    Raises:
+        UserError: there are checkpoints and all are damaged. Starting over is for the user to decide.
+    """
+    found = _checkpoints(folder)
+    for step, _, path in reversed(found):
+        try:
+            return _load(path, step)
+        except _DamagedError as damage:
+            _log.warning("checkpoint %s is damaged, trying the one before it: %s", path, damage)
+    if found:
+        raise UserError(
+            f"all {len(found)} checkpoints in {folder} are damaged; restore one, or start with another --out"
+        )
+    return None
+
+
+class GracefulStop:
+    """While entered, SIGTERM and SIGINT only set `requested`; a second SIGINT raises KeyboardInterrupt.
+
+        with GracefulStop() as stop:
+            while step < steps and not stop.requested:
+                ...
+
+    Signal handlers belong to the main thread, so enter it there.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interrupted = False
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that Python did not install and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
+        self.requested = True
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, int, Path]]:
+    """(step, attempt, path) of all `step-*` folders, oldest first."""
+    named = ((_NAME.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), int(match[2] or 0), path) for match, path in named if match)
+
+
+def _write(
+    aside: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizers: Mapping[str, Mapping[str, Any]],
+    state: Mapping[str, Any],
+) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / _MODEL)
+    with (aside / _OPTIMIZER).open("wb") as file:
+        try:
+            torch.save(dict(optimizers), file)
+        except RuntimeError as error:
+            # torch's zip writer trips over the hole that a failed write leaves, and hides the reason.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+    (aside / _STATE).write_text(json.dumps(dict(state), allow_nan=False, indent=1))
+
+    files = {}
+    for name in _FILES:
+        path = aside / name
+        files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+    (aside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
+    for name in (*_FILES, _MANIFEST):
+        with (aside / name).open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(aside)
+
+
+def _prune(folder: Path, step: int, newest: Path) -> None:
+    earlier = [path for found, _, path in _checkpoints(folder) if found < step and _is_complete(path, found)]
+    for _, _, path in _checkpoints(folder):
+        if path not in (newest, *earlier[-1:]):
+            # Renamed first: a kill half-way leaves a leftover, and never half a checkpoint.
+            shutil.rmtree(path.rename(folder / f"{_ASIDE}{path.name}"))
+
+
+def _is_complete(path: Path, step: int) -> bool:
+    """Whether all files are there with their sizes: what can be told without reading gigabytes."""
+    try:
+        _check_sizes(path, step)
+    except _DamagedError:
+        return False
+    return True
+
+
+def _load(path: Path, step: int) -> Checkpoint:
+    for name, digest in _check_sizes(path, step).items():
+        if _read(path / name, sha256) != digest:
+            raise _DamagedError(f"{name}: its SHA-256 is not the manifest's")
+    return Checkpoint(
+        step,
+        _read(path / _MODEL, load_file),
+        _read(path / _OPTIMIZER, lambda file: torch.load(file, map_location="cpu", weights_only=True)),
+        _read(path / _STATE, _load_json),
+    )
+
+
+def _check_sizes(path: Path, step: int) -> dict[str, str]:
+    """Compare the sizes with the manifest, which must be of this format and step; return SHA-256 by file."""
+    manifest = _read(path / _MANIFEST, _load_json)
+    try:
+        files = {name: (manifest["files"][name]["size"], manifest["files"][name]["sha256"]) for name in _FILES}
+        header = (manifest["format"], manifest["step"])
+    except (KeyError, TypeError) as error:
+        raise _DamagedError(f"{_MANIFEST}: not a manifest") from error
+    if header != (FORMAT, step):
+        raise _DamagedError(f"{_MANIFEST}: format and step are {header}, wanted {(FORMAT, step)}")
+    for name, (size, _) in files.items():
+        actual = _read(path / name, lambda file: file.stat().st_size)
+        if actual != size:
+            raise _DamagedError(f"{name}: {actual} bytes, wanted {size}")
+    return {name: digest for name, (_, digest) in files.items()}
+
+
+def _read(path: Path, parse: Callable[[Path], _T]) -> _T:
+    try:
+        return parse(path)
+    except UnpicklingError as error:
+        raise _DamagedError(f"{path.name}: holds more than tensors and plain values, so it is not loaded") from error
+    except OSError as error:
+        raise _DamagedError(f"{path.name}: {error.strerror}") from error
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise _DamagedError(f"{path.name}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _load_json(path: Path) -> Any:
+    return json.loads(path.read_bytes())

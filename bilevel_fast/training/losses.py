@@ -1,0 +1,132 @@
+"""The objectives of both levels, reduced in fp32 whatever the networks compute in.
+
+    lower   L_ft = w_d mean_b[omega_b mean_chw (v_S - v)^2]  +  w_o mean (v_S - v_T)^2
+                 + w_f / K sum_k mean (f_S^k - f_T^k)^2
+    upper   L_up = mean (v_S - y)^2,  y = a - eta (c - a)
+
+with student S, teacher T, K block outputs f^k (9 for SD 2.1), SNR weight omega, and the frozen teacher's
+outputs c for the concept's prompt and a for its anchor (the prompt without the concept, or the empty prompt).
+
+Gradients, for N elements of v and N_k of f^k:
+
+    dL_ft/dv_S   = 2 (w_d omega_b (v_S - v) + w_o (v_S - v_T)) / N
+    dL_ft/df_S^k = 2 w_f (f_S^k - f_T^k) / (K N_k)
+
+Scalars stay on the device; nothing here waits for it.
+
+Sources: arXiv:2412.15341 and the trainer released with it, which averages over blocks where the paper's
+equation sums; negative guidance as a target, ESD, arXiv:2303.07345.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.diffusion import Noised
+from bilevel_fast.models.unet import Prediction
+from bilevel_fast.ops.dispatch import denoise_loss, feature_kd
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the fine-tuning loss. A term of weight 0 is not computed."""
+
+    diffusion: float = 1.0
+    """Against the true v, weighted by SNR."""
+    output: float = 2.0
+    """Against the teacher's output."""
+    feature: float = 0.1
+    """Against the teacher's block outputs."""
+
+    def __post_init__(self) -> None:
+        weights = (self.diffusion, self.output, self.feature)
+        if not (all(w >= 0 for w in weights) and any(weights)):
+            raise UserError(f"loss weights {weights} must not be negative, nor all zero")
+
+
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """A scalar to descend, and what it is made of."""
+
+    total: Tensor  # () fp32, differentiable
+    terms: dict[str, Tensor]  # () fp32 each, detached, before weighting
+
+
+DEFAULT_WEIGHTS = LossWeights()
+
+
+def fine_tuning_loss(
+    student: Prediction, teacher: Prediction, noised: Noised, weights: LossWeights = DEFAULT_WEIGHTS
+) -> Loss:
+    """The lower level: diffusion loss, output distillation and feature distillation.
+
+    Args:
+        student: Output (B, C, H, W) and block outputs, with gradient.
+        teacher: The same shapes, without gradient.
+        noised: The target (B, C, H, W) and the weight (B,) of each sample in the diffusion loss.
+        weights: Of the three terms, which are named as its fields.
+
+    Raises:
+        ValueError: Two tensors that should agree differ in shape, or the models in their number of blocks.
+    """
+    terms: dict[str, Tensor] = {}
+    weighted: list[Tensor] = []
+    if weights.diffusion:
+        _check("student output", student.out, "diffusion target", noised.target)
+    if weights.output:
+        _check("student output", student.out, "teacher output", teacher.out)
+    if weights.diffusion or weights.output:
+        total, (terms["diffusion"], terms["output"]) = denoise_loss(
+            student.out, noised.target, teacher.out, noised.weight, weights.diffusion, weights.output
+        )
+        weighted.append(total)
+    if weights.feature:
+        if not len(student.blocks) == len(teacher.blocks) > 0:
+            raise ValueError(f"student has {len(student.blocks)} blocks, teacher {len(teacher.blocks)}")
+        for k, (mine, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
+            _check(f"student block {k}", mine, f"teacher block {k}", theirs)
+        total, terms["feature"] = feature_kd(student.blocks, teacher.blocks, weights.feature)
+        weighted.append(total)
+    return Loss(torch.stack(weighted).sum(), {name: term for name, term in terms.items() if getattr(weights, name)})
+
+
+def suppression_target(anchor_out: Tensor, concept_out: Tensor, eta: float = 1.0) -> Tensor:
+    """What the student should answer to the concept's prompt: beyond the anchor, away from the concept.
+
+    Args:
+        anchor_out: (B, C, H, W) the teacher's output for the anchor prompt.
+        concept_out: (B, C, H, W) the teacher's output for the concept's prompt, at the same x_t and t.
+        eta: How far beyond, in distances from concept to anchor; 0 stops at the anchor.
+
+    Returns:
+        (B, C, H, W) fp32.
+
+    Raises:
+        ValueError: The outputs differ in shape.
+    """
+    _check("anchor output", anchor_out, "concept output", concept_out)
+    anchor, concept = anchor_out.float(), concept_out.float()
+    return anchor - eta * (concept - anchor)
+
+
+def suppression_loss(student_out: Tensor, target: Tensor) -> Loss:
+    """The upper level: mean squared error (B, C, H, W) against a suppression target, without SNR weight.
+
+    Raises:
+        ValueError: The two differ in shape.
+    """
+    total = _mse("student output", student_out, "suppression target", target)
+    return Loss(total, {"suppression": total.detach()})
+
+
+def _mse(name: str, x: Tensor, other_name: str, other: Tensor) -> Tensor:
+    _check(name, x, other_name, other)
+    return F.mse_loss(x.float(), other.float())
+
+
+def _check(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape != other.shape:
+        raise ValueError(f"{name} {tuple(x.shape)} and {other_name} {tuple(other.shape)} differ in shape")

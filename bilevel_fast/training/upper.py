@@ -1,0 +1,180 @@
+"""The upper step's plug-ins, and what is done with their gradient.
+
+    Eraser  has a loss on concept images; `Suppression` descends it, with the lower loss on the last lower batch as a
+            penalty: grad [L_CU(theta) + lambda L_ft(theta)]
+    Edit    changes the weights outright
+
+`bilevel_fast.erasing` has them by name. The penalty's batch is noised already and the teacher's answer to it is at
+hand, so it costs a forward and backward pass of the student (which has moved) and none of the teacher.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from bilevel_fast.data.batches import Batch
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.training.losses import Loss
+from bilevel_fast.training.lower import Answers, FineTuning, backward
+from bilevel_fast.training.parameters import FlatParameters, dot, norm
+from bilevel_fast.training.phases import room
+
+PenaltyNorm = Literal["grad", "raw"]
+
+Terms = dict[str, Tensor]
+"""What a step measured, scalars on the device."""
+
+Rule = Callable[[Tensor, FlatParameters], None]
+"""rule(g, flat): g (N,) is the suppression gradient, `flat.gradient` the lower loss's, and then what is descended."""
+
+
+class Plugin:
+    """What `--upper.eraser` names.
+
+    Attributes:
+        eager: Why a step of it cannot be recorded as a CUDA graph; empty where it can. A step that can reads nothing
+            back from the device, and does the same on every batch.
+    """
+
+    eager: str = ""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that a resumed run cannot make again; empty without such."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave.
+
+        Raises:
+            UserError: The run would go on as another one.
+        """
+        assert not state
+
+
+class Eraser(Plugin, ABC):
+    """What the upper level descends on a batch of the concept.
+
+    Attributes:
+        rule: How its gradient and that of the lower loss become one: see `Suppression`; None leaves it to the settings.
+        watch: Wants to see how far the student has come, in every step; None where nobody does.
+    """
+
+    rule: Rule | None = None
+    watch: "Watch | None" = None
+
+    @abstractmethod
+    def loss(self, student: UNet, answers: Answers, batch: Batch) -> Loss:
+        """The loss of a concept batch, with gradient to the student and to nothing else.
+
+        Args:
+            student: As it is now.
+            answers: The teacher, the schedule and the seed, and how a batch is noised.
+            batch: Concept images with their captions' states, and those of their anchors.
+        """
+
+    def hold(self) -> None:  # most hold nothing
+        """Zero the gradient of what the upper level must not move; called after every backward pass."""
+
+
+class Edit(Plugin, ABC):
+    """A change of the student's weights that the upper level makes again and again, between lower steps."""
+
+    def prepare(self, step: int) -> None:  # most are prepared when they are made
+        """Called before upper step `step`, and never recorded."""
+
+    @abstractmethod
+    def apply(self) -> Terms:
+        """Change the masters, what computes, and the average where there is one; return what it measured."""
+
+
+Watch = Callable[..., None]
+"""watch(out, concept, target, reach[, order]): see `erasing.controller.Controller.watch`."""
+
+
+class Suppression:
+    """The upper gradient: an eraser's loss on the concept batch, and the lower loss on the last lower batch.
+
+    Args:
+        lower: Its student, teacher and last batch are the upper level's as well.
+        eraser: Gives the loss of the concept batch.
+        penalty: lambda; an eraser with a rule of its own does not read it. A tensor () where it changes from step to
+            step: only for `grad`.
+        penalty_norm: `grad` scales the penalty's gradient to the norm of the suppression gradient before lambda;
+            `raw` adds lambda L_ft as the paper writes it.
+        flat: The student's parameters: where its gradient is.
+        hold: Zeroes the gradient of parameters that the upper level leaves alone, if there are such. A gradient that
+            was zero in all upper steps leaves AdamW's upper moments zero, and there is no weight decay: an upper step
+            changes no bit of such a parameter.
+        surgery: Whether the suppression gradient first loses what runs against the lower loss's gradient.
+    """
+
+    def __init__(
+        self,
+        lower: FineTuning,
+        eraser: Eraser,
+        penalty: float | Tensor,
+        penalty_norm: PenaltyNorm,
+        flat: FlatParameters,
+        hold: Callable[[], object] = lambda: None,
+        surgery: bool = False,
+    ):
+        self.lower, self.eraser, self.flat, self.penalty = lower, eraser, flat, penalty
+        self.penalty_norm: PenaltyNorm = penalty_norm
+        self.surgery, self._hold = surgery, hold
+
+    def __call__(self, batch: Batch) -> Loss:
+        answers = self.lower.answers
+        loss = self.eraser.loss(self.lower.student, answers, batch)
+        self._descend(loss.total)
+        if not (isinstance(self.penalty, Tensor) or self.penalty or self.surgery or self.eraser.rule):
+            return loss
+        assert answers.last is not None, "an upper step follows a lower step"
+        penalty = self.lower.loss(answers.last)
+        if self.penalty_norm == "raw" and not self.surgery and not self.eraser.rule:
+            self._descend(self.penalty * penalty.total)
+        else:
+            with room("losses"):
+                suppression = self.flat.gradient.clone()
+                self.flat.zero_grad()
+            self._descend(penalty.total)
+            with room("losses"):
+                (self.eraser.rule or self._add)(suppression, self.flat)
+        # a rule's weights change from step to step: what is shown is the plain sum
+        weight = 1.0 if self.eraser.rule else self.penalty
+        total = loss.total.detach() + weight * penalty.total.detach()
+        return Loss(total, {**loss.terms, "penalty": penalty.total.detach()})
+
+    def _descend(self, loss: Tensor) -> None:
+        backward(loss)
+        self._hold()
+        self.eraser.hold()
+
+    def _add(self, suppression: Tensor, flat: FlatParameters) -> None:
+        """Add lambda times the penalty's gradient, scaled to the norm of the suppression gradient if so asked.
+
+        Adam forgets the scale of a gradient but not its direction: lambda = 100 on the raw one leaves nothing of the
+        suppression.
+        """
+        if self.surgery:
+            project(suppression, flat.gradient)
+        if self.penalty_norm == "grad":
+            scale = (self.penalty * norm(suppression) / norm(flat.gradient)).to(flat.dtype)
+            torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
+        else:
+            assert not isinstance(self.penalty, Tensor), "lambda moves under `grad` only"
+            torch.add(suppression, flat.gradient, alpha=self.penalty, out=flat.gradient)
+
+
+def project(gradient: Tensor, other: Tensor) -> None:
+    """Take out of `gradient`, in place, what runs against `other`, both (N,): PCGrad (arXiv:2001.06782, algorithm 1).
+
+        g <- g - min(0, <g, r>) / |r|^2 r
+
+    Only the suppression gradient is projected, not the lower loss's as well: it is suppression that must not undo the
+    lower level. Nothing is read back from the device.
+    """
+    against = dot(gradient, other).clamp(max=0) / dot(other, other).clamp(min=torch.finfo(torch.float32).tiny)
+    gradient.addcmul_(other, -against.to(gradient.dtype))

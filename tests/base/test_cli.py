@@ -1,0 +1,81 @@
+"""`sample`, `evaluate` and the `bilevel-fast` command, as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bilevel_fast.worlds.mini import TEACHER
+
+FEW = ["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "3"]
+
+
+def run(module: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"bilevel_fast.{module}", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def grid(path: Path) -> torch.Tensor:
+    return torch.frombuffer(bytearray(Image.open(path).convert("RGB").tobytes()), dtype=torch.uint8)
+
+
+def test_sample_is_a_function_of_prompt_and_seed(tmp_path):
+    prompts = ["--prompts", "a red star", "a blue ring in the style of waves", "--steps", "3"]
+    for name, seeds in (("a", ["0", "1"]), ("b", ["0", "1"]), ("c", ["0", "2"])):
+        result = run("sample", *prompts, "--seeds", *seeds, "--out", tmp_path / f"{name}.png")
+        assert result.returncode == 0, result.stderr
+    assert torch.equal(grid(tmp_path / "a.png"), grid(tmp_path / "b.png"))
+    assert not torch.equal(grid(tmp_path / "a.png"), grid(tmp_path / "c.png"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompts", "a red sta"], "'sta'"),
+        (["--prompts", "a red star", "--model", "nowhere"], "model folder nowhere does not exist"),
+        (["--prompts", "a red star", "--steps", "1"], "steps is 1"),
+        (["--prompts", "a red star", "--out", str(TEACHER / "model_index.json")], "exists already"),
+        (["--prompts"], "--prompts"),
+    ],
+    ids=["unknown word", "no folder", "too few steps", "existing file", "no prompt"],
+)
+def test_sample_refusals(flags, message, tmp_path):
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "grid.png")]
+    result = run("sample", *flags, *out)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_evaluate_prints_json_and_table():
+    rows = json.loads(run("evaluate", *FEW, "--json").stdout)
+    (row,) = rows.values()
+    assert set(row) == {"concept_hit", "content_kept", "other_style_hit", "object", "color", "fid"}
+    table = run("evaluate", *FEW).stdout
+    assert f"{row['fid']:.3f}" in table
+
+
+def test_evaluate_refuses_an_unknown_style():
+    result = run("evaluate", *FEW, "--erase", "cubism")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: style 'cubism' does not exist")
+
+
+def test_command():
+    code = "import sys; from bilevel_fast.cli import main; main()"
+    listed = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert listed.returncode == 0
+    for name in ("train", "prune", "sample", "evaluate", "profile"):
+        assert f"  {name} " in listed.stdout
+    wrong = subprocess.run([sys.executable, "-c", code, "trian"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: no command 'trian'; did you mean 'train'?\n"
+    dry = subprocess.run(
+        [sys.executable, "-c", code, "train", "--dry-run"], capture_output=True, text=True, check=False
+    )
+    assert json.loads(dry.stdout)["preset"] == "mini"

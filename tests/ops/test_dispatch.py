@@ -1,0 +1,258 @@
+"""Ops through every provider that runs here: the same values, no graph break, and torch where nobody else can."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bilevel_fast.models.architecture import MINI
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops import dispatch as ops
+from bilevel_fast.ops import providers
+from bilevel_fast.ops.dispatch import attention, geglu, group_norm, group_norm_silu, layer_norm
+from bilevel_fast.ops.native import GroupNorm, operators
+
+# two levels are enough: every kind of module is in them
+TINY = replace(
+    MINI,
+    sample_size=4,
+    block_out_channels=(16, 32),
+    num_heads=(2, 4),
+    norm_num_groups=8,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
+
+# all but the one that runs a backward pass twice through the same graph
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.fixture
+def native_is_an_error(monkeypatch):
+    monkeypatch.setattr(GroupNorm, "forward", lambda *_: pytest.fail("native code was called"))
+
+
+def normalised(dtype=torch.float32):
+    x = torch.randn(3, 24, 6, 5, dtype=dtype).to(memory_format=torch.channels_last)
+    norm = nn.GroupNorm(8, 24).to(dtype)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    return x, norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_affine_gradients_of_a_layer_norm_are_added_in_fp32(device, dtype):
+    """16,384 rows: torch's own kernel on the CPU is off by tens of percent in bf16."""
+    x, upstream = (torch.randn(16, 1024, 48, device=device).to(dtype) for _ in range(2))
+    norm = nn.LayerNorm(48).to(device, dtype)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    exact = copy.deepcopy(norm).double()
+    exact(x.double()).backward(upstream.double())
+    layer_norm(x, norm).backward(upstream)
+    for mine, theirs in zip(norm.parameters(), exact.parameters(), strict=True):
+        error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(layer_norm(x, norm).double(), exact(x.double()), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("native_is_an_error")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, norm: (x.contiguous(), norm),
+        lambda x, norm: (x.double(), norm.double()),
+        lambda x, norm: (x.to(torch.bfloat16), norm.to(torch.bfloat16)),
+        lambda x, norm: (x.flatten(2), norm),
+        lambda x, norm: (x[:0], norm),
+        lambda x, norm: (x, nn.GroupNorm(8, 24, affine=False)),
+        lambda x, norm: (x.to("meta"), norm.to("meta")),
+    ],
+    ids=["NCHW", "fp64", "bf16", "3-D", "empty", "not affine", "meta"],
+)
+def test_what_native_code_cannot_take_goes_to_torch(change):
+    x, norm = change(*normalised())
+    assert group_norm(x, norm).shape == x.shape
+    assert group_norm_silu(x, norm).shape == x.shape
+
+
+@pytest.mark.usefixtures("native_is_an_error")
+def test_native_is_called_where_it_can_be(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "native")
+    for op in (group_norm, group_norm_silu):
+        with pytest.raises(pytest.fail.Exception, match="native code was called"):
+            op(*normalised())
+
+
+@pytest.mark.usefixtures("native_is_an_error")
+def test_the_environment_forces_torch(monkeypatch):
+    x, norm = normalised()
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")
+    assert torch.equal(group_norm_silu(x, norm), F.silu(norm(x)))
+
+
+@pytest.mark.parametrize("provider", ["torch", "native", "triton"])
+def test_time_and_padding(provider, monkeypatch):
+    """time is added before the norm; statistics do not see the padding, which comes out as zeros."""
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    x, norm = normalised()
+    time = torch.randn(3, 27)
+    padded = F.pad(x, (0, 0, 0, 0, 0, 3), value=7.0).contiguous(memory_format=torch.channels_last)
+    out = group_norm_silu(padded, norm, padding=3, time=time)
+    torch.testing.assert_close(out[:, :24], F.silu(norm(x + time[:, :24, None, None])), rtol=1e-4, atol=1e-5)
+    assert not out[:, 24:].any()
+
+
+def test_native_group_norm_is_a_well_formed_operator():
+    x, norm = normalised()
+    x.requires_grad_()
+    torch.library.opcheck(operators.group_norm, (x, norm.weight, norm.bias, 8, 1e-5, 0, True))
+
+
+def test_not_differentiable_twice():
+    x, norm = normalised()
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(operators.group_norm(x, norm.weight, norm.bias, 8, 1e-5, 0, True)[0].sum(), x,
+                                create_graph=True)  # fmt: skip
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("provider", ["torch", "triton"])
+def test_attention_and_geglu_by_hand(provider, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    q, k, v = torch.randn(2, 5, 12), torch.randn(2, 7, 12), torch.randn(2, 7, 12)
+    heads = [torch.softmax(q[..., i : i + 4] @ k[..., i : i + 4].mT / 2, -1) @ v[..., i : i + 4] for i in (0, 4, 8)]
+    torch.testing.assert_close(attention(q, k, v, heads=3), torch.cat(heads, -1), rtol=1e-4, atol=1e-5)
+    proj = nn.Linear(12, 16)
+    value, gate = proj(q)[..., :8], proj(q)[..., 8:]
+    torch.testing.assert_close(geglu(q, proj), value * F.gelu(gate), rtol=1e-4, atol=1e-5)
+
+
+def features(dtype=torch.float32):
+    shapes = [(2, 24, 3, 5), (2, 8, 1, 1)]
+    student = [torch.randn(s, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_() for s in shapes]
+    return student, [torch.randn_like(s) for s in student]
+
+
+@pytest.mark.parametrize("provider", ["torch", "native", "triton"])
+def test_feature_kd_by_hand(provider, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    student, teacher = features()
+    total, mean = ops.feature_kd(student, teacher, 0.1)
+    expected = sum((s - t).square().mean() for s, t in zip(student, teacher, strict=True)) / 2
+    torch.testing.assert_close(total, 0.1 * expected)
+    torch.testing.assert_close(mean, expected)
+    assert not mean.requires_grad
+    found = torch.autograd.grad(3.0 * total, student)  # an upstream gradient that is not 1
+    for g, s, t in zip(found, student, teacher, strict=True):
+        torch.testing.assert_close(g, 0.3 * (s - t) / s.numel())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s, t: (s, [t[0].contiguous(), t[1]]),
+        lambda s, t: ([x[:, ::2] for x in s], [x[:, ::2] for x in t]),
+        lambda s, t: ([x.double() for x in s], [x.double() for x in t]),
+        lambda s, t: (s, [x.to(torch.bfloat16) for x in t]),
+    ],
+    ids=["layouts differ", "gaps", "fp64", "dtypes differ"],
+)
+def test_features_that_native_code_cannot_take_go_to_torch(change, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "native")
+    monkeypatch.setattr(operators, "feature_kd", lambda *_: pytest.fail("native code was called"))
+    student, teacher = change(*features())
+    assert ops.feature_kd(student, teacher, 1.0)[0] > 0
+
+
+def test_native_feature_kd_is_a_well_formed_operator():
+    student, teacher = features()
+    torch.library.opcheck(operators.feature_kd, (student, teacher, 0.1), test_utils=OPCHECKS)
+    torch.library.opcheck(operators.scale_unless_one, (teacher, torch.tensor(0.5)))
+    torch.library.opcheck(operators.scale_unless_one, (teacher, torch.tensor(1.0)))
+
+
+def test_native_feature_kd_refuses_a_second_backward_pass():
+    """The stored gradient was scaled in place; a second use would give a wrong answer."""
+    student, teacher = features()
+    total = operators.feature_kd(student, teacher, 0.1)[0]
+    torch.autograd.grad(total, student, torch.tensor(0.5), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, student)
+
+
+def unet_and_inputs():
+    torch.manual_seed(0)
+    unet = UNet(TINY).cut(Structure.uniform(TINY, 0.6), align=8)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.add_(torch.randn_like(p) * 0.05)
+    return unet, (torch.randn(2, 12, 4, 4), torch.tensor([3, 700]), torch.randn(2, 5, TINY.cross_attention_dim))
+
+
+def gradients(unet, call, inputs):
+    out = call(*inputs).out
+    out.square().mean().backward()
+    return [out.detach(), *(p.grad for p in unet.parameters())]
+
+
+def assert_same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("provider", ["native", "triton"])
+def test_the_unet_is_the_same_through_every_provider(provider, monkeypatch):
+    unet, inputs = unet_and_inputs()
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")
+    expected = gradients(copy.deepcopy(unet), unet, inputs)[:1] + [p.grad for p in unet.parameters()]
+    other = copy.deepcopy(unet)
+    other.zero_grad()
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    assert_same(gradients(other, other, inputs), expected)
+
+
+@pytest.mark.parametrize("provider", [None, "torch", "triton"], ids=str)
+def test_no_graph_break(provider, monkeypatch):
+    """The whole UNet in one graph, forward and backward; `aot_eager` traces as inductor does and compiles nothing."""
+    if provider:
+        monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    unet, inputs = unet_and_inputs()
+    eager = copy.deepcopy(unet)
+    torch._dynamo.reset()
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    assert_same(gradients(unet, compiled, inputs), gradients(eager, eager, inputs))
+
+
+def test_providers_are_asked_for_what_they_are_measured_on(monkeypatch):
+    """Every name that an op asks `choose` with is a name that the benchmarks write."""
+    from benchmarks.kernels.cases import OPS
+
+    asked = set()
+    monkeypatch.setattr(ops, "choose", lambda op, *args: asked.add(op) or providers.choose(op, *args))
+    unet, inputs = unet_and_inputs()
+    unet(*inputs)
+    assert asked == {"group_norm_silu", "pruned_attention", "geglu"}
+    assert asked <= set(OPS)
+
+
+@pytest.mark.parametrize("provider", ["torch", "triton"])
+@pytest.mark.parametrize("weights", [(1.0, 2.0), (1.0, 0.0), (0.0, 2.0)], ids=str)
+def test_denoise_loss_by_hand(provider, weights, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    student, target, teacher = torch.randn(3, 2, 4, 5, 3).unbind()
+    student.requires_grad_()
+    weight = torch.tensor([0.3, 2.0])
+    diffusion = (weight[:, None, None, None] * (student - target).square()).mean() if weights[0] else torch.zeros(())
+    output = (student - teacher).square().mean() if weights[1] else torch.zeros(())
+    absent = torch.empty(0)
+    given = (target if weights[0] else absent, teacher if weights[1] else absent, weight if weights[0] else absent)
+    total, terms = ops.denoise_loss(student, *given, *weights)
+    torch.testing.assert_close(terms, torch.stack([diffusion, output]).detach())
+    expected = weights[0] * diffusion + weights[1] * output
+    torch.testing.assert_close(total, expected)
+    gradients = (torch.autograd.grad(3.0 * x, student)[0] for x in (total, expected))
+    torch.testing.assert_close(*gradients)

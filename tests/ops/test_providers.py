@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.ops import dispatch as ops
+from bilevel_fast.ops import providers
+from bilevel_fast.ops.providers import choose, notes
+
+CPU = torch.device("cpu")
+SMALL, MEDIUM, LARGE = (CPU, 8), (CPU, 2**20), (CPU, 2**22)
+
+
+@pytest.fixture(autouse=True)
+def _table(monkeypatch):
+    table = {"cpu": {"op": {"small": "native", "large": "triton"}}, "sm_90": {"op": {"small": "triton"}}}
+    monkeypatch.setattr(providers, "TABLE", table)
+    monkeypatch.delenv("BILEVEL_FAST_OPS", raising=False)
+
+
+def test_the_table_decides_by_size():
+    assert choose("op", *SMALL, "native", "triton") == "native"
+    assert choose("op", *LARGE, "native", "triton") == "triton"
+
+
+def test_what_the_table_does_not_name_is_torch():
+    assert choose("other", *SMALL, "native") == "torch"
+    assert choose("op", *MEDIUM, "native", "triton") == "torch"
+    assert choose("op", torch.device("meta"), 8, "native", "triton") == "torch"
+
+
+def test_a_winner_that_cannot_take_the_input_is_torch():
+    assert choose("op", *SMALL, "triton") == "torch"
+    assert choose("op", *SMALL) == "torch"
+
+
+def test_the_environment_overrules_the_table(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")
+    assert choose("op", *SMALL, "native") == "torch"
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "triton")
+    assert choose("op", *SMALL, "native", "triton") == "triton"
+    assert choose("op", *SMALL, "native") == "torch"
+
+
+def test_a_mistyped_provider(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "tritn")
+    with pytest.raises(UserError, match=r"BILEVEL_FAST_OPS=tritn .* no such provider; did you mean 'triton'"):
+        choose("op", *SMALL)
+
+
+def test_what_was_asked_for_and_is_missing_is_named(monkeypatch):
+    missing = {"xformers": "it does not load; run: pip install xformers"}
+    assert notes(CPU, missing) == []
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "xformers")
+    assert notes(CPU, missing) == [
+        "BILEVEL_FAST_OPS=xformers: it does not load; run: pip install xformers; torch runs all ops instead"
+    ]
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "native")
+    assert notes(CPU, missing) == []
+
+
+def test_hardware_that_nobody_measured_is_named(monkeypatch):
+    (note,) = notes(torch.device("meta"), {})
+    assert note == (
+        "no op was measured on meta (only on cpu, sm_90), torch runs them all; "
+        "to measure: python -m benchmarks.kernels.sweep --device meta --tune"
+    )
+
+
+def test_what_is_missing_on_a_cpu():
+    assert set(ops.missing(CPU)) >= {"cuda", "xformers"}
+    assert "native" not in ops.missing(CPU)
+    assert set(ops.missing(CPU)) < set(providers.PROVIDERS)
+
+
+def test_size_classes():
+    assert [providers.size_class(n) for n in (1, 2**18 - 1, 2**18, 2**22 - 1, 2**22)] == [
+        *("small", "small", "medium", "medium", "large"),
+    ]
+
+
+def test_the_shipped_table_is_well_formed():
+    shipped = json.loads((Path(providers.__file__).parent / "providers.json").read_text())
+    for architecture, table in shipped.items():
+        assert architecture == "cpu" or architecture.startswith("sm_")
+        for sizes in table.values():
+            assert set(sizes) <= {*providers.SIZES, "large"}
+            assert set(sizes.values()) <= set(providers.PROVIDERS)

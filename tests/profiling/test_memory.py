@@ -1,0 +1,184 @@
+"""`profiling.memory`: parts against what is really allocated, activations against hooks, and the largest batch."""
+
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.erasing.references import Start
+from bilevel_fast.erasing.saliency import SalUn
+from bilevel_fast.models.architecture import MINI, SD21
+from bilevel_fast.models.diffusion import Noised
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.profiling.cost import saved_bytes
+from bilevel_fast.profiling.memory import (
+    COUNTED_AT,
+    OUTSIDE,
+    Setting,
+    _Line,
+    _Weighing,
+    describe,
+    estimate,
+    largest_batch,
+)
+from bilevel_fast.training.losses import fine_tuning_loss
+from bilevel_fast.training.optim import AdamW
+from bilevel_fast.training.parameters import FlatParameters
+
+PRUNED = Structure.uniform(MINI, 0.6)
+SIZES = (MINI.sample_size, 12)
+mini = partial(estimate, PRUNED, *SIZES)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("align", [1, 8])
+def test_what_does_not_depend_on_the_batch_is_what_the_engine_allocates(precision, align):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    flat = FlatParameters(UNet(MINI, PRUNED, align), dtype, average=True)
+    moments = [m for rule in (AdamW(flat), AdamW(flat)) for m in (rule.first, rule.second)]
+    memory = mini(4, precision=precision, ema=True, align=align)
+
+    def allocated(*tensors):
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    assert memory.weights == allocated(flat.master, flat.compute)
+    assert memory.gradients == 2 * allocated(flat.gradient)
+    assert memory.moments == allocated(*moments)
+    assert flat.average is not None
+    assert memory.ema == allocated(flat.average)
+    assert memory.teacher_weights == allocated(*UNet(MINI).to(dtype).parameters())
+    single = mini(4, precision=precision, upper=False, align=align)
+    assert (single.gradients, single.moments, single.ema) == (memory.gradients // 2, memory.moments // 2, 0)
+
+
+def step(batch, recompute=False):
+    """A student's loss on the meta device, in bf16; the teacher's answers are tensors of their own."""
+    with torch.device("meta"):
+        student, teacher = UNet(MINI, PRUNED, 8).bfloat16(), UNet(MINI).bfloat16()
+        latents, text = torch.empty(batch, 12, *SIZES[:1] * 2), torch.empty(batch, 12, 64)
+        t, weight = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
+    student.recompute = recompute
+    with torch.no_grad():
+        answer = teacher(latents, t, text)
+    noised = Noised(latents, t, torch.empty_like(latents), weight)
+    return answer, lambda: fine_tuning_loss(student(latents, t, text), answer, noised).total
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_those_that_autograd_keeps(recompute):
+    """By hooks of autograd, and by weighing all that is alive: two ways to the same bytes."""
+    answer, loss = step(5, recompute)
+    memory = mini(5, recompute=recompute)
+    # the hooks see the batch's SNR weights as well, which the engine holds with the answer; it holds the loss besides
+    scalars = memory.student_activations - saved_bytes(loss)
+    assert abs(scalars) < 256
+    blocks = sum(t.numel() for t in (answer.out, *answer.blocks))
+    inputs = 2 * 12 * 16 * 16 * 4 + 8 + 4 + 12 * 64 * 4
+    assert memory.teacher_activations == 2 * blocks + 5 * inputs
+
+
+@pytest.mark.parametrize(("precision", "recompute"), [("bf16", False), ("bf16", True), ("fp32", False)])
+def test_the_line_goes_through_every_batch(recompute, precision):
+    line = _Line(Setting(PRUNED, *SIZES, precision=precision, recompute=recompute))
+    for batch in (61, 200):
+        counted, on_line = line._count(batch), line.at(batch)
+        assert on_line.student_activations == counted.kept
+        assert on_line.teacher_activations == counted.answered
+        peak = max(counted.learning, counted.teaching, line._flat.master.nbytes * (precision == "bf16"))
+        assert on_line.workspace + on_line.student_activations - OUTSIDE == peak
+    assert len(set(COUNTED_AT)) == 2
+
+
+def test_more_takes_more():
+    totals = [mini(batch).total for batch in (1, 2, 8, 64, 256)]
+    assert totals == sorted(set(totals))
+    base = mini(64)
+    assert mini(64, recompute=True).total < base.total
+    assert mini(64, recompute=True).student_activations < base.student_activations / 3
+    assert mini(64, ema=True).total - base.total == mini(64, ema=True).ema > 0
+    assert mini(64, upper=False).total < base.total < mini(64, precision="fp32").total
+    assert estimate(Structure.dense(MINI), *SIZES, 64).total > base.total
+    assert estimate(PRUNED, 2 * SIZES[0], 12, 64).student_activations > 4 * 0.9 * base.student_activations
+    assert base.total == sum(base.parts.values())
+    assert set(base.parts) == {
+        "weights", "gradients", "moments", "ema", "eraser", "teacher_weights", "teacher_activations",
+        "student_activations", "workspace",
+    }  # fmt: skip
+
+
+def test_what_an_eraser_holds():
+    """A frozen copy as `sources.Start` makes it, and a mask as SalUn does."""
+    student = UNet(MINI, PRUNED, 8)
+    copy = Start(student, torch.bfloat16)
+    size = sum(p.nbytes for p in copy.unet.parameters())
+    assert mini(4, start=True).total - mini(4).total == mini(4, start=True).eraser == size
+    flat = FlatParameters(student, torch.bfloat16)
+    mask = SalUn(copy, flat, torch.ones_like(flat.master, dtype=torch.bool)).still
+    assert mini(4, start=True, mask=True).eraser == size + mask.nbytes
+    assert mini(4).eraser == 0
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_largest_batch(recompute):
+    for card in (mini(1, recompute=recompute).total, 2 * 2**30, 5 * 2**30 + 12345):
+        found = largest_batch(PRUNED, *SIZES, card, recompute=recompute)
+        assert found >= 1
+        assert mini(found, recompute=recompute).total <= card < mini(found + 1, recompute=recompute).total
+    assert largest_batch(PRUNED, *SIZES, mini(1).total - 1) == 0
+
+
+def test_describe():
+    memory = mini(4096)
+    text = describe(memory, 4 * 2**30)
+    largest = largest_batch(PRUNED, *SIZES, 4 * 2**30)
+    most = largest_batch(PRUNED, *SIZES, 4 * 2**30, recompute=True)
+    assert f"batch 4096 at latents of 16 x 16 (bf16) wants about {memory.total / 2**30:.1f} GiB" in text
+    assert f"student activations {memory.student_activations / 2**30:.1f}" in text
+    assert f"the card has 4.0 GiB; the largest batch that fits is {largest}; " in text
+    assert text.endswith(f"with --recompute, the largest batch that fits is {most}")
+    assert most > largest
+    assert "recompute," not in describe(mini(9, recompute=True), 4 * 2**30)
+    assert "not even one image fits" in describe(memory, 2**20)
+    assert "card" not in describe(memory)
+    assert mini(1).parts["ema"] == 0
+    assert "ema" not in describe(mini(1))
+
+
+def test_weighing():
+    x = torch.zeros(8)
+    with _Weighing() as scale:
+        y = x + 1  # 32 bytes
+        z = y.view(2, 4).t()
+        assert (scale.now, scale.peak) == (32, 32)
+        del y
+        assert scale.now == 32  # its view lives on
+        z = z.double()
+        assert (scale.now, scale.peak) == (64, 96)
+        x.add_(1)  # made outside
+        assert (scale.now, scale.peak) == (64, 96)
+        del z
+    assert (scale.now, scale.peak) == (0, 96)
+
+
+def test_sd21_takes_seconds():
+    """And the numbers that can be worked out by hand: 865.9 M parameters in fp32 and bf16, four moments, a teacher."""
+    start = time.process_time()
+    memory = estimate(Structure.dense(SD21), 64, 77, 16)
+    assert time.process_time() - start < 5
+    n = 865_910_724
+    assert memory.weights == pytest.approx(6 * n, rel=1e-3)
+    assert memory.gradients == pytest.approx(4 * n, rel=1e-3)
+    assert memory.moments == pytest.approx(16 * n, rel=1e-3)
+    assert memory.teacher_weights == 2 * n
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [((16, 12, 0), "batch is 0"), ((0, 12, 1), "latents of 0"), ((16, -1, 1), "-1 text tokens")],
+)
+def test_refusals(arguments, message):
+    with pytest.raises(UserError, match=message):
+        estimate(PRUNED, *arguments)

@@ -1,0 +1,212 @@
+"""The command line of `train`, and whole runs on the mini world at the size of the smoke preset."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.train import parse
+
+
+def train(*flags: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bilevel_fast.train", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def refused(result: subprocess.CompletedProcess[str], message: str) -> None:
+    """Exit code 2 and one clear line."""
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def smoke_run(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("smoke") / "run"
+    return out, train("--preset", "smoke", "--out", out)
+
+
+def test_run_leaves_everything_behind(smoke_run):
+    out, result = smoke_run
+    assert result.returncode == 0, result.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["preset"], summary["lower_steps"], summary["upper_steps"]) == ("smoke", 8, 2)
+    assert summary["seconds"] > 0
+    assert summary["images_per_second"] > 0
+    assert 0.798 <= summary["macs"]["ratio"] <= 0.80
+    assert set(summary["quality"]) == {"teacher", "distilled", "student"}
+    for row in summary["quality"].values():
+        assert set(row) == {"concept_hit", "content_kept", "other_style_hit", "object", "color", "fid"}
+    steps = [json.loads(line)["step"] for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert steps == [4, 8]
+    assert (out / "samples" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "<table>" in (out / "report.html").read_text()
+    assert list((out / "events" / "student").glob("events.out.tfevents.*"))
+    assert json.loads((out / "config.json").read_text())["lower"]["steps"] == 8
+    student = load_folder(out / "student").unet()
+    assert not student.structure.is_dense
+    assert "student" in result.stdout
+    assert "concept_hit" in result.stdout
+
+
+def test_the_upper_level_makes_the_only_difference_to_the_twin(smoke_run):
+    out, _ = smoke_run
+    student, twin = (load_folder(out / name).unet() for name in ("student", "distilled"))
+    assert student.structure == twin.structure
+    assert any(not torch.equal(a, b) for a, b in zip(student.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_finished_run_is_not_overwritten(smoke_run):
+    out, _ = smoke_run
+    before = (out / "summary.json").read_bytes()
+    refused(train("--preset", "smoke", "--out", out), "already holds a run")
+    assert (out / "summary.json").read_bytes() == before
+
+
+def test_resume_with_another_config_is_refused(smoke_run):
+    out, _ = smoke_run
+    refused(train("--preset", "smoke", "--out", out, "--resume", "--lower.lr", "1e-5"), "lower.lr")
+
+
+def test_same_seed_same_weights_another_seed_others(smoke_run, tmp_path):
+    out, _ = smoke_run
+    again, other = tmp_path / "again", tmp_path / "other"
+    for path, seed in ((again, 0), (other, 1)):
+        assert train("--preset", "smoke", "--out", path, "--seed", seed, "--no-twin").returncode == 0
+    first, second, third = (load_folder(p / "student").unet().state_dict() for p in (out, again, other))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert any(not torch.equal(first[k], third[k]) for k in first)
+
+
+def test_dry_run_prints_the_resolved_settings(tmp_path):
+    result = train("--preset", "released", "--upper.every", "7", "--dry-run", "--out", tmp_path / "run")
+    settings = json.loads(result.stdout)
+    assert settings["upper"]["every"] == 7
+    assert settings["lower"]["steps"] == 50_000
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_lists_presets_and_flags():
+    result = train("--help")
+    assert result.returncode == 0
+    told = " ".join(result.stdout.replace("│", " ").split())  # wherever its lines are broken
+    for word in ("--preset", "mini, smoke, paper or released", "--upper.every", "K: lower steps per upper step"):
+        assert word in told, word
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset", "mina"], "preset 'mina' does not exist; did you mean 'mini'?"),
+        (["--preset", "paper"], "preset 'paper' is for folders"),
+        (["--preset", "paper", "--data", "x"], "--data given without --teacher"),
+        (["--teacher", "x", "--data", "y"], "--data given without --concepts"),
+        (["--teacher", "nowhere"], "model folder nowhere does not exist"),
+        (["--erase", "wave"], "style 'wave' does not exist; did you mean 'waves'?"),
+        (["--erase", "plain"], "style 'plain' cannot be erased"),
+        (["--lower.steps", "0"], "--lower.steps is 0"),
+        (["--prune.method", "magnitute"], "no pruning method 'magnitute'; did you mean 'magnitude'?"),
+        (["--prune.budget", "0.01"], "budget 0.01 is too small"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--resume"], "there is no run to resume"),
+        (["--lower.stepz", "3"], "there is no flag '--lower.stepz'; did you mean '--lower.steps'"),
+        (["--no-twinn"], "there is no flag '--no-twinn'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(flags, message, tmp_path):
+    refused(train(*flags, "--out", tmp_path / "run", cwd=tmp_path), message)
+
+
+def test_presets_are_consistent():
+    for name in PRESETS:
+        config = preset(name)
+        assert config.preset == name
+        assert isinstance(config, TrainConfig)
+        assert config.out == Path("runs") / name
+    assert parse([]).preset == "mini"
+    folders = ["--teacher", "t", "--data", "d", "--concepts", "c"]
+    assert parse(folders).preset == "paper"
+    assert parse([*folders, "--preset=released"]).preset == "released"
+    with pytest.raises(UserError, match=r"--prune\.budget is 1\.5"):
+        parse(["--prune.budget", "1.5"])
+
+
+def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
+    """What is saved is fp32 and the average; a stop in between changes no bit."""
+    flags = ["--preset", "smoke", "--no-twin", "--precision", "bf16", "--ema", "0.9", "--recompute"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = train(*flags, "--out", whole)
+    assert result.returncode == 0, result.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bilevel_fast.train", *flags, "--out", parts], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 4/8"):
+            process.terminate()
+    assert process.wait() == 130
+    assert train(*flags, "--out", parts, "--resume").returncode == 0
+    first, second = (load_folder(path / "student").unet().state_dict() for path in (whole, parts))
+    assert all(value.dtype == torch.float32 for value in first.values())
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    trained = torch.load(next(whole.glob("checkpoints/student/step-000008*")) / "optimizer.pt", weights_only=True)
+    assert all(torch.equal(trained["average"][k], first[k]) for k in first)
+
+
+def in_process(monkeypatch, capsys, *flags) -> tuple[int, str]:
+    """Exit code and standard error of a run that a test reaches into."""
+    from bilevel_fast.base import errors
+    from bilevel_fast.train import main
+
+    monkeypatch.setattr("sys.argv", ["train", "--preset", "smoke", "--no-twin", *map(str, flags)])
+    return errors.run(main), capsys.readouterr().err
+
+
+def test_out_of_memory_says_what_would_fit(monkeypatch, capsys, tmp_path):
+    def fit(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("bilevel_fast.runs.session.fit", fit)
+    code, err = in_process(monkeypatch, capsys, "--out", tmp_path / "run", "--lower.batch", 32)
+    assert code == 2
+    assert "error: cpu is out of memory; what was saved is whole\nbatch 32 at latents of 16 x 16 (fp32) wants" in err
+    assert "student activations" in err
+
+
+def test_the_error_of_an_fp8_teacher_is_said(monkeypatch, capsys, tmp_path, caplog):
+    from bilevel_fast.models.fp8 import to_fp8
+
+    monkeypatch.setattr("bilevel_fast.runs.assemble.to_fp8", lambda unet: to_fp8(unet, emulate=True))
+    caplog.set_level("INFO")
+    code, err = in_process(monkeypatch, capsys, "--out", tmp_path / "run", "--fp8-teacher")
+    assert code == 0, err
+    (line,) = [message for message in caplog.messages if message.startswith("fp8 teacher")]
+    assert 0.5 < float(line.split("off by ")[1].split(" ")[0]) < 20
+
+
+def test_an_fp8_teacher_wants_its_card(tmp_path):
+    result = train("--preset", "smoke", "--fp8-teacher", "--device", "cpu", "--out", tmp_path / "run")
+    refused(result, "fp8: the teacher is on cpu; wanted a GPU of sm_89 or sm_90")
+
+
+def test_methods_that_want_data_or_a_seed_get_them():
+    from dataclasses import replace
+
+    from bilevel_fast.worlds.mini import TEACHER
+    from bilevel_fast.runs.session import initial_student
+
+    folder, config = load_folder(TEACHER), preset("smoke")
+    random = replace(config, prune=replace(config.prune, method="random"))
+    first, again, other = (initial_student(replace(random, seed=seed), folder, 1).structure for seed in (0, 0, 1))
+    assert first == again != other
+    laptop = replace(config, prune=replace(config.prune, method="laptop"))
+    assert initial_student(laptop, folder, 1).structure.dropped, "it has looked at what layers do to images"

@@ -1,0 +1,148 @@
+"""Steps recorded and replayed: the same run to the last bit, and a clean way out where they cannot be."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bilevel_fast.training.graphs import WARMUP, Graphs, cuda_recorder, side_stream
+from bilevel_fast.training.levels import bilevel
+from replay import on_the_cpu
+from world import B, make_batch, make_levels, make_models
+
+STEPS, EVERY = 14, 2
+
+
+@pytest.fixture(autouse=True)
+def _torch_ops(monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")  # native code reads its numbers on the CPU, as no graph can
+
+
+def train(run=None, steps=STEPS, change=lambda batch, step: batch, device="cpu", **settings):
+    """What each step measured, the student's state, images that the teacher saw, means of all steps."""
+    lower, upper = make_levels(*make_models(), device=device, **settings)
+    batches = lower.batches
+    lower = replace(lower, batches=lambda step: change(batches(step), step))
+    walk = bilevel(lower, upper, EVERY, 0, steps, *([] if run is None else [run]))
+    # a graph writes what a step measures to where it wrote it last
+    terms = [{name: value.item() for name, value in step.items()} for step in walk]
+    means = lower.means.take()[0] | upper.means.take()[0]
+    return terms, lower.optimizer.flat.state_dict(), int(lower.gradient.answers.teacher.images), means
+
+
+class Counting:
+    """A recorder that counts."""
+
+    def __init__(self, record=on_the_cpu):
+        self.record, self.recordings, self.replays = record, 0, 0
+
+    def __call__(self, call):
+        replay, terms = self.record(call)
+        self.recordings += 1
+
+        def counted():
+            self.replays += 1
+            replay()
+
+        return counted, terms
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"norm": "raw"}, {"penalty": 0.0}, {"dtype": torch.bfloat16}, {"decay": 0.9}],
+    ids=["grad", "raw", "no penalty", "bf16", "average"],
+)
+def test_a_replayed_run_is_the_same_run(settings):
+    """Warm-up of the learning rate, Adam's step numbers, noise, the kept answer: all of it follows."""
+    counting = Counting()
+    expected, replayed = train(**settings), train(Graphs(counting), **settings)
+    assert counting.recordings == 2
+    assert counting.replays == STEPS + STEPS // EVERY - 2 * WARMUP
+    assert replayed[0] == expected[0]
+    for name, value in expected[1].items():
+        assert torch.equal(replayed[1][name], value), name
+    assert replayed[2] == expected[2] == STEPS * B + STEPS // EVERY * 2 * B
+    assert replayed[3] == expected[3]
+    assert replayed[0][-1]["lower/loss"] != replayed[0][-2]["lower/loss"]
+
+
+def test_a_bad_gradient_is_skipped_inside_a_graph():
+    """NaN in the data of one replayed step: its gradient is not finite, and the run goes on without it."""
+
+    def poison(batch, step):
+        return batch.map(lambda x: x if x.dtype == torch.int64 else x * float("nan")) if step == 9 else batch
+
+    expected, replayed = train(change=poison), train(Graphs(on_the_cpu), change=poison)
+    assert not torch.tensor(expected[0][9]["lower/grad_norm"]).isfinite()
+    assert torch.tensor(expected[0][10]["lower/loss"]).isfinite()
+    torch.testing.assert_close(replayed[1], expected[1], rtol=0, atol=0)
+
+
+def test_other_shapes_are_recorded_anew(caplog):
+    """Both levels: the upper graph reads the teacher's answer where the lower one leaves it."""
+
+    def shrink(batch, step):
+        return batch.map(lambda x: x[: B - 1].clone()) if step >= 9 else batch
+
+    counting = Counting()
+    with caplog.at_level(logging.INFO):
+        expected, replayed = train(change=shrink, steps=24), train(Graphs(counting), change=shrink, steps=24)
+    assert counting.recordings == 4
+    assert replayed[0] == expected[0]
+    assert "lower batches have changed in shape: CUDA graphs are recorded anew" in caplog.text
+
+
+def test_what_cannot_be_recorded_runs_without(caplog):
+    """A step that reads a tensor: the reason is said once, and the run is the same."""
+
+    def reading(call):
+        return on_the_cpu(lambda: (call(), torch.ones(()).item())[0])
+
+    expected, eager = train(), train(Graphs(reading))
+    assert eager[0] == expected[0]
+    torch.testing.assert_close(eager[1], expected[1], rtol=0, atol=0)
+    assert caplog.messages == [
+        "no CUDA graph of the lower step, it runs without: operation not permitted when stream is capturing: "
+        "_local_scalar_dense"
+    ]
+
+
+def test_where_there_is_no_cuda_nothing_is_recorded():
+    assert cuda_recorder(torch.device("cpu")) is None
+    assert train(Graphs(None))[0] == train()[0]
+
+
+def test_errors_of_the_step_itself_are_not_taken_for_a_failed_recording():
+    lower, _ = make_levels(*make_models())
+    graphs = Graphs(on_the_cpu)
+    broken = replace(lower, gradient=lambda batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        graphs(broken, make_batch(0, 0))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_is_the_same_run_and_waits_for_nothing():
+    """Real graphs; and from the first replay on, no step waits for the device."""
+    device = torch.device("cuda")
+    with side_stream(device):
+        expected = train(device="cuda")
+        counting = Counting(cuda_recorder(device))
+        replayed = train(Graphs(counting), device="cuda")
+        assert counting.recordings == 2
+        for a, b in zip(expected[0], replayed[0], strict=True):
+            assert a == pytest.approx(b, rel=1e-5)
+        lower, upper = make_levels(*make_models(), device="cuda")
+        graphs, batches = (
+            Graphs(cuda_recorder(device)),
+            [[level.batches(n) for n in range(6)] for level in (lower, upper)],
+        )
+        torch.cuda.synchronize()
+        for n in range(6):
+            if n == 5:
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                graphs(lower, batches[0][n])
+                graphs(upper, batches[1][n])
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
