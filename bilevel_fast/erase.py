@@ -8,23 +8,21 @@ concept-prune  zeros feed-forward weights that work for the concept (arXiv:2405.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.data.bank import read_prompts
+from bilevel_fast.base.tables import table
 from bilevel_fast.erasing import EDITS, ConceptPrune, Uce
-from bilevel_fast.erasing.concept_prune import FRAMES
 from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
-from bilevel_fast.erasing.pairs import Frame, check, framed, make_pairs, read_pairs
+from bilevel_fast.erasing.pairs import check, framed, make_pairs, read_pairs
 from bilevel_fast.models.folder import load_folder, save_student
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.runs.session import pick_device
+from bilevel_fast.runs.subjects import find_frames
+from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.judge import is_held_out
-from bilevel_fast.worlds.mini.world import SCENES
 
 _PERCENT = {"weights", "zeroed", "erased moved", "guides moved", "left to guide", "preserved moved", "earlier moved"}
 
@@ -70,26 +68,6 @@ _ARGS: dict[str, type[UceArgs] | type[ConceptPruneArgs]] = {"uce": UceArgs, "con
 assert _ARGS.keys() == EDITS.keys(), "a command for every edit"
 
 
-def find_frames(subjects: str | None, is_mini: bool, by_default: str | None = None) -> tuple[Frame, ...]:
-    """The sentences that `--subjects` names.
-
-    Raises:
-        UserError: There is neither a set nor a file of that name.
-    """
-    subjects = by_default if subjects is None else subjects
-    if subjects is None:
-        return ()
-    if subjects in FRAMES:
-        return FRAMES[subjects]
-    if subjects == "mini":
-        if not is_mini:
-            raise UserError("--subjects mini is for models of the mini world")
-        return tuple(Frame.of(scene.caption) for scene in SCENES if not scene.style and not is_held_out(scene))
-    if not Path(subjects).exists():
-        raise UserError(f"--subjects {subjects}: no such file, nor a set{nearest(subjects, (*FRAMES, 'mini'))}")
-    return tuple(Frame.of(line) for line in read_prompts(subjects))
-
-
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -133,29 +111,8 @@ def _page(outcome: Outcome, out: Path) -> str:
     ]
     lines += [f"{'in':<9}{len(record.frames)} sentences"] if record.frames else []
     lines += [f"{'skipped':<9}{name}: the model has dropped it" for name in record.skipped]
-    lines += [*outcome.notes, "", table(outcome.table), "", f"{'written':<9}{out}"]
+    lines += [*outcome.notes, "", table(outcome.table, _PERCENT), "", f"{'written':<9}{out}"]
     return "\n".join(lines)
-
-
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """Aligned text: a row for each kind of layer; shares in percent, with as many digits as they need."""
-    columns = list(next(iter(rows.values())))
-    cells = [[name, *(_cell(column, row[column]) for column in columns)] for name, row in rows.items()]
-    return _aligned([["", *columns], *cells])
-
-
-def _cell(column: str, value: float) -> str:
-    return f"{100 * value:.3g} %" if column in _PERCENT else f"{value:g}"
-
-
-def _aligned(cells: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        name, *numbers = map(str.rjust, row, widths)
-        return "  ".join([name.lstrip().ljust(widths[0]), *numbers])
-
-    return "\n".join(map(line, cells))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ from typing import Any
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.runs import page as report
-from bilevel_fast.runs.config import Mini, preset
+from bilevel_fast.runs.config import preset
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import judge
 from bilevel_fast.worlds.mini.probe import Probe
+from bilevel_fast.worlds.mini.settings import Mini
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def main() -> None:
     config = flags.parse(EvaluateConfig, "bilevel_fast.evaluate", __doc__)
     if config.suite == "mini":
         rows = judge_models(config)
-        print(json.dumps(rows, indent=2) if config.json else report.table(rows))
+        print(json.dumps(rows, indent=2) if config.json else table(rows))
         return
     default = EvaluateConfig()
     if (config.models, config.erase, config.mini) != (default.models, default.erase, default.mini):

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder, save_student
 from bilevel_fast.models.macs import count
@@ -25,7 +26,6 @@ from bilevel_fast.pruning import (
 from bilevel_fast.pruning.latency import RESOLUTION
 from bilevel_fast.pruning.picture import picture
 from bilevel_fast.runs.prune_aptp import COMMANDS
-from bilevel_fast.runs.session import pick_device
 from bilevel_fast.worlds.mini import TEACHER
 
 BUDGET = 0.8

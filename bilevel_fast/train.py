@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from bilevel_fast.base import errors, flags
-from bilevel_fast.runs import page as report
+from bilevel_fast.base.tables import table
 from bilevel_fast.runs.config import TrainConfig, preset
 
 
@@ -54,7 +54,7 @@ def main() -> None:
         f"{summary['images_per_second']} images/s, {summary['seconds']} s"
     )
     if summary["quality"]:
-        print(report.table(summary["quality"]))
+        print(table(summary["quality"]))
     print(f"student: {config.out / 'student'}   report: {config.out / 'report.html'}")
 
 

@@ -32,7 +32,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.profiling.cost import Cost, Counter
 from bilevel_fast.runs.assemble import levels
-from bilevel_fast.runs.config import Mini, preset
+from bilevel_fast.runs.config import preset
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.training.levels import descend
 from bilevel_fast.training.losses import fine_tuning_loss, suppression_loss
@@ -40,6 +40,7 @@ from bilevel_fast.training.phases import room
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.settings import Mini
 
 LATENT, TEXT, BATCH = 64, 77, 16  # of SD 2.1 at 512 px; the batch changes no count
 KINDS = ("conv", "linear", "attention", "norm", "pointwise", "optimizer", "copy", "other")

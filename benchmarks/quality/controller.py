@@ -30,10 +30,11 @@ import tyro
 from benchmarks.machine import describe
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.assemble import Materials, levels
-from bilevel_fast.runs.config import TrainConfig, Upper, preset
+from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.training.levels import bilevel
 from bilevel_fast.training.lower import SharedAnswers

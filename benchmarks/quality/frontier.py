@@ -25,10 +25,11 @@ import tyro
 
 from benchmarks.machine import describe
 from bilevel_fast.base import errors
+from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.models.folder import ModelFolder, load_folder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.assemble import Materials, levels
-from bilevel_fast.runs.config import TrainConfig, Upper, preset
+from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.training.levels import bilevel, descend
 from bilevel_fast.training.lower import SharedAnswers

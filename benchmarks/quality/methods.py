@@ -1,7 +1,7 @@
 """All pruning methods on the mini world, before and after distillation, and what distillation and old weights are for.
 
-    python -m benchmarks.quality.methods run --budget 0.8       prunes, distils and judges all cases of a budget, seed by seed
-    python -m benchmarks.quality.methods report           table and plots from benchmarks/results/methods.jsonl
+    python -m benchmarks.quality.methods run --budget 0.8  prunes, distils and judges all cases of a budget
+    python -m benchmarks.quality.methods report            table and plots from benchmarks/results/methods.jsonl
 
 The students of a run walk through the same lower batches side by side, so the teacher answers each batch once; no
 concept is suppressed. Besides every method there are, in the magnitude method's shape,

@@ -123,7 +123,8 @@ def measure(settings: Settings) -> Iterator[Row]:
                     "error": error, "bound": limit, "load": os.getloadavg()[0],
                 }  # fmt: skip
                 shared = {"suite": "mixture", "case": f"{size.name} {budget:.2f} b{batch}", "config": config,
-                          "command": "python -m benchmarks.speed.mixture" + " --tiny" * settings.tiny, **machine}  # fmt: skip
+                          "command": "python -m benchmarks.speed.mixture" + " --tiny" * settings.tiny,
+                          **machine}  # fmt: skip
                 metrics = {("ms", "ms"): timing.map(lambda s: 1e3 * s)}
                 if name != "mixed":
                     metrics["mixed_times_faster", "x"] = timings["mixed"].times_faster_than(timing)

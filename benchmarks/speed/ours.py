@@ -11,11 +11,12 @@ from torch import Tensor
 
 from benchmarks.speed.peers import Inputs, Peer
 from benchmarks.speed.unet_providers import ops
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing.targets import Guidance
 from bilevel_fast.models.fp8 import to_fp8
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.training.graphs import WARMUP, Graphs, cuda_recorder
+from bilevel_fast.ops.graphs import WARMUP, cuda_recorder
+from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import Level, move
 from bilevel_fast.training.lower import Answers, FineTuning
 from bilevel_fast.training.optim import LevelOptimizer

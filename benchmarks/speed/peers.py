@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from benchmarks.speed.diffusers_unet import Hooked, diffusers_unet
 from bilevel_fast.base.errors import require
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.ops.randomness import Stream, integers, normal

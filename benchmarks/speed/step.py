@@ -38,7 +38,7 @@ from benchmarks.speed.peers import Inputs, Peer
 from benchmarks.structures import Model, model, structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
+from bilevel_fast.data.batch import LEVEL_STRIDE, Batch
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, normal

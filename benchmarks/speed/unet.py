@@ -2,9 +2,9 @@
 
     python -m benchmarks.speed.unet --device cuda --providers eager torch graphs ours --out rows.jsonl
     python -m benchmarks.speed.unet --device cuda --providers torch compile ours --structures dense 0.80 --batch 16
-    python -m benchmarks.speed.unet --device cuda --sites  every distinct ResNet and Transformer alone, at several kept widths
+    python -m benchmarks.speed.unet --device cuda --sites  every distinct ResNet and Transformer alone, at some widths
     python -m benchmarks.speed.unet --tiny     a rehearsal on the CPU, with the mini world's UNet
-    python -m benchmarks.speed.unet --device cuda --check  fails if a speedup fell by more than 3 % against the committed rows
+    python -m benchmarks.speed.unet --device cuda --check  fails if a speedup fell by over 3 % against committed rows
 
     eager     diffusers' UNet2DConditionModel, channels_last; a pruned one is cut as the authors cut theirs
     torch     our UNet on torch's ops

@@ -1,9 +1,13 @@
 """Which of several processes this one is, as `torchrun` says it: RANK, WORLD_SIZE and LOCAL_RANK."""
 
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
 
 from bilevel_fast.base.errors import UserError
 
@@ -52,3 +56,32 @@ class Ranks:
         if name == "auto" and self.local is not None and torch.cuda.is_available():
             return f"cuda:{self.local}"
         return name
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto`, and refuse what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on, besides the flags."""
+    cuda = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"

@@ -5,9 +5,7 @@ caption without the phrase, which says what should be drawn instead.
 """
 
 import contextlib
-import csv
 import hashlib
-import io
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -17,16 +15,17 @@ from typing import Any, Literal
 
 import torch
 
-from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import INDEX, Cache, Index
 from bilevel_fast.data.sources import exact_moments
 from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.weights import DIGEST, fingerprint
+from bilevel_fast.ops.graphs import cuda_recorder, side_stream
 from bilevel_fast.ops.randomness import Stream
 from bilevel_fast.sampling.captured import Captured
 from bilevel_fast.sampling.generate import generate
-from bilevel_fast.training.graphs import cuda_recorder, side_stream
+from bilevel_fast.sampling.prompts import same_text
 
 Shows = Literal["prompt", "anchor"]
 
@@ -87,43 +86,11 @@ def without(prompts: Iterable[str], held_out: Iterable[str]) -> list[str]:
     Raises:
         UserError: None is left.
     """
-    excluded = {_normal_form(prompt) for prompt in held_out}
-    left = [prompt for prompt in prompts if _normal_form(prompt) not in excluded]
+    excluded = {same_text(prompt) for prompt in held_out}
+    left = [prompt for prompt in prompts if same_text(prompt) not in excluded]
     if not left:
         raise UserError("every prompt of the concept bank is held out for evaluation")
     return left
-
-
-def _normal_form(prompt: str) -> str:
-    return " ".join(prompt.casefold().split())
-
-
-def read_prompts(path: Path | str) -> list[str]:
-    """Read a prompt file: CSV with a column `prompt` if its name ends in `.csv`, else one prompt per line.
-
-    Raises:
-        UserError: The file is missing, not UTF-8, has no such column, or no prompt.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"prompt file {path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8: {error}") from error
-    prompts = _csv_column(path, text) if path.suffix.lower() == ".csv" else text.split("\n")
-    prompts = [prompt.strip() for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise UserError(f"prompt file {path} holds no prompt")
-    return prompts
-
-
-def _csv_column(path: Path, text: str) -> list[str]:
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    columns = rows.fieldnames or []
-    if "prompt" not in columns:
-        raise UserError(f"prompt file {path} has no column 'prompt'{nearest('prompt', columns)}")
-    return [row["prompt"] or "" for row in rows]
 
 
 def make_bank(

@@ -6,8 +6,7 @@ a resumed run sees the same batches, and so does a run whose batches are split o
 Shape legend: B batch, C latent channels, H W latent size, L text tokens, D text width, N samples of the source.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.data.batch import LEVEL_STRIDE, Batch
 from bilevel_fast.data.blend import Shares, parts_of, weights_of
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.models.text_encoder import TextEncoder
@@ -23,44 +23,8 @@ from bilevel_fast.ops.randomness import Stream, integers, normal, permutation, u
 
 Anchor = Literal["none", "null", "phrase"]
 
-LEVEL_STRIDE = 2**40
-"""Distance between the global indices of two levels: no run draws as many samples."""
 _PART_STRIDE = 2**30
 """Distance between the numbers of two parts' epochs."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """What a training step starts from. `Batches` leaves it where it was made; a `Loader` brings it to the device."""
-
-    latents: Tensor
-    """(B, C, H, W) fp32, scaled."""
-    text: Tensor
-    """(B, L, D) fp32 states of the captions."""
-    anchor: Tensor | None
-    """(B, L, D) fp32 states of the captions without the concept, or of the null prompt."""
-    index: Tensor
-    """(B,) int64 global indices, on the CPU: what is random about a sample is drawn by its index."""
-    eps: Tensor | None = None
-    """(B, C, H, W) fp32 standard normal noise; None until it is drawn."""
-    t: Tensor | None = None
-    """(B,) int64 timesteps; None until they are drawn."""
-    captions: tuple[str, ...] = ()
-    """The B captions that `text` holds the states of; empty where nobody wrote them down."""
-
-    def drawn(self, seed: int, timesteps: int) -> "Batch":
-        """With noise and timesteps in [0, timesteps), next to the latents; itself if it has them already."""
-        if self.eps is not None and self.t is not None:
-            return self
-        eps = normal(seed, Stream.NOISE, self.index, tuple(self.latents.shape[1:]))
-        t = integers(seed, Stream.TIMESTEP, self.index, timesteps)
-        device = self.latents.device
-        return replace(self, eps=eps.to(device), t=t.to(device))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        """With every tensor but `index` replaced by `function` of it."""
-        fields = {name: getattr(self, name) for name in ("latents", "text", "anchor", "eps", "t")}
-        return replace(self, **{name: function(x) for name, x in fields.items() if x is not None})
 
 
 class Batches:

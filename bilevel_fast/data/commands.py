@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from bilevel_fast.base import flags
+from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Dropped, Index
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
@@ -21,7 +22,6 @@ from bilevel_fast.data.stream import ImageIndex, write_list
 from bilevel_fast.data.tars import Tars
 from bilevel_fast.data.writer import WHOLE, Part
 from bilevel_fast.models.folder import ModelFolder, load_folder
-from bilevel_fast.runs.session import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bilevel_fast.base.devices import Ranks
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import Batch, Batches
+from bilevel_fast.data.batch import Batch
+from bilevel_fast.data.batches import Batches
 
 AHEAD = 2  # batches: one that is being made and one that is being copied
 

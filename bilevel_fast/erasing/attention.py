@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing.phrases import span
 from bilevel_fast.models.text_encoder import TextEncoder

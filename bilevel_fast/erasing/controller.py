@@ -35,9 +35,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing.registry import reach
-from bilevel_fast.runs.config import Upper
+from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.training.levels import Level, Pace
 from bilevel_fast.training.losses import Loss
 

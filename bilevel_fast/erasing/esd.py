@@ -12,7 +12,7 @@ The released script can also ask for a third prompt, from which the concept is e
 import torch
 from torch import Tensor
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing.references import Sourced
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.unet import UNet

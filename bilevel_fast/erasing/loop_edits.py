@@ -33,18 +33,18 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.bank import read_prompts
 from bilevel_fast.data.blend import parts_of, weights_of
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing import concept_prune
 from bilevel_fast.erasing.edit import transformers
 from bilevel_fast.erasing.pairs import Pair, check
 from bilevel_fast.erasing.phrases import captions_of, held, pairs_of, phrases
+from bilevel_fast.erasing.settings import ConceptPruneStep, UceStep, Upper
 from bilevel_fast.erasing.uce import Matched, gram, match, matrices
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.runs.config import ConceptPruneStep, UceStep, Upper
+from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.upper import Edit, Terms
 

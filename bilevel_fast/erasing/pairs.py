@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.sampling.prompts import same_text
 
 _COLUMNS = ("erase", "guide")
 _BATCH = 256
@@ -48,11 +49,6 @@ class Frame:
         """A subject without `{}` is followed by the concept."""
         sentence = subject if "{}" in subject else f"{subject} {{}}"
         return cls(sentence, sentence)
-
-
-def form(text: str) -> str:
-    """What two texts share if they are the same but for case and spacing."""
-    return " ".join(text.casefold().split())
 
 
 def make_pairs(erase: Sequence[str], guide: Sequence[str] = ("",), weights: Sequence[float] = ()) -> tuple[Pair, ...]:
@@ -123,10 +119,10 @@ def check(pairs: Sequence[Pair], preserve: Sequence[str], encoder: TextEncoder) 
         UserError: A text to erase is its own guide, is there twice, should also be preserved, or has no tokens.
     """
     seen: set[str] = set()
-    kept = set(map(form, preserve))
+    kept = set(map(same_text, preserve))
     for pair in pairs:
-        name = form(pair.erase)
-        if name == form(pair.guide):
+        name = same_text(pair.erase)
+        if name == same_text(pair.guide):
             raise UserError(f"erase {pair.erase!r} has itself as its guide, which changes nothing; wanted another text")
         if name in seen:
             raise UserError(f"erase {pair.erase!r} is there twice; wanted each text once")

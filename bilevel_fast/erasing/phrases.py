@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.erasing.pairs import Pair, form
+from bilevel_fast.erasing.pairs import Pair
+from bilevel_fast.sampling.prompts import same_text
 
 _LOOKED_FOR = 64  # phrases that are looked for in other captions, the most frequent ones
 
@@ -24,7 +25,7 @@ def pairs_of(bank: LatentSource, to_null: bool = False) -> tuple[Pair, ...]:
     """Every caption of a bank once, with its anchor as guide; or with the null prompt."""
     found: dict[str, Pair] = {}
     for caption, anchor in _samples(bank):
-        found.setdefault(form(caption), Pair(caption, "" if to_null else anchor))
+        found.setdefault(same_text(caption), Pair(caption, "" if to_null else anchor))
     return tuple(found.values())
 
 

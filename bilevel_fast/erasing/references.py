@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.lower import Answers

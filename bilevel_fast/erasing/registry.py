@@ -13,10 +13,10 @@ from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
 from bilevel_fast.erasing.references import Itself, Source, Start
 from bilevel_fast.erasing.saliency import EraseDiff, SalUn
+from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.erasing.subsets import subset
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.runs.config import Upper
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.run_folder import flatten
 from bilevel_fast.training.teacher import Teacher

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing.references import Sourced
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss, suppression_loss

@@ -11,7 +11,7 @@ with a and c a source's outputs for anchor and concept at the student's own x_t:
 import torch
 import torch.nn.functional as F
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing.references import Sourced
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss, suppression_loss

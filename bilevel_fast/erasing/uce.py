@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.edit import Job, Outcome, Record, transformers
-from bilevel_fast.erasing.pairs import Pair, form, framed, last_words
+from bilevel_fast.erasing.pairs import Pair, framed, last_words
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.sampling.prompts import same_text
 
 _BATCH = 64  # texts encoded at once
 _MEASURED = 64  # preserved texts looked at for the table
@@ -155,7 +156,7 @@ def apply(unet: UNet, delta: Tensor) -> None:
 
 def _carried(job: Job, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, float], list[str]]:
     """What earlier edits erased and preserved, less what is erased anew; and a line about each such overlap."""
-    anew = {form(pair.erase) for pair in pairs}
+    anew = {same_text(pair.erase) for pair in pairs}
     kept: dict[str, Pair] = {}
     weights: dict[str, float] = {}
     dropped: dict[str, None] = {}
@@ -165,16 +166,16 @@ def _carried(job: Job, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, flo
             continue
         count += 1
         for pair in texts(record.pairs, record):
-            kept[form(pair.erase)] = pair  # a text erased twice counts as it was erased last
+            kept[same_text(pair.erase)] = pair  # a text erased twice counts as it was erased last
         for text in record.preserve:
             weights[text] = max(record.settings["preserve_scale"], weights.get(text, 0.0))
     dropped.update(dict.fromkeys(pair.erase for name, pair in kept.items() if name in anew))
-    dropped.update(dict.fromkeys(text for text in weights if form(text) in anew))
+    dropped.update(dict.fromkeys(text for text in weights if same_text(text) in anew))
     notes = [f"kept: {count} earlier edit{'s' if count > 1 else ''} by uce"] if count else []
     notes += [f"no longer kept, as it is erased now: {text!r}" for text in dropped]
     return (
         [pair for name, pair in kept.items() if name not in anew],
-        {text: weight for text, weight in weights.items() if form(text) not in anew},
+        {text: weight for text, weight in weights.items() if same_text(text) not in anew},
         notes,
     )
 

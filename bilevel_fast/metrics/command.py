@@ -4,13 +4,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic, write_json
 from bilevel_fast.metrics import suites
 from bilevel_fast.metrics.pairing import each
 from bilevel_fast.metrics.scorers import Scorers
 from bilevel_fast.metrics.table import labels, table
-from bilevel_fast.runs.session import pick_device
 
 _UNREAD = {
     "style": ("--inception-weights", "--statistics-out", "--fid-draws"),

@@ -1,4 +1,4 @@
-"""The mini world's language: a fixed word list and a small transformer that reads it.
+"""Components of the mini family: word tokenizer, text encoder, and pixel unshuffle in the place of a VAE.
 
 Shapes: B prompts, L tokens (always `WordTokenizer.length`), D text width, N heads.
 """
@@ -16,18 +16,16 @@ from torch.nn import functional as F
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json, write_atomic, write_json
 from bilevel_fast.models.weights import check_names, read_weights
-from bilevel_fast.worlds.mini.world import COLORS, OBJECTS, STYLES
 
 _SPECIAL = ("<bos>", "<eos>", "<pad>")
 _BOS, _EOS, _PAD = range(len(_SPECIAL))
-WORDS = tuple(sorted({"a", "an", "in", "the", "style", "of", *COLORS, *OBJECTS, *" ".join(STYLES).split()}))
 
 
 @dataclass(frozen=True)
 class WordTokenizer:
     """Words to ids, by a fixed list. Case and spacing do not matter."""
 
-    words: tuple[str, ...] = WORDS
+    words: tuple[str, ...]
     length: int = 12
     """Tokens of every prompt, with the begin and end tokens and padding."""
 

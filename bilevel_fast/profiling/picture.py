@@ -1,16 +1,12 @@
 """A profile to look at: tables of rooms and ops, and a picture of the step."""
 
 import io
-import os
-import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic, write_json
@@ -44,23 +40,6 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--profile-out {folder} is a file, wanted a folder")
     if folder.exists() and not overwrite and any(folder.iterdir()):
         raise UserError(f"--profile-out {folder} is not empty; --overwrite replaces the profile in it")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on, besides the flags."""
-    cuda = device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda if cuda else None,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def save(folder: Path, steps: Sequence[StepProfile], about: Mapping[str, Any], trace: Path) -> None:

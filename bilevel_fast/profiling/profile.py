@@ -23,15 +23,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.ops.graphs import WARMUP, Record, cuda_recorder
 from bilevel_fast.profiling.cost import Cost, Counter
 from bilevel_fast.profiling.trace import OTHER, STEP, Recorded, Work, digest
 from bilevel_fast.runs import assemble as engine
 from bilevel_fast.runs import session
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.training import phases as rooms
-from bilevel_fast.training.graphs import WARMUP, Graphs, Record, cuda_recorder
+from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import AnyLevel, Level, descend, move
 from bilevel_fast.training.upper import Terms
 from bilevel_fast.worlds.mini import TEACHER

@@ -15,30 +15,32 @@ from typing import Any
 
 import torch
 
-from bilevel_fast.training import checkpoint
-from bilevel_fast.training.levels import AnyLevel, Editing, Level, bilevel, descend
-from bilevel_fast.runs.config import TrainConfig
-from bilevel_fast.data.batches import Batch, Batches
-from bilevel_fast.data.loader import Loader
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.data.batch import Batch
+from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.blend import Shares, weights_of
+from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.erasing import loop_edits
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.attention import Words
 from bilevel_fast.erasing.controller import Controller
 from bilevel_fast.erasing.saliency import salient
-from bilevel_fast.base.errors import UserError
-from bilevel_fast.training.lower import Answers, FineTuning
+from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.fp8 import kd_error, to_fp8
-from bilevel_fast.training.graphs import Graphs, cuda_recorder, side_stream
+from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.graphs import cuda_recorder, side_stream
+from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.training import checkpoint
+from bilevel_fast.training.graphs import Graphs
+from bilevel_fast.training.levels import AnyLevel, Editing, Level, bilevel, descend
+from bilevel_fast.training.lower import Answers, FineTuning
 from bilevel_fast.training.optim import AdamW, LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.stats import Console, JsonLines, Stats, tensorboard
-from bilevel_fast.training.upper import Suppression
 from bilevel_fast.training.teacher import Teacher
-from bilevel_fast.models.text_encoder import TextEncoder
-from bilevel_fast.models.unet import UNet
+from bilevel_fast.training.upper import Suppression
 
 _log = logging.getLogger(__name__)
 

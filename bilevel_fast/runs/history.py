@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bilevel_fast.data.cache import Cache
-from bilevel_fast.data.blend import Mixture
-from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.erasing.phrases import clashes_of, held, pairs_of, phrases, plain
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json
+from bilevel_fast.data.blend import Mixture
+from bilevel_fast.data.cache import Cache
+from bilevel_fast.data.sources import LatentSource
+from bilevel_fast.erasing.phrases import clashes_of, held, pairs_of, phrases, plain
 
 RECORD = "concepts.json"
 _FORMAT, _VERSION = "bilevel_fast.concepts", 1

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilevel_fast.base import flags
-from bilevel_fast.data.bank import Concept, Shows, anchor_for, make_part, prompts_for, read_prompts, without
+from bilevel_fast.base.devices import Ranks, pick_device
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.data.bank import Concept, Shows, anchor_for, make_part, prompts_for, without
 from bilevel_fast.data.cache import INDEX
 from bilevel_fast.data.writer import Part
-from bilevel_fast.erase import find_frames
 from bilevel_fast.erasing.concept_prune import FRAMES
-from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.base.devices import Ranks
+from bilevel_fast.runs.subjects import find_frames
+from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.sampling.to_folder import Precision, Recipe
-from bilevel_fast.runs.session import pick_device
 
 _log = logging.getLogger(__name__)
 

@@ -10,22 +10,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from bilevel_fast.base import flags
-from bilevel_fast.runs.assemble import Interrupted
+from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.tables import aligned, listed
 from bilevel_fast.models.folder import ModelFolder, load_folder, read_unet, save_student
 from bilevel_fast.models.macs import count
+from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning.aptp.experts import find_vector, read_codebook, read_vector
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
+from bilevel_fast.runs.assemble import Interrupted
 from bilevel_fast.runs.router import MINI, PAPER, AptpConfig, run
-from bilevel_fast.runs.session import pick_device
-from bilevel_fast.models.structure import Structure
-
-_SHOWN = 3  # dropped sites of an expert
+from bilevel_fast.sampling.prompts import read_lines
 
 
 def aptp(argv: Sequence[str]) -> None:
@@ -39,10 +38,10 @@ def aptp(argv: Sequence[str]) -> None:
         print(f"{interrupted}; go on with --resume --out {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
     rows = [
-        (str(row["expert"]), f"{row['macs']:.4f}", str(row["prompts"]), _listed(row["dropped"]))
+        (str(row["expert"]), f"{row['macs']:.4f}", str(row["prompts"]), listed(row["dropped"]))
         for row in summary["experts"]
     ]
-    print(_table(("expert", "MACs", "prompts", "dropped sites"), rows))
+    print(aligned([("expert", "MACs", "prompts", "dropped sites"), *rows]))
     print(f"\n{summary['prompts']} training prompts, budget {summary['budget']:g}")
     print(f"written     {config.out}")
 
@@ -66,14 +65,14 @@ class RouteArgs:
 def route(argv: Sequence[str]) -> None:
     """Say which expert of a mixture each prompt goes to."""
     args = flags.parse(RouteArgs, "bilevel_fast.prune route", route.__doc__, args=argv)
-    prompts = [*args.prompts, *(_lines(args.file) if args.file else [])]
+    prompts = [*args.prompts, *(read_lines(args.file) if args.file else [])]
     if not prompts:
         raise UserError("no prompts came; --prompts and --file name some")
     mixture = Mixture.load(args.mixture, prompt_encoder=args.prompt_encoder, device=pick_device(args.device))
     experts = mixture.route(prompts)
-    print(_table(("expert", "prompt"), [(str(k), prompt) for k, prompt in zip(experts.tolist(), prompts, strict=True)]))
+    print(aligned([("expert", "prompt"), *zip(map(str, experts.tolist()), prompts, strict=True)]))
     counts = experts.bincount(minlength=len(mixture.structures)).tolist()
-    print("\n" + _table(("expert", "prompts"), [(str(k), str(n)) for k, n in enumerate(counts)]))
+    print("\n" + aligned([("expert", "prompts"), *((str(k), str(n)) for k, n in enumerate(counts))]))
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,10 @@ def import_aptp(argv: Sequence[str]) -> None:
         structures = read_codebook(args.codebook, folder.config)
         counts = [s.macs(latent, text) for s in structures]
         rows = [
-            (str(k), f"{macs.ratio:.4f}", f"{macs.params:,}", _listed(sorted(s.dropped)))
+            (str(k), f"{macs.ratio:.4f}", f"{macs.params:,}", listed(sorted(s.dropped)))
             for k, (s, macs) in enumerate(zip(structures, counts, strict=True))
         ]
-        print(_table(("expert", "MACs", "parameters", "dropped sites"), rows))
+        print(aligned([("expert", "MACs", "parameters", "dropped sites"), *rows]))
         if args.expert is None:
             return
         if not 0 <= args.expert < len(structures):
@@ -161,31 +160,9 @@ def _make_student(
     print(f"latents {latent}x{latent}, {text} text tokens")
     print(f"MACs        {dense.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G: {left.ratio:.4f}, {source}")
     print(f"parameters  {dense.params:,} -> {left.params:,}")
-    print(f"dropped     {_listed(sorted(structure.dropped))}")
+    print(f"dropped     {listed(sorted(structure.dropped))}")
     print(f"weights     {whose}")
     print(f"written     {out}")
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return [line.strip() for line in lines if line.strip()]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f", and {more} more" if more > 0 else "") if names else "none"
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> str:
-    """Columns under their names; the last is as wide as it likes."""
-    lines = [header, *rows]
-    pads = [max(len(line[i]) for line in lines) for i in range(len(header) - 1)]
-    return "\n".join("  ".join([*(f"{v:{p}}" for v, p in zip(line, pads, strict=False)), line[-1]]) for line in lines)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"aptp": aptp, "route": route, "import-aptp": import_aptp}

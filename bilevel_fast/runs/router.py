@@ -16,25 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel_fast.training import checkpoint
-from bilevel_fast.ops import dispatch as ops, providers
+from bilevel_fast.base.devices import pick_device
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import read_json
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.runs.assemble import Interrupted, running
-from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json
 from bilevel_fast.models.folder import ModelFolder, load_folder
-from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.ops import dispatch as ops
+from bilevel_fast.ops import providers
 from bilevel_fast.pruning.aptp.encoders import MpnetPrompts, PromptEncoder, TextPrompts, centred
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX, write_mixture
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.calibration import image_source
+from bilevel_fast.runs.assemble import Interrupted, running
+from bilevel_fast.training import checkpoint
 from bilevel_fast.training.run_folder import RunFolder
-from bilevel_fast.runs.session import pick_device
 from bilevel_fast.training.stats import Console, JsonLines, Means, Stats
+from bilevel_fast.worlds.mini import TEACHER
 
 _log = logging.getLogger(__name__)
 

@@ -14,30 +14,32 @@ from typing import Any
 
 import torch
 
-from bilevel_fast.ops import dispatch as ops, providers
-from bilevel_fast.runs import page as report
-from bilevel_fast.training.checkpoint import GracefulStop, latest
-from bilevel_fast.runs.config import VOLATILE, TrainConfig
-from bilevel_fast.data.cache import Cache
-from bilevel_fast.data.stream import open_images
-from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit
-from bilevel_fast.runs import history
-from bilevel_fast.erasing import registry as erasers
+from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_json
+from bilevel_fast.data.cache import Cache
+from bilevel_fast.data.stream import open_images
+from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.models.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.models.macs import count
+from bilevel_fast.models.mini import PixelUnshuffleVAE
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.models.weights import fingerprint
+from bilevel_fast.ops import dispatch as ops
+from bilevel_fast.ops import providers
 from bilevel_fast.profiling.memory import describe, estimate
+from bilevel_fast.pruning import MacBudget, calibration_set, method
+from bilevel_fast.runs import history, page
+from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit
+from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.sampling.pictures import picture, png
+from bilevel_fast.training.checkpoint import GracefulStop, latest
+from bilevel_fast.training.run_folder import RunFolder
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import Samples, judge
 from bilevel_fast.worlds.mini.probe import Probe
-from bilevel_fast.models.mini import PixelUnshuffleVAE
-from bilevel_fast.pruning import MacBudget, calibration_set, method
-from bilevel_fast.training.run_folder import RunFolder
-from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.weights import fingerprint
 
 _log = logging.getLogger(__name__)
 _SHOWN_ERASED, _SHOWN_KEPT = 6, 6
@@ -78,10 +80,10 @@ def run(config: TrainConfig) -> dict[str, Any]:
             pictures["samples"] = _contact_sheet(shown, len(erased) * config.mini.judge_erased)
             place.samples.mkdir(exist_ok=True)
             place.write_bytes("samples/comparison.png", pictures["samples"])
-        pictures["losses"] = report.curves({name: _places(place, name).stats for name in names})
+        pictures["losses"] = page.curves({name: _places(place, name).stats for name in names})
         summary["seconds"] = round(time.perf_counter() - started, 1)
         place.write_json("summary.json", summary)
-        place.write_text("report.html", report.page(f"bilevel_fast {config.preset}", summary, pictures))
+        place.write_text("report.html", page.page(f"bilevel_fast {config.preset}", summary, pictures))
     return summary
 
 
@@ -179,18 +181,6 @@ def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:
     return {"dense_g": round(dense, 6), "student_g": round(student, 6), "ratio": round(student / dense, 6)}
 
 
-def pick_device(name: str) -> torch.device:
-    """Resolve `auto`, and refuse what is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _places(place: RunFolder, name: str) -> Places:
     stats = place.stats if name == "student" else place.path / f"stats-{name}.jsonl"
     return Places(place.checkpoints / name, stats, place.events / name)
@@ -263,4 +253,4 @@ def _contact_sheet(shown: dict[str, Samples], erased: int) -> bytes:
     right = [erased + (29 * i) % (len(scenes) - erased) for i in range(_SHOWN_KEPT)]
     columns = left + right
     rows = {name: samples.images[columns] for name, samples in shown.items()}
-    return report.png(report.picture(rows, [scenes[i].caption for i in columns]))
+    return png(picture(rows, [scenes[i].caption for i in columns]))

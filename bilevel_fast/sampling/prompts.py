@@ -13,7 +13,7 @@ import io
 import itertools
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -107,16 +107,45 @@ def read_rows(
         raise UserError(f"limit is {limit}; wanted at least 1")
     match layout:
         case "csv":
-            rows = _table(path, prompt_column, id_column, seed_column)
+            rows = _rows(path, prompt_column, id_column, seed_column)
         case "coco":
             rows = _captions(path)
         case _:
-            texts = (text for text in _text(path).split("\n") if text.strip())
-            rows = ((f"line {n + 1}", Row(str(n), text.strip())) for n, text in enumerate(texts))
+            rows = ((f"line {n + 1}", Row(str(n), line)) for n, line in enumerate(read_lines(path)))
     kept = _without_duplicates(path, rows, duplicates or ("last" if layout == "coco" else "refuse"), limit)
     if not kept:
         raise UserError(f"prompt file {path} holds no prompt")
     return kept
+
+
+def read_prompts(path: Path | str) -> list[str]:
+    """The prompts of a file in its order: the column `prompt` if its name ends in `.csv`, else one per line.
+
+    Raises:
+        UserError: The file is missing, not UTF-8, has no such column, or no prompt.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".csv":
+        prompts = [cells["prompt"] for _, cells in _table(path, lambda _: ["prompt"]) if cells["prompt"]]
+    else:
+        prompts = read_lines(path)
+    if not prompts:
+        raise UserError(f"prompt file {path} holds no prompt")
+    return prompts
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a UTF-8 file that are not empty, stripped.
+
+    Raises:
+        UserError: The file is missing or not UTF-8.
+    """
+    return [line.strip() for line in _text(path).split("\n") if line.strip()]
+
+
+def same_text(text: str) -> str:
+    """What two texts share if they are the same but for case and spacing."""
+    return " ".join(text.casefold().split())
 
 
 def _text(path: Path) -> str:
@@ -128,35 +157,46 @@ def _text(path: Path) -> str:
         raise UserError(f"prompt file {path} is not UTF-8: {error}") from error
 
 
-def _table(path: Path, prompt: str, ids: str | None, seeds: str | None) -> Iterator[tuple[str, Row]]:
+def _table(path: Path, wanted: Callable[[list[str]], list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line and cells, stripped, of each row of a CSV table; `wanted` says of its columns which are read."""
     table = csv.DictReader(io.StringIO(_text(path), newline=""))
     try:
         columns = [name.strip() for name in table.fieldnames or []]
         table.fieldnames = columns
-        for name in (prompt, *filter(None, (ids, seeds))):
+        names = wanted(columns)
+        for name in names:
             if name not in columns:
                 raise UserError(f"prompt file {path} has no column {name!r}{nearest(name, columns)}")
-        ids = ids or next((name for name in ID_COLUMNS if name in columns), None)
-        empty: list[int] = []
-        for number, fields in enumerate(table):
-            where = f"line {table.line_num}"
-            text = (fields[prompt] or "").strip()
-            if not text:
-                empty.append(table.line_num)
-                continue
-            try:
-                name = str(number) if ids is None else (fields[ids] or "").strip()
-                row = Row(name, text, None if seeds is None else _seed(fields[seeds]))
-            except UserError as error:
-                raise UserError(f"prompt file {path}, {where}: {error}") from error
-            yield where, row
-        _say_empty(path, "lines", empty)
+        for cells in table:
+            yield table.line_num, {name: (cells[name] or "").strip() for name in names}
     except csv.Error as error:
         raise UserError(f"prompt file {path}, line {table.line_num}: {error}") from error
 
 
-def _seed(text: str | None) -> int:
-    digits = (text or "").strip().removesuffix(".0")  # tables that went through a data frame with gaps have floats
+def _rows(path: Path, prompt: str, ids: str | None, seeds: str | None) -> Iterator[tuple[str, Row]]:
+    """Where each row of a CSV table stands, and the row."""
+
+    def wanted(columns: list[str]) -> list[str]:
+        nonlocal ids
+        ids = ids or next((name for name in ID_COLUMNS if name in columns), None)
+        return [name for name in (prompt, ids, seeds) if name is not None]
+
+    empty: list[int] = []
+    for number, (line, cells) in enumerate(_table(path, wanted)):
+        if not cells[prompt]:
+            empty.append(line)
+            continue
+        try:
+            name = str(number) if ids is None else cells[ids]
+            row = Row(name, cells[prompt], None if seeds is None else _seed(cells[seeds]))
+        except UserError as error:
+            raise UserError(f"prompt file {path}, line {line}: {error}") from error
+        yield f"line {line}", row
+    _say_empty(path, "lines", empty)
+
+
+def _seed(text: str) -> int:
+    digits = text.removesuffix(".0")  # tables that went through a data frame with gaps have floats
     try:
         return int(digits)
     except ValueError as error:

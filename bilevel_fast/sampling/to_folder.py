@@ -22,22 +22,21 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from bilevel_fast.base.devices import Ranks
+from bilevel_fast.base.devices import Ranks, pick_device
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.folder import ModelFolder, load_folder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import DIGEST, fingerprint
+from bilevel_fast.ops.graphs import cuda_recorder, side_stream
 from bilevel_fast.ops.randomness import Stream, normal
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX as MIXTURE
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
 from bilevel_fast.pruning.aptp.sampling import expert_by_expert
-from bilevel_fast.runs.page import to_pixels
-from bilevel_fast.runs.session import pick_device
 from bilevel_fast.sampling.captured import Captured
 from bilevel_fast.sampling.image_folder import ImageFolder, ImageWriter
+from bilevel_fast.sampling.pictures import to_pixels
 from bilevel_fast.sampling.prompts import Row
 from bilevel_fast.sampling.samplers import Method, guided, sample
-from bilevel_fast.training.graphs import cuda_recorder, side_stream
 
 Format = Literal["png", "latents"]
 Precision = Literal["fp32", "bf16"]

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
 from bilevel_fast.pruning.aptp.sampling import Part, expert_by_expert, one_batch
-from bilevel_fast.runs import page as report
-from bilevel_fast.runs.session import pick_device
 from bilevel_fast.sampling.generate import generate
+from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.sampling.samplers import Method
 from bilevel_fast.worlds.mini import TEACHER
 
@@ -91,5 +91,5 @@ def draw_grid(asked: GridFlags) -> Path:
         del unet, call
     rows = {f"seed {s}": torch.cat([images[s, n] for n in range(len(prompts))]) for s in seeds}
     zoom = max(1, 128 // next(iter(rows.values())).shape[-1])
-    write_atomic(out, report.png(report.picture(rows, prompts, zoom)))
+    write_atomic(out, png(picture(rows, prompts, zoom)))
     return out

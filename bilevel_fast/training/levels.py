@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.optim import LevelOptimizer
 from bilevel_fast.training.phases import room

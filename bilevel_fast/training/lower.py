@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.unet import Prediction, UNet
 from bilevel_fast.training.losses import DEFAULT_WEIGHTS, Loss, LossWeights, fine_tuning_loss

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answers, FineTuning, backward

@@ -5,10 +5,11 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data import bank
-from bilevel_fast.data.bank import Concept, anchor_for, make_bank, prompts_for, read_prompts, without
+from bilevel_fast.data.bank import Concept, anchor_for, make_bank, prompts_for, without
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.ops.randomness import Stream, normal
+from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.sampling.samplers import guided, sample
 from mini_folder import make_mini_folder
 

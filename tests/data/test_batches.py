@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import LEVEL_STRIDE, Batches
+from bilevel_fast.data.batch import LEVEL_STRIDE
+from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.cache import Index
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.data.writer import CacheWriter

@@ -11,11 +11,11 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.controller import LEAST, MOST, Controller
+from bilevel_fast.erasing.settings import Controller as Settings
+from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.runs.assemble import Interrupted, Places, fit, levels, running
-from bilevel_fast.runs.config import Controller as Settings
-from bilevel_fast.runs.config import Upper
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint

@@ -9,7 +9,8 @@ from bilevel_fast.erasing.concept_prune import second_matrices
 from bilevel_fast.erasing.loop_edits import PruneMasks, UceProjection, projection
 from bilevel_fast.erasing.pairs import Pair
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.training.graphs import WARMUP, Graphs
+from bilevel_fast.ops.graphs import WARMUP
+from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import Editing, descend
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.worlds.mini import TEACHER

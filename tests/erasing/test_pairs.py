@@ -5,11 +5,12 @@ import pytest
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.pairs import Frame, Pair, check, framed, last_words, make_pairs, read_pairs
 from bilevel_fast.models.mini import MiniTextEncoder, WordTokenizer
+from bilevel_fast.worlds.mini.world import WORDS
 
 
 @pytest.fixture(scope="module")
 def encoder():
-    return MiniTextEncoder(WordTokenizer(), width=16)
+    return MiniTextEncoder(WordTokenizer(WORDS), width=16)
 
 
 def test_one_guide_serves_all_and_lists_go_together():

@@ -10,11 +10,11 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.references import Itself
 from bilevel_fast.erasing.saliency import EraseDiff, SalUn, salient
+from bilevel_fast.erasing.settings import Ablation, Erasediff, Salun, Upper
+from bilevel_fast.erasing.settings import Esd as EsdSettings
 from bilevel_fast.erasing.subsets import subset
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.models.diffusion import Schedule
-from bilevel_fast.runs.config import Ablation, Erasediff, Salun, Upper
-from bilevel_fast.runs.config import Esd as EsdSettings
 from bilevel_fast.train import parse
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import bilevel

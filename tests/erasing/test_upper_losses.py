@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
@@ -19,6 +19,7 @@ from bilevel_fast.training.levels import bilevel
 from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.teacher import Teacher
+from bilevel_fast.worlds.mini.world import WORDS
 from world import SEED, B, make_batch, make_levels, make_models
 
 
@@ -80,7 +81,7 @@ def bank():
 
 def test_the_words_of_a_concept():
     """Token 0 begins a prompt. At the end, at the beginning, within; one word for two others."""
-    encoder, nothing = MiniTextEncoder(WordTokenizer()), torch.zeros(1, 1, 8, 8, 8)
+    encoder, nothing = MiniTextEncoder(WordTokenizer(WORDS)), torch.zeros(1, 1, 8, 8, 8)
     found = [row.nonzero()[:, 0].tolist() for row in Words(encoder, bank())(list(CAPTIONS))]
     assert found == [[4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 6], [3], [3]]
     with pytest.raises(UserError, match="caption 'a red star' has no word that its anchor 'a red star' lacks"):

@@ -11,6 +11,7 @@ from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.folder import MINI_INDEX, write_unet
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE, WordTokenizer
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.worlds.mini.world import WORDS
 
 TINY = replace(MINI, sample_size=8, block_out_channels=(16, 32, 32), num_heads=(2, 4, 4), norm_num_groups=8)
 
@@ -20,7 +21,7 @@ def make_mini_folder(path: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         write_unet(path / "unet", UNet(TINY))
-        MiniTextEncoder(WordTokenizer(), width=TINY.cross_attention_dim).save(path)
+        MiniTextEncoder(WordTokenizer(WORDS), width=TINY.cross_attention_dim).save(path)
     PixelUnshuffleVAE().save(path / "vae")
     (path / "scheduler").mkdir()
     write_json(path / "scheduler" / "scheduler_config.json", Schedule.sd().to_dict())

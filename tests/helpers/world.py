@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from bilevel_fast.data.batches import LEVEL_STRIDE, Batch
+from bilevel_fast.data.batch import LEVEL_STRIDE, Batch
 from bilevel_fast.erasing.targets import Guidance
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule

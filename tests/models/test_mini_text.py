@@ -8,16 +8,16 @@ from safetensors.torch import load_file, save_file
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.mini import MiniTextEncoder, WordTokenizer
-from bilevel_fast.worlds.mini.world import SCENES
+from bilevel_fast.worlds.mini.world import SCENES, WORDS
 
 
 @pytest.fixture
 def encoder() -> MiniTextEncoder:
-    return MiniTextEncoder(WordTokenizer())
+    return MiniTextEncoder(WordTokenizer(WORDS))
 
 
 def test_every_caption_fits_and_has_ids_of_its_own():
-    tokenizer = WordTokenizer()
+    tokenizer = WordTokenizer(WORDS)
     ids = tokenizer(["", *(scene.caption for scene in SCENES)])
     assert ids.shape == (217, 12)
     assert len(ids.unique(dim=0)) == 217
@@ -26,19 +26,19 @@ def test_every_caption_fits_and_has_ids_of_its_own():
 
 
 def test_case_and_spacing_do_not_matter():
-    tokenizer = WordTokenizer()
+    tokenizer = WordTokenizer(WORDS)
     assert torch.equal(tokenizer(["  A red\tSTAR "]), tokenizer(["a red star"]))
 
 
 def test_unknown_words_are_named_with_their_neighbours():
     with pytest.raises(UserError, match=r"'a gren sta'.*'gren'; did you mean 'green'.*'sta'; did you mean 'star'"):
-        WordTokenizer()(["a red star", "a gren sta"])
+        WordTokenizer(WORDS)(["a red star", "a gren sta"])
 
 
 def test_a_long_prompt_is_refused_with_its_length():
-    WordTokenizer()(["a " * 10])
+    WordTokenizer(WORDS)(["a " * 10])
     with pytest.raises(UserError, match="11 words; the mini world takes 10"):
-        WordTokenizer()(["a " * 11])
+        WordTokenizer(WORDS)(["a " * 11])
 
 
 def test_states_tell_captions_apart_and_do_not_depend_on_the_batch(encoder):

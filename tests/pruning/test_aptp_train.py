@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule, noise
 from bilevel_fast.models.unet import UNet

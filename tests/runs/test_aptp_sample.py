@@ -5,18 +5,18 @@ import re
 import pytest
 import torch
 
-from bilevel_fast.runs import page as report
 from bilevel_fast import sample
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder, load_unet, save_student
-from bilevel_fast.sampling.generate import generate
-from bilevel_fast.worlds.mini.world import SCENES
-from bilevel_fast.pruning.aptp.router import Router
+from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning.aptp.encoders import TextPrompts, centred
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture, write_mixture
+from bilevel_fast.pruning.aptp.router import Router
 from bilevel_fast.pruning.aptp.sampling import expert_by_expert, one_batch
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.models.structure import Structure
+from bilevel_fast.sampling import to_grid
+from bilevel_fast.sampling.generate import generate
+from bilevel_fast.worlds.mini.world import SCENES
 from mini_folder import TINY, make_mini_folder
 
 CAPTIONS = [scene.caption for scene in SCENES]
@@ -63,8 +63,8 @@ def draw(monkeypatch, tmp_path, capsys):
         def picture(rows, *_args):
             caught.update(rows)
 
-        monkeypatch.setattr(report, "picture", picture)
-        monkeypatch.setattr(report, "png", lambda _: b"")
+        monkeypatch.setattr(to_grid, "picture", picture)
+        monkeypatch.setattr(to_grid, "png", lambda _: b"")
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.png"
         argv = ["sample", "--prompts", *prompts, "--steps", "3", "--out", out, "--device", "cpu", *flags]
         monkeypatch.setattr("sys.argv", [str(arg) for arg in argv])

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_json
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.blend import Mixture
 from bilevel_fast.data.sources import MemorySource, exact_moments
-from bilevel_fast.runs import history
 from bilevel_fast.erasing.phrases import captions_of, clashes_of, held, pairs_of, phrases, plain, span
-from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import write_json
 from bilevel_fast.models.folder import load_folder, load_unet, save_student
-from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.runs import history
 from bilevel_fast.runs.session import erased_styles, gather, initial_student
 from bilevel_fast.train import parse
+from bilevel_fast.worlds.mini import TEACHER
 from mini_folder import make_mini_folder
 
 SMOKE = ["--preset", "smoke", "--no-twin", "--mini.bank", "3", "--mini.bank-steps", "2", "--mini.images", "72"]

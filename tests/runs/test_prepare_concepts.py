@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bilevel_fast.base import errors
 from bilevel_fast import prepare
+from bilevel_fast.base import errors
 from bilevel_fast.data import bank as banks
 from bilevel_fast.data.bank import Concept, make_bank
 from bilevel_fast.data.cache import Cache
-from bilevel_fast.runs.prepare_concepts import bank_prompts, places, read_subjects
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.training.graphs import WARMUP
+from bilevel_fast.ops.graphs import WARMUP
+from bilevel_fast.runs.prepare_concepts import bank_prompts, places, read_subjects
 from mini_folder import make_mini_folder
 from replay import on_the_cpu
 from sd_folder import make_sd_folder

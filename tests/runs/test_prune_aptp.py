@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.worlds.mini.world import SCENES
-from bilevel_fast.runs import router as aptp_run
-from bilevel_fast.runs.prune_aptp import COMMANDS
 from bilevel_fast.pruning.aptp.encoders import TextPrompts
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
-from bilevel_fast.runs.router import MINI, PAPER, AptpConfig, Embeddings, training_prompts
 from bilevel_fast.pruning.aptp.train import RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.calibration import image_source
+from bilevel_fast.runs import router as aptp_run
+from bilevel_fast.runs.prune_aptp import COMMANDS
+from bilevel_fast.runs.router import MINI, PAPER, AptpConfig, Embeddings, training_prompts
+from bilevel_fast.worlds.mini.world import SCENES
 from mini_folder import TINY
 
 STEPS = 16

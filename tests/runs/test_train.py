@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
 from bilevel_fast.train import parse
 
 
@@ -201,8 +201,8 @@ def test_an_fp8_teacher_wants_its_card(tmp_path):
 def test_methods_that_want_data_or_a_seed_get_them():
     from dataclasses import replace
 
-    from bilevel_fast.worlds.mini import TEACHER
     from bilevel_fast.runs.session import initial_student
+    from bilevel_fast.worlds.mini import TEACHER
 
     folder, config = load_folder(TEACHER), preset("smoke")
     random = replace(config, prune=replace(config.prune, method="random"))

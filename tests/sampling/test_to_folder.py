@@ -18,21 +18,21 @@ from bilevel_fast.base.devices import Ranks
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.structure import Structure
+from bilevel_fast.ops.graphs import WARMUP
 from bilevel_fast.ops.randomness import Stream, normal
 from bilevel_fast.pruning.aptp.encoders import TextPrompts, centred
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture, write_mixture
 from bilevel_fast.pruning.aptp.router import Router
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.runs.page import to_pixels
 from bilevel_fast.sampling import to_folder as sampling
 from bilevel_fast.sampling.captured import Captured
 from bilevel_fast.sampling.generate import generate
 from bilevel_fast.sampling.image_folder import ImageFolder
+from bilevel_fast.sampling.pictures import to_pixels
 from bilevel_fast.sampling.prompts import Row
 from bilevel_fast.sampling.samplers import guided
 from bilevel_fast.sampling.samplers import sample as walk
 from bilevel_fast.sampling.to_folder import Recipe, noise_index, sample_folder
-from bilevel_fast.training.graphs import WARMUP
 from drawing import BATCH, CAPTIONS, RECIPE, ROWS
 from mini_folder import TINY, make_mini_folder
 from replay import on_the_cpu

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bilevel_fast.training.graphs import WARMUP, Graphs, cuda_recorder, side_stream
+from bilevel_fast.ops.graphs import WARMUP, cuda_recorder, side_stream
+from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import bilevel
 from replay import on_the_cpu
 from world import B, make_batch, make_levels, make_models

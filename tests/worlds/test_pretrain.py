@@ -16,7 +16,7 @@ from bilevel_fast.models.mini import WordTokenizer
 from bilevel_fast.worlds.mini.judge import paint
 from bilevel_fast.worlds.mini.pretrain import TEACHER, PretrainConfig, batches, main, train
 from bilevel_fast.worlds.mini.probe import Probe
-from bilevel_fast.worlds.mini.world import SCENES
+from bilevel_fast.worlds.mini.world import SCENES, WORDS
 
 TINY = PretrainConfig(steps=3, batch=2, every=2)
 
@@ -67,7 +67,7 @@ def test_every_part_of_the_model_learns(tmp_path):
 
 
 def test_captions_are_dropped_at_the_rate_asked_for():
-    tokenizer = WordTokenizer()
+    tokenizer = WordTokenizer(WORDS)
     empty = tokenizer([""])
     run = batches(replace(TINY, steps=10, batch=100), tokenizer, Schedule.sd(), 12)
     share = torch.cat([(batch.ids == empty).all(1) for batch in run]).float().mean()

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.models.diffusion import Schedule, noise
-from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 

@@ -6,22 +6,22 @@ from pathlib import Path
 
 import torch
 
-from bilevel_fast.training.checkpoint import GracefulStop
-from bilevel_fast.runs.config import TrainConfig
-from bilevel_fast.data.bank import read_prompts
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.concept_prune import FRAMES
 from bilevel_fast.erasing.pairs import Frame, Pair
-from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import ModelFolder, load_folder
-from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import is_held_out
-from bilevel_fast.worlds.mini.world import SCENES, STYLES
+from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.paper.judges import Judge
 from bilevel_fast.runs.paper.mini_judge import MiniJudge
 from bilevel_fast.runs.paper.settings import Full, Rows
 from bilevel_fast.runs.paper.students import Recipe, Workshop
 from bilevel_fast.runs.session import gather, initial_student
+from bilevel_fast.sampling.prompts import read_prompts
+from bilevel_fast.training.checkpoint import GracefulStop
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.judge import is_held_out
+from bilevel_fast.worlds.mini.world import SCENES, STYLES
 
 
 @dataclass(frozen=True)

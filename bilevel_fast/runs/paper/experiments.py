@@ -14,8 +14,8 @@ What table3 and fig6 hold is our reading of the released evaluation.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bilevel_fast.training.losses import LossWeights
 from bilevel_fast.runs.paper.students import LABELS
+from bilevel_fast.training.losses import LossWeights
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel_fast.sampling.image_folder import ImageFolder
 from bilevel_fast.metrics import suites
 from bilevel_fast.metrics.images import open_rgb
 from bilevel_fast.metrics.nudenet import LABELS
@@ -20,6 +19,7 @@ from bilevel_fast.metrics.prompt_sets import read_prompt_set
 from bilevel_fast.metrics.scorers import Scorers
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Full
+from bilevel_fast.sampling.image_folder import ImageFolder
 from bilevel_fast.sampling.to_folder import Recipe, sample_folder
 
 _log = logging.getLogger(__name__)

@@ -8,23 +8,23 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from bilevel_fast.runs.config import TrainConfig
-from bilevel_fast.data.bank import Concept, anchor_for
-from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, write_atomic
+from bilevel_fast.data.bank import Concept, anchor_for
+from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.models.folder import ModelFolder, load_unet
+from bilevel_fast.models.mini import PixelUnshuffleVAE
+from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, invert
+from bilevel_fast.runs.paper.judges import Column, Numbers
+from bilevel_fast.runs.paper.settings import Attack
 from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, paint
 from bilevel_fast.worlds.mini.likeness import likeness
 from bilevel_fast.worlds.mini.probe import Probe
-from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.worlds.mini.world import SCENES, STYLES
-from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, invert
-from bilevel_fast.runs.paper.judges import Column, Numbers
-from bilevel_fast.runs.paper.settings import Attack
-from bilevel_fast.models.text_encoder import TextEncoder
-from bilevel_fast.models.unet import UNet
 
 _KEPT = (
     Column("fid", "FID", "down"),

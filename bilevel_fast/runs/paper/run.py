@@ -16,19 +16,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bilevel_fast.training.checkpoint import GracefulStop
-from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.base.devices import machine, pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
-from bilevel_fast.profiling.picture import machine
-from bilevel_fast.runs.page import picture, png
+from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.paper import report
 from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
 from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, Row
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.settings import Full, Rows
+from bilevel_fast.sampling.pictures import picture, png
+from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.run_folder import RunFolder
-from bilevel_fast.runs.session import pick_device
 
 _log = logging.getLogger(__name__)
 ROWS = "rows.jsonl"

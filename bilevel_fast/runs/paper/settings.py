@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from bilevel_fast.runs.config import Esd, Upper
-from bilevel_fast.erasing import ConceptPrune, Uce
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.erasing import ConceptPrune, Uce
+from bilevel_fast.erasing.settings import Esd, Upper
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, integers, normal, uniform
 from bilevel_fast.worlds.mini.judge import paint
 from bilevel_fast.worlds.mini.probe import Accuracy, Probe
-from bilevel_fast.worlds.mini.world import SCENES, labels, render
+from bilevel_fast.worlds.mini.world import SCENES, WORDS, labels, render
 
 TEACHER = Path(__file__).parent / "weights" / "teacher"
 
@@ -83,7 +83,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.unet = UNet(MINI)
-        self.text = MiniTextEncoder(WordTokenizer(), width=MINI.cross_attention_dim)
+        self.text = MiniTextEncoder(WordTokenizer(WORDS), width=MINI.cross_attention_dim)
 
     def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """v of noised latents x (B, 12, 16, 16) at t (B,), given tokens (B, L)."""

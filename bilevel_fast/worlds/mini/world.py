@@ -21,6 +21,8 @@ SIZE = 32
 OBJECTS = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 STYLES = ("plain", "hatching", "pointillism", "mosaic", "waves", "line art")
+WORDS = tuple(sorted({"a", "an", "in", "the", "style", "of", *COLORS, *OBJECTS, *" ".join(STYLES).split()}))
+"""All words of captions."""
 
 _RGB = torch.tensor(
     [

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.speed import peers
 from benchmarks.speed.peers import TINY_VAE, Inputs, Masters, compiled, eager, released
-from bilevel_fast.data.batches import Batch
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.structure import Structure

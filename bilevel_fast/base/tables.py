@@ -1,0 +1,51 @@
+"""Aligned text tables for the terminal."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+_SHOWN = 3  # names of a list before it is cut short
+
+
+def aligned(lines: Sequence[Sequence[str]], numbers: bool = False, least: tuple[int, int] = (0, 0)) -> str:
+    """Columns as wide as their widest cell, two spaces apart.
+
+    Args:
+        lines: Cells, the header among them; all lines have equally many.
+        numbers: All columns but the first are numbers and end at the right. Without it the cells begin at the left,
+            and the last one is not padded.
+        least: The least widths of the first column and of the others.
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    widths = [max(width, least[i > 0]) for i, width in enumerate(widths)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = cells
+        if numbers:
+            return "  ".join([first.ljust(widths[0]), *map(str.rjust, others, widths[1:])])
+        return "  ".join([*map(str.ljust, cells[:-1], widths), cells[-1]])
+
+    return "\n".join(map(line, lines))
+
+
+def table(rows: Mapping[str, Mapping[str, float]], percent: Collection[str] | None = None) -> str:
+    """A line for each row, a column for each number of it.
+
+    Args:
+        rows: By name; all have the same columns.
+        percent: Columns of shares, which are shown in percent, the others with as many digits as they need; None
+            shows every number with three digits after the point.
+    """
+    columns = list(next(iter(rows.values())))
+
+    def cell(column: str, value: float) -> str:
+        if percent is None:
+            return f"{value:.3f}"
+        return f"{100 * value:.3g} %" if column in percent else f"{value:g}"
+
+    cells = [[name, *(cell(column, row[column]) for column in columns)] for name, row in rows.items()]
+    return aligned([["", *columns], *cells], numbers=True, least=(8, 15) if percent is None else (0, 0))
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few of the names and how many more there are; `none` without any."""
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f", and {more} more" if more > 0 else "") if names else "none"

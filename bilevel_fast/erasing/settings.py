@@ -1,0 +1,140 @@
+"""Settings of the upper level: what every eraser reads, and a section for each that reads more.
+
+The docstring under a field is its help text.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Concept Ablation."""
+
+    keep: float = 1.0
+    """Weight of the diffusion loss on anchor images and prompts; 0 leaves it out."""
+
+
+@dataclass(frozen=True)
+class Esd:
+    """Erased Stable Diffusion."""
+
+    guidance: float = 3.0
+    """Classifier-free guidance of the half painted samples."""
+    steps: int = 50
+    """DDIM steps of a whole sample, at least 3; 1 to steps - 2 of them are painted."""
+    compat: bool = False
+    """Name the timestep as the released script does: 19 too high at 50 steps."""
+
+
+@dataclass(frozen=True)
+class Salun:
+    """SalUn."""
+
+    share: float = 0.5
+    """Of the parameters, how many move: those with the largest gradients on the concept. The paper's is the median."""
+    batches: int = 8
+    """Concept batches over which these gradients are added up, before the first step."""
+
+
+@dataclass(frozen=True)
+class Erasediff:
+    """EraseDiff."""
+
+    barrier: float = 0.5
+    """How fast the erasing loss must fall, in squared norms of its gradient. A choice of ours, not the paper's."""
+
+
+@dataclass(frozen=True)
+class UceStep:
+    """UCE as an upper step: each projects keys and values of all cross-attentions; see erasing/loop_edits.py."""
+
+    preserve: Path | None = None
+    """Prompt file: texts that should keep their keys and values, as the empty one always does. Default: captions of the
+    lower level's data."""
+    texts: int = 256
+    """How many of these, without a file."""
+    hold: float = 1.0
+    """Weight of all preserved texts together; a concept's texts to erase weigh 1 together, and so do their guides."""
+    ridge: float = 0.5
+    """How much the weights hold on to what they are where no text says anything."""
+
+
+@dataclass(frozen=True)
+class ConceptPruneStep:
+    """ConceptPrune as an upper step: each zeros what masks name, and the lower level may move it again."""
+
+    every: int = 0
+    """Upper steps between two searches for masks; 0 searches once, before the first upper step."""
+    ratio: float = 0.01
+    """Share of each row's weights that may go, for each timestep sampled."""
+    select: float = 0.0
+    """A weight goes if it was chosen at more than this share of the timesteps."""
+    prompts: int = 20
+    """Captions sampled per concept, and as many anchors."""
+    steps: int = 50
+    """DDIM steps of each sample."""
+    guidance: float | None = None
+    """Classifier-free guidance scale. Default: 7.5, and on the mini world --mini.guidance."""
+    batch: int = 8
+    """Prompts sampled together."""
+
+
+@dataclass(frozen=True)
+class Controller:
+    """Chooses lambda and how often upper steps come, and ends them when the concept is gone (bilevel_fast.erasing)."""
+
+    enabled: bool = False
+    """Off: lambda and K stay as they are set. On, a run begins with them."""
+    gone: float | None = None
+    """The concept is gone where the student's answer to it has come so far from the teacher's, with the teacher's
+    answer to the anchor at 1. Upper steps then move nothing until it comes back. By default at 1.2, or where the
+    eraser's target is not much further than that, at 0.9 of the way to it."""
+    by: float = 0.5
+    """Share of the lower steps after which it should be gone; lambda falls, and then K, where that would be missed."""
+    gap: float = 0.05
+    """How far the smoothed lower loss may rise above its least value, as a share of that, before lambda rises."""
+    horizon: int = 200
+    """Lower steps that the smoothing looks back on, and between two changes of K."""
+
+
+@dataclass(frozen=True)
+class Upper:
+    """The upper level suppresses the concept: an eraser's loss on concept images, and a penalty that keeps the rest."""
+
+    every: int = 20
+    """K: lower steps per upper step; 0 runs no upper steps."""
+    batch: int = 64
+    """Concept images per step."""
+    lr: float = 5e-6
+    """Learning rate of the second AdamW after its warm-up."""
+    warmup: int = 250
+    """Upper steps of linear warm-up; the first has learning rate 0."""
+    eraser: str = "guidance"
+    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun,
+    erasediff or forget-me-not. Or an edit of its weights, made again at every upper step: uce or concept-prune; these
+    have no gradient, and of this section read every, anchor and what bears their name."""
+    source: Literal["paper", "teacher", "start", "self"] = "paper"
+    """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
+    student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
+    subset: str = "full"
+    """Parameters that upper steps move, by preset (esd-x, esd-u, selfattn, full) or pattern, separated by commas."""
+    surgery: bool = False
+    """First take out of the suppression gradient what runs against the lower loss's gradient (PCGrad)."""
+    eta: float = 1.0
+    """How far the target is pushed beyond the anchor, away from the concept; 0 imitates it. For guidance, esd."""
+    anchor: Literal["phrase", "null"] = "phrase"
+    """What the teacher is asked instead: the caption without the concept phrase, or the empty prompt."""
+    penalty: float = 1.0
+    """Lambda: weight of the lower loss on the last lower batch, added to the upper loss
+    (benchmarks.quality.frontier). erasediff weighs by a rule of its own and does not read it."""
+    penalty_norm: Literal["grad", "raw"] = "grad"
+    """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
+    controller: Controller = field(default_factory=Controller)
+    ablation: Ablation = field(default_factory=Ablation)
+    esd: Esd = field(default_factory=Esd)
+    salun: Salun = field(default_factory=Salun)
+    erasediff: Erasediff = field(default_factory=Erasediff)
+    uce: UceStep = field(default_factory=UceStep)
+    concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)
