@@ -86,8 +86,8 @@ def main() -> None:
     preserve = tuple(read_prompts(kept)) if kept is not None else ()
     device = pick_device(args.device)
     folder = load_folder(args.model, device)
-    default = None if isinstance(args, UceArgs) else "mini" if folder.is_mini else "things"
-    frames = find_frames(args.subjects, folder.is_mini, default)
+    default = None if isinstance(args, UceArgs) else folder.family.world or "things"
+    frames = find_frames(args.subjects, folder.family.world, default)
     check(pairs, preserve, folder.text_encoder)
     check(framed(pairs, frames), preserve, folder.text_encoder)
     transformers(folder.structure or Structure.dense(folder.config))  # refuses a model that has none

@@ -9,7 +9,7 @@ python -m bilevel_fast.evaluate --suite style --images IMAGES --reference DISTIL
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,8 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.runs.config import preset
+from bilevel_fast.worlds import world
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import judge
-from bilevel_fast.worlds.mini.probe import Probe
 from bilevel_fast.worlds.mini.settings import Mini
 
 
@@ -45,14 +42,14 @@ def judge_models(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """What the probe says about each model folder."""
     if extra := given(config):
         raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
-    erased, probe = mini.erased_styles(config.erase), Probe.load()
-    settings = replace(preset("mini"), seed=config.seed, mini=config.mini)
+    here = world("mini")
+    erased = here.erased_concepts(config.erase)
     folders = [load_folder(path) for path in config.models]
     for folder in folders:
-        if not folder.is_mini:
+        if folder.family.world != "mini":
             raise UserError(f"{folder.path} is no model of the mini world; the probe cannot judge it")
     return {
-        str(folder.path): asdict(judge(mini.portfolio(folder.unet(), folder, erased, settings), erased, probe))
+        str(folder.path): here.quality(here.portfolio(folder.unet(), folder, erased, config.mini, config.seed), erased)
         for folder in folders
     }
 

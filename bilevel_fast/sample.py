@@ -10,11 +10,15 @@ command goes on, and `torchrun --nproc-per-node 8 -m bilevel_fast.sample ...` sh
 import logging
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX as MIXTURE
+from bilevel_fast.pruning.aptp.sampling import load_mixture
+from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.prompts import RowFlags
 from bilevel_fast.sampling.to_folder import Format, Precision, Recipe, sample_folder
 from bilevel_fast.sampling.to_grid import GridFlags, draw_grid
@@ -42,12 +46,15 @@ _FOLDER_ONLY = (*(field.name for field in fields(RowFlags)), "folder", "batch", 
 
 def main() -> None:
     config = flags.parse(SampleConfig, "bilevel_fast.sample", __doc__)
+    if config.prompt_encoder is not None and config.mixture is None:
+        raise UserError("--prompt-encoder is for the router of a --mixture, and none was named")
     if config.prompts_file is not None:
         return _fill_folder(config)
     for field in fields(config):
         if field.name in _FOLDER_ONLY and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name.replace('_', '-')} is for --prompts-file, and none was named")
-    print(draw_grid(config))
+    load = load_painter if config.mixture is None else _experts(config, dense=config.model, say=_say)
+    print(draw_grid(config.mixture or config.model or TEACHER, config, load))
     return None
 
 
@@ -57,8 +64,6 @@ def _fill_folder(config: SampleConfig) -> None:
         raise UserError("--prompts-file wants --folder and one of --seeds, and neither --prompts nor --out")
     if config.model is not None and config.mixture is not None:
         raise UserError("--prompts-file takes --model or --mixture: experts draw their prompts with their own weights")
-    if config.prompt_encoder is not None and config.mixture is None:
-        raise UserError("--prompt-encoder is for the router of a --mixture, and none was named")
     if config.mixture is not None and not (config.mixture / MIXTURE).is_file():
         raise UserError(f"{config.mixture} is not a mixture: {MIXTURE} is missing")
     assert config.prompts_file is not None
@@ -67,10 +72,18 @@ def _fill_folder(config: SampleConfig) -> None:
     folder = sample_folder(
         config.mixture or config.model or TEACHER, rows, config.folder,
         Recipe(seed=config.seeds[0], **{name: getattr(config, name) for name in same}),
-        batch=config.batch, device=config.device, prompt_encoder=config.prompt_encoder,
+        batch=config.batch, device=config.device, load=load_painter if config.mixture is None else _experts(config),
         progress=_progress if sys.stderr.isatty() else None,
     )  # fmt: skip
     print(f"{config.folder}: {len(folder.entries)} of {len(rows)} images")
+
+
+def _experts(config: SampleConfig, **options: Any) -> Load:
+    return partial(load_mixture, prompt_encoder=config.prompt_encoder, **options)
+
+
+def _say(expert: int, prompt: str) -> None:
+    print(f"expert {expert}  {prompt}")
 
 
 def _progress(done: int, total: int) -> None:

@@ -1,1 +1,1 @@
-"""base"""
+"""What every package needs and nothing of diffusion: errors, files, command lines, devices, tables."""

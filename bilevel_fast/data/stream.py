@@ -29,7 +29,7 @@ from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, ahead, decode
 from bilevel_fast.data.listing import Entry, Listing
 from bilevel_fast.data.pictures import MAX_VIEWS, Framing, Unusable, upright_size
-from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
+from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.folder import ModelFolder
 
 FORMAT, VERSION = "bilevel_fast.images", 1
@@ -250,7 +250,7 @@ def open_images(path: Path | str, folder: ModelFolder, device: torch.device | st
             raise UserError(f"--data {path} is a cache of {cache.index.kind}, wanted one of images")
         cache.check_model(folder.config, folder.vae_fingerprint)
         return cache
-    vae = folder.vae if device.type == "cpu" or folder.is_mini else KLAutoencoder.load(folder.path / "vae", device)
+    vae = folder.vae if device.type == "cpu" else folder.family.vae(folder.path, device, torch.float32)
     stream = ImageStream(path, vae, device)
     check_latents(path, stream.latent_shape, stream.index.vae, folder.config, folder.vae_fingerprint)
     return stream

@@ -95,7 +95,7 @@ class ConceptPrune:
         if size % stride:
             raise UserError(f"--size is {size}; wanted a multiple of the UNet's stride {stride}")
         frames = job.frames or FRAMES["things"]
-        guidance = (3.0 if folder.is_mini else 7.5) if self.guidance is None else self.guidance
+        guidance = folder.family.guidance if self.guidance is None else self.guidance
         prompts = {pair: framed([pair], frames) for pair in job.pairs}
         masks = find_masks(
             unet, folder.schedule, folder.text_encoder, list(prompts.values()), ratio=self.ratio, select=self.select,

@@ -18,37 +18,18 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json, sync_folder, write_atomic, write_json
 from bilevel_fast.models.architecture import UNetConfig
-from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
+from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.diffusion import Schedule
+from bilevel_fast.models.family import Family, family_of
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
+from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import PICKLES, check_names, find_weights, fingerprint, read_weights
 
 UNET_STEM = "diffusion_pytorch_model"
-
-MINI_INDEX = {
-    "_class_name": "MiniPipeline",
-    "scheduler": ["diffusers", "PNDMScheduler"],
-    "text_encoder": ["bilevel_fast.models.mini", "MiniTextEncoder"],
-    "tokenizer": ["bilevel_fast.models.mini", "WordTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["bilevel_fast.models.mini", "PixelUnshuffleVAE"],
-}
-"""The `model_index.json` of a mini world's model."""
-
-# Component, then the classes that can be read, by name: whoever wrote the folder may import them from elsewhere.
-_SD = {
-    "scheduler": ("PNDMScheduler", "DDIMScheduler"),
-    "text_encoder": ("CLIPTextModel",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-    "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
-}
-_MINI = {component: (pair[1],) for component, pair in MINI_INDEX.items() if component != "_class_name"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +37,7 @@ class ModelFolder:
     """A loaded model folder: everything but the UNet, which `unet` reads when asked."""
 
     path: Path
-    is_mini: bool
-    """A model of the mini world, not a Stable Diffusion."""
+    family: Family
     config: UNetConfig
     structure: Structure | None
     """None if the UNet is dense."""
@@ -90,12 +70,11 @@ def load_folder(
             components do not fit each other. The file is named.
     """
     path = Path(path)
-    is_mini = _read_kind(path)
+    family = family_of(path)
     config, structure = _read_architecture(path / "unet")
     find_weights(path / "unet", UNET_STEM)  # a missing file is better found now than after the text encoder
     schedule = Schedule.load(path)
-    load_components = _load_mini if is_mini else _load_sd
-    text_encoder, vae = load_components(path, device, dtype)
+    text_encoder, vae = family.text_encoder(path, device, dtype), family.vae(path, device, dtype)
     if text_encoder.width != config.cross_attention_dim:
         raise UserError(
             f"{path}: the text encoder's states are {text_encoder.width} wide, "
@@ -106,46 +85,7 @@ def load_folder(
             f"{path}: the VAE has {vae.channels} latent channels, "
             f"the UNet reads {config.in_channels} and writes {config.out_channels}"
         )
-    return ModelFolder(path, is_mini, config, structure, text_encoder, vae, schedule)
-
-
-def _read_kind(path: Path) -> bool:
-    """Whether the folder holds a mini world's model; refuses what is neither that nor a Stable Diffusion."""
-    if not path.exists():
-        raise UserError(f"model folder {path} does not exist; wanted a folder on this machine in the diffusers layout")
-    if not path.is_dir():
-        raise UserError(f"{path} is a file; wanted a folder in the diffusers layout")
-    index = read_json(path / "model_index.json")
-    classes = {component: _class_name(path, index, component) for component in _SD}
-    is_mini = classes["text_encoder"] in _MINI["text_encoder"]
-    for component, known in (_MINI if is_mini else _SD).items():
-        if classes[component] not in known:
-            choices = known if is_mini else {*known, *_MINI[component]}
-            raise UserError(
-                f"{path / 'model_index.json'}: {component} {classes[component]!r} is not supported"
-                f"{nearest(classes[component], choices)}"
-            )
-    return is_mini
-
-
-def _class_name(path: Path, index: dict[str, Any], component: str) -> str:
-    match index.get(component):
-        case [str(), str(name)]:
-            return name
-        case None:
-            raise UserError(f"{path / 'model_index.json'}: {component} is missing")
-        case other:
-            raise UserError(f"{path / 'model_index.json'}: {component} is {other!r}, wanted [library, class]")
-
-
-def _load_sd(path: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[TextEncoder, Autoencoder]:
-    return ClipTextEncoder.load(path, device, dtype), KLAutoencoder.load(path / "vae", device, dtype)
-
-
-def _load_mini(path: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[TextEncoder, Autoencoder]:
-    from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
-
-    return MiniTextEncoder.load(path).to(device, dtype), PixelUnshuffleVAE.load(path / "vae")
+    return ModelFolder(path, family, config, structure, text_encoder, vae, schedule)
 
 
 def load_unet(path: Path | str, align: int = 1) -> UNet:

@@ -1,7 +1,7 @@
 """Time, launches, FLOPs and bytes of training steps, room by room.
 
 `measure` takes plain callables, one per kind of step, and annotates nothing itself: whatever they run inside
-`rooms.room(...)` is told apart. `training` makes those callables from the settings of a run.
+`rooms.room(...)` is told apart. `descents` makes those callables from the levels of a training.
 
 Time is read from the exported trace, as `profile_trace` says, and can be checked against the file that is kept.
 FLOPs and bytes come from one further step under `cost.Counter`, without the profiler.
@@ -22,20 +22,14 @@ from statistics import median_low
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
-from bilevel_fast.models.folder import load_folder
-from bilevel_fast.ops.graphs import WARMUP, Record, cuda_recorder
+from bilevel_fast.ops.graphs import WARMUP, Record
 from bilevel_fast.profiling.cost import Cost, Counter
 from bilevel_fast.profiling.trace import OTHER, STEP, Recorded, Work, digest
-from bilevel_fast.runs import assemble as engine
-from bilevel_fast.runs import session
-from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.training import phases as rooms
 from bilevel_fast.training.graphs import Graphs
-from bilevel_fast.training.levels import AnyLevel, Level, descend, move
+from bilevel_fast.training.levels import AnyLevel, descend, move
 from bilevel_fast.training.upper import Terms
-from bilevel_fast.worlds.mini import TEACHER
 
 TOTAL = "total"
 
@@ -237,32 +231,6 @@ def _timeline(records: list[Recorded]) -> list[Work]:
     return [Work(start - origin, end - origin, room) for start, end, room in work]
 
 
-def training(
-    config: TrainConfig, device: torch.device, steps: int, warmup: int, scratch: Path, trace: Path
-) -> tuple[list[StepProfile], bool]:
-    """Profile the steps that `session.run` would take with these settings.
-
-    They are first timed as they train. Where that is as CUDA graphs, they are profiled without, as a graph knows no
-    rooms; the second result says so.
-
-    Args:
-        config: The settings of the run.
-        device: Where it computes.
-        steps: Lower steps to record; of upper ones as many as training takes meanwhile, at least one.
-        warmup: Steps of each level before anything is timed.
-        scratch: A folder for the concept bank.
-        trace: Where the Chrome trace is written.
-
-    Raises:
-        UserError: Bad input of any kind, as in `session.run`.
-    """
-    levels = [level for level in _levels(config, device, scratch) if level is not None]
-    with engine.running(levels, device):
-        repeats = {"lower": steps, "upper": max(1, steps // max(1, config.upper.every))}
-        record = cuda_recorder(device) if config.graphs else None
-        return descents(levels, device, repeats, warmup, record, trace)
-
-
 def descents(
     levels: Sequence[AnyLevel],
     device: torch.device,
@@ -271,7 +239,17 @@ def descents(
     record: Record | None,
     trace: Path,
 ) -> tuple[list[StepProfile], bool]:
-    """`training` for levels that are there already; `record` is what `graphs.Graphs` takes."""
+    """Profile the steps of levels. They are first timed as they train; where that is as CUDA graphs, they are profiled
+    without, as a graph knows no rooms; the second result says so.
+
+    Args:
+        levels: Within `assemble.running`.
+        device: Where they compute.
+        repeats: Steps to record, by level.
+        warmup: Steps of each level before anything is timed.
+        record: What `graphs.Graphs` takes.
+        trace: Where the Chrome trace is written.
+    """
     numbers = {level.name: count() for level in levels}
 
     def taken(move: Callable[[AnyLevel, Batch], Terms]) -> Steps:
@@ -282,14 +260,3 @@ def descents(
     recorded = graphs.record is not None  # None if a recording failed
     del graphs  # and the memory of the recorded steps
     return measure(taken(move), device, repeats, plain, trace), recorded
-
-
-def _levels(config: TrainConfig, device: torch.device, scratch: Path) -> tuple[Level, AnyLevel | None]:
-    """What `session.run` trains the student with."""
-    erased = session.erased_styles(config)
-    folder = load_folder(config.teacher or TEACHER)
-    if config.on_mini_world and not folder.is_mini:
-        raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")
-    student = session.initial_student(config, folder, align=8 if device.type == "cuda" else 1).to(device)
-    teacher = folder.unet().to(device).requires_grad_(False)
-    return engine.levels(config, student, session.gather(config, folder, teacher, erased, scratch), device)

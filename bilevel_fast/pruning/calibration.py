@@ -16,7 +16,6 @@ from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.data.stream import open_images
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.folder import ModelFolder
-from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.ops.randomness import Stream, normal, uniform
 from bilevel_fast.pruning.budget import Calibration
 from bilevel_fast.worlds.mini.materials import drawn_source
@@ -140,7 +139,7 @@ def image_source(
     """
     if data is not None:
         return open_images(data, folder)
-    return drawn_source(folder.vae, erased, images, seed) if isinstance(folder.vae, PixelUnshuffleVAE) else None
+    return drawn_source(folder, erased, images, seed) if folder.family.world else None
 
 
 def numbered(batches: Sequence[tuple[Tensor, Tensor]], first: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -58,6 +58,8 @@ class Materials:
     text_encoder: TextEncoder
     data: LatentSource
     concepts: LatentSource | None
+    guidance: float
+    """Classifier-free guidance scale that the teacher is sampled with."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def levels(
     if materials.concepts is None or not upper.every:
         return first, None
     if upper.eraser in erasers.EDITS:
-        guidance = config.mini.guidance if config.on_mini_world else 7.5
-        ground = loop_edits.Ground(flat, materials.data, materials.concepts, encoder, schedule, config.seed, guidance)
+        ground = loop_edits.Ground(
+            flat, materials.data, materials.concepts, encoder, schedule, config.seed, materials.guidance
+        )
         return first, Editing(loop_edits.make(upper, ground))
     batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)

@@ -123,7 +123,7 @@ class TrainConfig:
             raise UserError(f"preset {self.preset!r} is for folders: it wants --teacher, --data and --concepts")
         if self.resume_concepts is not None and self.student is not None:
             raise UserError("--student given with --resume-concepts, whose student it is that goes on")
-        named, flag = (self.erase, "--erase") if self.on_mini_world else (self.concepts, "--concepts")
+        named, flag = (self.erase, "--erase") if self.world else (self.concepts, "--concepts")
         if self.concept_weights and len(self.concept_weights) != len(named):
             raise UserError(
                 f"{len(self.concept_weights)} --concept-weights for {len(named)} of {flag}; wanted one each"
@@ -159,8 +159,15 @@ class TrainConfig:
                 raise UserError(f"--{flag} is {value}, outside its range; --help says what it means")
 
     @property
-    def on_mini_world(self) -> bool:
-        return self.data is None
+    def world(self) -> str | None:
+        """The built-in world that the run is on (`bilevel_fast.worlds`); None where there is --data."""
+        return "mini" if self.data is None else None
+
+    @property
+    def world_settings(self) -> Any:
+        """The section that bears the world's name."""
+        assert self.world is not None
+        return getattr(self, self.world)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable, nested like the dataclasses."""

@@ -13,9 +13,8 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.bank import Concept, Shows, anchor_for, make_part, prompts_for, without
 from bilevel_fast.data.cache import INDEX
 from bilevel_fast.data.writer import Part
-from bilevel_fast.erasing.concept_prune import FRAMES
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.runs.subjects import find_frames
+from bilevel_fast.runs.subjects import read_subjects
 from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.sampling.to_folder import Precision, Recipe
 
@@ -77,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         _log.warning("%s is pruned; what is to be suppressed is what the dense teacher draws", args.model)
     recipe = Recipe(args.steps, args.guidance, "pndm", args.seed, args.size, args.precision).of(folder)
     assert recipe.guidance is not None
-    subjects = read_subjects(args.subjects, folder.is_mini)
+    subjects = read_subjects(args.subjects, folder.family.world)
     drawn = {path: bank_prompts(subjects, concept, held_out) for path, concept in places(args.out, concepts).items()}
     for path, (prompts, anchors) in drawn.items():
         left_out = len(subjects) - len(prompts)
@@ -131,20 +130,6 @@ def places(out: Path, concepts: Sequence[Concept]) -> dict[Path, Concept]:
         twins = sum(path.name == name or path.name.startswith(f"{name}--") for path in found)
         found[out / (f"{name}--{twins + 1}" if twins else name)] = concept
     return found
-
-
-def read_subjects(subjects: str | None, is_mini: bool) -> list[str]:
-    """What `--subjects` names.
-
-    Raises:
-        UserError: There is neither a set nor a file of that name, or no name where there is no default.
-    """
-    if subjects is None and not is_mini:
-        raise UserError(f"--subjects is missing; wanted a prompt file, or one of {', '.join(FRAMES)}")
-    subjects = subjects or "mini"
-    if subjects in (*FRAMES, "mini") or not Path(subjects).exists():
-        return [frame.erase for frame in find_frames(subjects, is_mini)]
-    return read_prompts(subjects)
 
 
 def bank_prompts(subjects: Sequence[str], concept: Concept, held_out: Sequence[str]) -> tuple[list[str], list[str]]:

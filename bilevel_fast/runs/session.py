@@ -8,7 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from bilevel_fast.data.stream import open_images
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.models.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.models.macs import count
-from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import fingerprint
@@ -31,18 +30,16 @@ from bilevel_fast.ops import providers
 from bilevel_fast.profiling.memory import describe, estimate
 from bilevel_fast.pruning import MacBudget, calibration_set, method
 from bilevel_fast.runs import history, page
-from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit
+from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.training.checkpoint import GracefulStop, latest
+from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.run_folder import RunFolder
+from bilevel_fast.worlds import world
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import Samples, judge
-from bilevel_fast.worlds.mini.probe import Probe
 
 _log = logging.getLogger(__name__)
-_SHOWN_ERASED, _SHOWN_KEPT = 6, 6
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -54,15 +51,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     device = pick_device(config.device)
-    erased = erased_styles(config)
+    erased = erased_concepts(config)
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)
     folder = load_folder(config.teacher or TEACHER)
-    if config.on_mini_world and not folder.is_mini:
-        raise UserError(f"{config.teacher} is no model of the mini world; --data and --concepts are missing")
+    check_world(config, folder)
     # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
     start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
-    names = ["student", "distilled"] if config.on_mini_world and config.twin else ["student"]
+    names = ["student", "distilled"] if config.world and config.twin else ["student"]
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
         with GracefulStop() as stop:
             teacher = folder.unet().to(device).requires_grad_(False)
@@ -70,14 +66,17 @@ def run(config: TrainConfig) -> dict[str, Any]:
             trained = {name: _train(name, config, folder, start, materials, place, stop, device) for name in names}
         summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
-        if config.on_mini_world:
+        if config.world:
+            judge, settings = world(config.world), config.world_settings
             # read again: the trainer may have turned its own teacher into bf16
             models = {"teacher": folder.unet().to(device), **{name: trained[name][0] for name in reversed(names)}}
-            shown = {name: mini.portfolio(unet, folder, erased, config) for name, unet in models.items()}
-            probe = Probe.load()
-            summary["hits"] = {name: mini.hits(samples, erased, probe) for name, samples in shown.items()}
-            summary["quality"] = {name: asdict(judge(samples, erased, probe)) for name, samples in shown.items()}
-            pictures["samples"] = _contact_sheet(shown, len(erased) * config.mini.judge_erased)
+            drawn = {name: judge.portfolio(u, folder, erased, settings, config.seed) for name, u in models.items()}
+            summary["hits"] = {name: judge.hits(samples, erased) for name, samples in drawn.items()}
+            summary["quality"] = {name: judge.quality(samples, erased) for name, samples in drawn.items()}
+            captions = next(iter(drawn.values())).captions
+            columns = judge.shown(len(captions), erased, settings)
+            rows = {name: samples.images[columns] for name, samples in drawn.items()}
+            pictures["samples"] = png(picture(rows, [captions[i] for i in columns]))
             place.samples.mkdir(exist_ok=True)
             place.write_bytes("samples/comparison.png", pictures["samples"])
         pictures["losses"] = page.curves({name: _places(place, name).stats for name in names})
@@ -87,24 +86,41 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
+def start_levels(config: TrainConfig, device: torch.device, scratch: Path) -> tuple[Level, AnyLevel | None]:
+    """The levels that `run` trains the student with, before their first step; concept banks go to `scratch`.
+
+    Raises:
+        UserError: Bad input of any kind.
+    """
+    erased = erased_concepts(config)
+    folder = load_folder(config.teacher or TEACHER)
+    check_world(config, folder)
+    student = initial_student(config, folder, align=8 if device.type == "cuda" else 1).to(device)
+    teacher = folder.unet().to(device).requires_grad_(False)
+    return levels(config, student, gather(config, folder, teacher, erased, scratch), device)
+
+
 def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path) -> Materials:
     """Open the caches that were given, or draw the mini world's."""
     past = None if config.resume_concepts is None else history.read(config.resume_concepts)
     earlier = () if past is None else past.concepts
     if past is not None:
         history.check_teacher(past, fingerprint(folder.path / "unet"))
-    if config.on_mini_world:
-        assert isinstance(folder.vae, PixelUnshuffleVAE)
-        data = mini.drawn_source(folder.vae, erased, config.mini.images, config.seed)
-        banks = mini.concept_banks(folder, config, out / "concepts", alone=not earlier)
-        names = config.erase
+    if config.world:
+        here, settings, names = world(config.world), config.world_settings, config.erase
+        data = here.drawn_source(folder, erased, settings.images, config.seed)
+        shows = erasers.shows(config.upper.eraser)
+        place = out / "concepts"
+        banks = here.concept_banks(folder, names, settings, config.seed, place, alone=not earlier, shows=shows)
     else:
         assert config.data is not None
         data = open_images(config.data, folder, next(teacher.parameters()).device)
         banks = [_bank(path, folder) for path in config.concepts]
         names = [path.name for path in config.concepts]
+    guidance = config.world_settings.guidance if config.world else folder.family.guidance
+    materials = Materials(teacher, folder.schedule, folder.text_encoder, data, None, guidance)
     if not banks:
-        return Materials(teacher, folder.schedule, folder.text_encoder, data, None)
+        return materials
     weights = config.concept_weights or (1.0,) * len(banks)
     new = [history.Erased(*row) for row in zip(names, (str(bank.path) for bank in banks), weights, strict=True)]
     concepts, banks = [*earlier, *new], [*history.open_banks(earlier), *banks]
@@ -121,22 +137,32 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
         record = history.to_json(out, fingerprint(folder.path / "unet"), concepts)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / history.RECORD, record)
-    return Materials(teacher, folder.schedule, folder.text_encoder, data, source)
+    return replace(materials, concepts=source)
 
 
-def erased_styles(config: TrainConfig) -> list[int]:
-    """Indices of the mini world's styles that are erased after a run: by it, and by those that it goes on from.
+def check_world(config: TrainConfig, folder: ModelFolder) -> None:
+    """Refuse a run on a built-in world with another's model.
+
+    Raises:
+        UserError: Says so.
+    """
+    if config.world not in (None, folder.family.world):
+        raise UserError(f"{config.teacher} is no model of the {config.world} world; --data and --concepts are missing")
+
+
+def erased_concepts(config: TrainConfig) -> list[int]:
+    """Numbers of the world's concepts that are erased after a run: by it, and by those that it goes on from.
 
     Raises:
         UserError: A style is not one, or erased already.
     """
-    if not config.on_mini_world:
+    if not config.world:
         return []
     earlier = () if config.resume_concepts is None else history.read(config.resume_concepts).names
     for style in config.erase:
         if style in earlier:
             raise UserError(f"style {style!r} was erased by {config.resume_concepts} already; --erase names another")
-    return mini.erased_styles([*earlier, *config.erase])
+    return world(config.world).erased_concepts([*earlier, *config.erase])
 
 
 def _say_what_the_bank_shows(config: TrainConfig, bank: Cache) -> None:
@@ -169,7 +195,7 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
         return student
     dense = folder.unet()
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
-    erased = mini.erased_styles(config.erase) if config.on_mini_world else []
+    erased = world(config.world).erased_concepts(config.erase) if config.world else []
     calibration = calibration_set(folder, config.data, seed=config.seed, erased=erased)
     return dense.cut(method(config.prune.method)(dense, budget, calibration), align)
 
@@ -243,14 +269,3 @@ def _summary(config: TrainConfig, folder: ModelFolder, student: UNet, progress: 
         "macs": macs(student.structure, folder),
         "quality": None,
     }
-
-
-def _contact_sheet(shown: dict[str, Samples], erased: int) -> bytes:
-    """Some erased prompts left, some others right, one row per model."""
-    scenes = next(iter(shown.values())).scenes
-    # strides prime to how the scenes are laid out, so that the columns show different objects, colours and styles
-    left = [(5 * i) % erased for i in range(_SHOWN_ERASED)]
-    right = [erased + (29 * i) % (len(scenes) - erased) for i in range(_SHOWN_KEPT)]
-    columns = left + right
-    rows = {name: samples.images[columns] for name, samples in shown.items()}
-    return png(picture(rows, [scenes[i].caption for i in columns]))

@@ -13,27 +13,24 @@ Shape legend: B batch, C channels, h w latents, H W image.
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bilevel_fast.base.devices import Ranks, pick_device
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.models.folder import ModelFolder, load_folder
-from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.weights import DIGEST, fingerprint
+from bilevel_fast.models.folder import ModelFolder
+from bilevel_fast.models.weights import fingerprint
 from bilevel_fast.ops.graphs import cuda_recorder, side_stream
 from bilevel_fast.ops.randomness import Stream, normal
-from bilevel_fast.pruning.aptp.mixture_folder import INDEX as MIXTURE
-from bilevel_fast.pruning.aptp.mixture_folder import Mixture
-from bilevel_fast.pruning.aptp.sampling import expert_by_expert
 from bilevel_fast.sampling.captured import Captured
 from bilevel_fast.sampling.image_folder import ImageFolder, ImageWriter
+from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import to_pixels
 from bilevel_fast.sampling.prompts import Row
 from bilevel_fast.sampling.samplers import Method, guided, sample
@@ -41,7 +38,6 @@ from bilevel_fast.sampling.samplers import Method, guided, sample
 Format = Literal["png", "latents"]
 Precision = Literal["fp32", "bf16"]
 
-PAPER_SIZE = 64  # latents of 512 pixels, as the paper measures; Stable Diffusion 2.1 was made for 768
 _DECODED = 4  # images at a time: a VAE needs about 1 GB for one of 512 pixels
 _THREADS = 4
 
@@ -74,10 +70,11 @@ class Recipe:
         for name, kind in (("precision", Precision), ("format", Format)):
             if (value := getattr(self, name)) not in (known := get_args(kind)):
                 raise UserError(f"{name} {value!r} does not exist{nearest(value, known)}")
-        guidance = (3.0 if folder.is_mini else 7.5) if self.guidance is None else float(self.guidance)
+        guidance = folder.family.guidance if self.guidance is None else float(self.guidance)
         if not math.isfinite(guidance):
             raise UserError(f"guidance is {guidance}; wanted a finite number")
-        size = min(folder.config.sample_size, PAPER_SIZE) if self.size is None else self.size
+        largest = min(folder.config.sample_size, folder.family.largest_latent or folder.config.sample_size)
+        size = largest if self.size is None else self.size
         stride = 2 ** (len(folder.config.block_out_channels) - 1)
         if size < 1 or size % stride:
             raise UserError(f"latent size is {size}; it must be a multiple of the UNet's stride {stride}")
@@ -97,14 +94,14 @@ def sample_folder(
     batch: int = 16,
     device: str = "auto",
     ranks: Ranks | None = None,
-    prompt_encoder: Path | None = None,
+    load: Load = load_painter,
     graphs: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageFolder:
     """Draw an image for each row into a folder, and read it. Finished images are kept; called again, it goes on.
 
     Args:
-        model: A model folder, dense or pruned, or a mixture, whose experts draw the prompts that are routed to them.
+        model: A folder that `load` loads; by default a model folder, dense or pruned.
         rows: All images, of all processes.
         out: The folder; new, or begun with the same recipe, model and prompts.
         recipe: How.
@@ -112,7 +109,7 @@ def sample_folder(
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one, its own in each process of a machine.
         ranks: This process draws rows rank, rank + world, ...; by default what torchrun says. Processes do not wait
             for each other: the folder is complete when the last one has returned.
-        prompt_encoder: Where the sentence encoder of a mixture is, if it is not where it was.
+        load: Loads what draws.
         graphs: Replay the UNet as a CUDA graph on a GPU.
         progress: Called with the images done and to do, of this process.
 
@@ -127,19 +124,17 @@ def sample_folder(
         raise UserError(f"batch is {batch}; wanted at least 1")
     ranks = Ranks.from_environment() if ranks is None else ranks
     place = pick_device(ranks.device(device))
-    if (model / MIXTURE).exists():
-        mixture = Mixture.load(model, prompt_encoder=prompt_encoder, device=place)
-        folder = mixture.parts
-    else:
-        mixture, folder = None, load_folder(model, place)
+    painter = load(model, place)
+    folder = painter.folder
     recipe = recipe.of(folder)
-    if folder.is_mini:
+    if folder.family.closed_vocabulary:
         folder.text_encoder.mask(
             [row.prompt for row in rows]
         )  # it has few words: refuses others before the first image
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     run = {"batch": batch, "device": name, "torch": torch.__version__}
-    made_by = {**asdict(recipe), **_fingerprints(folder, mixture)}
+    others = {name: fingerprint(folder.path / name) for name in ("text_encoder", "vae", "scheduler")}
+    made_by = {**asdict(recipe), **painter.fingerprints(), **others}
     writer = ImageWriter.begin(out, rows, made_by, model=str(model), run=run)
     todo = [row for row in ranks.share(rows) if row.id not in writer.finished]
     done = 0
@@ -147,7 +142,8 @@ def sample_folder(
         if place.type == "cuda":
             stack.enter_context(side_stream(place))
         saver = stack.enter_context(_Saver(writer, recipe.format))
-        for part, unet in _parts(todo, folder, mixture):
+        for numbers, unet, _ in painter.parts([row.prompt for row in todo]):
+            part = [todo[n] for n in numbers]
             unet = unet.to(place, torch.bfloat16 if recipe.precision == "bf16" else torch.float32).requires_grad_(False)
             # a pool of its own: what one expert's graph has used is free for the next one's
             captured = Captured(unet, cuda_recorder(place) if graphs else None)
@@ -185,17 +181,6 @@ def noise(rows: Sequence[Row], seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.cat(one)
 
 
-def _parts(rows: list[Row], folder: ModelFolder, mixture: Mixture | None) -> Iterator[tuple[list[Row], UNet]]:
-    """Which UNet draws which rows; it is not read where there are none."""
-    if not rows:
-        return
-    if mixture is None:
-        yield rows, folder.unet()
-        return
-    for numbers, unet, _ in expert_by_expert(mixture, mixture.route([row.prompt for row in rows])):
-        yield [rows[n] for n in numbers], unet
-
-
 def _draw(
     unet: Captured, folder: ModelFolder, recipe: Recipe, rows: Sequence[Row], batch: int, device: torch.device
 ) -> Tensor:
@@ -223,16 +208,6 @@ def _draw(
     some = next(n for n in range(min(_DECODED, batch), 0, -1) if batch % n == 0)  # of one shape, too
     pictures = [to_pixels(folder.vae.decode(part)).cpu() for part in latents.split(some)]
     return torch.cat(pictures)[: len(rows)]
-
-
-def _fingerprints(folder: ModelFolder, mixture: Mixture | None) -> dict[str, Any]:
-    """Which model draws."""
-    parts = {name: fingerprint(folder.path / name) for name in ("text_encoder", "vae", "scheduler")}
-    if mixture is None:
-        return {"unet": fingerprint(folder.path / "unet"), **parts}
-    digest = hashlib.sha256((mixture.path / MIXTURE).read_bytes()).hexdigest()[:DIGEST]
-    experts = [fingerprint(mixture.expert_folder(k) / "unet") for k in range(len(mixture.structures))]
-    return {"mixture": digest, "experts": experts, **parts}
 
 
 class _Saver:

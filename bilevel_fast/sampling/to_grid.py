@@ -1,6 +1,5 @@
 """A few prompts to one PNG picture: a row per seed, a column per prompt."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +9,10 @@ from torch import Tensor
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
-from bilevel_fast.models.folder import load_folder
-from bilevel_fast.pruning.aptp.mixture_folder import Mixture
-from bilevel_fast.pruning.aptp.sampling import Part, expert_by_expert, one_batch
 from bilevel_fast.sampling.generate import generate
+from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.sampling.samplers import Method
-from bilevel_fast.worlds.mini import TEACHER
 
 
 @dataclass(frozen=True)
@@ -48,8 +44,13 @@ class GridFlags:
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 
 
-def draw_grid(asked: GridFlags) -> Path:
-    """Sample every prompt from the noise of every seed, and write the picture; prints which expert draws what.
+def draw_grid(model: Path, asked: GridFlags, load: Load = load_painter) -> Path:
+    """Sample every prompt from the noise of every seed, and write the picture.
+
+    Args:
+        model: A folder that `load` loads.
+        asked: What a grid is made of, but for the model.
+        load: Loads what draws.
 
     Returns:
         Where it is.
@@ -63,22 +64,12 @@ def draw_grid(asked: GridFlags) -> Path:
     if out.exists():
         raise UserError(f"{out} exists already; delete it or choose another --out")
     place = pick_device(asked.device)
-    if asked.mixture is None:
-        if asked.prompt_encoder is not None:
-            raise UserError("--prompt-encoder is for the router of a --mixture, and none was named")
-        folder = load_folder(asked.model or TEACHER, place)
-        parts: Iterable[Part] = [(range(len(prompts)), folder.unet(), None)]
-    else:
-        experts = Mixture.load(asked.mixture, prompt_encoder=asked.prompt_encoder, device=place)
-        folder = experts.parts if asked.model is None else load_folder(asked.model, place)
-        expert = experts.route(prompts)
-        for number, prompt in zip(expert.tolist(), prompts, strict=True):
-            print(f"expert {number}  {prompt}")
-        parts = expert_by_expert(experts, expert) if asked.model is None else one_batch(experts, folder, expert, place)
-    guidance = asked.guidance if asked.guidance is not None else 3.0 if folder.is_mini else 7.5
+    painter = load(model, place)
+    folder = painter.folder
+    guidance = folder.family.guidance if asked.guidance is None else asked.guidance
     size = asked.size or folder.config.sample_size
     images: dict[tuple[int, int], Tensor] = {}
-    for numbers, unet, call in parts:
+    for numbers, unet, call in painter.parts(prompts):
         unet.to(place)
         for seed in seeds:
             latents = generate(

@@ -35,8 +35,13 @@ class Graphs:
         self._signatures: dict[str, Signature] = {}
         self._eager: set[str] = set()
 
+    @property
+    def record(self) -> Record | None:
+        """None where steps run as they are, as they do after a recording that failed."""
+        return self._recorder.record
+
     def __call__(self, level: AnyLevel, batch: Batch) -> Terms:
-        if self._recorder.record is None:
+        if self.record is None:
             return move(level, batch)
         if level.eraser is not None and level.eraser.eager:
             if level.name not in self._eager:

@@ -49,7 +49,7 @@ class World:
         self.student = session.initial_student(parse(SMALL), self.folder, 1)
 
     def materials(self, config):
-        styles = session.erased_styles(config)
+        styles = session.erased_concepts(config)
         return session.gather(config, self.folder, self.folder.unet(), styles, self.root / "-".join(map(str, styles)))
 
     def fit(self, name: str, out: Path, steps: int, *flags: str, student=None) -> dict[str, torch.Tensor]:

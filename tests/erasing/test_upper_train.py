@@ -16,7 +16,7 @@ from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.materials import erased_styles
+from bilevel_fast.worlds.mini.materials import erased_concepts
 
 CPU = torch.device("cpu")
 FLAGS = {"esd": ["--upper.esd.steps", "4"], "salun": ["--upper.salun.batches", "1"]}
@@ -39,7 +39,7 @@ class World:
     def materials(self, config) -> Materials:
         shows = UPPER[config.upper.eraser].shows
         if shows not in self._materials:
-            erased = erased_styles(config.erase)
+            erased = erased_concepts(config.erase)
             self._materials[shows] = gather(config, self.folder, self.folder.unet(), erased, self.root / shows)
         return self._materials[shows]
 

@@ -8,7 +8,8 @@ import torch
 from bilevel_fast.base.files import write_json
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule
-from bilevel_fast.models.folder import MINI_INDEX, write_unet
+from bilevel_fast.models.family import MINI_INDEX
+from bilevel_fast.models.folder import write_unet
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE, WordTokenizer
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.worlds.mini.world import WORDS

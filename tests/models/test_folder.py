@@ -15,6 +15,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json, write_json
 from bilevel_fast.models import folder as folder_module
 from bilevel_fast.models.architecture import sites
+from bilevel_fast.models.family import FAMILIES
 from bilevel_fast.models.folder import load_folder, load_unet, save_student
 from bilevel_fast.models.mini import MiniTextEncoder
 from bilevel_fast.models.structure import Structure
@@ -119,7 +120,7 @@ def test_a_mini_folder(mini):
     torch.testing.assert_close(folder.vae.decode(mean), images)
     out = folder.unet()(*inputs(folder)).out
     assert out.shape == (2, 12, 8, 8)
-    assert folder.is_mini
+    assert folder.family is FAMILIES["mini"]
     assert not folder.schedule.set_alpha_to_one
 
 

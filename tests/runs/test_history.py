@@ -16,7 +16,7 @@ from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.erasing.phrases import captions_of, clashes_of, held, pairs_of, phrases, plain, span
 from bilevel_fast.models.folder import load_folder, load_unet, save_student
 from bilevel_fast.runs import history
-from bilevel_fast.runs.session import erased_styles, gather, initial_student
+from bilevel_fast.runs.session import erased_concepts, gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.worlds.mini import TEACHER
 from mini_folder import make_mini_folder
@@ -101,7 +101,7 @@ def carry_out(config, teacher, out: Path) -> None:
     out.mkdir()
     write_json(out / "config.json", config.to_dict())
     student = initial_student(config, teacher, 1)
-    gather(config, teacher, teacher.unet(), erased_styles(config), out)
+    gather(config, teacher, teacher.unet(), erased_concepts(config), out)
     with torch.no_grad():
         student.conv_in.bias.add_(1)  # it has learnt something
     save_student(out / "student", teacher, student)
@@ -119,11 +119,11 @@ def test_a_third_run_goes_on_from_the_second(first, teacher, tmp_path):
     second, third = tmp_path / "second", tmp_path / "third"
     carry_out(parse([*SMOKE, "--erase", "hatching", "--resume-concepts", str(first)]), teacher, second)
     config = parse([*SMOKE, "--erase", "pointillism", "--resume-concepts", str(second), "--concept-weights", "2"])
-    assert len(erased_styles(config)) == 4
+    assert len(erased_concepts(config)) == 4
     student, before = initial_student(config, teacher, 1), load_unet(second / "student")
     assert student.structure == before.structure
     assert torch.equal(student.conv_in.bias, before.conv_in.bias)
-    materials = gather(config, teacher, teacher.unet(), erased_styles(config), third)
+    materials = gather(config, teacher, teacher.unet(), erased_concepts(config), third)
     assert isinstance(materials.concepts, Mixture)
     assert materials.concepts.names == ("waves", "mosaic", "hatching", "pointillism")
     assert materials.concepts.weights == (3.0, 1.0, 1.0, 2.0)
@@ -161,12 +161,12 @@ def test_one_style_keeps_its_old_place(teacher, tmp_path):
 
 def test_bad_runs_are_refused(first, teacher, tmp_path):
     with pytest.raises(UserError, match=r"is no run folder: config\.json is missing"):
-        erased_styles(parse([*SMOKE, "--resume-concepts", str(tmp_path)]))
+        erased_concepts(parse([*SMOKE, "--resume-concepts", str(tmp_path)]))
     begun = tmp_path / "begun"
     shutil.copytree(first, begun)
     (begun / "summary.json").unlink()
     with pytest.raises(UserError, match="has not ended; finish it first, with --resume --out"):
-        erased_styles(parse([*SMOKE, "--resume-concepts", str(begun)]))
+        erased_concepts(parse([*SMOKE, "--resume-concepts", str(begun)]))
     (begun / "summary.json").write_text("{}")
     record = json.loads((begun / "concepts.json").read_text())
     for change, message in (
@@ -181,13 +181,13 @@ def test_bad_runs_are_refused(first, teacher, tmp_path):
     with pytest.raises(UserError, match=r"has erased nothing: concepts\.json is missing"):
         history.read(begun)
     with pytest.raises(UserError, match=r"style 'mosaic' was erased by .* already; --erase names another"):
-        erased_styles(parse([*SMOKE, "--erase", "mosaic", "--resume-concepts", str(first)]))
+        erased_concepts(parse([*SMOKE, "--erase", "mosaic", "--resume-concepts", str(first)]))
     with pytest.raises(UserError, match="style 'waves' is to be erased twice"):
-        erased_styles(parse([*SMOKE, "--erase", "waves", "waves"]))
+        erased_concepts(parse([*SMOKE, "--erase", "waves", "waves"]))
     other = load_folder(make_mini_folder(tmp_path / "other"))
     config = parse([*SMOKE, "--erase", "hatching", "--resume-concepts", str(first)])
     with pytest.raises(UserError, match=r"had the teacher .*, this is .*; wanted the same"):
-        gather(config, other, other.unet(), erased_styles(config), tmp_path / "out")
+        gather(config, other, other.unet(), erased_concepts(config), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

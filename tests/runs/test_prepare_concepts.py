@@ -18,7 +18,8 @@ from bilevel_fast.data.bank import Concept, make_bank
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.ops.graphs import WARMUP
-from bilevel_fast.runs.prepare_concepts import bank_prompts, places, read_subjects
+from bilevel_fast.runs.prepare_concepts import bank_prompts, places
+from bilevel_fast.runs.subjects import read_subjects
 from mini_folder import make_mini_folder
 from replay import on_the_cpu
 from sd_folder import make_sd_folder
@@ -117,7 +118,7 @@ def test_kills_change_nothing(whole, teacher, files, tmp_path):
     assert process.returncode in (0, -signal.SIGKILL)
     (out / ".shard-00001.safetensors.tmp").write_bytes(b"half")
     drawn = []
-    prompts, anchors = bank_prompts(read_subjects(str(files[1]), True), Concept(STYLE), [f"a blue ring {STYLE}"])
+    prompts, anchors = bank_prompts(read_subjects(str(files[1]), "mini"), Concept(STYLE), [f"a blue ring {STYLE}"])
     bank = make_bank(
         load_folder(teacher), prompts, anchors, 11, 5, 3.0, 3, 2, out, progress=lambda done, _: drawn.append(done)
     )
@@ -157,9 +158,9 @@ def test_subjects_that_hold_the_phrase_stand_as_they_are():
         ],
         ["Water Lilies", "a picture", "Sunrise", "a bymonet"],
     )
-    people = bank_prompts(read_subjects("people", False), Concept("naked"), [])
+    people = bank_prompts(read_subjects("people", None), Concept("naked"), [])
     assert ("a photo of a naked man", "a photo of a man") in zip(*people, strict=True)
-    things = bank_prompts(read_subjects("things", False), concept, [])
+    things = bank_prompts(read_subjects("things", None), concept, [])
     assert ("a cat by Claude Monet", "a cat") in zip(*things, strict=True)
 
 

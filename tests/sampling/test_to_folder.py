@@ -23,6 +23,7 @@ from bilevel_fast.ops.randomness import Stream, normal
 from bilevel_fast.pruning.aptp.encoders import TextPrompts, centred
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture, write_mixture
 from bilevel_fast.pruning.aptp.router import Router
+from bilevel_fast.pruning.aptp.sampling import load_mixture
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.sampling import to_folder as sampling
 from bilevel_fast.sampling.captured import Captured
@@ -297,7 +298,7 @@ def test_a_mixture_draws_with_its_experts(model, tmp_path):
     rows = [Row(str(n), caption) for n, caption in enumerate(CAPTIONS[:9])]
     routes = mixture.route([row.prompt for row in rows]).tolist()
     assert set(routes) == {0, 1}
-    folder = sample_folder(mixture.path, rows, tmp_path / "images", LATENTS, batch=BATCH)
+    folder = sample_folder(mixture.path, rows, tmp_path / "images", LATENTS, batch=BATCH, load=load_mixture)
     assert list(folder.entries) == [row.id for row in rows]
     for k in (0, 1):
         theirs = [row for row, route in zip(rows, routes, strict=True) if route == k]
@@ -305,7 +306,7 @@ def test_a_mixture_draws_with_its_experts(model, tmp_path):
         for row in theirs:
             assert torch.equal(folder.latents(row.id), alone.latents(row.id))
     with pytest.raises(UserError, match="made with mixture None, not"):
-        sample_folder(mixture.path, theirs, tmp_path / "1", LATENTS, batch=BATCH)
+        sample_folder(mixture.path, theirs, tmp_path / "1", LATENTS, batch=BATCH, load=load_mixture)
 
 
 def test_a_stable_diffusion_folder(tmp_path):

@@ -5,9 +5,10 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.bank import Concept, anchor_for
-from bilevel_fast.models.mini import PixelUnshuffleVAE
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, kept_scenes, style_numbers
-from bilevel_fast.worlds.mini.materials import drawn_source, erased_styles
+from bilevel_fast.worlds.mini.materials import drawn_source, erased_concepts
 from bilevel_fast.worlds.mini.probe import Probe
 from bilevel_fast.worlds.mini.world import COLORS, OBJECTS, SCENES, STYLES, Scene, render
 
@@ -64,8 +65,8 @@ def test_judged_prompts_never_occur_in_a_bank_and_are_balanced():
 
 
 def test_training_images_leave_the_erased_style_out():
-    vae = PixelUnshuffleVAE()
-    source = drawn_source(vae, [WAVES], 180, seed=3)
+    folder = load_folder(TEACHER)
+    source, vae = drawn_source(folder, [WAVES], 180, seed=3), folder.vae
     captions = [source.captions(i)[0] for i in range(len(source))]
     assert len(set(captions)) == 180
     assert not any("waves" in caption for caption in captions)
@@ -85,6 +86,6 @@ def test_refusals():
     with pytest.raises(UserError, match="style 'pontilism' does not exist; did you mean 'pointillism'"):
         style_numbers(["pontilism"])
     with pytest.raises(UserError, match="'plain' cannot be erased"):
-        erased_styles(["plain"])
+        erased_concepts(["plain"])
     with pytest.raises(UserError, match="none is left"):
         style_numbers(STYLES)

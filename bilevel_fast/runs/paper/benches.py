@@ -20,7 +20,6 @@ from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import is_held_out
 from bilevel_fast.worlds.mini.world import SCENES, STYLES
 
 
@@ -43,17 +42,17 @@ def mini_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.devic
         UserError: The teacher is no model of it.
     """
     folder = load_folder(config.teacher or TEACHER)
-    if not folder.is_mini:
+    if folder.family.world != "mini":
         raise UserError(f"{folder.path} is no model of the mini world; --scale full is for others")
 
     def bench(seed: int, concepts: Sequence[str]) -> Bench:
         own, place = replace(config, seed=seed, erase=tuple(concepts)), _place(out, seed, concepts)
-        erased = mini.erased_styles(concepts)
+        erased = mini.erased_concepts(concepts)
         recipe = _recipe(
             own,
             rows,
             [f"in the style of {STYLES[style]}" for style in erased],
-            [Frame.of(scene.caption) for scene in SCENES if not scene.style and not is_held_out(scene)],
+            list(map(Frame.of, mini.subjects())),
             [scene.caption for scene in SCENES if scene.style not in erased],
         )
         shop = _shop(recipe, folder, erased, place, device, stop)

@@ -94,11 +94,8 @@ class MiniJudge:
 
     def pictures(self, name: str, path: Path) -> tuple[Tensor, list[str]]:
         samples = self._samples(name, path)
-        erased = len(self.erased) * self.config.mini.judge_erased
-        # strides prime to how the scenes are laid out, so that the columns show different objects, colours and styles
-        rows = [(5 * i) % erased for i in range(6)]
-        rows += [erased + (29 * i) % (len(samples.scenes) - erased) for i in range(6)]
-        return samples.images[rows], [samples.scenes[row].caption for row in rows]
+        rows = mini.shown(len(samples.scenes), self.erased, self.config.mini)
+        return samples.images[rows], [samples.captions[row] for row in rows]
 
     def _unet(self, path: Path) -> UNet:
         return load_unet(path).to(self.device).eval()
@@ -106,9 +103,11 @@ class MiniJudge:
     def _samples(self, name: str, path: Path) -> Samples:
         """What the probe looks at; drawn once, as experiments share models."""
         file = self.out / f"{name}.safetensors"
-        scenes = tuple(mini.asked(self.erased, self.config))
+        scenes = tuple(mini.asked(self.erased, self.config.mini))
         if not file.exists():
-            images = mini.portfolio(self._unet(path), self.folder, self.erased, self.config).images
+            images = mini.portfolio(
+                self._unet(path), self.folder, self.erased, self.config.mini, self.config.seed
+            ).images
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, save({"images": images}))
         with open_safetensors(file) as tensors:

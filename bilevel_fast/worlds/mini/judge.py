@@ -48,6 +48,11 @@ class Samples:
     images: Tensor
     scenes: tuple[Scene, ...]
 
+    @property
+    def captions(self) -> list[str]:
+        """What each image was asked for by."""
+        return [scene.caption for scene in self.scenes]
+
 
 def style_numbers(names: Sequence[str]) -> list[int]:
     """Indices of styles.

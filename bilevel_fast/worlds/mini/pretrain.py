@@ -24,15 +24,15 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_json
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule, noise
-from bilevel_fast.models.folder import MINI_INDEX, load_folder, write_unet
+from bilevel_fast.models.family import MINI_INDEX
+from bilevel_fast.models.folder import load_folder, write_unet
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE, WordTokenizer
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, integers, normal, uniform
+from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.judge import paint
 from bilevel_fast.worlds.mini.probe import Accuracy, Probe
 from bilevel_fast.worlds.mini.world import SCENES, WORDS, labels, render
-
-TEACHER = Path(__file__).parent / "weights" / "teacher"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,112 @@
+"""Model families: which component classes make a folder one of them, how these are read, and what differs between them.
+
+A further family is a line of `FAMILIES` and the loaders that it names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import read_json
+from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
+from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
+from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
+
+Device = torch.device | str
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of text-to-image model.
+
+    Attributes:
+        components: For each component of a folder, the classes that can be read, by name: whoever wrote the folder may
+            import them from elsewhere. The class of the text encoder decides which family a folder is of.
+        text_encoder: Reads it from a model folder, to a device and a dtype.
+        vae: Reads it from a model folder, to a device and a dtype.
+        guidance: Classifier-free guidance scale that its models are sampled with.
+        largest_latent: Side of the latents that images for evaluation have at most; None leaves it to the UNet.
+        world: The built-in world that its models draw (`bilevel_fast.worlds`); None draws photographs and the like.
+        closed_vocabulary: Whether its text encoder refuses prompts with words that it does not know.
+    """
+
+    components: Mapping[str, tuple[str, ...]]
+    text_encoder: Callable[[Path, Device, torch.dtype], TextEncoder]
+    vae: Callable[[Path, Device, torch.dtype], Autoencoder]
+    guidance: float = 7.5
+    largest_latent: int | None = None
+    world: str | None = None
+    closed_vocabulary: bool = False
+
+
+MINI_INDEX = {
+    "_class_name": "MiniPipeline",
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "text_encoder": ["bilevel_fast.models.mini", "MiniTextEncoder"],
+    "tokenizer": ["bilevel_fast.models.mini", "WordTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["bilevel_fast.models.mini", "PixelUnshuffleVAE"],
+}
+"""The `model_index.json` of a mini world's model."""
+
+FAMILIES = {
+    "stable-diffusion": Family(
+        components={
+            "scheduler": ("PNDMScheduler", "DDIMScheduler"),
+            "text_encoder": ("CLIPTextModel",),
+            "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+            "unet": ("UNet2DConditionModel",),
+            "vae": ("AutoencoderKL",),
+        },
+        text_encoder=ClipTextEncoder.load,
+        vae=lambda folder, device, dtype: KLAutoencoder.load(folder / "vae", device, dtype),
+        largest_latent=64,  # 512 pixels, as the paper measures; Stable Diffusion 2.1 was made for 768
+    ),
+    "mini": Family(
+        components={part: (pair[1],) for part, pair in MINI_INDEX.items() if part != "_class_name"},
+        text_encoder=lambda folder, device, dtype: MiniTextEncoder.load(folder).to(device, dtype),
+        vae=lambda folder, device, dtype: PixelUnshuffleVAE.load(folder / "vae"),
+        guidance=3.0,
+        world="mini",
+        closed_vocabulary=True,
+    ),
+}
+"""By name. A folder whose text encoder is of no family is refused as the first one's."""
+
+
+def family_of(path: Path) -> Family:
+    """The family of a model folder, by its `model_index.json`.
+
+    Raises:
+        UserError: The folder or the file is missing, or a component is missing or of a class that cannot be read.
+    """
+    if not path.exists():
+        raise UserError(f"model folder {path} does not exist; wanted a folder on this machine in the diffusers layout")
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; wanted a folder in the diffusers layout")
+    file, families = path / "model_index.json", list(FAMILIES.values())
+    index = read_json(file)
+    classes = {component: _class_name(file, index, component) for component in families[0].components}
+    said = [family for family in families if classes["text_encoder"] in family.components["text_encoder"]]
+    for component, known in (said or families)[0].components.items():
+        if classes[component] not in known:
+            read_anywhere = {name for family in families for name in family.components[component]}
+            raise UserError(
+                f"{file}: {component} {classes[component]!r} is not supported"
+                f"{nearest(classes[component], known if said else read_anywhere)}"
+            )
+    return said[0]
+
+
+def _class_name(file: Path, index: dict[str, Any], component: str) -> str:
+    match index.get(component):
+        case [str(), str(name)]:
+            return name
+        case None:
+            raise UserError(f"{file}: {component} is missing")
+        case other:
+            raise UserError(f"{file}: {component} is {other!r}, wanted [library, class]")
