@@ -31,7 +31,7 @@ SETTINGS, INDEX, LOCK = "settings.json", "index.jsonl", ".index.lock"
 
 
 @dataclass(frozen=True)
-class Entry:
+class DrawnImage:
     """A finished image: a line of `index.jsonl`."""
 
     id: str
@@ -46,7 +46,7 @@ class ImageFolder:
 
     path: Path
     settings: Mapping[str, Any]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, DrawnImage]
     """By id, in the order of the index."""
 
     @classmethod
@@ -92,7 +92,7 @@ class ImageWriter:
 
     def __init__(self, path: Path, rows: Sequence[Row], seed: int, suffix: str):
         self.path = path
-        self._wanted = {row.id: Entry(row.id, row.prompt, _seed(row, seed), row.id + suffix) for row in rows}
+        self._wanted = {row.id: DrawnImage(row.id, row.prompt, _seed(row, seed), row.id + suffix) for row in rows}
         self.finished: set[str] = set()
 
     @classmethod
@@ -201,7 +201,7 @@ class ImageWriter:
                 )
         return settings
 
-    def _check(self, found: Entry) -> None:
+    def _check(self, found: DrawnImage) -> None:
         wanted = self._wanted.get(found.id)
         if wanted is None:
             raise UserError(
@@ -225,7 +225,7 @@ def _seed(row: Row, seed: int) -> int:
     return seed if row.seed is None else row.seed
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: DrawnImage) -> str:
     return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
 
 
@@ -240,18 +240,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _read_index(path: Path) -> dict[str, Entry]:
+def _read_index(path: Path) -> dict[str, DrawnImage]:
     file = path / INDEX
     try:
         data = file.read_bytes()
     except FileNotFoundError:
         return {}
-    entries: dict[str, Entry] = {}
+    entries: dict[str, DrawnImage] = {}
     lines = data.split(b"\n")[:-1]  # what follows the last end of line is torn, or nothing
     for number, line in enumerate(lines, start=1):
         try:
             fields = json.loads(line)
-            entry = Entry(**fields)
+            entry = DrawnImage(**fields)
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"{file} line {number} is no entry of an image: {line[:80].decode(errors='replace')!r}"

@@ -14,7 +14,7 @@ from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.paper.judges import Judge
 from bilevel_fast.runs.paper.mini_judge import MiniJudge
 from bilevel_fast.runs.paper.settings import Full, Rows
-from bilevel_fast.runs.paper.students import Recipe, Workshop
+from bilevel_fast.runs.paper.students import StudentRecipe, Workshop
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.training.checkpoint import GracefulStop
@@ -108,14 +108,14 @@ def _place(out: Path, seed: int, concepts: Sequence[str]) -> Path:
 
 def _recipe(
     config: TrainConfig, rows: Rows, phrases: Sequence[str], frames: Sequence[Frame], preserve: Sequence[str]
-) -> Recipe:
+) -> StudentRecipe:
     pairs = tuple(map(Pair, phrases))
     esd = rows.esd.upper(config.upper)
-    return Recipe(config, esd, rows.uce, rows.concept_prune, pairs, tuple(frames), tuple(preserve))
+    return StudentRecipe(config, esd, rows.uce, rows.concept_prune, pairs, tuple(frames), tuple(preserve))
 
 
 def _shop(
-    recipe: Recipe, folder: ModelFolder, erased: list[int], place: Path, device: torch.device, stop: GracefulStop
+    recipe: StudentRecipe, folder: ModelFolder, erased: list[int], place: Path, device: torch.device, stop: GracefulStop
 ) -> Workshop:
     # a fresh teacher: a trainer may have turned the last one into bf16
     teacher = folder.unet().to(device).requires_grad_(False)

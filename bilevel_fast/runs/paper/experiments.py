@@ -19,7 +19,7 @@ from bilevel_fast.training.losses import LossWeights
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One model of an experiment.
 
     Attributes:
@@ -55,7 +55,7 @@ class Experiment:
 
     title: str
     measure: str
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     erase: tuple[str, ...] = ("pointillism",)
     against: str = ""
 
@@ -66,9 +66,9 @@ class Experiment:
 
 
 _ON_THE_WAY = (0.0, 0.1, 0.25, 0.5, 0.75)
-_MODELS = tuple(Row(name, label, name) for name, label in LABELS.items())
+_MODELS = tuple(TableRow(name, label, name) for name, label in LABELS.items())
 _SEVERAL = tuple(
-    Row(f"{name}-{count}", f"{LABELS[name]}, {count} erased", name, concepts=count)
+    TableRow(f"{name}-{count}", f"{LABELS[name]}, {count} erased", name, concepts=count)
     for count in (1, 2, 3)
     for name in ("distilled", "bilevel")
 )
@@ -81,23 +81,23 @@ EXPERIMENTS = {
         "Which losses",
         "kept",
         (
-            Row(
+            TableRow(
                 "diffusion", "the diffusion loss alone", "distilled",
                 weights=LossWeights(output=0.0, feature=0.0), steps=_ON_THE_WAY,
             ),
-            Row(
+            TableRow(
                 "distillation", "distillation alone", "distilled",
                 weights=LossWeights(diffusion=0.0), steps=_ON_THE_WAY,
             ),
-            Row("both", "both", "distilled", steps=_ON_THE_WAY),
+            TableRow("both", "both", "distilled", steps=_ON_THE_WAY),
         ),
     ),
     "fig5": Experiment(
         "Which start",
         "kept",
         (
-            Row("random", "random weights", "distilled", random=True, steps=_ON_THE_WAY),
-            Row("pruned", "pruned weights", "distilled", steps=_ON_THE_WAY),
+            TableRow("random", "random weights", "distilled", random=True, steps=_ON_THE_WAY),
+            TableRow("pruned", "pruned weights", "distilled", steps=_ON_THE_WAY),
         ),
     ),
     "fig6": Experiment(

@@ -6,13 +6,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bilevel_fast.runs.paper.experiments import Experiment, Row
+from bilevel_fast.runs.paper.experiments import Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
 
 _ACROSS = 4  # panels in a line of a plot
 
 Found = dict[str, dict[str, dict[int, list[float]]]]
-"""Row -> column -> step -> value of each seed."""
+"""TableRow -> column -> step -> value of each seed."""
 
 
 def gather(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Found:
@@ -97,7 +97,7 @@ def plot(experiment: Experiment, columns: Sequence[Column], rows: Sequence[Mappi
     plt.close(figure)
 
 
-def _curves(axis: Any, drawn: Sequence[tuple[Row, Mapping[int, list[float]]]]) -> None:
+def _curves(axis: Any, drawn: Sequence[tuple[TableRow, Mapping[int, list[float]]]]) -> None:
     for row, points in drawn:
         steps = sorted(points)
         (line,) = axis.plot(steps, [mean(points[s]) for s in steps], "o-", markersize=4, label=row.label)
@@ -106,7 +106,7 @@ def _curves(axis: Any, drawn: Sequence[tuple[Row, Mapping[int, list[float]]]]) -
     axis.set_xlabel("lower steps")
 
 
-def _points(axis: Any, drawn: Sequence[tuple[Row, Mapping[int, list[float]]]]) -> None:
+def _points(axis: Any, drawn: Sequence[tuple[TableRow, Mapping[int, list[float]]]]) -> None:
     for y, (_, points) in enumerate(drawn):
         values = last(points)
         axis.hlines(y, min(values), max(values), linewidth=5, alpha=0.35)

@@ -22,7 +22,7 @@ from bilevel_fast.base.files import write_atomic
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.paper import report
 from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
-from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, Row
+from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.settings import Full, Rows
 from bilevel_fast.sampling.pictures import picture, png
@@ -115,7 +115,9 @@ def read(path: Path) -> list[Measured]:
         raise UserError(f"{path} is not JSON, line by line: {error}; delete it to measure anew") from error
 
 
-def _measure(experiment: Experiment, row: Row, concepts: Sequence[str], seed: int, step: int, bench: Bench) -> Measured:
+def _measure(
+    experiment: Experiment, row: TableRow, concepts: Sequence[str], seed: int, step: int, bench: Bench
+) -> Measured:
     name, shop = f"{row.name}-{step}" if row.steps else row.member, bench.shop
     if row.steps:
         path = shop.after(row.name, step, row.weights or shop.recipe.bilevel.lower.weights, row.random)

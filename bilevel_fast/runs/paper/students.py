@@ -53,7 +53,7 @@ Notes = Mapping[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class StudentRecipe:
     """How the rows of one table are made.
 
     Attributes:
@@ -88,7 +88,7 @@ class Workshop:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: StudentRecipe,
         folder: ModelFolder,
         pruned: UNet,
         materials: Materials,

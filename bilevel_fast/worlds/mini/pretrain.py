@@ -68,7 +68,7 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TeacherBatch:
     """What one step learns from."""
 
     images: Tensor  # (B, 3, 32, 32)
@@ -90,7 +90,9 @@ class Model(nn.Module):
         return self.unet(x, t, self.text(ids)).out
 
 
-def batches(config: PretrainConfig, tokenizer: WordTokenizer, schedule: Schedule, channels: int) -> Iterator[Batch]:
+def batches(
+    config: PretrainConfig, tokenizer: WordTokenizer, schedule: Schedule, channels: int
+) -> Iterator[TeacherBatch]:
     """The batches of a run, one per step."""
     objects, colors, styles = labels(SCENES)
     ids, empty = tokenizer([scene.caption for scene in SCENES]), tokenizer([""])
@@ -99,7 +101,7 @@ def batches(config: PretrainConfig, tokenizer: WordTokenizer, schedule: Schedule
         indices = range(step * config.batch, (step + 1) * config.batch)
         scenes = integers(config.seed, Stream.CAPTION, indices, len(SCENES))
         dropped = uniform(config.seed, Stream.DROPOUT, indices, (1,)) < config.drop
-        yield Batch(
+        yield TeacherBatch(
             render(objects[scenes], colors[scenes], styles[scenes], config.seed, indices),
             torch.where(dropped, empty, ids[scenes]),
             integers(config.seed, Stream.TIMESTEP, indices, schedule.num_train_timesteps),
