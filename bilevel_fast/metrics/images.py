@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.sampling.image_folder import INDEX, Entry, ImageFolder
+from bilevel_fast.sampling.image_folder import INDEX, DrawnImage, ImageFolder
 
 if TYPE_CHECKING:  # imported where it is used: the engine runs without it
     from PIL import Image
@@ -33,7 +33,7 @@ class Pictures:
 
     path: Path
     files: Mapping[str, Path]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, DrawnImage]
     settings: Mapping[str, Any]
 
     @classmethod

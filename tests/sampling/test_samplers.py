@@ -35,8 +35,8 @@ def test_parity_with_diffusers(method, scheduler, prediction_type, to_one, steps
     x_T = torch.randn(3, 4, 6, 10)
     theirs = reference(scheduler.from_config(schedule.to_dict()), x_T, steps)
     ours = sample(network, x_T, schedule, steps, method)
-    # two roundings of the state in each step
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2 * steps * EPS * theirs.abs().max().item())
+    # two roundings of the state in each step; PNDM takes its second step twice
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2 * (steps + 1) * EPS * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from bilevel_fast.runs.paper.judges import Column
 _ACROSS = 4  # panels in a line of a plot
 
 Found = dict[str, dict[str, dict[int, list[float]]]]
-"""TableRow -> column -> step -> value of each seed."""
+"""Row -> column -> step -> value of each seed."""
 
 
 def gather(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Found:
