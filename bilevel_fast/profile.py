@@ -18,16 +18,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.runs.config import TrainConfig, preset
-
-if TYPE_CHECKING:  # --help and a typo should not wait for the engine
-    import torch
-
-    from bilevel_fast.profiling.profile import StepProfile
 
 _BY_DATA = "mini, or paper with --data"
 
@@ -71,27 +66,6 @@ def _defaults(name: str, **changes: Any) -> ProfileConfig:
     return ProfileConfig(**{**vars(preset(name)), **changes})
 
 
-def training(
-    config: ProfileConfig, device: "torch.device", scratch: Path, trace: Path
-) -> "tuple[list[StepProfile], bool]":
-    """Profile the steps that `session.run` would take; the second result says whether they train as CUDA graphs.
-
-    Args:
-        scratch: A folder for the concept bank.
-        trace: Where the Chrome trace is written.
-    """
-    from bilevel_fast.ops.graphs import cuda_recorder
-    from bilevel_fast.profiling.profile import descents
-    from bilevel_fast.runs.assemble import running
-    from bilevel_fast.runs.session import start_levels
-
-    levels = [level for level in start_levels(config, device, scratch) if level is not None]
-    with running(levels, device):
-        repeats = {"lower": config.steps, "upper": max(1, config.steps // max(1, config.upper.every))}
-        record = cuda_recorder(device) if config.graphs else None
-        return descents(levels, device, repeats, config.warmup, record, trace)
-
-
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     config = parse(sys.argv[1:])
@@ -101,12 +75,13 @@ def main() -> None:
     # after parsing: --help and a typo should not wait for the engine
     from bilevel_fast.base.devices import machine, pick_device
     from bilevel_fast.profiling import picture
+    from bilevel_fast.runs.profiled import profiled
 
     picture.check_free(config.profile_out, config.overwrite)
     device = pick_device(config.device)
     with TemporaryDirectory() as scratch:
         trace = Path(scratch) / "trace.json"
-        steps, graphs = training(config, device, Path(scratch), trace)
+        steps, graphs = profiled(config, device, config.steps, config.warmup, Path(scratch), trace)
         about = {**machine(device), "graphs": graphs, "config": config.to_dict()}
         picture.save(config.profile_out, steps, about, trace)
     print("\n\n".join(picture.tables(step, device.type == "cuda") for step in steps))
