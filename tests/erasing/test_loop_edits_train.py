@@ -167,11 +167,11 @@ def test_a_preserve_list_is_read_and_checked(world, tmp_path, caplog):
 
 
 def test_profile_knows_edits(world, tmp_path):
-    from bilevel_fast.profiling import profile as profiling
+    from bilevel_fast.runs.profiled import profiled
 
     config = parse([*SMALL, *EDITS["uce"]])
     (tmp_path / "scratch").mkdir()
-    found, _ = profiling.training(config, CPU, 1, 0, tmp_path / "scratch", tmp_path / "trace.json")
+    found, _ = profiled(config, CPU, 1, 0, tmp_path / "scratch", tmp_path / "trace.json")
     assert [step.name for step in found] == ["lower", "upper"]
     rooms = {row.room: row for row in found[1].rooms}
     assert rooms["optimizer"].launches > 0
