@@ -2,14 +2,14 @@
 
 from PIL import Image
 
-from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, Row
+from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.report import plot, table
 
 COLUMNS = (Column("hit", "hit", "down"), Column("fid", "FID", "", 1))
-MODELS = Experiment("made up", "style", (Row("a", "model a", "distilled"), Row("b", "model b", "bilevel")))
+MODELS = Experiment("made up", "style", (TableRow("a", "model a", "distilled"), TableRow("b", "model b", "bilevel")))
 AGAINST = Experiment("made up", "style", MODELS.rows, against="a")
-CURVE = Experiment("made up", "kept", (Row("a", "model a", "distilled", steps=(0.0, 0.5)),))
+CURVE = Experiment("made up", "kept", (TableRow("a", "model a", "distilled", steps=(0.0, 0.5)),))
 
 
 def row(name, seed, step, hit, fid):
