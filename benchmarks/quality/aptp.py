@@ -29,6 +29,7 @@ from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.diffusion import Noised, noise
 from bilevel_fast.models.folder import ModelFolder, load_folder
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, integers, normal
 from bilevel_fast.pruning import calibration_set, method
@@ -121,7 +122,7 @@ def measure(path: Path, settings: Settings) -> Row:
         "seed": mixture.settings["seed"],
         "seconds": round(json.loads(records[-1])["seconds"], 1),
         "experts": [
-            {"macs": round(s.macs(budget.latent, budget.text).ratio, 4), "prompts": n, "dropped": len(s.dropped)}
+            {"macs": round(count(s, budget.latent, budget.text).ratio, 4), "prompts": n, "dropped": len(s.dropped)}
             for s, n in zip(mixture.structures, counts, strict=True)
         ],
         "told_by": {

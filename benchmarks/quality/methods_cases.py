@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import ModelFolder, load_unet
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import FIXED, METHODS, MacBudget, calibration_set, method, reinitialise
 from bilevel_fast.runs.config import TrainConfig
@@ -50,7 +51,7 @@ def cases(
             yield Case(f"{budget:.2f} {name}", lambda name=name: cut(name), usual, judged)
             continue
         try:
-            ratio = cut(name).structure.macs(latent, text).ratio
+            ratio = count(cut(name).structure, latent, text).ratio
         except UserError as error:  # BK-SDM-Base drops nothing where a block has one layer
             print(error, file=sys.stderr)
             continue

@@ -183,7 +183,7 @@ def test_rows_are_modules_of_the_state_dict():
     structure = Structure.uniform(SD21, 0.5, ["up_blocks.3.attentions.2"])
     with torch.device("meta"):
         state = UNet(SD21, structure).state_dict()
-    rows = {row.name: row for row in structure.macs(64, 77).rows}
+    rows = {row.name: row for row in count(structure, 64, 77).rows}
     for name, row in rows.items():
         assert row.params == sum(v.numel() for k, v in state.items() if k.startswith(name + ".")), name
     assert {k for k in state if not any(k.startswith(name + ".") for name in rows)} == set()

@@ -10,9 +10,8 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21, sites
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.macs import count
-from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import Prediction
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.vector import from_vector, layout
 from bilevel_fast.pruning.aptp.losses import Prices, RouterWeights, contrastive_loss, resource_loss, router_loss
 from bilevel_fast.training.losses import LossWeights, fine_tuning_loss
 from mini_folder import TINY
@@ -25,7 +24,7 @@ def random_structures(config, number):
     vectors = (torch.rand(number, layout(config).size) < torch.linspace(0.2, 1, number)[:, None]).float()
     for s in layout(config).segments:
         vectors[:, s.start + 1] = 1
-    return vectors, [Structure.from_vector(config, v) for v in vectors]
+    return vectors, [from_vector(config, v) for v in vectors]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -209,6 +208,6 @@ def test_every_site_has_a_price():
     vector = torch.ones(1, 1620)
     for i, site in enumerate(s for s in sites(SD21) if s.depth_bit):
         vector[0, 1606 + i] = 0
-        dropped = Structure.from_vector(SD21, vector[0])
+        dropped = from_vector(SD21, vector[0])
         assert site.name in dropped.dropped
         assert prices.macs(vector).item() == pytest.approx(count(dropped, 64, 77).true, rel=1e-14)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.models.macs import count
 from bilevel_fast.pruning.aptp.encoders import TextPrompts
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
@@ -90,7 +91,7 @@ def test_table_is_what_the_mixture_holds(trained):
         number, macs, prompts, dropped = row.split(maxsplit=3)
         structure = load_folder(mixture.expert_folder(k)).structure
         assert structure == mixture.structures[k]
-        ratio = structure.macs(8, 12).ratio
+        ratio = count(structure, 8, 12).ratio
         assert (number, macs, prompts) == (str(k), f"{ratio:.4f}", str(routed[k]))
         assert 0.69 < ratio <= 0.7
         assert set(dropped.split(", ")) - {"none"} <= structure.dropped | {f"and {len(structure.dropped) - 3} more"}
@@ -319,7 +320,7 @@ def test_sd_folder_with_a_sentence_encoder(run, tmp_path):
     assert "6 training prompts, budget 0.8" in stdout
     mixture = Mixture.load(tmp_path / "run")
     assert mixture.router.predictor.linear.in_features == WIDTH
-    assert all(0.79 < s.macs(8, 77).ratio <= 0.8 for s in mixture.structures)
+    assert all(0.79 < count(s, 8, 77).ratio <= 0.8 for s in mixture.structures)
     assert set(mixture.route(["a star", "a red house"]).tolist()) <= {0, 1}
 
 

@@ -41,7 +41,7 @@ class SiteGates:
 
 
 def split(config: UNetConfig, gates: Tensor) -> dict[str, SiteGates]:
-    """Gates (B, V), in the layout of `Structure.to_vector`, by site.
+    """Gates (B, V), in the layout of `vector.to_vector`, by site.
 
     Raises:
         ValueError: The shape is another.
