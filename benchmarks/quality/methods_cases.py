@@ -9,7 +9,9 @@ from bilevel_fast.models.folder import ModelFolder, load_unet
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import FIXED, METHODS, MacBudget, calibration_set, method, reinitialise
+from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.training.losses import LossWeights
 
 BUDGETS = (0.80, 0.55)
@@ -38,7 +40,7 @@ def cases(
         UserError: An `extra` is not NAME=FOLDER. What is wrong with the folder is said when the student is made.
     """
     latent, text, usual = folder.config.sample_size, folder.text_encoder.length, config.lower.weights
-    calibration = calibration_set(folder, None, seed=config.seed)
+    calibration = calibration_set(folder, image_source(folder, None, IMAGES, config.seed), seed=config.seed)
     figures = JUDGED if budget == FIGURES else ()
 
     def cut(name: str) -> UNet:

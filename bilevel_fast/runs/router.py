@@ -31,8 +31,8 @@ from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX, write_mixture
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.pruning.calibration import image_source
 from bilevel_fast.runs.assemble import Interrupted, running
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.run_folder import RunFolder
 from bilevel_fast.training.stats import Console, JsonLines, Means, Stats

@@ -147,7 +147,7 @@ def test_calibration_refusals(sd, run, tmp_path):
         "laptop tries the teacher on data, and the calibration set is empty": ("laptop", *base),
         "diff-pruning tries the teacher on data, and the calibration set is empty": ("diff-pruning", *base),
         "foreign: latents of VAE other": ("diff-pruning", *base, "--data", foreign),
-        "images of the calibration set: 0, wanted 1 or more": ("laptop", *base, "--images", 0),
+        "--images is 0, wanted 1 or more": ("laptop", *base, "--images", 0),
         r"budget 0.6 is too small: bk-sdm-base takes 0\.\d{4} of the dense MACs": (
             "bk-sdm-base",
             *base,
