@@ -15,7 +15,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.binarise import harden
 from bilevel_fast.pruning.aptp.experts import experts
 from bilevel_fast.pruning.aptp.gates import gated
-from bilevel_fast.pruning.aptp.losses import Prices, RouterWeights, router_loss
+from bilevel_fast.pruning.aptp.losses import GatePrices, RouterWeights, router_loss
 from bilevel_fast.pruning.aptp.router import embed
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining, mean_pool, train
 from bilevel_fast.pruning.budget import MacBudget
@@ -58,7 +58,7 @@ def test_a_step_is_the_loss_of_the_gated_network():
         gates = routed.own if pretrain == 2 else routed.codes[routed.expert]
         student = gated(teacher, noised.x, drawn.t, batch.text, gates, mode)
         whole = teacher(noised.x, drawn.t, batch.text)
-        prices = Prices(TINY, 8, 5)
+        prices = GatePrices(TINY, 8, 5)
         space = embed(TINY, routed.own)
         loss = router_loss(student, whole, noised, gates, space, prompts, prices, prices.target(0.8), RouterWeights())
         terms = training.advance(batch, prompts)
