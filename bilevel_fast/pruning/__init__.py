@@ -1,7 +1,9 @@
 """Pruning methods by name: `METHODS` has a line for each.
 
-structure = METHODS["magnitude"](teacher, MacBudget(0.8, latent=64, text=77), calibration)
-student = teacher.cut(structure)
+    structure = METHODS["magnitude"](teacher, MacBudget(0.8, latent=64, text=77), calibration)
+    student = teacher.cut(structure)
+
+A method may try the teacher on the batches of `calibration_set`. CONTRIBUTING.md says how to add one.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,7 +52,7 @@ METHODS: dict[str, Method] = {
     "uniform": uniform,
     "random": random,
 }
-"""By the name that `prune NAME` and `train --prune.method NAME` take; `prune --help` shows the docstring's first line."""
+"""By the name that `prune` and `train --prune.method` take; `prune --help` shows the first line of a docstring."""
 
 
 def method(name: str, besides: Iterable[str] = ()) -> Method:
