@@ -15,6 +15,7 @@ from bilevel_fast.models.vector import from_vector, layout, to_vector
 from bilevel_fast.pruning.aptp import gates as gates_module
 from bilevel_fast.pruning.aptp.gates import gated, split
 from mini_folder import TINY
+from unets import inputs, make_unet, relative
 
 SD_LIKE = dataclasses.replace(
     SD21,
@@ -32,24 +33,6 @@ CONFIGS = {
     "sd15": dataclasses.replace(SD_LIKE, use_linear_projection=False),
     "no_mid": dataclasses.replace(SD_LIKE, mid_block_type=None, layers_per_block=2),
 }
-
-
-def make_unet(config, dtype=torch.float32):
-    """Away from the initial values: biases of zero and gains of one would hide a swapped tensor."""
-    unet = UNet(config).to(dtype)
-    with torch.no_grad():
-        for p in unet.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return unet.requires_grad_(False)
-
-
-def inputs(config, batch=2, dtype=torch.float32):
-    x = torch.randn(batch, config.in_channels, 16, 16, dtype=dtype)
-    return x, torch.randint(0, 1000, (batch,)), torch.randn(batch, 5, config.cross_attention_dim, dtype=dtype)
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def same(ours, theirs, tolerance):
