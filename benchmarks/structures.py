@@ -23,6 +23,7 @@ import torch
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import MacBudget
@@ -83,7 +84,7 @@ def write(folder: Path = FOLDER) -> None:
     size = model()
     for name in PLANNED:
         found = plan(name, size)
-        macs = found.macs(size.latent, size.text)
+        macs = count(found, size.latent, size.text)
         provenance = {
             "command": "python -m benchmarks.structures",
             "planner": "bilevel_fast.pruning.planner.spend",
@@ -91,7 +92,7 @@ def write(folder: Path = FOLDER) -> None:
             "nothing, the first ones do; how many of each vector is what was planned.",
             "latent": size.latent, "text": size.text, "budget": float(name.removeprefix("planned-")),
             "true_ratio": macs.ratio, "true_macs": macs.true, "official_macs": macs.official,
-            "official_ratio": macs.official / Structure.dense(size.config).macs(size.latent, size.text).official,
+            "official_ratio": macs.official / count(Structure.dense(size.config), size.latent, size.text).official,
             "params": macs.params,
         }  # fmt: skip
         folder.mkdir(exist_ok=True)

@@ -26,6 +26,7 @@ from bilevel_fast.pruning import (
 from bilevel_fast.pruning.latency import RESOLUTION
 from bilevel_fast.pruning.picture import picture
 from bilevel_fast.runs.prune_aptp import COMMANDS
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.worlds.mini import TEACHER
 
 BUDGET = 0.8
@@ -103,9 +104,8 @@ def prune(args: Args) -> None:
         raise UserError("--latency-batch says which rows of --latency to use, and there is no --latency")
     budget = MacBudget(ratio, latent, text) if timed is None else LatencyBudget(ratio, timed)
     prices = budget.prices(folder.config)
-    calibration = calibration_set(
-        folder, args.data, images=args.images, batch=args.batch, seed=args.seed, device=device
-    )
+    source = image_source(folder, args.data, args.images, args.seed)
+    calibration = calibration_set(folder, source, images=args.images, batch=args.batch, seed=args.seed, device=device)
     teacher = folder.unet().to(device).requires_grad_(False)
     structure = choose(teacher, budget, calibration)
     student = teacher.cut(structure)

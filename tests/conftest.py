@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 
+from bilevel_fast.base import errors
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
@@ -26,3 +28,14 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the `main` of a command in this process: its exit code, and what it wrote to stdout and stderr."""
+
+    def run(main, *arguments):
+        monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
+        return errors.run(main), *capsys.readouterr()
+
+    return run

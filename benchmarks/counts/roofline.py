@@ -33,6 +33,7 @@ from benchmarks.speed.unet_providers import ops
 from benchmarks.structures import Model, model, structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models import macs
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import Prediction, UNet
@@ -200,7 +201,7 @@ def rows(cards: dict[str, Card], batch: int) -> Iterator[Row]:
     for name in STRUCTURES:
         kept = structure(name)
         config = {"unet": size.name, "structure": name, "batch": batch, "latent": size.latent, "text": size.text}
-        config |= {"mac_ratio": kept.macs(size.latent, size.text).ratio, "dtype": "bfloat16"}
+        config |= {"mac_ratio": macs.count(kept, size.latent, size.text).ratio, "dtype": "bfloat16"}
         counted = {provider: count(size, kept, batch, provider) for provider in ("torch", "triton")}
         for case in CASES:
             products = [cost for cost in counted["torch"][case] if cost.kind in PRODUCTS]

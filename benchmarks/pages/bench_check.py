@@ -33,6 +33,7 @@ from benchmarks.structures import structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
+from bilevel_fast.models.macs import count
 
 ROOT = Path(__file__).parents[1]
 BASELINE = ROOT / "benchmarks" / "results" / "baseline.jsonl"
@@ -77,7 +78,7 @@ def macs(settings: Settings, baseline: list[Row]) -> Found:
     where = describe(torch.device("cpu")) | {"device": "any machine", "threads": None}
     rows = []
     for name in ("dense", "0.80", "0.55"):
-        found = structure(name).macs(LATENT, TEXT)
+        found = count(structure(name), LATENT, TEXT)
         shared = {
             "suite": "macs",
             "case": f"sd21 {name}",

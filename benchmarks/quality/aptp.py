@@ -29,11 +29,13 @@ from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.diffusion import Noised, noise
 from bilevel_fast.models.folder import ModelFolder, load_folder
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, integers, normal
 from bilevel_fast.pruning import calibration_set, method
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
 from bilevel_fast.runs.router import AptpConfig, run
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import SCENES, labels, render
 
@@ -106,7 +108,8 @@ def measure(path: Path, settings: Settings) -> Row:
     teacher, budget = folder.unet().eval(), mixture.budget
     routes = mixture.route([scene.caption for scene in SCENES])
     cuts = {str(k): structure for k, structure in enumerate(mixture.structures)}
-    tried = calibration_set(folder, None, images=IMAGES, seed=settings.seed)
+    source = image_source(folder, None, IMAGES, settings.seed)
+    tried = calibration_set(folder, source, images=IMAGES, seed=settings.seed)
     cuts |= {name: method(name)(teacher, budget, tried) for name in METHODS}
     students = {name: teacher.cut(structure).eval() for name, structure in cuts.items()}
     found = distances(teacher, students, folder, settings.rounds)
@@ -121,7 +124,7 @@ def measure(path: Path, settings: Settings) -> Row:
         "seed": mixture.settings["seed"],
         "seconds": round(json.loads(records[-1])["seconds"], 1),
         "experts": [
-            {"macs": round(s.macs(budget.latent, budget.text).ratio, 4), "prompts": n, "dropped": len(s.dropped)}
+            {"macs": round(count(s, budget.latent, budget.text).ratio, 4), "prompts": n, "dropped": len(s.dropped)}
             for s, n in zip(mixture.structures, counts, strict=True)
         ],
         "told_by": {

@@ -36,6 +36,7 @@ from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.models.folder import ModelFolder, load_folder
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.assemble import Materials, levels
 from bilevel_fast.runs.config import preset
@@ -120,7 +121,7 @@ def run(args: Run, seed: int, place: Row) -> None:
         if step in (0, args.steps, *case.judged):
             quality = asdict(judge(mini.portfolio(student, folder, [], config), [], probe))
             found |= {"style": quality["other_style_hit"], **{k: quality[k] for k in ("object", "color", "fid")}}
-        ratio = student.structure.macs(folder.config.sample_size, folder.text_encoder.length).ratio
+        ratio = count(student.structure, folder.config.sample_size, folder.text_encoder.length).ratio
         settings = {"preset": args.preset, **asdict(replace(lower, weights=case.weights)), "judged": args.judged}
         row = {"suite": "methods", "case": case.name, "seed": seed, "step": step, **found, "macs_ratio": ratio}
         with RESULTS.open("a", encoding="utf-8") as file:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import ModelFolder, load_unet
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import FIXED, METHODS, MacBudget, calibration_set, method, reinitialise
+from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.training.losses import LossWeights
 
 BUDGETS = (0.80, 0.55)
@@ -37,7 +40,7 @@ def cases(
         UserError: An `extra` is not NAME=FOLDER. What is wrong with the folder is said when the student is made.
     """
     latent, text, usual = folder.config.sample_size, folder.text_encoder.length, config.lower.weights
-    calibration = calibration_set(folder, None, seed=config.seed)
+    calibration = calibration_set(folder, image_source(folder, None, IMAGES, config.seed), seed=config.seed)
     figures = JUDGED if budget == FIGURES else ()
 
     def cut(name: str) -> UNet:
@@ -50,7 +53,7 @@ def cases(
             yield Case(f"{budget:.2f} {name}", lambda name=name: cut(name), usual, judged)
             continue
         try:
-            ratio = cut(name).structure.macs(latent, text).ratio
+            ratio = count(cut(name).structure, latent, text).ratio
         except UserError as error:  # BK-SDM-Base drops nothing where a block has one layer
             print(error, file=sys.stderr)
             continue

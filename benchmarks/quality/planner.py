@@ -40,6 +40,7 @@ from bilevel_fast.pruning.magnitude import unit_importance
 from bilevel_fast.pruning.planner import Importance, Objective, spend
 from bilevel_fast.pruning.taylor import taylor_importance
 from bilevel_fast.pruning.uniform import uniform
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import SCENES, labels, render
 
@@ -133,7 +134,9 @@ def measure(settings: Settings) -> Iterator[Row]:
     teacher = folder.unet().eval()
     latent, text = folder.config.sample_size, folder.text_encoder.length
     asked = list(trials(folder, settings))
-    tried = calibration_set(folder, None, images=settings.images, seed=SEED)
+    tried = calibration_set(
+        folder, image_source(folder, None, settings.images, SEED), images=settings.images, seed=SEED
+    )
     scores = {"magnitude": magnitude_importance(teacher), "taylor": taylor_importance(teacher, tried)}
     for name, score in scores.items():
         for ratio in RATIOS:

@@ -36,7 +36,7 @@ from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.cache import Cache, Index
 from bilevel_fast.data.dali import Decoder, usable_cores
 from bilevel_fast.data.encode import Files, ahead, decode
-from bilevel_fast.data.listing import Entry, Listing
+from bilevel_fast.data.listing import ListedImage, Listing
 from bilevel_fast.data.pictures import Framing
 from bilevel_fast.data.writer import CacheWriter
 
@@ -69,7 +69,7 @@ class Settings:
     """Append the rows to this file."""
 
 
-def make_images(folder: Path, count: int) -> list[Entry]:
+def make_images(folder: Path, count: int) -> list[ListedImage]:
     """Write JPEGs of the sizes and about the bytes that COCO's have."""
     from PIL import Image
 
@@ -81,11 +81,11 @@ def make_images(folder: Path, count: int) -> list[Entry]:
         smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
         noisy = (smooth + rng.integers(-60, 61, 3) + rng.integers(-24, 25, smooth.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{key:012d}.jpg", quality=90)
-        entries.append(Entry(key, f"{key:012d}.jpg", (f"a photo of {key}",)))
+        entries.append(ListedImage(key, f"{key:012d}.jpg", (f"a photo of {key}",)))
     return entries
 
 
-def through_dali(folder: Path, entries: Sequence[Entry], settings: Settings, workers: int) -> Iterator[Tensor]:
+def through_dali(folder: Path, entries: Sequence[ListedImage], settings: Settings, workers: int) -> Iterator[Tensor]:
     """(B, 3, R, R) batches."""
     source, framing = Files(Listing(folder, tuple(entries))), Framing(settings.resolution, 0)
     decoder = Decoder(settings.resolution, 1, settings.batch, "cpu", torch.device("cpu"), workers)
@@ -98,7 +98,7 @@ def through_dali(folder: Path, entries: Sequence[Entry], settings: Settings, wor
 class Pictures(torch.utils.data.Dataset):
     """The usual data set: PIL, and torchvision's transforms on PIL images."""
 
-    def __init__(self, folder: Path, entries: Sequence[Entry], resolution: int) -> None:
+    def __init__(self, folder: Path, entries: Sequence[ListedImage], resolution: int) -> None:
         self.files = [folder / entry.file for entry in entries]
         self.transform = transform(resolution)
 
@@ -126,7 +126,7 @@ def transform(resolution: int) -> Callable[[bytes], Tensor]:
     return lambda data: steps(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def through_loader(folder: Path, entries: Sequence[Entry], settings: Settings, workers: int) -> Iterator[Tensor]:
+def through_loader(folder: Path, entries: Sequence[ListedImage], settings: Settings, workers: int) -> Iterator[Tensor]:
     """(B, 3, R, R) batches; worker processes stay from epoch to epoch."""
     data = Pictures(folder, entries, settings.resolution)
     loader = torch.utils.data.DataLoader(
@@ -149,7 +149,7 @@ def through_webdataset(tar: Path, settings: Settings, workers: int) -> Iterator[
         yield from (batch for (batch,) in loader)
 
 
-def make_tars(folder: Path, entries: Sequence[Entry], parts: int) -> Path:
+def make_tars(folder: Path, entries: Sequence[ListedImage], parts: int) -> Path:
     """Tars of the files, each with a share; the name that theirs are made of."""
     for part in range(parts):
         with tarfile.open(folder / f"images-{part}.tar", "w") as tar:

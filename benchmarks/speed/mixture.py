@@ -31,9 +31,10 @@ from benchmarks.speed.unet_providers import Inputs, bound, distance
 from benchmarks.structures import Model, model
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.vector import layout, to_vector
 from bilevel_fast.ops.randomness import Stream, uniform
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.gates import gated
@@ -77,7 +78,7 @@ def calls(unet: UNet, structures: tuple[Structure, ...], expert: Tensor, inputs:
     rows = {k: (expert == k).nonzero()[:, 0].to(device) for k in expert.unique().tolist()}
     cuts = {k: unet.cut(structures[k], align).to(dtype).eval().requires_grad_(False) for k in rows}
     back = torch.cat(list(rows.values())).argsort()
-    gates = torch.stack([s.to_vector() for s in structures])[expert].to(inputs[0])
+    gates = torch.stack([to_vector(s) for s in structures])[expert].to(inputs[0])
     mixture = Mix(structures, device).bind(unet, expert)
 
     def alone() -> Tensor:
@@ -103,7 +104,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     for budget in settings.budget:
         structures = make_experts(size, budget, settings.experts)
         params = dict.fromkeys(("mixed", "masks", "dense"), sum(p.numel() for p in unet.parameters()))
-        params["alone"] = sum(s.macs(size.latent, size.text).params for s in structures)
+        params["alone"] = sum(count(s, size.latent, size.text).params for s in structures)
         for batch in settings.batch:
             inputs, expert = make_inputs(size, batch, device, dtype), torch.arange(batch) % settings.experts
             providers = calls(unet, structures, expert, inputs)

@@ -39,6 +39,7 @@ from benchmarks.structures import Model, model, structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import LEVEL_STRIDE, Batch
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, normal
@@ -100,7 +101,7 @@ def make_inputs(size: Model, kept: Structure, batch: int) -> Inputs:
 
 def products(size: Model, kept: Structure, batch: int, case: str, provider: str) -> float:
     """FLOPs of the matrix products that a step needs."""
-    teacher, student = (2 * s.macs(size.latent, size.text).true * batch for s in (Structure.dense(size.config), kept))
+    teacher, student = (2 * count(s, size.latent, size.text).true * batch for s in (Structure.dense(size.config), kept))
     if case == "lower":
         return teacher + 3 * student
     return 2 * teacher + (3 if provider == "released" else 6) * student

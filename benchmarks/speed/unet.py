@@ -41,6 +41,7 @@ from benchmarks.speed.unet_sites import site_rows
 from benchmarks.structures import NAMES, PLANNED, Model, model, structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.providers import TABLE, architecture
 from bilevel_fast.ops.randomness import Stream, integers, normal
@@ -150,7 +151,7 @@ def rows_of(subjects: Sequence[Subject], size: Model, batch: int) -> Iterator[Ro
     """`ms` of each subject, and `realised_speedup` of each but the dense ones, where those are there."""
     dense = {s.provider: s for s in subjects if s.name == "dense"}
     for s in subjects:
-        macs = s.unet.structure.macs(size.latent, size.text)
+        macs = count(s.unet.structure, size.latent, size.text)
         config = {
             "model": size.name,
             "structure": s.name,
@@ -166,7 +167,7 @@ def rows_of(subjects: Sequence[Subject], size: Model, batch: int) -> Iterator[Ro
         base = dense.get(s.provider)
         if s.name == "dense" or base is None:
             continue
-        ratio = macs.true / base.unet.structure.macs(size.latent, size.text).true
+        ratio = macs.true / count(base.unet.structure, size.latent, size.text).true
         speedup = s.timing.times_faster_than(base.timing) if s.timing and base.timing else None
         reason = s.reason or f"dense: {base.reason}"
         yield shared | _value("realised_speedup", "x", speedup, ratio, reason)

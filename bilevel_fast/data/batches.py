@@ -30,7 +30,7 @@ _PART_STRIDE = 2**30
 class Batches:
     """Draws batches from a source, every sample once per epoch, in another order each epoch.
 
-    Of a `Mixture`, each source has epochs of its own, and a share of every batch by its weight.
+    Of a `Blend`, each source has epochs of its own, and a share of every batch by its weight.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class Shares:
         return self._found[sample]
 
 
-class Mixture:
+class Blend:
     """A `LatentSource` of several, one after the other; `data.batches.Batches` draws from it by weight.
 
     Args:
@@ -101,9 +101,9 @@ class Mixture:
 
 def parts_of(source: LatentSource) -> tuple[LatentSource, ...]:
     """The sources of a mixture, or the only one."""
-    return source.sources if isinstance(source, Mixture) else (source,)
+    return source.sources if isinstance(source, Blend) else (source,)
 
 
 def weights_of(source: LatentSource) -> tuple[float, ...]:
     """The weights of a mixture; 1 of the only source."""
-    return source.weights if isinstance(source, Mixture) else (1.0,)
+    return source.weights if isinstance(source, Blend) else (1.0,)

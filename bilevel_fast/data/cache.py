@@ -55,7 +55,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Dropped:
+class LeftOut:
     """What was left out of a cache: the lines of `dropped.jsonl`, in the order of its source."""
 
     pairs: int = 0
@@ -84,7 +84,7 @@ class Index:
     recipe: dict[str, Any] = field(default_factory=dict)
     """How the samples were made, as far as it decides what they are. Goes on only with the same recipe."""
     shards: tuple[Shard, ...] = ()
-    dropped: Dropped = Dropped()
+    dropped: LeftOut = LeftOut()
 
     @property
     def samples(self) -> int:
@@ -127,7 +127,7 @@ class Index:
         try:
             shards = tuple(Shard(**shard) for shard in fields.pop("shards"))
             shape = tuple(fields.pop("latent_shape"))
-            dropped = Dropped(**fields.pop("dropped", {}))
+            dropped = LeftOut(**fields.pop("dropped", {}))
             index = cls(latent_shape=shape, shards=shards, dropped=dropped, **fields)
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: a field is missing or unknown: {error}") from error

@@ -13,7 +13,7 @@ import tyro
 from bilevel_fast.base import flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors
-from bilevel_fast.data.cache import DROPPED, Cache, Dropped, Shard, check_sum
+from bilevel_fast.data.cache import DROPPED, Cache, LeftOut, Shard, check_sum
 from bilevel_fast.data.stream import ImageStream, is_list
 from bilevel_fast.data.writer import read_report
 
@@ -33,7 +33,7 @@ def damages(cache: Cache) -> Iterator[str]:
     yield from _of_report(cache.path, cache.index.dropped)
 
 
-def _of_report(path: Path, dropped: Dropped) -> Iterator[str]:
+def _of_report(path: Path, dropped: LeftOut) -> Iterator[str]:
     if dropped.lines:
         try:
             check_sum(path / DROPPED, dropped.sha256)

@@ -13,7 +13,7 @@ import torch
 from bilevel_fast.base import flags
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Dropped, Index
+from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, Source, encode, latent_shape
 from bilevel_fast.data.listing import coco, metadata_folder
@@ -126,7 +126,7 @@ def images(name: str, argv: Sequence[str]) -> None:
     _say_what_is_missing(args.out, cache.index.dropped)
 
 
-def _say_what_is_missing(out: Path, dropped: Dropped) -> None:
+def _say_what_is_missing(out: Path, dropped: LeftOut) -> None:
     if dropped.lines:
         print(f"left out: {dropped.pairs} images, {dropped.captions} captions; {out / DROPPED} names them")
         for reason, count in reasons(out / DROPPED).most_common():
@@ -162,7 +162,7 @@ def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
         )
 
 
-def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, Dropped]:
+def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
     """Make the list of images that can be used; how many they are, and what was left out.
 
     Raises:
@@ -175,7 +175,7 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, Dropped]:
     folder, shape = _model(args, device)
     framing = Framing(args.resolution, args.seed, args.flip, args.crop)
     root = str(source.listing.folder.resolve())
-    index = ImageIndex(root, framing, shape, folder.vae_fingerprint, args.backend, 0, "", Dropped())
+    index = ImageIndex(root, framing, shape, folder.vae_fingerprint, args.backend, 0, "", LeftOut())
     with _Bar() as bar:
         write_list(source.listing, args.out, index, threads=args.threads or usable_cores(), progress=bar)
     made = ImageIndex.load(args.out / INDEX)
@@ -218,7 +218,7 @@ class _Bar:
         if self._bar is not None:
             self._bar.close()
 
-    def __call__(self, done: int, total: int, dropped: Dropped) -> None:
+    def __call__(self, done: int, total: int, dropped: LeftOut) -> None:
         if self._bar is None:
             from tqdm import tqdm
 

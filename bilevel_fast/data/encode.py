@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.cache import Cache, Dropped, Index
+from bilevel_fast.data.cache import Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder
-from bilevel_fast.data.listing import Entry, Listing
+from bilevel_fast.data.listing import ListedImage, Listing
 from bilevel_fast.data.pictures import Framing, Unusable, upright_size
 from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
 from bilevel_fast.models.autoencoder import Autoencoder
@@ -40,7 +40,7 @@ class Source(Protocol):
         """JSON that differs where another cache would come out."""
         ...
 
-    def read(self, positions: range) -> list[tuple[Entry, bytes]]:
+    def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
         """Entries and their files, whole; ranges are asked for in order."""
         ...
 
@@ -58,10 +58,10 @@ class Files:
     def identity(self) -> Any:
         return [asdict(entry) for entry in self.listing.entries]
 
-    def read(self, positions: range) -> list[tuple[Entry, bytes]]:
+    def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
         return [self._read(self.listing.entries[position]) for position in positions]
 
-    def _read(self, entry: Entry) -> tuple[Entry, bytes]:
+    def _read(self, entry: ListedImage) -> tuple[ListedImage, bytes]:
         try:
             return entry, self.listing.read(entry)
         except Unusable as reason:
@@ -72,13 +72,13 @@ class Files:
 class Decoded:
     """One batch: all its entries, and the pixels of those that are usable, in the same order."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ListedImage, ...]
     """With the problem of each that is not usable."""
     views: tuple[Tensor, ...]
     """V times (B, 3, R, R) fp32 pixels in [-1, 1]."""
 
 
-def decode(found: Sequence[tuple[Entry, bytes]], views: int, framing: Framing, decoder: Decoder) -> Decoded:
+def decode(found: Sequence[tuple[ListedImage, bytes]], views: int, framing: Framing, decoder: Decoder) -> Decoded:
     """Views of every image that is whole."""
     entries, usable, files, crops = [entry for entry, _ in found], [], [], []
     for row, (entry, data) in enumerate(found):
@@ -132,7 +132,7 @@ def encode(
     batch: int,
     per_file: int,
     part: Part = WHOLE,
-    progress: Callable[[int, int, Dropped], None] | None = None,
+    progress: Callable[[int, int, LeftOut], None] | None = None,
 ) -> Cache | None:
     """Make a cache of a source, or one part of it, or go on with what an earlier process left.
 

@@ -20,7 +20,7 @@ SPLITS = ("train2017", "val2017", "train2014", "val2014")
 
 
 @dataclass(frozen=True)
-class Entry:
+class ListedImage:
     """One image and its captions."""
 
     key: int
@@ -40,9 +40,9 @@ class Listing:
 
     folder: Path
     """Of the images."""
-    entries: tuple[Entry, ...]
+    entries: tuple[ListedImage, ...]
 
-    def read(self, entry: Entry) -> bytes:
+    def read(self, entry: ListedImage) -> bytes:
         """The bytes of an entry's file.
 
         Raises:
@@ -88,20 +88,20 @@ def coco(root: Path, split: str) -> Listing:
         captions.setdefault(image if type(image) is int else None, []).append(
             (number if type(number) is int else MAX_KEY, row.get("caption"))
         )
-    entries: dict[int, Entry] = {}
-    odd: list[Entry] = []
+    entries: dict[int, ListedImage] = {}
+    odd: list[ListedImage] = []
     for row in fields["images"]:
         row = row if isinstance(row, dict) else {}
         key, file = row.get("id"), row.get("file_name")
         if type(key) is not int or not 0 <= key < MAX_KEY:
-            odd.append(Entry(0, _shown(file), (), f"its id is {key!r}, wanted a whole number"))
+            odd.append(ListedImage(0, _shown(file), (), f"its id is {key!r}, wanted a whole number"))
         elif key in entries:
-            odd.append(Entry(0, _shown(file), (), f"its id {key} stands for {entries[key].file} already"))
+            odd.append(ListedImage(0, _shown(file), (), f"its id {key} stands for {entries[key].file} already"))
         else:
             found = [text for _, text in sorted(captions.pop(key, []), key=lambda pair: pair[0])]
             entries[key] = _entry(key, file, found)
     odd += [
-        Entry(0, f"image {image}", tuple(str(text) for _, text in found), "has captions, but is not listed")
+        ListedImage(0, f"image {image}", tuple(str(text) for _, text in found), "has captions, but is not listed")
         for image, found in captions.items()
     ]
     return Listing(folders[0], (*(entries[key] for key in sorted(entries)), *odd))
@@ -123,7 +123,7 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
     captions: dict[str, list[Any]] = {}
-    odd: dict[int, Entry] = {}
+    odd: dict[int, ListedImage] = {}
     first: dict[str, int] = {}
     fields: set[str] = set()
     for number, line in enumerate(lines, start=1):
@@ -134,10 +134,12 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
             fields |= set(row)
             file, text = row["file_name"], row[caption_field]
         except (ValueError, TypeError, KeyError):
-            odd[number] = Entry(0, f"{path.name} line {number}", (), f"wanted file_name and {caption_field} in JSON")
+            odd[number] = ListedImage(
+                0, f"{path.name} line {number}", (), f"wanted file_name and {caption_field} in JSON"
+            )
             continue
         if type(file) is not str:
-            odd[number] = Entry(0, f"{path.name} line {number}", (), f"file_name is {file!r}")
+            odd[number] = ListedImage(0, f"{path.name} line {number}", (), f"file_name is {file!r}")
             continue
         first.setdefault(file, number)
         captions.setdefault(file, []).extend(text if isinstance(text, list) else [text])
@@ -147,14 +149,14 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
     return Listing(root, tuple(entries[number] for number in sorted(entries)))
 
 
-def _entry(key: int, file: Any, texts: Iterable[Any]) -> Entry:
+def _entry(key: int, file: Any, texts: Iterable[Any]) -> ListedImage:
     """An entry with its good captions; what is wrong with it, or with the others, is written down."""
-    entry = with_captions(Entry(key, _shown(file), ()), texts)
+    entry = with_captions(ListedImage(key, _shown(file), ()), texts)
     problem = path_problem(file)
     return replace(entry, problem=problem) if problem else entry
 
 
-def with_captions(entry: Entry, texts: Iterable[Any]) -> Entry:
+def with_captions(entry: ListedImage, texts: Iterable[Any]) -> ListedImage:
     """The entry with those captions that are text, each once; without any, that is its problem."""
     good: dict[str, None] = {}
     refused: list[tuple[str, str]] = []

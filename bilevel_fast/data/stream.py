@@ -24,10 +24,10 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json, write_atomic, write_json
-from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Dropped, check_latents, check_sum
+from bilevel_fast.data.cache import DROPPED, INDEX, Cache, LeftOut, check_latents, check_sum
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, ahead, decode
-from bilevel_fast.data.listing import Entry, Listing
+from bilevel_fast.data.listing import ListedImage, Listing
 from bilevel_fast.data.pictures import MAX_VIEWS, Framing, Unusable, upright_size
 from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.folder import ModelFolder
@@ -56,7 +56,7 @@ class ImageIndex:
     samples: int
     sha256: str
     """Of `images.jsonl`."""
-    dropped: Dropped
+    dropped: LeftOut
 
     @classmethod
     def load(cls, path: Path) -> "ImageIndex":
@@ -70,7 +70,7 @@ class ImageIndex:
         if came != (FORMAT, VERSION):
             raise UserError(f"{path}: format {came[0]!r} version {came[1]!r}, wanted {FORMAT!r} version {VERSION}")
         try:
-            framing, dropped = Framing(**fields.pop("framing")), Dropped(**fields.pop("dropped"))
+            framing, dropped = Framing(**fields.pop("framing")), LeftOut(**fields.pop("dropped"))
             shape = tuple(fields.pop("latent_shape"))
             return cls(framing=framing, dropped=dropped, latent_shape=shape, **fields)
         except (KeyError, TypeError) as error:
@@ -84,7 +84,7 @@ def write_list(
     *,
     batch: int = 64,
     threads: int = 1,
-    progress: Callable[[int, int, Dropped], None] | None = None,
+    progress: Callable[[int, int, LeftOut], None] | None = None,
 ) -> None:
     """Decode every image of a listing once, and write down which can be used.
 
@@ -105,7 +105,7 @@ def write_list(
     decoder = Decoder(_LOOK, 1, batch, "cpu", torch.device("cpu"), threads)
     kept: list[str] = []
     report: list[str] = []
-    dropped = Dropped()
+    dropped = LeftOut()
     starts = range(0, len(source), batch)
     looked_at = ahead(lambda start: _look(source, start, batch, framing, decoder), starts)
     for entries in looked_at:
@@ -132,7 +132,7 @@ def write_list(
     write_json(out / INDEX, {"format": FORMAT, "version": VERSION, **asdict(index)})
 
 
-def _look(source: Files, start: int, batch: int, framing: Framing, decoder: Decoder) -> list[tuple[Entry, int]]:
+def _look(source: Files, start: int, batch: int, framing: Framing, decoder: Decoder) -> list[tuple[ListedImage, int]]:
     found = source.read(range(start, min(start + batch, len(source))))
     entries = decode(found, 1, framing, decoder).entries
     return [(entry, len(data)) for entry, (_, data) in zip(entries, found, strict=True)]
@@ -162,7 +162,7 @@ class ImageStream:
         check_sum(path / LIST, index.sha256)
         lines = (path / LIST).read_text(encoding="utf-8").removesuffix("\n").split("\n")
         rows = [json.loads(line) for line in lines]
-        self._entries = [Entry(row["key"], row["file"], tuple(row["captions"])) for row in rows]
+        self._entries = [ListedImage(row["key"], row["file"], tuple(row["captions"])) for row in rows]
         self._bytes = [row["bytes"] for row in rows]
         backend = pick_backend(index.backend, device)
         self._decoder = Decoder(index.framing.resolution, 1, _CHUNK, backend, device, usable_cores())
@@ -228,7 +228,7 @@ class ImageStream:
             raise self._changed(entry, f"{len(data)} bytes, {self._bytes[index]} when the list was made")
         return data
 
-    def _changed(self, entry: Entry, reason: str) -> UserError:
+    def _changed(self, entry: ListedImage, reason: str) -> UserError:
         return UserError(f"{self._listing.folder / entry.file}: {reason}; {self.path} was made when it was fine")
 
 

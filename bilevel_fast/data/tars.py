@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bilevel_fast.base.errors import UserError, require
-from bilevel_fast.data.listing import Entry, with_captions
+from bilevel_fast.data.listing import ListedImage, with_captions
 from bilevel_fast.data.writer import Part
 
 _IMAGES = "jpg;jpeg;jpe;png;webp;bmp"
@@ -57,7 +57,7 @@ class Tars:
             raise UserError(f"DALI cannot read the tars: {reason.rpartition('failed: ')[2].strip()}") from error
         self._size = self._pipeline.reader_meta("tars")["epoch_size"]
         self._next = part.of(self._size).start
-        self._ready: list[tuple[Entry, bytes]] = []
+        self._ready: list[tuple[ListedImage, bytes]] = []
 
     def __len__(self) -> int:
         return self._size
@@ -67,10 +67,10 @@ class Tars:
         """What a cache made of these tars depends on."""
         return [self._field, *((path.name, path.stat().st_size) for path in self._paths)]
 
-    def read(self, positions: range) -> list[tuple[Entry, bytes]]:
+    def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
         """The entries at positions that lie behind those that were read before; those between are passed over."""
         assert positions.start >= self._next
-        found: list[tuple[Entry, bytes]] = []
+        found: list[tuple[ListedImage, bytes]] = []
         while self._next < positions.stop:
             if not self._ready:
                 self._ready = self._batch()[::-1]
@@ -80,13 +80,13 @@ class Tars:
             self._next += 1
         return found
 
-    def _batch(self) -> list[tuple[Entry, bytes]]:
+    def _batch(self) -> list[tuple[ListedImage, bytes]]:
         images, texts, fields = self._pipeline.run()
         return [self._pair(images[row], texts[row], fields[row]) for row in range(len(images))]
 
-    def _pair(self, image: Any, text: Any, fields: Any) -> tuple[Entry, bytes]:
+    def _pair(self, image: Any, text: Any, fields: Any) -> tuple[ListedImage, bytes]:
         names = [self._name(component) for component in (image, text, fields)]
-        entry = Entry(0, next(filter(None, names), "a sample without a name"), ())
+        entry = ListedImage(0, next(filter(None, names), "a sample without a name"), ())
         if not names[0]:
             return replace(entry, problem="no image beside it"), b""
         captions = _text(text) if names[1] else _field(fields, self._field) if names[2] else []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic, write_json
-from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Dropped, Index, Shard
+from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Index, LeftOut, Shard
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class CacheWriter:
         self._moments: list[Tensor] = []
         self._lines: list[str] = []
         self._report: list[str] = []
-        self._reported = Dropped()
+        self._reported = LeftOut()
         self.path.mkdir(parents=True, exist_ok=True)
         for name in (INDEX, part.prefix + INDEX):
             if (self.path / name).exists():
@@ -96,7 +96,7 @@ class CacheWriter:
         return self.samples + self._reported.pairs
 
     @property
-    def dropped(self) -> Dropped:
+    def dropped(self) -> LeftOut:
         """What was left out so far."""
         return self._reported
 
@@ -254,7 +254,7 @@ def join(path: Path, parts: int, made: Index) -> Cache | None:
             if index.dropped.lines
             for line in read_report(path / (prefix + DROPPED))
         ]
-        dropped = Dropped(
+        dropped = LeftOut(
             sum(index.dropped.pairs for index in found),
             sum(index.dropped.captions for index in found),
             _sha256(_text(report)) if report else "",

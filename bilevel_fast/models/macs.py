@@ -20,17 +20,14 @@ Legend: T image tokens (pixels of a site), L text tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
-
-if TYPE_CHECKING:
-    from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.structure import Structure
 
 
 @dataclass(frozen=True)
-class Cost:
+class ModuleMacs:
     """MACs and parameters of a module, for one sample."""
 
     products: int = 0
@@ -46,8 +43,8 @@ class Cost:
     def true(self) -> int:
         return self.products + self.other
 
-    def __add__(self, that: "Cost") -> "Cost":
-        return Cost(
+    def __add__(self, that: "ModuleMacs") -> "ModuleMacs":
+        return ModuleMacs(
             self.products + that.products,
             self.other + that.other,
             self.params + that.params,
@@ -55,24 +52,24 @@ class Cost:
             self.excess + that.excess,
         )
 
-    def __mul__(self, n: int) -> "Cost":
-        return Cost(n * self.products, n * self.other, n * self.params, n * self.silu, n * self.excess)
+    def __mul__(self, n: int) -> "ModuleMacs":
+        return ModuleMacs(n * self.products, n * self.other, n * self.params, n * self.silu, n * self.excess)
 
 
 @dataclass(frozen=True)
-class SiteCost:
+class SiteMacs:
     """`fixed` is what a site costs while it stands; `units`, by width vector, what each kept unit adds."""
 
-    fixed: Cost
-    units: Mapping[str, Cost]
+    fixed: ModuleMacs
+    units: Mapping[str, ModuleMacs]
 
-    def total(self, kept: Mapping[str, int]) -> Cost:
+    def total(self, kept: Mapping[str, int]) -> ModuleMacs:
         """The whole site with `kept` units of each width vector."""
         return sum((self.units[width] * n for width, n in kept.items()), self.fixed)
 
 
 @dataclass(frozen=True)
-class Row:
+class MacsRow:
     """A site or an unprunable module, named as in the state dict. A dropped site is all zeros."""
 
     name: str
@@ -87,7 +84,7 @@ class Row:
 class Macs:
     """What a structure costs for one sample, and its rows, block by block."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[MacsRow, ...]
     true: int
     official: int
     official_modules: int
@@ -98,7 +95,7 @@ class Macs:
     """`true`, divided by that of the dense UNet."""
 
 
-def count(structure: "Structure", latent: int, text: int) -> Macs:
+def count(structure: Structure, latent: int, text: int) -> Macs:
     """Count what a structure costs at latents of `latent` x `latent` and `text` text tokens.
 
     Raises:
@@ -109,7 +106,7 @@ def count(structure: "Structure", latent: int, text: int) -> Macs:
     costs = fixed_costs(config, latent)
     for site in members:
         if site.name in structure.dropped:
-            costs[site.name] = Cost()
+            costs[site.name] = ModuleMacs()
         else:
             costs[site.name] = table[site.name].total({w.name: structure.count(site, w) for w in site.widths})
 
@@ -120,10 +117,12 @@ def count(structure: "Structure", latent: int, text: int) -> Macs:
     names += ["conv_norm_out", "conv_out"]
     assert sorted(names) == sorted(costs)
 
-    rows = [Row(n, costs[n].true, costs[n].true + costs[n].excess, costs[n].products, costs[n].params) for n in names]
+    rows = [
+        MacsRow(n, costs[n].true, costs[n].true + costs[n].excess, costs[n].products, costs[n].params) for n in names
+    ]
     silu = sum(c.silu for c in costs.values())
     parents = 2 + sum(site.kind == "resnet" and site.name not in structure.dropped for site in members)
-    rows.append(Row("conv_act", true=0, official=parents * silu, products=0, params=0))
+    rows.append(MacsRow("conv_act", true=0, official=parents * silu, products=0, params=0))
     true, official = sum(r.true for r in rows), sum(r.official for r in rows)
     return Macs(
         rows=tuple(rows),
@@ -143,7 +142,7 @@ def dense_true(config: UNetConfig, latent: int, text: int) -> int:
     return dense + sum(cost.true for cost in fixed_costs(config, latent).values())
 
 
-def site_costs(config: UNetConfig, latent: int, text: int) -> dict[str, SiteCost]:
+def site_costs(config: UNetConfig, latent: int, text: int) -> dict[str, SiteMacs]:
     """What each site costs, by name.
 
     Raises:
@@ -159,7 +158,7 @@ def site_costs(config: UNetConfig, latent: int, text: int) -> dict[str, SiteCost
     }
 
 
-def fixed_costs(config: UNetConfig, latent: int) -> dict[str, Cost]:
+def fixed_costs(config: UNetConfig, latent: int) -> dict[str, ModuleMacs]:
     """What the modules outside the sites cost, by name."""
     channels, time, full = config.block_out_channels, config.time_embed_dim, _pixels(latent, 1)
     costs = {
@@ -177,7 +176,7 @@ def fixed_costs(config: UNetConfig, latent: int) -> dict[str, Cost]:
     return costs
 
 
-def _resnet(site: Site, pixels: int, config: UNetConfig) -> SiteCost:
+def _resnet(site: Site, pixels: int, config: UNetConfig) -> SiteMacs:
     cin, cout, unit = site.in_channels, site.out_channels, site.widths[0].unit_size
     group = (
         _conv(cin, unit, pixels)
@@ -186,21 +185,21 @@ def _resnet(site: Site, pixels: int, config: UNetConfig) -> SiteCost:
         + _silu(unit * pixels)
         + _conv(unit, cout, pixels, bias=False)
     )
-    conv2_bias = Cost(other=cout * pixels, params=cout)
+    conv2_bias = ModuleMacs(other=cout * pixels, params=cout)
     fixed = _group_norm(cin, pixels) + _silu(cin * pixels) + _silu(config.time_embed_dim) + conv2_bias
     if cin != cout:
         fixed += _conv(cin, cout, pixels, kernel=1)
-    return SiteCost(fixed, {"groups": group})
+    return SiteMacs(fixed, {"groups": group})
 
 
-def _transformer(site: Site, pixels: int, text: int, config: UNetConfig) -> SiteCost:
+def _transformer(site: Site, pixels: int, text: int, config: UNetConfig) -> SiteMacs:
     channels, (attn1, attn2, ff) = site.out_channels, site.widths
     project = _linear(channels, channels, pixels)
     if not config.use_linear_projection:
         project = _conv(channels, channels, pixels, kernel=1)
-    layer_norm = Cost(other=channels * pixels, params=2 * channels)
-    out_bias = Cost(other=channels, params=channels)  # of attn1, attn2 and ff
-    return SiteCost(
+    layer_norm = ModuleMacs(other=channels * pixels, params=2 * channels)
+    out_bias = ModuleMacs(other=channels, params=channels)  # of attn1, attn2 and ff
+    return SiteMacs(
         _group_norm(channels, pixels) + project * 2 + layer_norm * 3 + out_bias * 3,
         {
             "attn1": _head(channels, channels, attn1.unit_size, pixels, pixels),
@@ -210,33 +209,33 @@ def _transformer(site: Site, pixels: int, text: int, config: UNetConfig) -> Site
     )
 
 
-def _head(channels: int, context: int, size: int, queries: int, keys: int) -> Cost:
-    def core(keys: int) -> Cost:
-        return Cost(2 * queries * keys * size, queries * keys)
+def _head(channels: int, context: int, size: int, queries: int, keys: int) -> ModuleMacs:
+    def core(keys: int) -> ModuleMacs:
+        return ModuleMacs(2 * queries * keys * size, queries * keys)
 
     projections = (
         _linear(channels, size, queries, bias=False)
         + _linear(context, size, keys, bias=False) * 2
         + _linear(size, channels, queries, bias=False)
     )
-    return projections + core(keys) + Cost(excess=core(queries).true - core(keys).true)
+    return projections + core(keys) + ModuleMacs(excess=core(queries).true - core(keys).true)
 
 
-def _conv(cin: int, cout: int, pixels: int, kernel: int = 3, bias: bool = True) -> Cost:
+def _conv(cin: int, cout: int, pixels: int, kernel: int = 3, bias: bool = True) -> ModuleMacs:
     weights = kernel**2 * cin * cout
-    return Cost(weights * pixels, cout * pixels * bias, weights + cout * bias)
+    return ModuleMacs(weights * pixels, cout * pixels * bias, weights + cout * bias)
 
 
-def _linear(cin: int, cout: int, tokens: int = 1, bias: bool = True) -> Cost:
-    return Cost(cin * cout * tokens, cout * bias, cin * cout + cout * bias)
+def _linear(cin: int, cout: int, tokens: int = 1, bias: bool = True) -> ModuleMacs:
+    return ModuleMacs(cin * cout * tokens, cout * bias, cin * cout + cout * bias)
 
 
-def _group_norm(channels: int, pixels: int) -> Cost:
-    return Cost(other=2 * channels * pixels, params=2 * channels)
+def _group_norm(channels: int, pixels: int) -> ModuleMacs:
+    return ModuleMacs(other=2 * channels * pixels, params=2 * channels)
 
 
-def _silu(elements: int) -> Cost:
-    return Cost(silu=2 * elements)
+def _silu(elements: int) -> ModuleMacs:
+    return ModuleMacs(silu=2 * elements)
 
 
 def _pixels(latent: int, stride: int) -> int:

@@ -1,6 +1,10 @@
-"""Components of the mini family: word tokenizer, text encoder, and pixel unshuffle in the place of a VAE.
+"""What the mini model family has in place of Stable Diffusion's text encoder and VAE.
 
-Shapes: B prompts, L tokens (always `WordTokenizer.length`), D text width, N heads.
+    WordTokenizer       words to ids, by a fixed list
+    MiniTextEncoder     ids to states: a small transformer, trained together with the UNet
+    PixelUnshuffleVAE   images to latents and back: pixel unshuffle, which is exact
+
+Shapes: B prompts or images, L tokens (always `WordTokenizer.length`), D text width, N heads, H W size of an image.
 """
 
 from collections.abc import Sequence
@@ -19,6 +23,7 @@ from bilevel_fast.models.weights import check_names, read_weights
 
 _SPECIAL = ("<bos>", "<eos>", "<pad>")
 _BOS, _EOS, _PAD = range(len(_SPECIAL))
+_LOGVAR = -30.0  # a standard deviation of 3e-7: sampling the posterior gives its mean
 
 
 @dataclass(frozen=True)
@@ -169,16 +174,6 @@ class MiniTextEncoder(nn.Module):
         return encoder.eval().requires_grad_(False)
 
 
-def _read(path: Path, kind: str) -> dict[str, Any]:
-    content = read_json(path)
-    if content.get("_class_name") != kind:
-        raise UserError(f"{path}: _class_name is {content.get('_class_name')!r}, wanted {kind!r}")
-    return content
-
-
-_LOGVAR = -30.0  # a standard deviation of 3e-7: sampling the posterior gives its mean
-
-
 @dataclass(frozen=True)
 class PixelUnshuffleVAE:
     """Images (B, 3, H, W) in [-1, 1] to latents (B, 12, H/2, W/2) and back, with the interface of a real VAE.
@@ -219,12 +214,17 @@ class PixelUnshuffleVAE:
             UserError: `folder/config.json` is missing or describes something else.
         """
         path = folder / "config.json"
-        config = read_json(path)
-        if config.get("_class_name") != cls.__name__:
-            raise UserError(f"{path}: _class_name is {config.get('_class_name')!r}, wanted {cls.__name__!r}")
+        config = _read(path, cls.__name__)
         try:
             return cls(float(config["scaling_factor"]), float(config["shift_factor"]), int(config["block"]))
         except KeyError as error:
             raise UserError(f"{path}: {error} is missing") from error
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}") from error
+
+
+def _read(path: Path, kind: str) -> dict[str, Any]:
+    content = read_json(path)
+    if content.get("_class_name") != kind:
+        raise UserError(f"{path}: _class_name is {content.get('_class_name')!r}, wanted {kind!r}")
+    return content

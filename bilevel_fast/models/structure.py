@@ -19,10 +19,8 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json, write_atomic
 from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
-from bilevel_fast.models.macs import Macs
-from bilevel_fast.models.macs import count as count_macs
 
-FORMAT, VERSION = "bilevel_fast.models.structure", 1
+FORMAT, VERSION = "bilevel_fast.structure", 1
 
 
 @dataclass(frozen=True)
@@ -91,61 +89,6 @@ class Structure:
     def count(self, site: Site, width: Width) -> int:
         """Number of kept units of one width vector; 0 where the site is dropped."""
         return 0 if site.name in self.dropped else len(self.kept[site.name][width.name])
-
-    def macs(self, latent: int, text: int) -> Macs:
-        """MACs and parameters of one sample at latents of `latent` x `latent` and `text` text tokens."""
-        return count_macs(self, latent, text)
-
-    # --- architecture vector ---
-
-    def to_vector(self) -> Tensor:
-        """The APTP architecture vector of zeros and ones, fp32: all width bits, then the depth bits; (1620,) for
-        SD 2.1. The width bits of a dropped site are one.
-
-        Raises:
-            UserError: A site without a depth bit is dropped: the vector cannot say so.
-        """
-        widths: list[Tensor] = []
-        depths: list[float] = []
-        for site in sites(self.config):
-            gone = site.name in self.dropped
-            if gone and not site.depth_bit:
-                raise UserError(f"structure: site {site.name} is dropped, but has no depth bit in the vector")
-            for width in site.widths:
-                bits = torch.ones(width.units) if gone else torch.zeros(width.units)
-                if not gone:
-                    bits[list(self.kept[site.name][width.name])] = 1.0
-                widths.append(bits)
-            depths += [0.0 if gone else 1.0] if site.depth_bit else []
-        return torch.cat([*widths, torch.tensor(depths)])
-
-    @classmethod
-    def from_vector(cls, config: UNetConfig, vector: Tensor | Sequence[float]) -> "Structure":
-        """Read an architecture vector, hard or soft: a unit is kept, a site stays, where its entry is >= 0.5.
-
-        Raises:
-            UserError: The length is wrong, an entry is not finite, or a width vector keeps nothing (the site is named).
-        """
-        values = torch.as_tensor(vector, dtype=torch.float32).flatten()
-        if not values.isfinite().all():
-            raise UserError(f"architecture vector has {int((~values.isfinite()).sum())} entries that are not finite")
-        bits = (values >= 0.5).tolist()
-        widths = sum(w.units for site in sites(config) for w in site.widths)
-        depths = [site.name for site in sites(config) if site.depth_bit]
-        if len(bits) != widths + len(depths):
-            raise UserError(
-                f"architecture vector has {len(bits)} entries, this UNet wants {widths} widths + {len(depths)} depths"
-            )
-        dropped = frozenset(name for name, bit in zip(depths, bits[widths:], strict=True) if not bit)
-        kept: dict[str, dict[str, tuple[int, ...]]] = {}
-        start = 0
-        for site in sites(config):
-            for width in site.widths:
-                units = tuple(i for i in range(width.units) if bits[start + i])
-                if site.name not in dropped:
-                    kept.setdefault(site.name, {})[width.name] = units
-                start += width.units
-        return cls(config, kept, dropped)
 
     # --- weights ---
 

@@ -4,19 +4,23 @@
 
 State-dict keys and shapes are those of diffusers' `UNet2DConditionModel` (narrower where pruned), so weights load
 unchanged in both directions. The forward pass *returns* the block outputs that distillation compares; there are no
-hooks. Activations are channels_last throughout: a Transformer sees (B, H*W, C) without a copy.
+hooks; whoever wants another ResNet or Transformer passes `Sites`. Activations are channels_last throughout: a
+Transformer sees (B, H*W, C) without a copy.
 
 Legend: B batch, C channels, H W latent size, T = H*W image tokens, L text tokens, D text width, N heads.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.ops.dispatch import attention, geglu, group_norm, group_norm_silu, layer_norm
@@ -129,7 +133,22 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(channels, inner), nn.Identity(), nn.Linear(inner, channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
         return self.net(x)
+
+
+Attend = Callable[[str, Attention, Tensor, Tensor], Tensor]
+"""("attn1" or "attn2", module, x (B, T, C), context (B, S, D)) -> (B, T, C)"""
+Feed = Callable[[FeedForward, Tensor], Tensor]
+"""(module, x (B, T, C)) -> (B, T, C)"""
+
+
+def _attend(_: str, module: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+    return module(x, context)
+
+
+def _feed(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
 
 
 class TransformerBlock(nn.Module):
@@ -141,11 +160,11 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, text_width, kept["attn2"], attn2.unit_size)
         self.ff = FeedForward(channels, kept["ff"] * ff.unit_size)
 
-    def forward(self, h: Tensor, text: Tensor) -> Tensor:
+    def forward(self, h: Tensor, text: Tensor, attend: Attend = _attend, feed: Feed = _feed) -> Tensor:
         n = layer_norm(h, self.norm1)
-        h = h + self.attn1(n, n)
-        h = h + self.attn2(layer_norm(h, self.norm2), text)
-        return h + self.ff(layer_norm(h, self.norm3))
+        h = h + attend("attn1", self.attn1, n, n)
+        h = h + attend("attn2", self.attn2, layer_norm(h, self.norm2), text)
+        return h + feed(self.ff, layer_norm(h, self.norm3))
 
 
 class Transformer(nn.Module):
@@ -162,12 +181,12 @@ class Transformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(site, kept, config.cross_attention_dim)])
         self.proj_out = project(channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor) -> Tensor:
-        """x (B, C, H, W), text (B, L, D) -> (B, C, H, W)."""
+    def forward(self, x: Tensor, text: Tensor, attend: Attend = _attend, feed: Feed = _feed) -> Tensor:
+        """x (B, C, H, W), text (B, L, D) -> (B, C, H, W); `attend` and `feed` run the attentions and the FFN."""
         h = group_norm(x, self.norm)
         h = _to_tokens(h) if self.linear else _to_tokens(self.proj_in(h))
         h = self.proj_in(h) if self.linear else h
-        h = self.transformer_blocks[0](h, text)
+        h = self.transformer_blocks[0](h, text, attend, feed)
         h = self.proj_out(h) if self.linear else h
         h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return x + (h if self.linear else self.proj_out(h))
@@ -189,11 +208,25 @@ class Resample(nn.Module):
         return self.conv(h)
 
 
+@dataclass(frozen=True)
+class Sites:
+    """How the sites of a dense UNet are run: called with the site's name and its module, in place of the module.
+
+    Attributes:
+        resnet: (name, module, h (B, C, H, W), skip connection or None, SiLU of the time embedding (B, 4 C_0))
+            -> (B, C_out, H, W).
+        transformer: (name, module, h (B, C, H, W), text (B, L, D)) -> (B, C, H, W).
+    """
+
+    resnet: Callable[[str, ResNet, Tensor, Tensor | None, Tensor], Tensor]
+    transformer: Callable[[str, Transformer, Tensor, Tensor], Tensor]
+
+
 class Block(nn.Module):
     """The ResNets of a block, its Transformers, and at most one resampler.
 
-    Called with h (B, C, H, W), the SiLU of the time embedding, text states and the list of skip connections, which
-    down blocks push to and up blocks pop from.
+    Called with h (B, C, H, W), the SiLU of the time embedding, text states, the list of skip connections, which down
+    blocks push to and up blocks pop from, and how sites are run.
 
     Attributes:
         recompute: Whether backward computes the inside of a ResNet or Transformer again, from its inputs, instead of
@@ -202,7 +235,7 @@ class Block(nn.Module):
 
     def __init__(self, name: str, structure: Structure, align: int, resample: str | None):
         super().__init__()
-        self.recompute = False
+        self.name, self.recompute = name, False
         config = structure.config
         members = [site for site in sites(config) if site.block == name]
 
@@ -224,23 +257,29 @@ class Block(nn.Module):
         elif resample == "upsamplers":
             self.upsamplers = nn.ModuleList([Resample(channels, stride=1)])
 
-    def resnet(self, index: int, *inputs: Tensor | None) -> Tensor:
-        return self._run(self.resnets[index], *inputs)
+    def resnet(self, index: int, h: Tensor, skip: Tensor | None, time: Tensor, run: Sites | None) -> Tensor:
+        module = self.resnets[index]
+        call = module if run is None else partial(run.resnet, f"{self.name}.resnets.{index}", module)
+        return self._run(call, h, skip, time)
 
-    def attend(self, index: int, h: Tensor, text: Tensor) -> Tensor:
-        return self._run(self.attentions[index], h, text) if hasattr(self, "attentions") else h
+    def attend(self, index: int, h: Tensor, text: Tensor, run: Sites | None) -> Tensor:
+        if not hasattr(self, "attentions"):
+            return h
+        module = self.attentions[index]
+        call = module if run is None else partial(run.transformer, f"{self.name}.attentions.{index}", module)
+        return self._run(call, h, text)
 
-    def _run(self, module: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, call: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             # nothing inside draws random numbers, and their state cannot be read while a CUDA graph is captured
-            return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
-        return module(*inputs)
+            return checkpoint(call, *inputs, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
+        return call(*inputs)
 
 
 class DownBlock(Block):
-    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor], run: Sites | None) -> Tensor:
         for j in range(len(self.resnets)):
-            h = self.attend(j, self.resnet(j, h, None, time), text)
+            h = self.attend(j, self.resnet(j, h, None, time, run), text, run)
             skips.append(h)
         if hasattr(self, "downsamplers"):
             h = self.downsamplers[0](h)
@@ -249,14 +288,15 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    def forward(self, h: Tensor, time: Tensor, text: Tensor, _: list[Tensor]) -> Tensor:
-        return self.resnet(1, self.attend(0, self.resnet(0, h, None, time), text), None, time)
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, _: list[Tensor], run: Sites | None) -> Tensor:
+        h = self.attend(0, self.resnet(0, h, None, time, run), text, run)
+        return self.resnet(1, h, None, time, run)
 
 
 class UpBlock(Block):
-    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor], run: Sites | None) -> Tensor:
         for j in range(len(self.resnets)):
-            h = self.attend(j, self.resnet(j, h, skips.pop(), time), text)
+            h = self.attend(j, self.resnet(j, h, skips.pop(), time, run), text, run)
         if hasattr(self, "upsamplers"):
             # to the size of the next skip connection: an odd size halved was rounded up
             h = self.upsamplers[0](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
@@ -330,20 +370,26 @@ class UNet(nn.Module):
         student.load_state_dict(structure.slice(self.state_dict()))
         return student
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, run: Sites | None = None) -> Prediction:
         """Predict from a noisy batch, in the dtype of the parameters.
 
         Args:
             x: (B, C_in, H, W) noisy latents, any float dtype.
             t: (B,) timesteps.
             text: (B, L, D) text states, any float dtype.
+            run: Computes the sites in place of their modules. Recomputed like them if `recompute` is set.
+
+        Raises:
+            UserError: `run` comes with a pruned UNet.
         """
+        if run is not None and not self.structure.is_dense:
+            raise UserError("wanted the dense UNet; this one is pruned")
         blocks: list[Tensor] = []
         dtype = self.conv_in.weight.dtype
         time, text = F.silu(self.time_embedding(t)), text.to(dtype)
         h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [h]
         for block in (*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks):
-            h = block(h, time, text, skips)
+            h = block(h, time, text, skips, run)
             blocks.append(h)
         return Prediction(self.conv_out(group_norm_silu(h, self.conv_norm_out)), tuple(blocks))

@@ -1,15 +1,22 @@
-"""Where the entries of an architecture vector lie: those of `Structure.to_vector`, width vectors first, then depths.
+"""A structure as one vector (APTP, arXiv:2406.12042): an entry for every unit of every width vector, then the depths.
+
+    to_vector(structure)            zeros and ones
+    from_vector(config, vector)     back, from hard entries or soft ones
+    layout(config)                  where the entries of each site lie
 
 SD 2.1: 70 width vectors of 1606 entries in all, and 14 depths. Legend: B samples, V entries.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
+from bilevel_fast.models.structure import Structure
 
 
 @dataclass(frozen=True)
@@ -81,3 +88,48 @@ def layout(config: UNetConfig) -> Layout:
             segments.append(Segment(site, width, start, start + width.units))
             start += width.units
     return Layout(tuple(segments), tuple(site for site in sites(config) if site.depth_bit))
+
+
+def to_vector(structure: Structure) -> Tensor:
+    """The architecture vector of a structure, (V,) fp32 zeros and ones. The width entries of a dropped site are one.
+
+    Raises:
+        UserError: A site without a depth entry is dropped: the vector cannot say so.
+    """
+    plan = layout(structure.config)
+    for site in sites(structure.config):
+        if site.name in structure.dropped and not site.depth_bit:
+            raise UserError(f"structure: site {site.name} is dropped, but has no depth bit in the vector")
+    vector = torch.ones(plan.size)
+    for segment in plan.segments:
+        if segment.site.name not in structure.dropped:
+            kept = structure.kept[segment.site.name][segment.width.name]
+            vector[segment.start : segment.stop] = 0.0
+            vector[segment.start + torch.tensor(kept)] = 1.0
+    for number, site in enumerate(plan.depths):
+        vector[plan.widths + number] = float(site.name not in structure.dropped)
+    return vector
+
+
+def from_vector(config: UNetConfig, vector: Tensor | Sequence[float]) -> Structure:
+    """The structure of an architecture vector (V,), hard or soft: what has an entry >= 0.5 stays.
+
+    Raises:
+        UserError: The length is wrong, an entry is not finite, or a width vector keeps nothing (the site is named).
+    """
+    values, plan = torch.as_tensor(vector, dtype=torch.float32).flatten(), layout(config)
+    if not values.isfinite().all():
+        raise UserError(f"architecture vector has {int((~values.isfinite()).sum())} entries that are not finite")
+    if len(values) != plan.size:
+        raise UserError(
+            f"architecture vector has {len(values)} entries, this UNet wants {plan.widths} widths + "
+            f"{len(plan.depths)} depths"
+        )
+    bits = (values >= 0.5).tolist()
+    dropped = frozenset(site.name for site, bit in zip(plan.depths, bits[plan.widths :], strict=True) if not bit)
+    kept: dict[str, dict[str, tuple[int, ...]]] = {}
+    for segment in plan.segments:
+        if segment.site.name not in dropped:
+            units = tuple(i for i in range(segment.width.units) if bits[segment.start + i])
+            kept.setdefault(segment.site.name, {})[segment.width.name] = units
+    return Structure(config, kept, dropped)

@@ -1,4 +1,10 @@
-"""Pruning methods: functions (teacher, budget, calibration) -> Structure, by name."""
+"""Pruning methods by name: `METHODS` has a line for each.
+
+    structure = METHODS["magnitude"](teacher, MacBudget(0.8, latent=64, text=77), calibration)
+    student = teacher.cut(structure)
+
+A method may try the teacher on the batches of `calibration_set`. CONTRIBUTING.md says how to add one.
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -34,6 +40,8 @@ __all__ = [
 ]
 
 Method = Callable[[UNet, Budget, Calibration], Structure]
+"""(dense teacher, budget, calibration batches) -> what the student keeps. The teacher is as before afterwards."""
+
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
     "diff-pruning": diff_pruning,
@@ -44,10 +52,11 @@ METHODS: dict[str, Method] = {
     "uniform": uniform,
     "random": random,
 }
+"""By the name that `prune` and `train --prune.method` take; `prune --help` shows the first line of a docstring."""
 
 
 def method(name: str, besides: Iterable[str] = ()) -> Method:
-    """Look up a pruning method; `besides` are words that may have been meant, too.
+    """The pruning method of that name; `besides` are words that may have been meant, too.
 
     Raises:
         UserError: There is none of that name; the nearest are suggested.
@@ -60,5 +69,5 @@ def method(name: str, besides: Iterable[str] = ()) -> Method:
 
 
 def described() -> dict[str, str]:
-    """What each method does, in one sentence: the first line of its docstring."""
+    """One sentence about each method: the first line of its docstring."""
     return {name: (function.__doc__ or "").partition("\n")[0] for name, function in METHODS.items()}

@@ -5,7 +5,6 @@ Shape legend: B batch, C latent channels, H W latent size, L text tokens, D text
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,15 +12,16 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.data.stream import open_images
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.ops.randomness import Stream, normal, uniform
 from bilevel_fast.pruning.budget import Calibration
-from bilevel_fast.worlds.mini.materials import drawn_source
 
 FIRST = 1 << 44
 """Sample index of the first random number drawn for pruning: training and its levels stay below 1 << 43."""
+
+IMAGES = 64
+"""How many images a method tries the teacher on, unless it is told."""
 
 _LEVEL = 2  # of `Batches`: training has 0 and 1
 
@@ -95,51 +95,35 @@ class _Drawn(Sequence[tuple[Tensor, Tensor]]):
 
 def calibration_set(
     folder: ModelFolder,
-    data: Path | None,
+    source: LatentSource | None,
     *,
-    images: int = 64,
+    images: int = IMAGES,
     batch: int = 16,
     seed: int = 0,
-    erased: Sequence[int] = (),
     device: torch.device | str = "cpu",
 ) -> CalibrationSet:
     """Batches of the teacher's own kind of data, made when a method asks for them.
 
     Args:
         folder: The teacher's.
-        data: Latents or a list of images; None draws images of the mini world, and is an empty set for other models.
-        images: How many, at most; whole batches only, and no image twice unless `data` has fewer than a batch.
+        source: Of images with captions; None makes an empty set.
+        images: How many, at most; whole batches only, and no image twice.
         batch: Images per batch.
         seed: Of the choice of images, timesteps and noise.
-        erased: Styles of the mini world that are not drawn.
         device: Where batches are wanted.
 
     Raises:
-        UserError: The cache is broken, of another kind or made with another VAE, or a number is out of range.
+        UserError: `images` or `batch` is not positive.
     """
     for name, value in (("images", images), ("batch", batch)):
         if value < 1:
             raise UserError(f"{name} of the calibration set: {value}, wanted 1 or more")
-    source = image_source(folder, data, images, seed, erased)
     if source is None:
         return CalibrationSet((), folder.schedule, seed, device)
     images = min(images, len(source))
     batch = min(batch, images)
     drawn = _Drawn(Batches(source, folder.text_encoder, batch, seed, level=_LEVEL), images // batch)
     return CalibrationSet(drawn, folder.schedule, seed, device)
-
-
-def image_source(
-    folder: ModelFolder, data: Path | None, images: int, seed: int, erased: Sequence[int] = ()
-) -> LatentSource | None:
-    """A teacher's own kind of data: latents or images on disk, or so many drawn images of the mini world, or None.
-
-    Raises:
-        UserError: The cache is broken, of another kind, or made with another VAE.
-    """
-    if data is not None:
-        return open_images(data, folder)
-    return drawn_source(folder, erased, images, seed) if folder.family.world else None
 
 
 def numbered(batches: Sequence[tuple[Tensor, Tensor]], first: int = 0) -> Iterator[tuple[int, Tensor, Tensor]]:

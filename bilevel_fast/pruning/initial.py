@@ -1,4 +1,4 @@
-"""Random weights in the shape of a pruned UNet: what is pruning worth beyond the shape (arXiv:2412.15341, figure 5)?"""
+"""Random weights in the shape of a pruned UNet, to compare pruned weights with (arXiv:2412.15341, figure 5)."""
 
 import math
 

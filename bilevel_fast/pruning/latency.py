@@ -22,7 +22,7 @@ import numpy as np
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
-from bilevel_fast.models.macs import SiteCost, site_costs
+from bilevel_fast.models.macs import SiteMacs, site_costs
 from bilevel_fast.pruning.budget import Prices, SitePrice, check_share
 
 SUITE = "unet_sites"
@@ -191,7 +191,7 @@ def _counts(row: dict[str, Any], site: Site, path: Path) -> tuple[int, ...]:
     return tuple(kept[width.name] for width in site.widths)
 
 
-def _site(site: Site, cost: SiteCost, points: Mapping[tuple[int, ...], float], path: Path) -> SiteLatency:
+def _site(site: Site, cost: SiteMacs, points: Mapping[tuple[int, ...], float], path: Path) -> SiteLatency:
     """Times at every kept count from those at some: (counts) -> ms."""
     full = tuple(width.units for width in site.widths)
     if full not in points:

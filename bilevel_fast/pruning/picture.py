@@ -1,4 +1,4 @@
-"""What a structure keeps, to be looked at in a terminal."""
+"""A picture of what a structure keeps, in characters for a terminal."""
 
 import sys
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json
-from bilevel_fast.data.blend import Mixture
+from bilevel_fast.data.blend import Blend
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing.phrases import clashes_of, held, pairs_of, phrases, plain
@@ -149,4 +149,4 @@ def together(
     total = sum(concept.weight for concept in concepts)
     shares = ", ".join(f"{c.name} {c.weight / total:.0%}" for c in concepts)
     _log.info("%d concepts share the upper batches: %s", len(concepts), shares)
-    return Mixture([c.name for c in concepts], banks, [c.weight for c in concepts])
+    return Blend([c.name for c in concepts], banks, [c.weight for c in concepts])

@@ -109,7 +109,7 @@ def import_aptp(argv: Sequence[str]) -> None:
     text = folder.text_encoder.length if args.text is None else args.text
     if args.codebook is not None:
         structures = read_codebook(args.codebook, folder.config)
-        counts = [s.macs(latent, text) for s in structures]
+        counts = [count(s, latent, text) for s in structures]
         rows = [
             (str(k), f"{macs.ratio:.4f}", f"{macs.params:,}", listed(sorted(s.dropped)))
             for k, (s, macs) in enumerate(zip(structures, counts, strict=True))

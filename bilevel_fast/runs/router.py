@@ -23,6 +23,7 @@ from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.models.folder import ModelFolder, load_folder
+from bilevel_fast.models.macs import count
 from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
 from bilevel_fast.pruning.aptp.encoders import MpnetPrompts, PromptEncoder, TextPrompts, centred
@@ -30,8 +31,8 @@ from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX, write_mixture
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.pruning.calibration import image_source
 from bilevel_fast.runs.assemble import Interrupted, running
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.run_folder import RunFolder
 from bilevel_fast.training.stats import Console, JsonLines, Means, Stats
@@ -171,7 +172,7 @@ def _finish(
     structures = planned(folder.config, router.gates(), budget)
     counts = router.route(embeddings).bincount(minlength=len(structures)).tolist()
     rows = [
-        {"expert": k, "macs": s.macs(budget.latent, budget.text).ratio, "prompts": n, "dropped": sorted(s.dropped)}
+        {"expert": k, "macs": count(s, budget.latent, budget.text).ratio, "prompts": n, "dropped": sorted(s.dropped)}
         for k, (s, n) in enumerate(zip(structures, counts, strict=True))
     ]
     # before the mixture: where one is, so is this

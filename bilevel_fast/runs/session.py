@@ -29,9 +29,11 @@ from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
 from bilevel_fast.profiling.memory import describe, estimate
 from bilevel_fast.pruning import MacBudget, calibration_set, method
+from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
 from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.training.checkpoint import GracefulStop, latest
 from bilevel_fast.training.levels import AnyLevel, Level
@@ -196,7 +198,8 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
     dense = folder.unet()
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
     erased = world(config.world).erased_concepts(config.erase) if config.world else []
-    calibration = calibration_set(folder, config.data, seed=config.seed, erased=erased)
+    source = image_source(folder, config.data, IMAGES, config.seed, erased)
+    calibration = calibration_set(folder, source, seed=config.seed)
     return dense.cut(method(config.prune.method)(dense, budget, calibration), align)
 
 

@@ -8,6 +8,7 @@ import pytest
 from benchmarks import structures
 from benchmarks.structures import FOLDER, NAMES, PLANNED, model, plan, structure
 from bilevel_fast.models.architecture import sites
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 
 
@@ -22,7 +23,7 @@ def test_committed_files(name):
     size, ratio = model(), float(name.removeprefix("planned-"))
     kept = structure(name)
     assert kept == plan(name, size)
-    macs, dense = kept.macs(size.latent, size.text), Structure.dense(size.config).macs(size.latent, size.text)
+    macs, dense = count(kept, size.latent, size.text), count(Structure.dense(size.config), size.latent, size.text)
     assert ratio - 0.002 <= macs.ratio <= ratio
     provenance = json.loads((FOLDER / f"{name}.json").read_text())["provenance"]
     assert (provenance["true_macs"], provenance["official_macs"]) == (macs.true, macs.official)
@@ -46,7 +47,7 @@ def test_planned_beats_even(planned, even, tiny):
     """On its own objective; the old names stay what they were: an even share of every vector."""
     size = model(tiny)
     assert worth(structure(planned, tiny)) > worth(structure(even, tiny)) + 1
-    assert abs(structure(planned, tiny).macs(size.latent, size.text).ratio - float(even)) < 0.002
+    assert abs(count(structure(planned, tiny), size.latent, size.text).ratio - float(even)) < 0.002
     shares = [structure(even, tiny).count(s, w) / w.units for s in sites(size.config) for w in s.widths if w.units > 10]
     assert max(shares) - min(shares) <= 0.15
 

@@ -7,7 +7,7 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
-from bilevel_fast.data.blend import Mixture, Shares, parts_of, weights_of
+from bilevel_fast.data.blend import Blend, Shares, parts_of, weights_of
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.ops.randomness import Stream, permutation
 
@@ -30,9 +30,9 @@ def bank(name: str, count: int, size: int = 4) -> MemorySource:
     return MemorySource(exact_moments(latents), [[f"{name}{i}"] for i in range(count)], [""] * count)
 
 
-def mixed(*counts: int, weights=None) -> Mixture:
+def mixed(*counts: int, weights=None) -> Blend:
     names = "abcdefg"[: len(counts)]
-    return Mixture(names, [bank(n, c) for n, c in zip(names, counts, strict=True)], weights or [1.0] * len(counts))
+    return Blend(names, [bank(n, c) for n, c in zip(names, counts, strict=True)], weights or [1.0] * len(counts))
 
 
 def test_no_part_is_ever_a_sample_away_from_its_share():
@@ -108,4 +108,4 @@ def test_one_source_is_drawn_as_it_always_was():
 
 def test_sources_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match=r"b has latent shape \(2, 8, 8\), a has \(2, 4, 4\)"):
-        Mixture("ab", [bank("a", 2), bank("b", 2, size=8)], [1.0, 1.0])
+        Blend("ab", [bank("a", 2), bank("b", 2, size=8)], [1.0, 1.0])

@@ -98,7 +98,8 @@ def test_the_mini_world_streams_too(coco, tmp_path):
 
 
 def test_pruning_tries_the_teacher_on_images(images, model):
-    found = calibration_set(load_folder(model), images, images=4, batch=2)
+    folder = load_folder(model)
+    found = calibration_set(folder, open_images(images, folder), images=4, batch=2)
     latents, text = found[1]
     assert (latents.shape, text.shape) == ((2, 4, 8, 8), (2, 77, 32))
 

@@ -12,6 +12,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.models.vector import from_vector, to_vector
 
 NARROW = dataclasses.replace(
     SD21, block_out_channels=(8, 16, 24, 24), num_heads=(2, 2, 4, 4), norm_num_groups=4, cross_attention_dim=12
@@ -59,7 +60,7 @@ LAYOUT = {
 def test_vector_layout_of_sd21():
     """Clearing one bit of the dense vector removes exactly the unit, or the site, that the published layout says."""
     dense = Structure.dense(SD21)
-    assert dense.to_vector().tolist() == [1.0] * 1620
+    assert to_vector(dense).tolist() == [1.0] * 1620
     members = {site.name: site for site in sites(SD21)}
     assert list(members) == [f"{part}.{j}" for part, rows in LAYOUT.items() for j in range(len(rows))]
     for part, rows in LAYOUT.items():
@@ -69,14 +70,14 @@ def test_vector_layout_of_sd21():
                 for unit in (0, width.units - 1):
                     vector = torch.ones(1620)
                     vector[start + unit] = 0
-                    thinned = Structure.from_vector(SD21, vector)
+                    thinned = from_vector(SD21, vector)
                     expected = tuple(u for u in range(width.units) if u != unit)
                     assert thinned.kept[site.name][width.name] == expected
-                    assert thinned.to_vector().tolist() == vector.tolist()
+                    assert to_vector(thinned).tolist() == vector.tolist()
             if depth_bit is not None:
                 vector = torch.ones(1620)
                 vector[depth_bit] = 0
-                assert Structure.from_vector(SD21, vector) == Structure.uniform(SD21, 1.0, [site.name])
+                assert from_vector(SD21, vector) == Structure.uniform(SD21, 1.0, [site.name])
     assert sum(depth is not None for rows in LAYOUT.values() for _, depth in rows) == 14
 
 
@@ -84,7 +85,7 @@ def test_soft_vector():
     """Entries of 0.5 and more are kept, as in the published checkpoints, which hold sigmoids in a (1, 1620) tensor."""
     vector = torch.full((1, 1620), 0.75)
     vector[0, 1:32], vector[0, 1606] = 0.49, 0.5
-    structure = Structure.from_vector(SD21, vector)
+    structure = from_vector(SD21, vector)
     assert structure.kept[RESNET] == {"groups": (0,)}
     assert not structure.dropped
 
@@ -92,8 +93,8 @@ def test_soft_vector():
 @settings(max_examples=25, deadline=None)
 @given(structures(MINI, any_drop=False))
 def test_vector_round_trip(structure: Structure):
-    assert Structure.from_vector(MINI, structure.to_vector()) == structure
-    assert Structure.from_vector(MINI, structure.to_vector().tolist()) == structure
+    assert from_vector(MINI, to_vector(structure)) == structure
+    assert from_vector(MINI, to_vector(structure).tolist()) == structure
 
 
 # --- construction and file ---
@@ -212,13 +213,13 @@ def test_uniform_refuses(keep):
 
 def test_vector_refuses():
     with pytest.raises(UserError, match=r"has 1619 entries, this UNet wants 1606 widths \+ 14 depths"):
-        Structure.from_vector(SD21, torch.ones(1619))
+        from_vector(SD21, torch.ones(1619))
     vector = torch.ones(1620)
     vector[69:74] = 0
     with pytest.raises(UserError, match=f"{TRANSFORMER} keeps nothing of 'attn2'"):
-        Structure.from_vector(SD21, vector)
+        from_vector(SD21, vector)
     with pytest.raises(UserError, match=f"{RESNET} is dropped, but has no depth bit"):
-        Structure.uniform(SD21, 1.0, [RESNET]).to_vector()
+        to_vector(Structure.uniform(SD21, 1.0, [RESNET]))
 
 
 # --- slicing ---
@@ -358,7 +359,7 @@ def test_slice_refuses():
 
 
 def test_a_vector_with_nan_prunes_nothing_silently():
-    vector = Structure.dense(MINI).to_vector()
+    vector = to_vector(Structure.dense(MINI))
     vector[3] = float("nan")
     with pytest.raises(UserError, match="1 entries that are not finite"):
-        Structure.from_vector(MINI, vector)
+        from_vector(MINI, vector)

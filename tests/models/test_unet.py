@@ -10,6 +10,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
+from unets import inputs, randomise, relative
 
 NARROW = {"sample_size": 8, "block_out_channels": (32, 64, 96, 96), "norm_num_groups": 8, "cross_attention_dim": 24}
 SD21_NARROW = dataclasses.replace(SD21, **NARROW, num_heads=(1, 2, 3, 3))
@@ -31,33 +32,16 @@ CONFIGS = {
 }
 
 
-def inputs(config: UNetConfig, size: int = 16, batch: int = 2):
-    # 16: below that the innermost level is one token, and softmax over one token has no gradient
-    x = torch.randn(batch, config.in_channels, size, size)
-    return x, torch.randint(0, 1000, (batch,)), torch.randn(batch, 7, config.cross_attention_dim)
-
-
 def diffusers_unet(config: UNetConfig):
     diffusers = pytest.importorskip("diffusers")
     return diffusers.UNet2DConditionModel.from_config(config.to_dict())
-
-
-def randomise(module: torch.nn.Module) -> None:
-    """Away from the initial values, where biases of zero and gains of one would hide a swapped tensor."""
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-
-
-def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_diffusers(name):
     config = CONFIGS[name]
     theirs = diffusers_unet(config)
-    randomise(theirs)
+    randomise(theirs, 0.05)
     ours = UNet(config)
     ours.load_state_dict(theirs.state_dict())  # strict: the keys are diffusers'
     x, t, text = inputs(config)
@@ -127,7 +111,7 @@ def test_padding_changes_nothing(name):
     config = CONFIGS[name]
     structure = odd_structure(config)
     plain, padded = UNet(config, structure), UNet(config, structure, align=16)
-    randomise(plain)
+    randomise(plain, 0.05)
     padded.load_state_dict(plain.state_dict())
     assert {k: v.shape for k, v in padded.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
     pads = [m for m in padded.modules() if getattr(m, "pad", 0)]
@@ -176,7 +160,7 @@ def test_cut_shares_no_memory_with_the_teacher():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputing_changes_nothing_but_memory(dtype):
     """The same outputs and gradients to the bit, and less kept in between."""
-    model, given = UNet(MINI, Structure.uniform(MINI, 0.6), align=8).to(dtype), inputs(MINI, size=16)
+    model, given = UNet(MINI, Structure.uniform(MINI, 0.6), align=8).to(dtype), inputs(MINI, side=16)
     gradients, kept = [], []
     for recompute in (False, True):
         model.recompute = recompute
@@ -203,7 +187,7 @@ def test_odd_latent_sizes():
     """Latents that the strides do not divide: the upsampler follows the skip connection, as diffusers' does."""
     theirs, ours = diffusers_unet(SD21_NARROW), UNet(SD21_NARROW)
     ours.load_state_dict(theirs.state_dict())
-    x, t, text = inputs(SD21_NARROW, size=13)
+    x, t, text = inputs(SD21_NARROW, side=13)
     assert relative(ours(x, t, text).out, theirs(x, t, text).sample) <= 1e-4
 
 
@@ -211,7 +195,7 @@ def test_dropped_sites_pass_their_input_on():
     structure = Structure.uniform(MINI, 1.0, ["up_blocks.2.resnets.1", "up_blocks.2.attentions.1"])
     model = UNet(MINI, structure)
     assert not any(k.startswith(("up_blocks.2.resnets.1.", "up_blocks.2.attentions.1.")) for k in model.state_dict())
-    x, t, text = inputs(MINI, size=16)
+    x, t, text = inputs(MINI, side=16)
     assert model(x, t, text).blocks[-1].shape == (2, 48, 16, 16)
 
 

@@ -1,9 +1,10 @@
 """What tests of `python -m bilevel_fast.prune` share; a file that means another teacher or command has its own."""
 
+from functools import partial
+
 import pytest
 
 from bilevel_fast import prune
-from bilevel_fast.base import errors
 from mini_folder import make_mini_folder
 
 
@@ -14,11 +15,6 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command; return its exit code and what it wrote to stdout and stderr."""
-
-    def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["prune", *map(str, arguments)])
-        return errors.run(prune.main), *capsys.readouterr()
-
-    return command
+def run(command):
+    """Run `python -m bilevel_fast.prune` in this process."""
+    return partial(command, prune.main)

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from bilevel_fast.models.architecture import MINI, SD21
-from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.vector import from_vector, layout
 from bilevel_fast.pruning.aptp.binarise import binarise, depth_order, gumbel, harden
 from mini_folder import TINY
 
@@ -61,10 +60,10 @@ def test_open_at_the_start():
 
 def test_something_always_stays():
     gates = binarise(SD21, torch.full((2, 1620), -30.0), gumbel(SD21, 0, [0, 1]))
-    structure = Structure.from_vector(SD21, gates[0])
+    structure = from_vector(SD21, gates[0])
     assert all(units == (0,) for widths in structure.kept.values() for units in widths.values())
     open_gates = binarise(SD21, torch.full((1, 1620), 30.0))
-    assert Structure.from_vector(SD21, open_gates[0]).is_dense
+    assert from_vector(SD21, open_gates[0]).is_dense
     assert open_gates.max() <= 1
 
 

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21
 from bilevel_fast.models.folder import load_folder, save_student
-from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.macs import count
+from bilevel_fast.models.vector import from_vector, layout, to_vector
 from bilevel_fast.pruning.aptp.experts import experts, planned, read_codebook, read_expert, read_vector
 from bilevel_fast.pruning.aptp.gates import gated
 from bilevel_fast.pruning.aptp.router import Router
@@ -63,7 +63,7 @@ def test_codes_to_structures():
         for s in layout(TINY).segments:
             if s.site.name not in structure.dropped:
                 assert hard[s.start : s.stop].sum() == structure.count(s.site, s.width) >= 1
-        assert structure == Structure.from_vector(TINY, hard)
+        assert structure == from_vector(TINY, hard)
 
 
 def test_expert_computes_what_its_gates_computed(tmp_path):
@@ -86,7 +86,7 @@ def test_planned_experts_meet_the_budget_in_the_order_of_their_gates(ratio):
     gates[1, layout(MINI).widths + 2] = 1e-4  # the second expert has no use for this site
     found = planned(MINI, gates, MacBudget(ratio, 16, 12))
     for row, structure in zip(gates, found, strict=True):
-        assert ratio - 0.002 < structure.macs(16, 12).ratio <= ratio
+        assert ratio - 0.002 < count(structure, 16, 12).ratio <= ratio
         for s in layout(MINI).segments:
             if s.site.name not in structure.dropped:
                 units, values = list(structure.kept[s.site.name][s.width.name]), row[s.start : s.stop]
@@ -105,9 +105,9 @@ def test_planned_is_the_threshold_moved():
     gates = torch.where(high, 0.9, 0.2)[None]
     gates[:, plan.widths :] = 1.0
     (cut,) = experts(MINI, gates)
-    (same,) = planned(MINI, gates, MacBudget(cut.macs(16, 12).ratio, 16, 12))
+    (same,) = planned(MINI, gates, MacBudget(count(cut, 16, 12).ratio, 16, 12))
     assert same == cut
-    (more,) = planned(MINI, gates, MacBudget(cut.macs(16, 12).ratio + 0.02, 16, 12))
+    (more,) = planned(MINI, gates, MacBudget(count(cut, 16, 12).ratio + 0.02, 16, 12))
     kept = [set(more.kept[name][w]) >= set(units) for name, widths in cut.kept.items() for w, units in widths.items()]
     assert all(kept)
     with pytest.raises(UserError, match=r"budget 0\.1 is too small: keeping a unit of every width vector"):
@@ -132,9 +132,9 @@ def test_code_without_a_head_is_refused():
 def test_vector(write, shape, dtype):
     vector = make_vector(SD21)
     structure = read_vector(write(vector.reshape(shape).to(dtype)), SD21)
-    assert torch.equal(structure.to_vector()[:64], vector[:64])
+    assert torch.equal(to_vector(structure)[:64], vector[:64])
     assert structure.dropped == {"down_blocks.0.attentions.1"}
-    assert structure == Structure.from_vector(SD21, vector)
+    assert structure == from_vector(SD21, vector)
 
 
 def test_codebook_is_cut_at_a_half(write):
@@ -142,13 +142,13 @@ def test_codebook_is_cut_at_a_half(write):
     rows = torch.stack([make_vector(MINI), torch.ones(layout(MINI).size)])
     soft = torch.nn.Parameter(torch.where(rows.bool(), 0.5, 0.4999))
     path = write(soft, "quantizer_embeddings.pt")
-    assert read_codebook(path, MINI) == tuple(Structure.from_vector(MINI, row) for row in rows)
+    assert read_codebook(path, MINI) == tuple(from_vector(MINI, row) for row in rows)
 
 
 def make_expert(tmp_path, inside=False):
     """A published expert of a random teacher, with weights that are not the teacher's any more."""
     source = load_folder(make_mini_folder(tmp_path / "teacher"))
-    student = source.unet().cut(Structure.from_vector(TINY, make_vector()), align=24)
+    student = source.unet().cut(from_vector(TINY, make_vector()), align=24)
     with torch.no_grad():
         for p in student.parameters():
             p.mul_(1.01)

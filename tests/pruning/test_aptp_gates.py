@@ -11,10 +11,11 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.vector import from_vector, layout, to_vector
 from bilevel_fast.pruning.aptp import gates as gates_module
 from bilevel_fast.pruning.aptp.gates import gated, split
 from mini_folder import TINY
+from unets import inputs, make_unet, relative
 
 SD_LIKE = dataclasses.replace(
     SD21,
@@ -32,24 +33,6 @@ CONFIGS = {
     "sd15": dataclasses.replace(SD_LIKE, use_linear_projection=False),
     "no_mid": dataclasses.replace(SD_LIKE, mid_block_type=None, layers_per_block=2),
 }
-
-
-def make_unet(config, dtype=torch.float32):
-    """Away from the initial values: biases of zero and gains of one would hide a swapped tensor."""
-    unet = UNet(config).to(dtype)
-    with torch.no_grad():
-        for p in unet.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return unet.requires_grad_(False)
-
-
-def inputs(config, batch=2, dtype=torch.float32):
-    x = torch.randn(batch, config.in_channels, 16, 16, dtype=dtype)
-    return x, torch.randint(0, 1000, (batch,)), torch.randn(batch, 5, config.cross_attention_dim, dtype=dtype)
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def same(ours, theirs, tolerance):
@@ -89,8 +72,8 @@ def test_layout_of_sd21():
 
 def test_split_agrees_with_from_vector():
     """Bit by bit: the structure that reads the vector keeps exactly the units whose gate is one."""
-    vector = scattered(MINI).to_vector()
-    gates, structure = split(MINI, vector[None]), Structure.from_vector(MINI, vector)
+    vector = to_vector(scattered(MINI))
+    gates, structure = split(MINI, vector[None]), from_vector(MINI, vector)
     assert gates.keys() == {site.name for site in sites(MINI)}
     for site in sites(MINI):
         depth = gates[site.name].depth
@@ -119,7 +102,7 @@ def test_hard_gates_are_the_cut_model(name):
     config = CONFIGS[name]
     unet, structure = make_unet(config), scattered(config)
     x, t, text = inputs(config)
-    ours = gated(unet, x, t, text, structure.to_vector().expand(2, -1), "exact")
+    ours = gated(unet, x, t, text, to_vector(structure).expand(2, -1), "exact")
     same(ours, unet.cut(structure)(x, t, text), 1e-5)
     assert relative(ours.out, unet(x, t, text).out) > 0.05  # the structure matters
     assert all(b.is_contiguous(memory_format=torch.channels_last) for b in ours.blocks)
@@ -130,7 +113,7 @@ def test_compat_is_exact_outside_resnets(width):
     unet, structure = make_unet(TINY), scattered(TINY, (width,))
     x, t, text = inputs(TINY)
     same(
-        gated(unet, x, t, text, structure.to_vector().expand(2, -1), "compat"),
+        gated(unet, x, t, text, to_vector(structure).expand(2, -1), "compat"),
         unet.cut(structure)(x, t, text),
         1e-5,
     )
@@ -157,7 +140,7 @@ def test_compat_is_not_the_cut_model():
     unet, structure = make_unet(TINY), scattered(TINY, ("groups",), drop=False)
     x, t, text = inputs(TINY)
     cut = unet.cut(structure)(x, t, text).out
-    hard = structure.to_vector().expand(2, -1)
+    hard = to_vector(structure).expand(2, -1)
     assert relative(gated(unet, x, t, text, hard, "compat").out, cut) > 0.05
     soft = (0.6 + 0.4 * hard).clamp(max=1)
     whole = unet(x, t, text).out

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from bilevel_fast.models.folder import load_folder, load_unet
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.vector import from_vector, layout
 from mini_folder import TINY
 
 
@@ -22,7 +23,7 @@ def published(teacher, tmp_path):
     soft = torch.stack([torch.full((size,), 0.9), 0.3 + 0.4 * vector[0]])
     torch.save(vector, tmp_path / "arch_vector.pt")
     torch.save(soft, tmp_path / "quantizer_embeddings.pt")
-    structure = Structure.from_vector(TINY, vector[0])
+    structure = from_vector(TINY, vector[0])
     student = load_unet(teacher).cut(structure)
     weights = {name: x.contiguous() * 1.5 for name, x in student.state_dict().items()}
     (tmp_path / "expert" / "unet").mkdir(parents=True)
@@ -40,7 +41,7 @@ def test_import(published, teacher, run):
     """A vector or a row of a codebook says what is kept; the weights are the teacher's, or those that came with it."""
     place, structure, cut, weights = published
     vector, codebook, expert = place / "arch_vector.pt", place / "quantizer_embeddings.pt", place / "expert"
-    ratio = structure.macs(8, 12).ratio
+    ratio = count(structure, 8, 12).ratio
     ways = {
         "vector": (("--vector", vector), cut, f"{ratio:.4f}, arch_vector.pt"),
         "both": (("--vector", vector, "--weights", expert), weights, str(expert / "unet")),
@@ -61,8 +62,8 @@ def test_codebook_is_listed(published, teacher, run):
     place, structure, *_ = published
     code, stdout, _ = run("import-aptp", "--teacher", teacher, "--codebook", place / "quantizer_embeddings.pt")
     assert code == 0
-    dense = Structure.dense(TINY).macs(8, 12)
-    macs = structure.macs(8, 12)
+    dense = count(Structure.dense(TINY), 8, 12)
+    macs = count(structure, 8, 12)
     assert [line.split(maxsplit=3) for line in stdout.splitlines()[1:]] == [
         ["0", "1.0000", f"{dense.params:,}", "none"],
         ["1", f"{macs.ratio:.4f}", f"{macs.params:,}", ", ".join(sorted(structure.dropped))],

@@ -10,10 +10,9 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21, sites
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.macs import count
-from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import Prediction
-from bilevel_fast.models.vector import layout
-from bilevel_fast.pruning.aptp.losses import Prices, RouterWeights, contrastive_loss, resource_loss, router_loss
+from bilevel_fast.models.vector import from_vector, layout
+from bilevel_fast.pruning.aptp.losses import GatePrices, RouterWeights, contrastive_loss, resource_loss, router_loss
 from bilevel_fast.training.losses import LossWeights, fine_tuning_loss
 from mini_folder import TINY
 
@@ -25,14 +24,14 @@ def random_structures(config, number):
     vectors = (torch.rand(number, layout(config).size) < torch.linspace(0.2, 1, number)[:, None]).float()
     for s in layout(config).segments:
         vectors[:, s.start + 1] = 1
-    return vectors, [Structure.from_vector(config, v) for v in vectors]
+    return vectors, [from_vector(config, v) for v in vectors]
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_macs_of_hard_gates_are_the_count(name):
     """To the last MAC."""
     config, latent, text = SIZES[name]
-    prices = Prices(config, latent, text)
+    prices = GatePrices(config, latent, text)
     vectors, structures = random_structures(config, 6)
     counted = [count(s, latent, text).true for s in structures]
     assert any(s.dropped for s in structures)
@@ -45,7 +44,7 @@ def test_macs_of_hard_gates_are_the_count(name):
 
 def test_prices_of_soft_gates_are_between():
     """Half of everything that has no depth costs half of its units; gradients are the price of a unit."""
-    prices = Prices(MINI, 16, 12)
+    prices = GatePrices(MINI, 16, 12)
     gates = torch.rand(2, layout(MINI).size, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(prices.macs(gates).sum(), gates)
     for s in layout(MINI).segments:
@@ -64,7 +63,7 @@ def test_prices_of_soft_gates_are_between():
 @pytest.mark.parametrize("ratio", [0.55, 0.8, 1.0])
 def test_target_is_the_budget(ratio):
     """Gates of the target's share keep the ratio of all MACs."""
-    prices = Prices(SD21, 64, 77)
+    prices = GatePrices(SD21, 64, 77)
     gates = torch.ones(1, 1620, dtype=torch.float64)
     gates[0, :1606] = 0.37
     target, share, macs = prices.target(ratio), prices.share(gates).item(), prices.macs(gates).item()
@@ -73,7 +72,7 @@ def test_target_is_the_budget(ratio):
 
 
 def test_target_refuses():
-    prices = Prices(MINI, 16, 12)
+    prices = GatePrices(MINI, 16, 12)
     least = 1 - prices.prunable / prices.dense
     with pytest.raises(UserError, match=rf"budget is 0.01, wanted {least:.3f} < budget <= 1"):
         prices.target(0.01)
@@ -128,7 +127,7 @@ def make_batch(batch=4):
 def test_total_has_the_published_weights():
     student, teacher, noised = make_batch()
     gates = torch.rand(4, layout(TINY).size, requires_grad=True)
-    space, prompts, prices = torch.rand(4, layout(TINY).size), torch.randn(4, 7), Prices(TINY, 8, 12)
+    space, prompts, prices = torch.rand(4, layout(TINY).size), torch.randn(4, 7), GatePrices(TINY, 8, 12)
     loss = router_loss(student, teacher, noised, gates, space, prompts, prices, 0.5, RouterWeights())
 
     hard = torch.where(gates >= 0.5, 1.0, 0.0)
@@ -153,7 +152,7 @@ def test_total_has_the_published_weights():
 def test_one_sample_has_no_spread():
     """A standard deviation of one number is 0 here, not NaN; and equal samples have finite gradients."""
     student, teacher, noised = make_batch(1)
-    prices, size = Prices(TINY, 8, 12), layout(TINY).size
+    prices, size = GatePrices(TINY, 8, 12), layout(TINY).size
     gates = torch.full((1, size), 0.7, requires_grad=True)
     space = torch.rand(1, size)
     loss = router_loss(student, teacher, noised, gates, space, torch.randn(1, 7), prices, 0.5, RouterWeights())
@@ -167,7 +166,7 @@ def test_one_sample_has_no_spread():
 def test_weights_are_used():
     """Doubling a weight adds that term once more."""
     student, teacher, noised = make_batch()
-    size, prices = layout(TINY).size, Prices(TINY, 8, 12)
+    size, prices = layout(TINY).size, GatePrices(TINY, 8, 12)
     gates, space, prompts = torch.rand(4, size), torch.rand(4, size), torch.randn(4, 7)
 
     def measure(weights):
@@ -187,7 +186,7 @@ def test_per_expert_holds_each_sample_to_the_budget():
     wanted = (math.log(0.625 / 0.25) + math.log(1 / 0.625)) / 2
     assert resource_loss(share, 0.625, per_expert=True).item() == pytest.approx(wanted)
     student, teacher, noised = make_batch()
-    size, prices = layout(TINY).size, Prices(TINY, 8, 12)
+    size, prices = layout(TINY).size, GatePrices(TINY, 8, 12)
     gates, space, prompts = torch.rand(4, size), torch.rand(4, size), torch.randn(4, 7)
     common = (student, teacher, noised, gates, space, prompts, prices, 0.5)
     mean, each = router_loss(*common, RouterWeights()), router_loss(*common, RouterWeights(), per_expert=True)
@@ -205,10 +204,10 @@ def test_weights_refuse():
 
 
 def test_every_site_has_a_price():
-    prices = Prices(SD21, 64, 77)
+    prices = GatePrices(SD21, 64, 77)
     vector = torch.ones(1, 1620)
     for i, site in enumerate(s for s in sites(SD21) if s.depth_bit):
         vector[0, 1606 + i] = 0
-        dropped = Structure.from_vector(SD21, vector[0])
+        dropped = from_vector(SD21, vector[0])
         assert site.name in dropped.dropped
         assert prices.macs(vector).item() == pytest.approx(count(dropped, 64, 77).true, rel=1e-14)

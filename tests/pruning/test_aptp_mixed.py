@@ -1,20 +1,22 @@
 """A batch of several experts: every row is what its expert, cut out and alone, computes; in value and in gradient."""
 
 import dataclasses
-import random
 import re
+from functools import partial
 
 import pytest
 import torch
 
 import bilevel_kernels as triton_ops
+import unets
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.architecture import MINI, SD21, sites
+from bilevel_fast.models.architecture import MINI, SD21
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops import providers
 from bilevel_fast.pruning.aptp.mixed import Mix, mixed
 from mini_folder import TINY
+from unets import make_unet, random_structure, relative
 
 SD_LIKE = dataclasses.replace(
     SD21, sample_size=16, block_out_channels=(16, 32, 32, 32), num_heads=(2, 4, 4, 4), norm_num_groups=8,
@@ -32,41 +34,12 @@ SMALLEST = dataclasses.replace(
     up_block_types=TINY.up_block_types[:-1], norm_num_groups=4, cross_attention_dim=8, mid_block_type=None,
 )  # fmt: skip
 EXPERT = torch.tensor([2, 0, 3, 1, 0])
-
-
-def make_unet(config, dtype=torch.float32):
-    """Away from the initial values: biases of zero and gains of one would hide a swapped tensor."""
-    unet = UNet(config).to(dtype)
-    with torch.no_grad():
-        for p in unet.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return unet.requires_grad_(False)
-
-
-def inputs(config, batch=5, side=8, dtype=torch.float32):
-    x = torch.randn(batch, config.in_channels, side, side, dtype=dtype)
-    return x, torch.randint(0, 1000, (batch,)), torch.randn(batch, 5, config.cross_attention_dim, dtype=dtype)
-
-
-def scattered(config, seed, drop=0.4):
-    """Any units, at least one of each vector; any sites gone that can go."""
-    draw = random.Random(seed)
-    dropped = frozenset(s.name for s in sites(config) if s.droppable and draw.random() < drop)
-    kept = {
-        s.name: {w.name: tuple(sorted(draw.sample(range(w.units), draw.randint(1, w.units)))) for w in s.widths}
-        for s in sites(config)
-        if s.name not in dropped
-    }
-    return Structure(config, kept, dropped)
+inputs = partial(unets.inputs, batch=len(EXPERT), side=8)
 
 
 def experts(config):
     """Three of any kind, and the dense one."""
-    return [*(scattered(config, seed) for seed in range(3)), Structure.dense(config)]
-
-
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    return [*(random_structure(config, seed, 0.4) for seed in range(3)), Structure.dense(config)]
 
 
 def row(tensors, b):
@@ -107,14 +80,14 @@ def test_each_row_is_its_expert_alone(name, dtype, tolerance):
 @pytest.mark.parametrize("expert", [[1, 1, 1, 1, 1], [0, 0, 1, 1, 3], [3, 2, 1, 0, 3]])
 @pytest.mark.parametrize("seed", range(2))
 def test_random_experts(seed, expert):
-    structures = [scattered(TINY, 10 * seed + k, drop) for k, drop in enumerate((0.0, 0.5, 0.9, 1.0))]
+    structures = [random_structure(TINY, 10 * seed + k, drop) for k, drop in enumerate((0.0, 0.5, 0.9, 1.0))]
     unet, given = make_unet(TINY, torch.float64), inputs(TINY, dtype=torch.float64)
     assert_each_is_alone(unet, structures, torch.tensor(expert), given, 1e-12)
 
 
 def test_sites_that_nobody_there_has():
     """All droppable sites are gone for every row, though one expert of the mixture has them."""
-    structures = [scattered(TINY, 0, drop=1.0), scattered(TINY, 1, drop=1.0), Structure.dense(TINY)]
+    structures = [random_structure(TINY, 0, 1.0), random_structure(TINY, 1, 1.0), Structure.dense(TINY)]
     assert len(structures[0].dropped) > 5
     unet, given = make_unet(TINY), inputs(TINY)
     assert_each_is_alone(unet, structures, torch.tensor([1, 0, 0, 1, 0]), given, 1e-5)
@@ -194,7 +167,7 @@ def test_the_kernels_agree(monkeypatch, device):
             return _real(*args, **kwargs)
 
         monkeypatch.setattr(triton_ops, name, spy)
-    structures = [scattered(SMALLEST, 0, drop=0.0), scattered(SMALLEST, 3, drop=0.7)]
+    structures = [random_structure(SMALLEST, 0, 0.0), random_structure(SMALLEST, 3, 0.7)]
     assert structures[1].dropped
     unet, expert = make_unet(SMALLEST).to(device).requires_grad_(), torch.tensor([1, 0])
     given = [value.to(device) for value in inputs(SMALLEST, batch=2, side=2)]

@@ -10,11 +10,12 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule, noise
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.binarise import harden
 from bilevel_fast.pruning.aptp.experts import experts
 from bilevel_fast.pruning.aptp.gates import gated
-from bilevel_fast.pruning.aptp.losses import Prices, RouterWeights, router_loss
+from bilevel_fast.pruning.aptp.losses import GatePrices, RouterWeights, router_loss
 from bilevel_fast.pruning.aptp.router import embed
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining, mean_pool, train
 from bilevel_fast.pruning.budget import MacBudget
@@ -57,7 +58,7 @@ def test_a_step_is_the_loss_of_the_gated_network():
         gates = routed.own if pretrain == 2 else routed.codes[routed.expert]
         student = gated(teacher, noised.x, drawn.t, batch.text, gates, mode)
         whole = teacher(noised.x, drawn.t, batch.text)
-        prices = Prices(TINY, 8, 5)
+        prices = GatePrices(TINY, 8, 5)
         space = embed(TINY, routed.own)
         loss = router_loss(student, whole, noised, gates, space, prompts, prices, prices.target(0.8), RouterWeights())
         terms = training.advance(batch, prompts)
@@ -124,7 +125,7 @@ def test_macs_arrive_at_the_budget(ratio):
     assert sum(seen[40:50]) / 10 == pytest.approx(ratio, abs=0.06)
     assert sum(seen[-20:]) / 20 == pytest.approx(ratio, abs=0.06)
     found = experts(TINY, router.gates())
-    assert sum(structure.macs(8, 5).ratio for structure in found) / 3 == pytest.approx(ratio, abs=0.1)
+    assert sum(count(structure, 8, 5).ratio for structure in found) / 3 == pytest.approx(ratio, abs=0.1)
     assert not any(p.requires_grad for p in router.parameters())
 
 

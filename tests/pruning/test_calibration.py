@@ -8,6 +8,7 @@ from bilevel_fast.data.cache import Index
 from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.pruning import CalibrationSet, calibration_set
+from bilevel_fast.runs.sources import image_source
 from mini_folder import make_mini_folder
 
 
@@ -18,9 +19,14 @@ def folder(tmp_path_factory):
 
 def test_calibration_on_the_mini_world(folder):
     """Whole batches, the same ones again, others for another seed; text that the encoder gives."""
-    found = calibration_set(folder, None, images=11, batch=4)
+
+    def drawn(images=64, seed=0):
+        source = image_source(folder, None, images, seed)
+        return calibration_set(folder, source, images=images, batch=4, seed=seed)
+
+    found = drawn(11)
     assert [(tuple(x.shape), tuple(c.shape)) for x, c in found] == [((4, 12, 16, 16), (4, 12, 64))] * 2
-    again, other = calibration_set(folder, None, images=11, batch=4), calibration_set(folder, None, batch=4, seed=1)
+    again, other = drawn(11), drawn(seed=1)
     assert torch.equal(found[1][0], again[1][0])
     assert torch.equal(found[1][1], again[1][1])
     assert not torch.equal(found[0][0], found[1][0])
@@ -37,16 +43,19 @@ def test_calibration_from_a_cache(folder, tmp_path):
         writer.finish()
         return tmp_path / name
 
-    found = calibration_set(folder, write("cache"), images=64, batch=64)
-    ((latents, text),) = found
+    source = image_source(folder, write("cache"), 64, 0)
+    ((latents, text),) = calibration_set(folder, source, images=64, batch=64)
     assert sorted(latents.mean(dim=(1, 2, 3)).round(decimals=3).tolist()) == [0, 1, 2, 3, 4]
     assert text.shape == (5, 12, 64)
     with pytest.raises(UserError, match="is a cache of concepts, wanted one of images"):
-        calibration_set(folder, write("bank", kind="concepts", anchor="a star"))
+        image_source(folder, write("bank", kind="concepts", anchor="a star"), 64, 0)
     with pytest.raises(UserError, match="latents of VAE other, the model has VAE"):
-        calibration_set(folder, write("foreign", vae="other"))
+        image_source(folder, write("foreign", vae="other"), 64, 0)
     with pytest.raises(UserError, match="images of the calibration set: 0, wanted 1 or more"):
-        calibration_set(folder, None, images=0)
+        calibration_set(folder, source, images=0)
+    with pytest.raises(UserError, match="--images is 0, wanted 1 or more"):
+        image_source(folder, None, 0, 0)
+    assert len(calibration_set(folder, None)) == 0
 
 
 def test_timesteps_cover_the_noise_process():

@@ -68,7 +68,7 @@ def test_drops_are_the_best_there_are():
         best = (sets @ losses)[fits].min()
         structure = cheapest_drops(MINI, MacBudget(share, 16, 12), dict(zip(names, losses.tolist(), strict=True)))
         ours = sum(losses[names.index(name)] for name in structure.dropped)
-        assert structure.macs(16, 12).ratio <= share
+        assert count(structure, 16, 12).ratio <= share
         assert ours == pytest.approx(best, abs=1e-9)
 
 
@@ -99,8 +99,8 @@ def test_bk_sdm_drops_what_was_published():
     base, small = bk_sdm.structure(SD21, "base"), bk_sdm.structure(SD21, "small")
     assert base.dropped == BASE
     assert small.dropped == BASE | MID
-    assert round(base.macs(64, 77).params / 1e9, 2) == 0.58
-    assert round(small.macs(64, 77).params / 1e9, 2) == 0.49
+    assert round(count(base, 64, 77).params / 1e9, 2) == 0.58
+    assert round(count(small, 64, 77).params / 1e9, 2) == 0.49
     for structure, mid in ((base, SD21.mid_block_type), (small, None)):
         own = dataclasses.replace(SD21, layers_per_block=1, mid_block_type=mid)
         theirs, ours = count(Structure.dense(own), 64, 77), count(structure, 64, 77)
@@ -124,7 +124,7 @@ def test_bk_sdm_is_its_own_unet(size):
 def test_bk_sdm_and_budgets():
     teacher = make_teacher(config=TWO)
     structure = bk_sdm.structure(TWO, "base")
-    cost = structure.macs(LATENT, TEXT).ratio
+    cost = count(structure, LATENT, TEXT).ratio
     assert method("bk-sdm-base")(teacher, budget(cost + 1e-9), ()) == structure
     assert method("bk-sdm-small")(teacher, budget(1.0), ()) == bk_sdm.structure(TWO, "small")
     with pytest.raises(UserError, match=r"budget 0.3 is too small: bk-sdm-base takes 0\.\d{4} of") as error:

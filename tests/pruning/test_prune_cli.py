@@ -125,7 +125,7 @@ def test_every_method_runs_on_sd_folders(method, sd, run, tmp_path):
     assert (code, stderr) == (0, "")
     folder = load_folder(out)
     assert folder.structure is not None
-    ratio = folder.structure.macs(8, folder.text_encoder.length).ratio
+    ratio = count(folder.structure, 8, folder.text_encoder.length).ratio
     shows(stdout.splitlines(), folder.structure, ratio)
     if fixed:
         assert folder.structure == bk_sdm.structure(folder.config, method.removeprefix("bk-sdm-"))
@@ -147,7 +147,7 @@ def test_calibration_refusals(sd, run, tmp_path):
         "laptop tries the teacher on data, and the calibration set is empty": ("laptop", *base),
         "diff-pruning tries the teacher on data, and the calibration set is empty": ("diff-pruning", *base),
         "foreign: latents of VAE other": ("diff-pruning", *base, "--data", foreign),
-        "images of the calibration set: 0, wanted 1 or more": ("laptop", *base, "--images", 0),
+        "--images is 0, wanted 1 or more": ("laptop", *base, "--images", 0),
         r"budget 0.6 is too small: bk-sdm-base takes 0\.\d{4} of the dense MACs": (
             "bk-sdm-base",
             *base,
@@ -217,7 +217,7 @@ def test_latent_and_text_change_what_fits(teacher, run, tmp_path):
         assert run("magnitude", "--teacher", teacher, "--budget", "0.6", "--out", out, *sizes)[0] == 0
         structure = load_folder(out).structure
         assert structure is not None
-        assert 0.59 <= structure.macs(latent, text).ratio <= 0.6
+        assert 0.59 <= count(structure, latent, text).ratio <= 0.6
         found.append(structure)
     assert found[0] != found[1]
 
@@ -227,7 +227,7 @@ def test_defaults_prune_the_shipped_teacher(run, tmp_path):
     structure = load_folder(tmp_path / "student").structure
     assert structure is not None
     assert structure.config == MINI
-    assert 0.798 <= structure.macs(MINI.sample_size, 12).ratio <= 0.8
+    assert 0.798 <= count(structure, MINI.sample_size, 12).ratio <= 0.8
 
 
 def test_refusals(teacher, run, tmp_path):

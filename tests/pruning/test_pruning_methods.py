@@ -5,7 +5,7 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21, sites
-from bilevel_fast.models.macs import site_costs
+from bilevel_fast.models.macs import count, site_costs
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import METHODS, CalibrationSet, learned, method
 from mini_folder import TINY
@@ -25,7 +25,7 @@ def few_steps(monkeypatch):
 def test_budget_and_determinism(name, share):
     """Within the budget by less than the cheapest thing that went; the same structure again from the same inputs."""
     structure = method(name)(make_teacher(), budget(share), make_calibration())
-    left = share * DENSE - structure.macs(LATENT, TEXT).true
+    left = share * DENSE - count(structure, LATENT, TEXT).true
     table = site_costs(TINY, LATENT, TEXT)
     prices = {site.name: table[site.name].total({w.name: w.units for w in site.widths}).true for site in sites(TINY)}
     gone = [prices[name] for name in structure.dropped]

@@ -11,7 +11,7 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_json
 from bilevel_fast.data.batches import Batches
-from bilevel_fast.data.blend import Mixture
+from bilevel_fast.data.blend import Blend
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.erasing.phrases import captions_of, clashes_of, held, pairs_of, phrases, plain, span
 from bilevel_fast.models.folder import load_folder, load_unet, save_student
@@ -69,7 +69,7 @@ def test_together(caplog):
     assert history.together(erased("monet"), [MONET], data, 0) is MONET
     assert not caplog.messages
     both = history.together(erased("monet", "dali", weights=(3.0, 1.0)), [MONET, DALI], data, 0)
-    assert isinstance(both, Mixture)
+    assert isinstance(both, Blend)
     assert (both.names, both.weights) == (("monet", "dali"), (3.0, 1.0))
     assert caplog.messages == ["2 concepts share the upper batches: monet 75%, dali 25%"]
 
@@ -124,7 +124,7 @@ def test_a_third_run_goes_on_from_the_second(first, teacher, tmp_path):
     assert student.structure == before.structure
     assert torch.equal(student.conv_in.bias, before.conv_in.bias)
     materials = gather(config, teacher, teacher.unet(), erased_concepts(config), third)
-    assert isinstance(materials.concepts, Mixture)
+    assert isinstance(materials.concepts, Blend)
     assert materials.concepts.names == ("waves", "mosaic", "hatching", "pointillism")
     assert materials.concepts.weights == (3.0, 1.0, 1.0, 2.0)
     captions = Batches(materials.concepts, teacher.text_encoder, 14, 0, level=1, anchor="phrase")(0).captions

@@ -9,25 +9,28 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from bilevel_fast import prune
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.models.macs import count
 from bilevel_fast.pruning.aptp.encoders import TextPrompts
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
 from bilevel_fast.pruning.aptp.train import RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.pruning.calibration import image_source
 from bilevel_fast.runs import router as aptp_run
 from bilevel_fast.runs.prune_aptp import COMMANDS
 from bilevel_fast.runs.router import MINI, PAPER, AptpConfig, Embeddings, training_prompts
+from bilevel_fast.runs.sources import image_source
 from bilevel_fast.worlds.mini.world import SCENES
-from mini_folder import TINY
+from mini_folder import TINY, make_mini_folder
 
 STEPS = 16
 QUICK = ("--experts", 3, "--steps", STEPS, "--pretrain", 6, "--batch", 2, "--images", 216, "--log-every", 1,
@@ -36,7 +39,8 @@ QUICK = ("--experts", 3, "--steps", STEPS, "--pretrain", 6, "--batch", 2, "--ima
 
 KILLED = """
 import os, signal, sys
-from bilevel_fast import errors, prune
+from bilevel_fast import prune
+from bilevel_fast.base import errors
 from bilevel_fast.pruning.aptp.train import RouterTraining
 
 last, real = int(sys.argv.pop(1)), RouterTraining.advance
@@ -51,6 +55,18 @@ RouterTraining.advance = advance
 raise SystemExit(errors.run(prune.main))
 """
 """The command, killed right after the step that its first argument says."""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """Folder of a small dense model."""
+    return make_mini_folder(tmp_path_factory.mktemp("models") / "teacher")
+
+
+@pytest.fixture
+def run(command):
+    """Run `python -m bilevel_fast.prune` in this process."""
+    return partial(command, prune.main)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +106,7 @@ def test_table_is_what_the_mixture_holds(trained):
         number, macs, prompts, dropped = row.split(maxsplit=3)
         structure = load_folder(mixture.expert_folder(k)).structure
         assert structure == mixture.structures[k]
-        ratio = structure.macs(8, 12).ratio
+        ratio = count(structure, 8, 12).ratio
         assert (number, macs, prompts) == (str(k), f"{ratio:.4f}", str(routed[k]))
         assert 0.69 < ratio <= 0.7
         assert set(dropped.split(", ")) - {"none"} <= structure.dropped | {f"and {len(structure.dropped) - 3} more"}
@@ -319,7 +335,7 @@ def test_sd_folder_with_a_sentence_encoder(run, tmp_path):
     assert "6 training prompts, budget 0.8" in stdout
     mixture = Mixture.load(tmp_path / "run")
     assert mixture.router.predictor.linear.in_features == WIDTH
-    assert all(0.79 < s.macs(8, 77).ratio <= 0.8 for s in mixture.structures)
+    assert all(0.79 < count(s, 8, 77).ratio <= 0.8 for s in mixture.structures)
     assert set(mixture.route(["a star", "a red house"]).tolist()) <= {0, 1}
 
 

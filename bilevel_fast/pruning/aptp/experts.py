@@ -25,7 +25,7 @@ from bilevel_fast.models.architecture import SD21, UNetConfig
 from bilevel_fast.models.folder import read_unet
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.vector import from_vector, layout
 from bilevel_fast.pruning.aptp.binarise import TEMPERATURE
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.planner import DROP, spend
@@ -44,7 +44,7 @@ def experts(config: UNetConfig, gates: Tensor) -> tuple[Structure, ...]:
     found: list[Structure] = []
     for number, row in enumerate(gates):
         try:
-            found.append(Structure.from_vector(config, row))
+            found.append(from_vector(config, row))
         except UserError as error:
             raise UserError(f"expert {number}: {error}") from error
     return tuple(found)
@@ -93,7 +93,7 @@ def read_vector(path: Path, config: UNetConfig) -> Structure:
     if len(gates) != 1:
         raise UserError(f"{path} has {len(gates)} architecture vectors, wanted one; read it as a codebook")
     try:
-        return Structure.from_vector(config, gates[0])
+        return from_vector(config, gates[0])
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

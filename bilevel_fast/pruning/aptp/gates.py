@@ -23,10 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel_fast.models.architecture import UNetConfig
-from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
+from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Sites, Transformer, UNet
 from bilevel_fast.models.vector import layout
 from bilevel_fast.ops.dispatch import attention, group_norm_silu
-from bilevel_fast.pruning.aptp.walk import transform, walk
 
 ResNetGate = Literal["exact", "compat"]
 
@@ -42,7 +41,7 @@ class SiteGates:
 
 
 def split(config: UNetConfig, gates: Tensor) -> dict[str, SiteGates]:
-    """Gates (B, V), in the layout of `Structure.to_vector`, by site.
+    """Gates (B, V), in the layout of `vector.to_vector`, by site.
 
     Raises:
         ValueError: The shape is another.
@@ -82,7 +81,7 @@ def gated(unet: UNet, x: Tensor, t: Tensor, text: Tensor, gates: Tensor, resnet:
         attn1, attn2, ff = (site.widths[width] for width in ("attn1", "attn2", "ff"))
         return _transformer(module, h, text, attn1, attn2, ff, site.depth)
 
-    return walk(unet, x, t, text, residual, transformer)
+    return unet(x, t, text, Sites(residual, transformer))
 
 
 def _resnet(
@@ -113,7 +112,7 @@ def _transformer(
     def attend(name: str, part: Attention, x: Tensor, context: Tensor) -> Tensor:
         return _attention(part, x, context, gates[name])
 
-    return _mix(x, transform(module, x, text, attend, lambda part, h: _feed_forward(part, h, ff)), depth)
+    return _mix(x, module(x, text, attend, lambda part, h: _feed_forward(part, h, ff)), depth)
 
 
 def _attention(module: Attention, x: Tensor, context: Tensor, gate: Tensor) -> Tensor:

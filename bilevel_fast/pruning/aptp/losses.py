@@ -1,4 +1,4 @@
-"""What the router learns from (arXiv:2406.12042, section 3.3).
+"""The loss of the router, and what gates cost (arXiv:2406.12042, section 3.3).
 
     L = L_diff + 0.2 L_out + 0.2 L_feat                     of the gated network, against the same one with open gates
       + 2   R,   R = |log(mean_b r_b / p')|                 MACs: r_b the prunable share that sample b keeps
@@ -61,8 +61,8 @@ class RouterWeights:
         return LossWeights(self.diffusion, self.output, self.feature)
 
 
-class Prices:
-    """What gates cost, in MACs of one sample: linear in every gate, and for hard gates what `macs.count` says.
+class GatePrices:
+    """The cost of gates, in MACs of one sample: linear in every gate, and for hard gates what `macs.count` says.
 
     Args:
         config: The dense UNet.
@@ -131,7 +131,7 @@ def router_loss(
     gates: Tensor,
     architectures: Tensor,
     prompts: Tensor,
-    prices: Prices,
+    prices: GatePrices,
     target: float,
     weights: RouterWeights,
     per_expert: bool = False,
@@ -146,7 +146,7 @@ def router_loss(
         architectures: (B, V) in the similarity space, of the predictor's own gates.
         prompts: (B, D) embeddings.
         prices: Of the gates.
-        target: p', from `Prices.target`.
+        target: p', from `GatePrices.target`.
         weights: Of the terms. One of weight 0 is still measured.
         per_expert: Every expert is held to the budget; see above.
     """

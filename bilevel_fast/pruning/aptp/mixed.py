@@ -19,9 +19,8 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, sites
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Transformer, UNet
+from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Sites, Transformer, UNet
 from bilevel_fast.pruning.aptp import mixed_ops
-from bilevel_fast.pruning.aptp.walk import transform, walk
 from bilevel_kernels.kept import Kept
 
 # Assignments of rows to experts that are remembered: a sampler asks with the same one again and again. The kernels
@@ -124,7 +123,7 @@ def mixed(
         rows = plan.by_site[name]
         return _some(rows, partial(_transformer, rows, module), h, text)
 
-    found = walk(unet, x, t, text, resnet, transformer)
+    found = unet(x, t, text, Sites(resnet, transformer))
     if plan.back is None:
         return found
     out, *blocks = (_take(value, plan.back) for value in (found.out, *found.blocks))
@@ -188,7 +187,7 @@ def _transformer(rows: _Rows, module: Transformer, h: Tensor, text: Tensor) -> T
         kept = rows.kept["ff"]
         return module(x) if kept is None else mixed_ops.feed_forward(module, x, kept)
 
-    return transform(module, h, text, attend, feed)
+    return module(h, text, attend, feed)
 
 
 def _take(x: Tensor, rows: Tensor) -> Tensor:

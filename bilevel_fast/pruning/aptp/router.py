@@ -1,5 +1,6 @@
-"""The codebook of experts, and how prompts find theirs (arXiv:2406.12042, section 3.2).
+"""The router: a predictor of architectures, a codebook of experts, and how prompts find theirs (arXiv:2406.12042, 3.2).
 
+    predictor          one linear layer: logits of an architecture vector from the embedding e of a prompt
     similarity space   N(a) = [ s_w a_w m | 1[m >= 1/2] ]      of the width entries of a site with depth m
                               [ s_w 1[a_w >= 1/2] ]            of the others;  s_w = 1 / sqrt(units of the width vector)
     learning           O = cos(N(G(e)), N(codes)), codes shared out evenly among the batch by Sinkhorn, argmax
@@ -33,7 +34,33 @@ _SHARPNESS, _ITERATIONS = 0.05, 3
 _ANNEALED = tuple(_SHARPNESS * 4.0**-i for i in range(7))  # down to where a route is one code and no mixture
 _SWEEPS = 200
 _CODES = 1 << 32  # number of the codes' initial values among those of the predictor
+_INITIAL_FROM = 1 << 62  # sample indices of initial values; those of the gates' noise count from 0
 _NOISE_FROM = 1 << 61  # sample indices of the codes' noise, far from those of the prompts
+
+
+class Predictor(nn.Module):
+    """One linear layer for each width vector and one for the depths, each orthogonal at first, with a bias of zero.
+
+    They are the rows of a single layer: one matrix product. 1,245,780 parameters for SD 2.1 and D = 768.
+
+    Args:
+        config: The dense UNet.
+        width: D.
+        seed: Of the initial weights.
+    """
+
+    def __init__(self, config: UNetConfig, width: int, seed: int):
+        super().__init__()
+        self.linear = nn.Linear(width, layout(config).size)
+        parts = [s.width.units for s in layout(config).segments] + [len(layout(config).depths)]
+        with torch.no_grad():
+            weights = [orthogonal(rows, width, seed, number) for number, rows in enumerate(parts)]
+            self.linear.weight.copy_(torch.cat(weights))
+            self.linear.bias.zero_()
+
+    def forward(self, prompts: Tensor) -> Tensor:
+        """Embeddings (B, D) -> logits (B, V)."""
+        return self.linear(prompts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,34 +198,6 @@ def balance(similarity: Tensor) -> Tensor:
             share = ((similarity + found) / temperature).log_softmax(dim=1).logsumexp(dim=0)
             found = found + temperature * (wanted - share)
     return found - found.mean()
-
-
-_INITIAL_FROM = 1 << 62  # sample indices of initial values; those of the gates' noise count from 0
-
-
-class Predictor(nn.Module):
-    """One linear layer for each width vector and one for the depths, each orthogonal at first, with a bias of zero.
-
-    They are the rows of a single layer: one matrix product. 1,245,780 parameters for SD 2.1 and D = 768.
-
-    Args:
-        config: The dense UNet.
-        width: D.
-        seed: Of the initial weights.
-    """
-
-    def __init__(self, config: UNetConfig, width: int, seed: int):
-        super().__init__()
-        self.linear = nn.Linear(width, layout(config).size)
-        parts = [s.width.units for s in layout(config).segments] + [len(layout(config).depths)]
-        with torch.no_grad():
-            weights = [orthogonal(rows, width, seed, number) for number, rows in enumerate(parts)]
-            self.linear.weight.copy_(torch.cat(weights))
-            self.linear.bias.zero_()
-
-    def forward(self, prompts: Tensor) -> Tensor:
-        """Embeddings (B, D) -> logits (B, V)."""
-        return self.linear(prompts)
 
 
 def orthogonal(rows: int, columns: int, seed: int, number: int) -> Tensor:

@@ -23,7 +23,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Schedule, noise
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.gates import ResNetGate, gated
-from bilevel_fast.pruning.aptp.losses import Prices, RouterWeights, router_loss
+from bilevel_fast.pruning.aptp.losses import GatePrices, RouterWeights, router_loss
 from bilevel_fast.pruning.aptp.router import Router, embed
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.training.optim import LevelOptimizer
@@ -86,7 +86,7 @@ class RouterTraining:
         self.device = teacher.conv_in.weight.device
         self.teacher, self.config = teacher.eval().requires_grad_(False), config
         self.schedule = schedule.to(self.device)
-        self.prices = Prices(teacher.config, budget.latent, budget.text)
+        self.prices = GatePrices(teacher.config, budget.latent, budget.text)
         self.target = self.prices.target(budget.ratio)
         self.router = Router(teacher.config, width, config.experts, config.seed).to(self.device)
         self.flat = FlatParameters(self.router)

@@ -13,6 +13,7 @@ from benchmarks.cards import CARDS, Card
 from benchmarks.counts import memory, roofline
 from bilevel_fast.base import errors
 from bilevel_fast.models.architecture import MINI, sites
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.profiling.cost import PRODUCTS, Cost
 from bilevel_fast.profiling.memory import largest_batch
@@ -125,8 +126,8 @@ def test_steps_multiply_what_they_should(projected, name, provider):
     """A lower step: the teacher once, the student forward and backward. An upper one: the teacher twice, the student
     once or, with penalty, twice, and no teacher for the penalty."""
     found, kept = projected[1][name, provider], structures.structure(name, tiny=True)
-    teacher = 2 * BATCH * Structure.dense(MINI).macs(SMALL.latent, SMALL.text).products
-    student = 2 * BATCH * (kept.macs(SMALL.latent, SMALL.text).products + padding(kept))
+    teacher = 2 * BATCH * count(Structure.dense(MINI), SMALL.latent, SMALL.text).products
+    student = 2 * BATCH * (count(kept, SMALL.latent, SMALL.text).products + padding(kept))
     rooms = {case: {room: flops(c for c in costs if c.room == room) for room in ("teacher", "student", "backward")}
              for case, costs in found.items()}  # fmt: skip
     assert rooms["lower"]["teacher"] == teacher
@@ -140,7 +141,7 @@ def test_steps_multiply_what_they_should(projected, name, provider):
 
 
 def test_the_optimizer_is_one_op(projected):
-    parameters = structures.structure("0.55", tiny=True).macs(SMALL.latent, SMALL.text).params
+    parameters = count(structures.structure("0.55", tiny=True), SMALL.latent, SMALL.text).params
     for costs in projected[1]["0.55", "torch"].values():
         (update,) = [cost for cost in costs if cost.kind == "optimizer"]
         assert update.bytes == pytest.approx(28 * parameters, rel=0.05)  # and what lies between parameters
@@ -234,7 +235,7 @@ def test_validation(monkeypatch):
     assert row["p20"] <= row["value"] <= row["p80"]
     assert row["error"] == pytest.approx(row["predicted"] / row["value"] - 1)
     kept = Structure.dense(MINI)
-    least = 1e3 * 2 * 3.5 * kept.macs(SMALL.latent, SMALL.text).products / 1e11
+    least = 1e3 * 2 * 3.5 * count(kept, SMALL.latent, SMALL.text).products / 1e11
     assert least < row["predicted"] < 20 * least
 
 

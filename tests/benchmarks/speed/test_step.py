@@ -13,6 +13,7 @@ from benchmarks.speed import peers, step
 from benchmarks.speed.ours import beside, ladder, ours, warm_up
 from benchmarks.structures import model, structure
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.macs import count
 
 CPU = torch.device("cpu")
 QUICK = step.Settings(batch=1, rounds=3, structure="planned-0.55")
@@ -70,7 +71,7 @@ def test_anomaly_mode_is_what_releases_most_launches(rows):
 
 def test_products_count_what_a_step_multiplies(inputs):
     size, kept = model(tiny=True), structure("0.80", tiny=True)
-    dense, student = (2 * s.macs(16, 12).true * 2 for s in (structure("dense", tiny=True), kept))
+    dense, student = (2 * count(s, 16, 12).true * 2 for s in (structure("dense", tiny=True), kept))
     assert step.products(size, kept, 2, "lower", "ours") == dense + 3 * student
     assert step.products(size, kept, 2, "upper", "ours") == 2 * dense + 6 * student
     assert step.products(size, kept, 2, "upper", "released") == 2 * dense + 3 * student
