@@ -34,6 +34,7 @@ from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.training import phases as rooms
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import AnyLevel, Level, descend, move
+from bilevel_fast.training.loop import running
 from bilevel_fast.training.upper import Terms
 from bilevel_fast.worlds.mini import TEACHER
 
@@ -257,7 +258,7 @@ def training(
         UserError: Bad input of any kind, as in `session.run`.
     """
     levels = [level for level in _levels(config, device, scratch) if level is not None]
-    with engine.running(levels, device):
+    with running(levels, device):
         repeats = {"lower": steps, "upper": max(1, steps // max(1, config.upper.every))}
         record = cuda_recorder(device) if config.graphs else None
         return descents(levels, device, repeats, warmup, record, trace)

@@ -31,10 +31,11 @@ from bilevel_fast.ops import providers
 from bilevel_fast.profiling.memory import describe, estimate
 from bilevel_fast.pruning import MacBudget, calibration_set, method
 from bilevel_fast.runs import history, page
-from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit
+from bilevel_fast.runs.assemble import Materials, compute_dtype, fit
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.training.checkpoint import GracefulStop, latest
+from bilevel_fast.training.loop import Places, Progress
 from bilevel_fast.training.run_folder import RunFolder
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini

@@ -15,12 +15,13 @@ from bilevel_fast.erasing.settings import Controller as Settings
 from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.runs.assemble import Interrupted, Places, fit, levels, running
+from bilevel_fast.runs.assemble import fit, levels
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import bilevel
+from bilevel_fast.training.loop import Interrupted, Places, running
 from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.teacher import Teacher

@@ -16,9 +16,10 @@ from bilevel_fast.erasing.uce import matrices
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.runs import session
-from bilevel_fast.runs.assemble import Places, fit, levels
+from bilevel_fast.runs.assemble import fit, levels
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
+from bilevel_fast.training.loop import Places
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import STYLES
 

@@ -11,10 +11,11 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.registry import UPPER
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.runs.assemble import Materials, Places, fit
+from bilevel_fast.runs.assemble import Materials, fit
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
+from bilevel_fast.training.loop import Places
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.materials import erased_styles
 

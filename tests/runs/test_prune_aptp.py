@@ -36,7 +36,8 @@ QUICK = ("--experts", 3, "--steps", STEPS, "--pretrain", 6, "--batch", 2, "--ima
 
 KILLED = """
 import os, signal, sys
-from bilevel_fast import errors, prune
+from bilevel_fast import prune
+from bilevel_fast.base import errors
 from bilevel_fast.pruning.aptp.train import RouterTraining
 
 last, real = int(sys.argv.pop(1)), RouterTraining.advance
@@ -209,7 +210,7 @@ def test_gradients_that_are_not_finite_end_the_run(teacher, run, tmp_path):
     flags = ("aptp", "--teacher", teacher, "--out", out, *QUICK, "--weights.resource", "1e39", "--max-bad-steps", 2)
     code, _, stderr = run(*flags)
     assert code == 2
-    assert "error: the last 2 steps had a non-finite gradient and were skipped; stopped at step 2" in stderr
+    assert "error: the last 2 router steps had a non-finite gradient and were skipped; stopped at step 2" in stderr
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
 
 

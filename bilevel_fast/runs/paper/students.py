@@ -28,10 +28,11 @@ from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.models.folder import ModelFolder, load_unet, save_student
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import reinitialise
-from bilevel_fast.runs.assemble import Interrupted, Materials, Places, fit, levels, running
+from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.levels import descend
+from bilevel_fast.training.loop import Interrupted, Places, running
 from bilevel_fast.training.losses import LossWeights
 
 _log = logging.getLogger(__name__)

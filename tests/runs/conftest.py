@@ -1,0 +1,3 @@
+"""The command `prune` and a teacher for it."""
+
+from prune_command import run, teacher  # noqa: F401
