@@ -54,8 +54,9 @@ def levels(
 ) -> tuple[Level, AnyLevel | None]:
     """Both levels over one set of student parameters; no upper one without concepts or with `upper.every` 0.
 
-    The student's parameters move into flat buffers, in the precision of the configuration; so does the teacher.
-    `answers` may be shared by students that are trained side by side.
+    The student's parameters move into flat buffers, in the precision of the configuration. The teacher is frozen, and
+    otherwise as it was: where it lies elsewhere or has another dtype, a copy of it teaches. `answers` may be shared by
+    students that are trained side by side.
     """
     lower, upper, dtype = config.lower, config.upper, compute_dtype(config.precision, device)
     schedule = materials.schedule.to(device)
@@ -70,8 +71,8 @@ def levels(
 
     batches = Batches(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
     if answers is None:
-        unet = materials.teacher.to(dtype)
-        answers = Answers(Teacher(unet), schedule, config.seed, lower.snr_gamma)
+        teacher = Teacher.of(materials.teacher, device, dtype)
+        answers = Answers(teacher, schedule, config.seed, lower.snr_gamma)
         if config.fp8_teacher:
             with loader(batches) as ahead:
                 answers.teacher = _in_fp8(answers, ahead(0))

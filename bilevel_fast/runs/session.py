@@ -66,14 +66,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
     names = ["student", "distilled"] if config.on_mini_world and config.twin else ["student"]
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
         with GracefulStop() as stop:
-            teacher = folder.unet().to(device).requires_grad_(False)
+            teacher = folder.unet().requires_grad_(False)
             materials = gather(config, folder, teacher, erased, place.path)
             trained = {name: _train(name, config, folder, start, materials, place, stop, device) for name in names}
         summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
         if config.on_mini_world:
-            # read again: the trainer may have turned its own teacher into bf16
-            models = {"teacher": folder.unet().to(device), **{name: trained[name][0] for name in reversed(names)}}
+            models = {"teacher": teacher.to(device), **{name: trained[name][0] for name in reversed(names)}}
             shown = {name: mini.portfolio(unet, folder, erased, config) for name, unet in models.items()}
             probe = Probe.load()
             summary["hits"] = {name: mini.hits(samples, erased, probe) for name, samples in shown.items()}
@@ -101,7 +100,7 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
         names = config.erase
     else:
         assert config.data is not None
-        data = open_images(config.data, folder, next(teacher.parameters()).device)
+        data = open_images(config.data, folder, pick_device(config.device))
         banks = [_bank(path, folder) for path in config.concepts]
         names = [path.name for path in config.concepts]
     if not banks:

@@ -7,8 +7,11 @@ Two savings are not taken, for what they are worth at SD 2.1, 512 px. Keys and v
 seen them would save 12.6 MB an image, if the upper level's penalty did not want them again.
 """
 
+import copy
+from typing import Self
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import Prediction, UNet
@@ -27,6 +30,16 @@ class Teacher:
     def __init__(self, unet: UNet):
         self.unet = unet.eval().requires_grad_(False)
         self.images = torch.zeros((), dtype=torch.int64, device=unet.conv_in.weight.device)
+
+    @classmethod
+    def of(cls, unet: UNet, device: torch.device, dtype: torch.dtype) -> Self:
+        """A teacher that computes on `device` in `dtype`: `unet` itself where it does so already, else a copy of it."""
+        weight = unet.conv_in.weight
+        if weight.device == torch.empty(0, device=device).device and weight.dtype == dtype:  # cuda is cuda:0
+            return cls(unet)
+        # parameter by parameter: there is never a second copy in the dtype that it has
+        moved: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().to(device, dtype)) for p in unet.parameters()}
+        return cls(copy.deepcopy(unet, moved))
 
     def predict(self, noised: Noised, text: Tensor) -> Prediction:
         """Output and block outputs for text states (B, L, D)."""
