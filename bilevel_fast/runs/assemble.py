@@ -80,16 +80,17 @@ def levels(
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:
         return first, None
-    if upper.eraser in erasers.EDITS:
+    kind = erasers.ERASERS[upper.eraser]
+    if isinstance(kind, erasers.EditKind):
         guidance = config.mini.guidance if config.on_mini_world else 7.5
         ground = loop_edits.Ground(flat, materials.data, materials.concepts, encoder, schedule, config.seed, guidance)
-        return first, Editing(loop_edits.make(upper, ground))
+        return first, Editing(kind.make(upper, ground))
     batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)
     with loader(batches) as ahead:
         look = partial(salient, student, answers, flat, ahead)
         words = partial(Words, encoder, materials.concepts)
-        eraser = erasers.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
+        eraser = kind.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
     hold = erasers.holder(flat, upper.subset)
     controller = None
     if upper.controller.enabled:

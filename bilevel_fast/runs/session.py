@@ -225,9 +225,7 @@ def out_of_memory(config: TrainConfig, structure: Structure, folder: ModelFolder
         precision=precision,
         recompute=config.recompute,
         ema=config.ema is not None,
-        upper=config.upper.every > 0 and config.upper.eraser not in erasers.EDITS,
-        start=config.upper.every > 0 and erasers.source_of(config.upper) == "start",
-        mask=config.upper.every > 0 and config.upper.eraser == "salun",
+        **erasers.holds(config.upper),
     )
     return UserError(f"{device} is out of memory; what was saved is whole\n{describe(wanted, card)}")
 

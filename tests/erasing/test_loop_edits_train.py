@@ -190,7 +190,7 @@ def test_profile_knows_edits(world, tmp_path):
         (["--upper.surgery"], "--upper.surgery is True, but eraser 'uce' does not read it"),
         (["--upper.subset", "esd-x"], "--upper.subset is esd-x, but eraser 'uce' does not read it"),
         (["--upper.concept-prune.ratio", "0.1"], "does not read it; those that do: concept-prune"),
-        (["--upper.uce.ridge", "0"], "--upper.uce.ridge is 0.0, outside its range"),
+        (["--upper.uce.ridge", "0"], "--upper.uce.ridge is 0.0: wanted > 0 and finite"),
         (
             ["--upper.eraser", "guidance", "--upper.uce.hold", "2"],
             "--upper.uce.hold is 2.0, but eraser 'guidance'",

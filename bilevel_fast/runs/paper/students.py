@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
-from bilevel_fast.erasing import ConceptPrune, Uce
+from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.edit import RECORD, Job, to_json
 from bilevel_fast.erasing.pairs import Frame, Pair
 from bilevel_fast.erasing.settings import Upper
+from bilevel_fast.erasing.uce import Uce
 from bilevel_fast.models.folder import ModelFolder, load_unet, save_student
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import reinitialise
