@@ -51,14 +51,10 @@ class Teacher:
         `c` and `a` are the outputs for the concept `text` and the `anchor`, both (B, L, D), computed as one batch
         of 2B. With the null prompt as anchor it is the target of ESD (arXiv:2303.07345, eq. 8).
         """
-        return self.steer_at(noised.x, noised.t, text, anchor, eta)
-
-    def steer_at(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> Tensor:
-        """The same for an x_t (B, C, H, W) and t (B,) that no clean latents were noised to."""
-        return self.steered(x, t, text, anchor, eta)[0]
+        return self.steered(noised.x, noised.t, text, anchor, eta)[0]
 
     def steered(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """The target, and the answer to the concept that it was made from."""
+        """The target of `steer` for any x_t (B, C, H, W) and t (B,), and the answer `c` that it was made from."""
         both = self._ask(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, anchor])).out
         concept_out, anchor_out = both.chunk(2)
         return suppression_target(anchor_out, concept_out, eta), concept_out
