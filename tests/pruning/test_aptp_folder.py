@@ -199,7 +199,7 @@ def test_expert_of_another_base_model(copy, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"format": "bilevel_fast.models.structure"}, "wanted format 'bilevel_fast.mixture'"),
+        ({"format": "bilevel_fast.structure"}, "wanted format 'bilevel_fast.mixture'"),
         ({"version": 2}, "has version 2, this release reads 1"),
         ({"experts": 4}, "codes has shape [3, "),
         ({"experts": 0}, "experts is 0, wanted a number of at least 1"),
