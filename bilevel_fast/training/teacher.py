@@ -1,4 +1,4 @@
-"""Room 3 of a training step: the frozen dense UNet.
+"""The teacher of a training step: the frozen dense UNet.
 
 `predict` serves the lower level; `steer` gives the upper level its target, from concept and anchor in one call.
 
