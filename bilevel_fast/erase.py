@@ -15,9 +15,10 @@ from bilevel_fast.base import errors, flags
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.tables import table
-from bilevel_fast.erasing import EDITS, ConceptPrune, Uce
+from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
 from bilevel_fast.erasing.pairs import check, framed, make_pairs, read_pairs
+from bilevel_fast.erasing.uce import Uce
 from bilevel_fast.models.folder import load_folder, save_student
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.runs.subjects import find_frames
@@ -64,8 +65,7 @@ class ConceptPruneArgs(ConceptPrune, _Asked):
     """Zero the feed-forward weights that work more for prompts with the concept than for prompts with its guide."""
 
 
-_ARGS: dict[str, type[UceArgs] | type[ConceptPruneArgs]] = {"uce": UceArgs, "concept-prune": ConceptPruneArgs}
-assert _ARGS.keys() == EDITS.keys(), "a command for every edit"
+EDITS: dict[str, type[UceArgs] | type[ConceptPruneArgs]] = {"uce": UceArgs, "concept-prune": ConceptPruneArgs}
 
 
 def main() -> None:
@@ -73,9 +73,9 @@ def main() -> None:
     if name in ("-h", "--help"):
         print(f"{__doc__}\nuce --help and concept-prune --help say more")
         return
-    if name not in _ARGS:
-        raise UserError(f"no edit {name!r}{nearest(name, _ARGS)}")
-    args = flags.parse(_ARGS[name], f"bilevel_fast.erase {name}", _ARGS[name].__doc__, args=sys.argv[2:])
+    if name not in EDITS:
+        raise UserError(f"no edit {name!r}{nearest(name, EDITS)}")
+    args = flags.parse(EDITS[name], f"bilevel_fast.erase {name}", EDITS[name].__doc__, args=sys.argv[2:])
     if args.out.exists():  # better now than after an hour of sampling
         raise UserError(f"{args.out} exists already; delete it or choose another folder")
     weights, kept = (args.weights, args.preserve) if isinstance(args, UceArgs) else ((), None)

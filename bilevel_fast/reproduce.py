@@ -78,8 +78,8 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     args = parse(sys.argv[1:])
-    from bilevel_fast.runs.assemble import Interrupted  # after parsing: --help and a typo should not wait
     from bilevel_fast.runs.paper.run import reproduce
+    from bilevel_fast.training.loop import Interrupted  # after parsing: --help and a typo should not wait
 
     full = args.full if args.scale == "full" else None
     out = args.out or Path("runs") / f"reproduce-{args.scale}"

@@ -39,8 +39,8 @@ def main() -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     # after parsing: --help and a typo should not wait for torch
-    from bilevel_fast.runs.assemble import Interrupted
     from bilevel_fast.runs.session import run
+    from bilevel_fast.training.loop import Interrupted
 
     try:
         summary = run(config)

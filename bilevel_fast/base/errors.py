@@ -21,6 +21,16 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     return f"; choose from {shown}" if known else ""
 
 
+def in_range(flag: str, value: object, wanted: str, good: bool) -> None:
+    """Refuse a setting that is not `good`: `--upper.lr is 0: wanted > 0`.
+
+    Raises:
+        UserError: Names the flag, what came, and what was wanted.
+    """
+    if not good:
+        raise UserError(f"{flag} is {value}: wanted {wanted}")
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say which command installs it.
 

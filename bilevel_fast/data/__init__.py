@@ -1,1 +1,1 @@
-"""Room 1 of a training step: from a cache of latents, or latents in memory, to batches."""
+"""Data of a training step: from a cache of latents, or latents in memory, to batches."""

@@ -80,10 +80,7 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step."""
-        return self.at(range(step * self.batch_size, (step + 1) * self.batch_size))
-
-    def at(self, samples: Sequence[int]) -> Batch:
-        """The batch of any samples of the run, such as one rank's share of a step: numbers from 0, without level."""
+        samples = range(step * self.batch_size, (step + 1) * self.batch_size)
         index = torch.as_tensor(samples, dtype=torch.int64) + self._offset
         positions = [self._position(sample) for sample in samples]
         captions = self._captions(positions, index)

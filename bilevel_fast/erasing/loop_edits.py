@@ -25,7 +25,7 @@ one zeros them again.
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ from bilevel_fast.erasing import concept_prune
 from bilevel_fast.erasing.edit import transformers
 from bilevel_fast.erasing.pairs import Pair, check
 from bilevel_fast.erasing.phrases import captions_of, held, pairs_of, phrases
-from bilevel_fast.erasing.settings import ConceptPruneStep, UceStep, Upper
+from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.erasing.uce import Matched, gram, match, matrices
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.text_encoder import TextEncoder
@@ -76,18 +76,24 @@ class Ground:
         return self.flat.module
 
 
-def make(upper: Upper, ground: Ground) -> Edit:
-    """The edit that the settings name.
+def _pairs(upper: Upper, ground: Ground) -> list[tuple[Pair, ...]]:
+    """What is to be erased and what should stand in its place, for each bank.
+
+    Raises:
+        UserError: A text cannot be erased.
+    """
+    banks = [pairs_of(bank, to_null=upper.anchor == "null") for bank in parts_of(ground.concepts)]
+    check([pair for pairs in banks for pair in pairs], (), ground.encoder)
+    return banks
+
+
+def uce(upper: Upper, ground: Ground) -> "UceProjection":
+    """UCE as the settings name it.
 
     Raises:
         UserError: The student has no such layer left, or a text cannot be erased, or both erased and preserved.
     """
-    banks = [pairs_of(bank, to_null=upper.anchor == "null") for bank in parts_of(ground.concepts)]
-    check([pair for pairs in banks for pair in pairs], (), ground.encoder)
-    return _uce(upper.uce, ground, banks) if upper.eraser == "uce" else _prune(upper.concept_prune, ground, banks)
-
-
-def _uce(settings: UceStep, ground: Ground, banks: Sequence[tuple[Pair, ...]]) -> "UceProjection":
+    settings, banks = upper.uce, _pairs(upper, ground)
     device, erased = ground.flat.master.device, phrases(ground.concepts)
     names = [name for name, _ in matrices(ground.student)]
     if settings.preserve is not None:
@@ -117,7 +123,13 @@ def _uce(settings: UceStep, ground: Ground, banks: Sequence[tuple[Pair, ...]]) -
     return UceProjection(ground.flat, names, about, matrix)
 
 
-def _prune(settings: ConceptPruneStep, ground: Ground, banks: Sequence[tuple[Pair, ...]]) -> "PruneMasks":
+def prune(upper: Upper, ground: Ground) -> "PruneMasks":
+    """ConceptPrune as the settings name it.
+
+    Raises:
+        UserError: The student has no such layer left, or a text cannot be erased.
+    """
+    settings, banks = upper.concept_prune, _pairs(upper, ground)
     layers = concept_prune.second_matrices(ground.student)
     concept_prune.check_ratio(settings.ratio, layers, "--upper.concept-prune.ratio")
     some = [pairs[:: -(-len(pairs) // settings.prompts)] for pairs in banks]

@@ -1,4 +1,4 @@
-"""The erasers of the upper level by name, as `train --upper.eraser` takes them. Edits are in `loop_edits`."""
+"""The erasers of the upper level by name, as `train --upper.eraser` takes them: all that a run must know of each."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.data.bank import Shows
+from bilevel_fast.erasing import loop_edits
 from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
 from bilevel_fast.erasing.references import Itself, Source, Start
@@ -20,7 +21,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.run_folder import flatten
 from bilevel_fast.training.teacher import Teacher
-from bilevel_fast.training.upper import Eraser
+from bilevel_fast.training.upper import Edit, Eraser
 
 
 @dataclass(frozen=True)
@@ -58,69 +59,88 @@ class Scene:
         return self.teacher if name == "teacher" else Itself(self.student)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How an eraser is made.
+    """What a run must know of an eraser.
 
     Attributes:
-        make: From the settings and the scene.
-        reads: The settings in `OWN` that it reads; it is refused with others.
+        reads: Settings of the upper level, and sections of them, that are its own or shared by some; it is refused
+            with those of others.
         source: Whose answers its paper takes as target; None where the setting `source` is not read.
         shows: What its paper wants the images of the bank to show.
         watched: Whether it shows a controller how far the student has come, and leaves lambda to it.
+        ruled: Whether it weighs the two gradients by a rule of its own.
+        masked: Whether it holds a mask over the student's parameters.
     """
 
-    make: Callable[[Upper, Scene], Eraser]
     reads: tuple[str, ...] = ()
     source: Source | None = None
     shows: Shows = "prompt"
     watched: bool = False
+    ruled: bool = False
+    masked: bool = False
 
 
-OWN = ("eta", "source", "ablation", "esd", "salun", "erasediff", "uce", "concept_prune")
-"""Settings that only some erasers read."""
+@dataclass(frozen=True)
+class GradientKind(Kind):
+    """An eraser with a loss on concept images; reads all settings but those that others have for themselves."""
 
-EDITS = {"uce": ("every", "anchor", "uce"), "concept-prune": ("every", "anchor", "concept_prune")}
-"""Erasers that are edits of weights, and all settings that they read: without a gradient there is little to set."""
+    make: Callable[[Upper, Scene], Eraser]
 
-UPPER: dict[str, Kind] = {
-    "guidance": Kind(lambda upper, scene: Guidance(upper.eta), reads=("eta",), watched=True),
-    "anchor-kd": Kind(lambda upper, scene: Guidance(0.0), watched=True),
-    "concept-ablation": Kind(
+
+@dataclass(frozen=True)
+class EditKind(Kind):
+    """An edit of weights: without a gradient it reads `SET_FOR_EDITS` and its own, and nothing else."""
+
+    make: Callable[[Upper, loop_edits.Ground], Edit]
+
+
+SET_FOR_EDITS = ("every", "anchor")
+
+ERASERS: dict[str, GradientKind | EditKind] = {
+    "guidance": GradientKind(lambda upper, scene: Guidance(upper.eta), reads=("eta",), watched=True),
+    "anchor-kd": GradientKind(lambda upper, scene: Guidance(0.0), watched=True),
+    "concept-ablation": GradientKind(
         lambda upper, scene: ConceptAblation(scene.source(upper), upper.ablation.keep),
         reads=("source", "ablation"),
         source="start",
         shows="anchor",
         watched=True,
     ),
-    "esd": Kind(
+    "esd": GradientKind(
         lambda upper, scene: Esd(scene.source(upper), scene.null, upper.eta, **vars(upper.esd)),
         reads=("eta", "source", "esd"),
         source="start",
         watched=True,
     ),
-    "salun": Kind(
+    "salun": GradientKind(
         lambda upper, scene: SalUn(
             scene.source(upper), scene.flat, scene.salient(upper.salun.batches, upper.salun.share)
         ),
         reads=("source", "salun"),
         source="self",
+        masked=True,
         watched=True,
     ),
-    "erasediff": Kind(
+    "erasediff": GradientKind(
         lambda upper, scene: EraseDiff(scene.source(upper), upper.erasediff.barrier),
         reads=("source", "erasediff"),
         source="self",
+        ruled=True,
     ),
-    "forget-me-not": Kind(lambda upper, scene: ForgetMeNot(scene.words())),
+    "forget-me-not": GradientKind(lambda upper, scene: ForgetMeNot(scene.words())),
+    "uce": EditKind(loop_edits.uce, reads=("uce",)),
+    "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
 }
+
+_OWN = {name for kind in ERASERS.values() for name in kind.reads}
+"""Settings that only some erasers read."""
 
 
 def source_of(upper: Upper) -> Source | None:
     """The source that the settings mean; None where the eraser has none."""
-    if upper.eraser in EDITS:
-        return None
-    return UPPER[upper.eraser].source if upper.source == "paper" else upper.source
+    paper = ERASERS[upper.eraser].source
+    return paper if paper is None or upper.source == "paper" else upper.source
 
 
 def start(upper: Upper, student: UNet, dtype: torch.dtype) -> Start | None:
@@ -128,9 +148,14 @@ def start(upper: Upper, student: UNet, dtype: torch.dtype) -> Start | None:
     return Start(student, dtype) if source_of(upper) == "start" else None
 
 
-def make(upper: Upper, scene: Scene) -> Eraser:
-    """The eraser that the settings name; `check` has passed them."""
-    return UPPER[upper.eraser].make(upper, scene)
+def holds(upper: Upper) -> dict[str, bool]:
+    """What the upper level keeps in memory, as `profiling.memory.estimate` takes it."""
+    kind, on = ERASERS[upper.eraser], upper.every > 0
+    return {
+        "upper": on and isinstance(kind, GradientKind),
+        "start": on and source_of(upper) == "start",
+        "mask": on and kind.masked,
+    }
 
 
 def holder(flat: FlatParameters, which: str) -> Callable[[], object]:
@@ -149,7 +174,7 @@ def holder(flat: FlatParameters, which: str) -> Callable[[], object]:
 
 def shows(name: str) -> Shows:
     """What an eraser wants the images of the bank to show."""
-    return UPPER[name].shows if name in UPPER else "prompt"
+    return ERASERS[name].shows
 
 
 def check(upper: Upper, default: Upper | None = None) -> None:
@@ -161,60 +186,42 @@ def check(upper: Upper, default: Upper | None = None) -> None:
     Raises:
         UserError: Names the flag.
     """
-    if upper.eraser not in UPPER and upper.eraser not in EDITS:
-        raise UserError(f"--upper.eraser {upper.eraser!r} does not exist{nearest(upper.eraser, [*UPPER, *EDITS])}")
+    if upper.eraser not in ERASERS:
+        raise UserError(f"--upper.eraser {upper.eraser!r} does not exist{nearest(upper.eraser, ERASERS)}")
     given, defaults = (flatten(asdict(settings)) for settings in (upper, default or Upper()))
     for name, value in given.items():
         section = name.partition(".")[0]
         if value != defaults[name] and section != "eraser" and not _reads(upper.eraser, section):
-            readers = ", ".join(other for other in (*UPPER, *EDITS) if _reads(other, section))
+            readers = ", ".join(other for other in ERASERS if _reads(other, section))
             raise UserError(
                 f"--upper.{name.replace('_', '-')} is {value}, but eraser {upper.eraser!r} does not read it; "
                 f"those that do: {readers}"
             )
-    if upper.eraser == "erasediff" and upper.surgery:
-        raise UserError("--upper.surgery given with eraser 'erasediff', which weighs the two gradients by its own rule")
+    if ERASERS[upper.eraser].ruled and upper.surgery:
+        raise UserError(
+            f"--upper.surgery given with eraser {upper.eraser!r}, which weighs the two gradients by its own rule"
+        )
     if upper.controller.enabled:
         _check_controller(upper)
-    good = {
-        "ablation.keep": upper.ablation.keep >= 0,
-        "esd.steps": upper.esd.steps >= 3,
-        "salun.share": 0 < upper.salun.share <= 1,
-        "salun.batches": upper.salun.batches >= 1,
-        "erasediff.barrier": upper.erasediff.barrier >= 0,
-        "uce.texts": upper.uce.texts >= 0,
-        "uce.hold": 0 <= upper.uce.hold < float("inf"),
-        "uce.ridge": 0 < upper.uce.ridge < float("inf"),
-        "concept_prune.every": upper.concept_prune.every >= 0,
-        "concept_prune.ratio": 0 < upper.concept_prune.ratio <= 1,
-        "concept_prune.select": 0 <= upper.concept_prune.select < 1,
-        "concept_prune.prompts": upper.concept_prune.prompts >= 1,
-        "concept_prune.steps": upper.concept_prune.steps >= 1,
-        "concept_prune.batch": upper.concept_prune.batch >= 1,
-    }
-    for name in (name for name, fine in good.items() if not fine):
-        raise UserError(
-            f"--upper.{name.replace('_', '-')} is {given[name]}, outside its range; --help says what it means"
-        )
 
 
 def _reads(eraser: str, section: str) -> bool:
     """Whether an eraser reads a setting, or a section of settings, of the upper level."""
-    if eraser in EDITS:
-        return section in EDITS[eraser]
-    return section not in OWN or section in UPPER[eraser].reads
+    kind = ERASERS[eraser]
+    common = section not in _OWN and (isinstance(kind, GradientKind) or section in SET_FOR_EDITS)
+    return common or section in kind.reads
 
 
 def reach(upper: Upper) -> float:
     """Where the eraser's target lies, in distances from the concept to its anchor."""
-    return 1 + upper.eta if "eta" in UPPER[upper.eraser].reads else 1.0
+    return 1 + upper.eta if "eta" in ERASERS[upper.eraser].reads else 1.0
 
 
 def _check_controller(upper: Upper) -> None:
     """Refuse a controller that could not see, or would not be heard."""
-    kind, given = UPPER[upper.eraser], "--upper.controller.enabled given"
+    kind, given = ERASERS[upper.eraser], "--upper.controller.enabled given"
     if not kind.watched:
-        able = ", ".join(name for name, other in UPPER.items() if other.watched)
+        able = ", ".join(name for name, other in ERASERS.items() if other.watched)
         raise UserError(f"{given} with eraser {upper.eraser!r}, whose progress it cannot measure or steer; use {able}")
     if upper.penalty_norm != "grad":
         raise UserError(f"{given} with --upper.penalty-norm {upper.penalty_norm}; its lambda is one of `grad`")

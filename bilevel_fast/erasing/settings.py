@@ -1,11 +1,14 @@
 """Settings of the upper level: what every eraser reads, and a section for each that reads more.
 
-The docstring under a field is its help text.
+The docstring under a field is its help text. `check` of a section refuses values out of range, with a UserError.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from bilevel_fast.base.errors import in_range
 
 
 @dataclass(frozen=True)
@@ -14,6 +17,9 @@ class Ablation:
 
     keep: float = 1.0
     """Weight of the diffusion loss on anchor images and prompts; 0 leaves it out."""
+
+    def check(self) -> None:
+        in_range("--upper.ablation.keep", self.keep, ">= 0", self.keep >= 0)
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,9 @@ class Esd:
     compat: bool = False
     """Name the timestep as the released script does: 19 too high at 50 steps."""
 
+    def check(self) -> None:
+        in_range("--upper.esd.steps", self.steps, ">= 3", self.steps >= 3)
+
 
 @dataclass(frozen=True)
 class Salun:
@@ -37,6 +46,10 @@ class Salun:
     batches: int = 8
     """Concept batches over which these gradients are added up, before the first step."""
 
+    def check(self) -> None:
+        in_range("--upper.salun.share", self.share, "> 0 and <= 1", 0 < self.share <= 1)
+        in_range("--upper.salun.batches", self.batches, ">= 1", self.batches >= 1)
+
 
 @dataclass(frozen=True)
 class Erasediff:
@@ -44,6 +57,9 @@ class Erasediff:
 
     barrier: float = 0.5
     """How fast the erasing loss must fall, in squared norms of its gradient. A choice of ours, not the paper's."""
+
+    def check(self) -> None:
+        in_range("--upper.erasediff.barrier", self.barrier, ">= 0", self.barrier >= 0)
 
 
 @dataclass(frozen=True)
@@ -59,6 +75,11 @@ class UceStep:
     """Weight of all preserved texts together; a concept's texts to erase weigh 1 together, and so do their guides."""
     ridge: float = 0.5
     """How much the weights hold on to what they are where no text says anything."""
+
+    def check(self) -> None:
+        in_range("--upper.uce.texts", self.texts, ">= 0", self.texts >= 0)
+        in_range("--upper.uce.hold", self.hold, ">= 0 and finite", 0 <= self.hold < math.inf)
+        in_range("--upper.uce.ridge", self.ridge, "> 0 and finite", 0 < self.ridge < math.inf)
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,14 @@ class ConceptPruneStep:
     batch: int = 8
     """Prompts sampled together."""
 
+    def check(self) -> None:
+        in_range("--upper.concept-prune.every", self.every, ">= 0", self.every >= 0)
+        in_range("--upper.concept-prune.ratio", self.ratio, "> 0 and <= 1", 0 < self.ratio <= 1)
+        in_range("--upper.concept-prune.select", self.select, ">= 0 and < 1", 0 <= self.select < 1)
+        in_range("--upper.concept-prune.prompts", self.prompts, ">= 1", self.prompts >= 1)
+        in_range("--upper.concept-prune.steps", self.steps, ">= 1", self.steps >= 1)
+        in_range("--upper.concept-prune.batch", self.batch, ">= 1", self.batch >= 1)
+
 
 @dataclass(frozen=True)
 class Controller:
@@ -97,6 +126,12 @@ class Controller:
     """How far the smoothed lower loss may rise above its least value, as a share of that, before lambda rises."""
     horizon: int = 200
     """Lower steps that the smoothing looks back on, and between two changes of K."""
+
+    def check(self) -> None:
+        in_range("--upper.controller.gone", self.gone, "> 0", self.gone is None or self.gone > 0)
+        in_range("--upper.controller.by", self.by, "> 0 and <= 1", 0 < self.by <= 1)
+        in_range("--upper.controller.gap", self.gap, ">= 0", self.gap >= 0)
+        in_range("--upper.controller.horizon", self.horizon, ">= 1", self.horizon >= 1)
 
 
 @dataclass(frozen=True)
@@ -138,3 +173,17 @@ class Upper:
     erasediff: Erasediff = field(default_factory=Erasediff)
     uce: UceStep = field(default_factory=UceStep)
     concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)
+
+    def check(self) -> None:
+        """Refuse values out of range, here and in all sections.
+
+        Raises:
+            UserError: Names the flag and its range.
+        """
+        in_range("--upper.every", self.every, ">= 0", self.every >= 0)
+        in_range("--upper.batch", self.batch, ">= 1", self.batch >= 1)
+        in_range("--upper.lr", self.lr, "> 0", self.lr > 0)
+        in_range("--upper.penalty", self.penalty, ">= 0", self.penalty >= 0)
+        sections: list[Any] = [getattr(self, each.name) for each in fields(self)]
+        for section in filter(is_dataclass, sections):
+            section.check()

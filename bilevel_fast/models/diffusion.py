@@ -21,7 +21,6 @@ from bilevel_fast.base.files import read_json
 
 PredictionType = Literal["v_prediction", "epsilon"]
 Quantity = Literal["v_prediction", "epsilon", "sample"]
-SnrForm = Literal["official", "min_snr"]
 
 # Fields of a diffusers scheduler config that change the noise process or the sampling grid: the one value
 # that is implemented, and what diffusers assumes when the field is missing.
@@ -154,7 +153,6 @@ def noise(
     eps: Tensor,
     t: Tensor,
     snr_gamma: float | None = 5.0,
-    snr_form: SnrForm = "official",
 ) -> Noised:
     """Noise clean latents to timestep t, with the training target and weight of each sample.
 
@@ -164,7 +162,6 @@ def noise(
         eps: (B, C, H, W) standard normal noise.
         t: (B,) int64 in [0, T). Not range-checked, which would cost a device synchronisation.
         snr_gamma: See `snr_weight`.
-        snr_form: See `snr_weight`.
 
     Raises:
         ValueError: latents and eps, or their batch and t, differ in shape.
@@ -176,33 +173,29 @@ def noise(
     x0, eps = latents.float(), eps.float()
     alpha, sigma = schedule.alpha_sigma(t, x0.ndim)
     target = alpha * eps - sigma * x0 if schedule.prediction_type == "v_prediction" else eps
-    return Noised(alpha * x0 + sigma * eps, t, target, snr_weight(schedule, t, snr_gamma, snr_form))
+    return Noised(alpha * x0 + sigma * eps, t, target, snr_weight(schedule, t, snr_gamma))
 
 
-def snr_weight(schedule: Schedule, t: Tensor, gamma: float | None = 5.0, form: SnrForm = "official") -> Tensor:
+def snr_weight(schedule: Schedule, t: Tensor, gamma: float | None = 5.0) -> Tensor:
     """The weight (B,) fp32 of each sample's squared error.
 
     With SNR = abar / (1 - abar), so that SNR + 1 = 1 / (1 - abar):
 
-    v-prediction  official   min(SNR + 1, gamma) / (SNR + 1) = min(1, gamma (1 - abar))
-                  min_snr    min(SNR, gamma) / (SNR + 1)     = min(abar, gamma (1 - abar))
-    epsilon       either     min(SNR, gamma) / SNR           = min(1, gamma (1 - abar) / abar)
+    v-prediction  min(SNR + 1, gamma) / (SNR + 1) = min(1, gamma (1 - abar))
+    epsilon       min(SNR, gamma) / SNR           = min(1, gamma (1 - abar) / abar)
 
-    `min_snr` is Min-SNR's. `official` is what the trainer of arXiv:2412.15341 computes: at gamma 5 it tames
-    t < 170 only, and averages 0.908 over t where Min-SNR's averages 0.294. That trainer knows no epsilon
-    models, so for these there is no second form.
+    For v-prediction this is what the trainer of arXiv:2412.15341 computes: at gamma 5 it tames t < 170 only, and
+    averages 0.908 over t, where Min-SNR's own form, min(SNR, gamma) / (SNR + 1), averages 0.294. For epsilon it is
+    Min-SNR's.
 
     Args:
         schedule: Gives abar and the prediction type.
         t: (B,) int64 in [0, T).
         gamma: Where the SNR is clipped; None weighs all samples 1.
-        form: Which of the above.
 
     Raises:
-        UserError: gamma is not positive, or form is unknown.
+        UserError: gamma is not positive.
     """
-    if form not in (known := get_args(SnrForm)):
-        raise UserError(f"snr_form {form!r} does not exist{nearest(form, known)}")
     if gamma is None:
         return torch.ones_like(t, dtype=torch.float32)
     if not gamma > 0:
@@ -211,7 +204,7 @@ def snr_weight(schedule: Schedule, t: Tensor, gamma: float | None = 5.0, form: S
     clipped = gamma * (1.0 - abar)
     if schedule.prediction_type == "epsilon":
         return (clipped / abar).clamp(max=1.0)
-    return clipped.clamp(max=1.0) if form == "official" else torch.minimum(abar, clipped)
+    return clipped.clamp(max=1.0)
 
 
 def convert(

@@ -243,7 +243,7 @@ def descents(
     without, as a graph knows no rooms; the second result says so.
 
     Args:
-        levels: Within `assemble.running`.
+        levels: Within `loop.running`.
         device: Where they compute.
         repeats: Steps to record, by level.
         warmup: Steps of each level before anything is timed.

@@ -1,21 +1,15 @@
-"""Train one student: levels, statistics, checkpoints, resume.
+"""Both levels of a student, put together from the settings of a run, and its training from the first step to the last.
 
-A run is a pure function of its configuration. Checkpoints lie between lower steps (an upper step belongs to the lower
-step before it), batches and noise follow from the step number, so a run that was killed and resumed ends with the same
-bits as one that was not.
+A run is a pure function of its configuration: batches and noise follow from the step number. An upper step belongs to
+the lower step before it, and checkpoints lie between lower steps.
 """
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.blend import Shares, weights_of
@@ -30,23 +24,18 @@ from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.fp8 import kd_error, to_fp8
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.ops.graphs import cuda_recorder, side_stream
 from bilevel_fast.runs.config import TrainConfig
-from bilevel_fast.training import checkpoint
-from bilevel_fast.training.graphs import Graphs
-from bilevel_fast.training.levels import AnyLevel, Editing, Level, bilevel, descend
+from bilevel_fast.training.checkpoint import GracefulStop
+from bilevel_fast.training.levels import AnyLevel, Editing, Level, descend
+from bilevel_fast.training.loop import LoopSettings, Places, Progress, run, running
 from bilevel_fast.training.lower import Answers, FineTuning
 from bilevel_fast.training.optim import AdamW, LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
-from bilevel_fast.training.stats import Console, JsonLines, Stats, tensorboard
+from bilevel_fast.training.student import StudentTraining
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.training.upper import Suppression
 
 _log = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved."""
 
 
 @dataclass(frozen=True)
@@ -62,32 +51,14 @@ class Materials:
     """Classifier-free guidance scale that the teacher is sampled with."""
 
 
-@dataclass(frozen=True)
-class Places:
-    """Where one student's training leaves its traces."""
-
-    checkpoints: Path
-    stats: Path
-    events: Path
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a training is. `seconds` is time spent in steps, over all sessions."""
-
-    step: int = 0
-    upper_steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
-
-
 def levels(
     config: TrainConfig, student: UNet, materials: Materials, device: torch.device, answers: Answers | None = None
 ) -> tuple[Level, AnyLevel | None]:
     """Both levels over one set of student parameters; no upper one without concepts or with `upper.every` 0.
 
-    The student's parameters move into flat buffers, in the precision of the configuration; so does the teacher.
-    `answers` may be shared by students that are trained side by side.
+    The student's parameters move into flat buffers, in the precision of the configuration. The teacher is frozen, and
+    otherwise as it was: where it lies elsewhere or has another dtype, a copy of it teaches. `answers` may be shared by
+    students that are trained side by side.
     """
     lower, upper, dtype = config.lower, config.upper, compute_dtype(config.precision, device)
     schedule = materials.schedule.to(device)
@@ -102,8 +73,8 @@ def levels(
 
     batches = Batches(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
     if answers is None:
-        unet = materials.teacher.to(dtype)
-        answers = Answers(Teacher(unet), schedule, config.seed, lower.snr_gamma)
+        teacher = Teacher.of(materials.teacher, device, dtype)
+        answers = Answers(teacher, schedule, config.seed, lower.snr_gamma)
         if config.fp8_teacher:
             with loader(batches) as ahead:
                 answers.teacher = _in_fp8(answers, ahead(0))
@@ -111,17 +82,18 @@ def levels(
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:
         return first, None
-    if upper.eraser in erasers.EDITS:
+    kind = erasers.ERASERS[upper.eraser]
+    if isinstance(kind, erasers.EditKind):
         ground = loop_edits.Ground(
             flat, materials.data, materials.concepts, encoder, schedule, config.seed, materials.guidance
         )
-        return first, Editing(loop_edits.make(upper, ground))
+        return first, Editing(kind.make(upper, ground))
     batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)
     with loader(batches) as ahead:
         look = partial(salient, student, answers, flat, ahead)
         words = partial(Words, encoder, materials.concepts)
-        eraser = erasers.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
+        eraser = kind.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
     hold = erasers.holder(flat, upper.subset)
     controller = None
     if upper.controller.enabled:
@@ -160,7 +132,7 @@ def fit(
     student: UNet,
     materials: Materials,
     places: Places,
-    stop: checkpoint.GracefulStop,
+    stop: GracefulStop,
     device: torch.device,
 ) -> Progress:
     """Train `student` in place up to `config.lower.steps`, from its latest checkpoint if there is one.
@@ -173,118 +145,13 @@ def fit(
             checkpoint does not fit the student.
     """
     lower, upper = levels(config, student, materials, device)
+    training = StudentTraining(lower, upper, config.upper.every, device, config.graphs)
+    settings = LoopSettings(
+        config.lower.steps, config.lower.batch, config.log_every, config.checkpoint_every, config.max_bad_steps
+    )
     with running([level for level in (lower, upper) if level is not None], device):
-        progress = _steps(config, lower, upper, places, stop, device)
+        progress = run(training, settings, places, stop)
         if isinstance(upper, Editing) and config.lower.steps % config.upper.every:
             descend(upper, config.lower.steps // config.upper.every)  # what the last lower steps have moved back
         lower.optimizer.flat.release()
     return progress
-
-
-@contextlib.contextmanager
-def running(both: Sequence[AnyLevel], device: torch.device) -> Iterator[None]:
-    """What the steps of `levels` need around them: loaders that are closed, library settings, a stream to capture."""
-    with contextlib.ExitStack() as stack:
-        for level in both:
-            if isinstance(level, Level):
-                stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # levels() makes Loaders
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes do not change
-            torch.set_float32_matmul_precision("high")
-            stack.enter_context(side_stream(device))
-        yield
-
-
-def _steps(
-    config: TrainConfig,
-    lower: Level,
-    upper: AnyLevel | None,
-    places: Places,
-    stop: checkpoint.GracefulStop,
-    device: torch.device,
-) -> Progress:
-    both: dict[str, AnyLevel] = {level.name: level for level in (lower, upper) if level is not None}
-    progress = _restore(both, places.checkpoints)
-    if progress.step >= config.lower.steps:
-        return progress
-    sinks = [
-        Console(config.lower.steps, progress.step),
-        JsonLines(places.stats, progress.step),
-        tensorboard(places.events, progress.images),
-    ]
-    graphs = Graphs(cuda_recorder(device) if config.graphs else None)
-    with Stats(sinks, images=progress.images, seconds=progress.seconds) as stats:
-        for _ in bilevel(lower, upper, config.upper.every, progress.step, config.lower.steps, graphs):
-            step = progress.step + 1
-            done = step == config.lower.steps
-            pace = upper.pace if isinstance(upper, Level) else None
-            upper_steps = pace.upper_steps if pace else step // config.upper.every if upper is not None else 0
-            progress = Progress(step, upper_steps, step * config.lower.batch, progress.seconds)
-            if step % config.log_every == 0 or done or stop.requested:
-                rates = {f"{name}/lr": optimizer.next_lr for name, optimizer in _optimizers(both).items()}
-                rates |= {"upper/every": pace.every} if pace else {}
-                record = stats.flush(step, progress.images, [level.means for level in both.values()], **rates)
-                progress = replace(progress, seconds=record["seconds"])
-                _check_finite(both, config.max_bad_steps, progress, places.checkpoints)
-            if step % config.checkpoint_every == 0 or done or stop.requested:
-                _save(both, progress, places.checkpoints)
-            if stop.requested and not done:
-                raise Interrupted(f"stopped after lower step {step} of {config.lower.steps}")
-    return progress
-
-
-def _optimizers(both: dict[str, AnyLevel]) -> dict[str, LevelOptimizer]:
-    """An edit has none."""
-    return {name: level.optimizer for name, level in both.items() if isinstance(level, Level)}
-
-
-def _save(both: dict[str, AnyLevel], progress: Progress, folder: Path) -> None:
-    flat = _optimizers(both)["lower"].flat
-    optimizers = {name: optimizer.state_dict() for name, optimizer in _optimizers(both).items()}
-    if flat.average is not None:
-        optimizers["average"] = flat.state_dict(flat.average)
-    for level in both.values():
-        if level.eraser is not None and (state := level.eraser.state_dict()):
-            optimizers["eraser"] = state
-        if isinstance(level, Level) and level.pace is not None:
-            optimizers["pace"] = level.pace.state_dict()
-    checkpoint.save(folder, progress.step, flat.state_dict(), optimizers, vars(progress))
-
-
-def _restore(both: dict[str, AnyLevel], folder: Path) -> Progress:
-    found, flat = checkpoint.latest(folder), _optimizers(both)["lower"].flat
-    if found is None:
-        return Progress()
-    try:
-        flat.load_state_dict(found.tensors)
-        for name, optimizer in _optimizers(both).items():
-            optimizer.load_state_dict(found.optimizers[name])
-        if flat.average is not None:
-            flat.load_state_dict(found.optimizers["average"], flat.average)
-        for level in both.values():
-            # masks that an edit finds on its way are in the checkpoint before they are in the edit
-            if level.eraser is not None and ("eraser" in found.optimizers or level.eraser.state_dict()):
-                level.eraser.load_state_dict(found.optimizers["eraser"])
-            if isinstance(level, Level) and level.pace is not None:
-                level.pace.load_state_dict(found.optimizers["pace"])
-        state: dict[str, Any] = found.state
-        progress = Progress(**state)
-    except UserError:
-        raise
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint {found.step} in {folder} does not fit this student: {reason}") from error
-    _log.info("resuming %s after lower step %d", folder.name, progress.step)
-    return progress
-
-
-def _check_finite(both: dict[str, AnyLevel], limit: int, progress: Progress, folder: Path) -> None:
-    """One read of the device per level, at the status line only."""
-    for name, optimizer in _optimizers(both).items():
-        bad = int(optimizer.bad_in_a_row)
-        if bad >= limit:
-            _save(both, progress, folder)
-            raise UserError(
-                f"the last {bad} {name} steps had a non-finite gradient and were skipped; stopped at lower step "
-                f"{progress.step}, the weights before them are saved in {folder}; lower --{name}.lr"
-            )

@@ -1,17 +1,17 @@
 """The settings of a run: one tree of frozen dataclasses, a few named presets, and the checks across fields.
 
-The docstring under a field is its help text. Only `train` knows this module; the rooms of a training step receive
-plain values.
+The docstring under a field is its help text. Only `train` knows this module; what trains receives plain values.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.errors import UserError, in_range, nearest
 from bilevel_fast.erasing.settings import Controller, Upper
-from bilevel_fast.training.losses import LossWeights
+from bilevel_fast.training.settings import LossWeights
 from bilevel_fast.worlds.mini.settings import Mini
 
 
@@ -32,6 +32,13 @@ class Lower:
     """Gamma of the SNR weight."""
     p_uncond: float = 0.0
     """Share of captions replaced by the empty prompt."""
+
+    def check(self) -> None:
+        """Refuse values out of range, with a UserError."""
+        in_range("--lower.steps", self.steps, ">= 1", self.steps >= 1)
+        in_range("--lower.batch", self.batch, ">= 1", self.batch >= 1)
+        in_range("--lower.lr", self.lr, "> 0", self.lr > 0)
+        in_range("--lower.p-uncond", self.p_uncond, ">= 0 and < 1", 0 <= self.p_uncond < 1)
 
 
 @dataclass(frozen=True)
@@ -130,33 +137,16 @@ class TrainConfig:
             )
         if self.data is not None and not self.concepts and self.upper.every:
             raise UserError("--data given without --concepts; --upper.every 0 runs without suppression")
-        checks = {
-            "lower.steps": self.lower.steps >= 1,
-            "lower.batch": self.lower.batch >= 1,
-            "lower.lr": self.lower.lr > 0,
-            "lower.p-uncond": 0 <= self.lower.p_uncond < 1,
-            "upper.every": self.upper.every >= 0,
-            "upper.batch": self.upper.batch >= 1,
-            "upper.lr": self.upper.lr > 0,
-            "upper.penalty": self.upper.penalty >= 0,
-            "upper.controller.gone": self.upper.controller.gone is None or self.upper.controller.gone > 0,
-            "upper.controller.by": 0 < self.upper.controller.by <= 1,
-            "upper.controller.gap": self.upper.controller.gap >= 0,
-            "upper.controller.horizon": self.upper.controller.horizon >= 1,
-            "prune.budget": 0 < self.prune.budget <= 1,
-            "erase": len(self.erase) >= 1,
-            "concept-weights": all(0 < weight < float("inf") for weight in self.concept_weights),
-            "clip-norm": self.clip_norm is None or self.clip_norm > 0,
-            "ema": self.ema is None or 0 < self.ema < 1,
-            "log-every": self.log_every >= 1,
-            "checkpoint-every": self.checkpoint_every >= 1,
-        }
-        for flag, good in checks.items():
-            if not good:
-                value: Any = self
-                for part in flag.replace("-", "_").split("."):
-                    value = getattr(value, part)
-                raise UserError(f"--{flag} is {value}, outside its range; --help says what it means")
+        in_range("--erase", self.erase, "one or more", len(self.erase) >= 1)
+        shares = self.concept_weights
+        in_range("--concept-weights", shares, "each > 0 and finite", all(0 < share < math.inf for share in shares))
+        in_range("--clip-norm", self.clip_norm, "> 0", self.clip_norm is None or self.clip_norm > 0)
+        in_range("--ema", self.ema, "> 0 and < 1", self.ema is None or 0 < self.ema < 1)
+        in_range("--log-every", self.log_every, ">= 1", self.log_every >= 1)
+        in_range("--checkpoint-every", self.checkpoint_every, ">= 1", self.checkpoint_every >= 1)
+        in_range("--prune.budget", self.prune.budget, "> 0 and <= 1", 0 < self.prune.budget <= 1)
+        self.lower.check()
+        self.upper.check()
 
     @property
     def world(self) -> str | None:

@@ -6,9 +6,9 @@ import torch
 
 from bilevel_fast.ops.graphs import cuda_recorder
 from bilevel_fast.profiling.profile import StepProfile, descents
-from bilevel_fast.runs.assemble import running
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.session import start_levels
+from bilevel_fast.training.loop import running
 
 
 def profiled(

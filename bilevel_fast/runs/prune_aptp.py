@@ -22,9 +22,9 @@ from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning.aptp.experts import find_vector, read_codebook, read_vector
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
-from bilevel_fast.runs.assemble import Interrupted
 from bilevel_fast.runs.router import MINI, PAPER, AptpConfig, run
 from bilevel_fast.sampling.prompts import read_lines
+from bilevel_fast.training.loop import Interrupted
 
 
 def aptp(argv: Sequence[str]) -> None:

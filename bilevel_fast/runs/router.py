@@ -8,7 +8,7 @@ Legend: B batch, N training prompts, K experts, D width of the prompt embedding.
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
@@ -31,11 +32,12 @@ from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX, write_mixture
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.runs.assemble import Interrupted, running
 from bilevel_fast.runs.sources import image_source
-from bilevel_fast.training import checkpoint
+from bilevel_fast.training import loop
+from bilevel_fast.training.checkpoint import GracefulStop
+from bilevel_fast.training.loop import LoopSettings, Places, Trainee, running
 from bilevel_fast.training.run_folder import RunFolder
-from bilevel_fast.training.stats import Console, JsonLines, Means, Stats
+from bilevel_fast.training.stats import Means
 from bilevel_fast.worlds.mini import TEACHER
 
 _log = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ def run(config: AptpConfig) -> dict[str, Any]:
             prompts = training_prompts(source, config.max_prompts)
             encoder, embeddings = centred(encoder, prompts)
             batches = Batches(source, folder.text_encoder, config.batch, config.seed)
-            with checkpoint.GracefulStop() as stop:
+            with GracefulStop() as stop:
                 try:
                     _fit(config, training, batches, Embeddings(encoder, prompts, embeddings), place, stop)
                 except torch.OutOfMemoryError as error:
@@ -216,63 +218,41 @@ def _encoder(config: AptpConfig, folder: ModelFolder, device: torch.device) -> P
     return MpnetPrompts.load(config.prompt_encoder, device)
 
 
+class _RouterRun(Trainee):
+    """A router on its way, as the run loop takes it."""
+
+    name, counters = "router", ("step", "seconds")
+
+    def __init__(self, training: RouterTraining, batches: Callable[[int], Batch], embeddings: Embeddings):
+        self.training, self.batches, self.embeddings = training, batches, embeddings
+        self.flat, self.optimizers, self.means = training.flat, {"router": training.optimizer}, [Means()]
+
+    def steps(self, start: int, end: int) -> Iterator[object]:
+        self.training.step = start
+        for step in range(start, end):
+            batch = self.batches(step)
+            terms = self.training.advance(batch, self.embeddings(batch.captions))
+            self.means[0].add(terms)
+            yield terms
+
+    def numbers(self) -> dict[str, Tensor | float]:
+        return {"lr": self.training.optimizer.next_lr}
+
+    def lr_flag(self, name: str) -> str:
+        return "--lr"
+
+
 def _fit(
     config: AptpConfig,
     training: RouterTraining,
     batches: Batches,
     embeddings: Embeddings,
     place: RunFolder,
-    stop: checkpoint.GracefulStop,
+    stop: GracefulStop,
 ) -> None:
     """Train up to `config.steps`, from the latest checkpoint if there is one."""
-    seconds = _restore(training, place)
-    means, device = Means(), training.device
-    sinks = [Console(config.steps, training.step), JsonLines(place.stats, training.step)]
-    images = training.step * config.batch
+    device = training.device
+    settings = LoopSettings(config.steps, config.batch, config.log_every, config.checkpoint_every, config.max_bad_steps)
     loader = Loader(batches, device, config.seed, training.schedule.num_train_timesteps)
-    with running([], device), loader, Stats(sinks, images=images, seconds=seconds) as stats:
-        while training.step < config.steps:
-            batch = loader(training.step)
-            means.add(training.advance(batch, embeddings(batch.captions)))
-            step = training.step
-            ends = step == config.steps or stop.requested
-            if step % config.log_every == 0 or ends:
-                record = stats.flush(step, step * config.batch, [means], lr=training.optimizer.next_lr)
-                seconds = record["seconds"]
-                _check_finite(config, training, place, seconds)
-            if step % config.checkpoint_every == 0 or ends:
-                _save(training, place, seconds)
-            if stop.requested and step < config.steps:
-                raise Interrupted(f"stopped after step {step} of {config.steps}")
-
-
-def _save(training: RouterTraining, place: RunFolder, seconds: float) -> None:
-    state = training.state_dict()
-    progress = {"step": state["step"], "seconds": seconds}
-    checkpoint.save(place.checkpoints, state["step"], state["router"], {"router": state["optimizer"]}, progress)
-
-
-def _restore(training: RouterTraining, place: RunFolder) -> float:
-    """Seconds of training so far."""
-    found = checkpoint.latest(place.checkpoints)
-    if found is None:
-        return 0.0
-    try:
-        step, seconds = int(found.state["step"]), float(found.state["seconds"])
-        training.load_state_dict({"router": found.tensors, "optimizer": found.optimizers["router"], "step": step})
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"checkpoint {found.step} in {place.checkpoints} does not fit this router: {reason}") from error
-    _log.info("resuming after step %d", step)
-    return seconds
-
-
-def _check_finite(config: AptpConfig, training: RouterTraining, place: RunFolder, seconds: float) -> None:
-    """One read of the device, at the status line only."""
-    bad = int(training.optimizer.bad_in_a_row)
-    if bad >= config.max_bad_steps:
-        _save(training, place, seconds)
-        raise UserError(
-            f"the last {bad} steps had a non-finite gradient and were skipped; stopped at step {training.step}, "
-            f"the router before them is saved in {place.checkpoints}; lower --lr"
-        )
+    with running([], device), loader:
+        loop.run(_RouterRun(training, loader, embeddings), settings, Places(place.checkpoints, place.stats), stop)

@@ -31,12 +31,13 @@ from bilevel_fast.profiling.memory import describe, estimate
 from bilevel_fast.pruning import MacBudget, calibration_set, method
 from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
-from bilevel_fast.runs.assemble import Materials, Places, Progress, compute_dtype, fit, levels
+from bilevel_fast.runs.assemble import Materials, compute_dtype, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.training.checkpoint import GracefulStop, latest
 from bilevel_fast.training.levels import AnyLevel, Level
+from bilevel_fast.training.loop import Places, Progress
 from bilevel_fast.training.run_folder import RunFolder
 from bilevel_fast.worlds import world
 from bilevel_fast.worlds.mini import TEACHER
@@ -63,15 +64,14 @@ def run(config: TrainConfig) -> dict[str, Any]:
     names = ["student", "distilled"] if config.world and config.twin else ["student"]
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
         with GracefulStop() as stop:
-            teacher = folder.unet().to(device).requires_grad_(False)
+            teacher = folder.unet().requires_grad_(False)
             materials = gather(config, folder, teacher, erased, place.path)
             trained = {name: _train(name, config, folder, start, materials, place, stop, device) for name in names}
         summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
         if config.world:
             judge, settings = world(config.world), config.world_settings
-            # read again: the trainer may have turned its own teacher into bf16
-            models = {"teacher": folder.unet().to(device), **{name: trained[name][0] for name in reversed(names)}}
+            models = {"teacher": teacher.to(device), **{name: trained[name][0] for name in reversed(names)}}
             drawn = {name: judge.portfolio(u, folder, erased, settings, config.seed) for name, u in models.items()}
             summary["hits"] = {name: judge.hits(samples, erased) for name, samples in drawn.items()}
             summary["quality"] = {name: judge.quality(samples, erased) for name, samples in drawn.items()}
@@ -98,7 +98,7 @@ def start_levels(config: TrainConfig, device: torch.device, scratch: Path) -> tu
     folder = load_folder(config.teacher or TEACHER)
     check_world(config, folder)
     student = initial_student(config, folder, align=8 if device.type == "cuda" else 1).to(device)
-    teacher = folder.unet().to(device).requires_grad_(False)
+    teacher = folder.unet().requires_grad_(False)
     return levels(config, student, gather(config, folder, teacher, erased, scratch), device)
 
 
@@ -116,7 +116,7 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
         banks = here.concept_banks(folder, names, settings, config.seed, place, alone=not earlier, shows=shows)
     else:
         assert config.data is not None
-        data = open_images(config.data, folder, next(teacher.parameters()).device)
+        data = open_images(config.data, folder, pick_device(config.device))
         banks = [_bank(path, folder) for path in config.concepts]
         names = [path.name for path in config.concepts]
     guidance = config.world_settings.guidance if config.world else folder.family.guidance
@@ -254,9 +254,7 @@ def out_of_memory(config: TrainConfig, structure: Structure, folder: ModelFolder
         precision=precision,
         recompute=config.recompute,
         ema=config.ema is not None,
-        upper=config.upper.every > 0 and config.upper.eraser not in erasers.EDITS,
-        start=config.upper.every > 0 and erasers.source_of(config.upper) == "start",
-        mask=config.upper.every > 0 and config.upper.eraser == "salun",
+        **erasers.holds(config.upper),
     )
     return UserError(f"{device} is out of memory; what was saved is whole\n{describe(wanted, card)}")
 

@@ -104,7 +104,8 @@ def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, None if there is none; a damaged one on the way gets a warning.
 
     Raises:
-        UserError: there are checkpoints and all are damaged. Starting over is for the user to decide.
+        UserError: there are checkpoints and all are damaged, or the newest is of another format. Starting over, or
+            going back, is for the user to decide.
     """
     found = _checkpoints(folder)
     for step, _, path in reversed(found):
@@ -196,7 +197,7 @@ def _is_complete(path: Path, step: int) -> bool:
     """Whether all files are there with their sizes: what can be told without reading gigabytes."""
     try:
         _check_sizes(path, step)
-    except _DamagedError:
+    except (_DamagedError, UserError):
         return False
     return True
 
@@ -214,15 +215,21 @@ def _load(path: Path, step: int) -> Checkpoint:
 
 
 def _check_sizes(path: Path, step: int) -> dict[str, str]:
-    """Compare the sizes with the manifest, which must be of this format and step; return SHA-256 by file."""
+    """Compare the sizes with the manifest, which must be of this step; return SHA-256 by file.
+
+    Raises:
+        UserError: the checkpoint is of another format.
+    """
     manifest = _read(path / _MANIFEST, _load_json)
     try:
+        if manifest["format"] != FORMAT:
+            raise UserError(f"checkpoint {path} has format {manifest['format']}, this release reads {FORMAT}")
         files = {name: (manifest["files"][name]["size"], manifest["files"][name]["sha256"]) for name in _FILES}
-        header = (manifest["format"], manifest["step"])
+        found = manifest["step"]
     except (KeyError, TypeError) as error:
         raise _DamagedError(f"{_MANIFEST}: not a manifest") from error
-    if header != (FORMAT, step):
-        raise _DamagedError(f"{_MANIFEST}: format and step are {header}, wanted {(FORMAT, step)}")
+    if found != step:
+        raise _DamagedError(f"{_MANIFEST}: its step is {found}, wanted {step}")
     for name, (size, _) in files.items():
         actual = _read(path / name, lambda file: file.stat().st_size)
         if actual != size:

@@ -1,4 +1,4 @@
-"""Room 6 of a training step: the bilevel loop of arXiv:2412.15341, Algorithm 1, with shared variables.
+"""Both levels of a training, and their steps in turn: arXiv:2412.15341, Algorithm 1, with shared variables.
 
     K times   theta <- AdamW_lower(theta, grad L_ft(theta))                     distil and fine-tune
     once      theta <- AdamW_upper(theta, grad [L_CU(theta) + lambda L_ft(theta)])    suppress the concept
@@ -7,7 +7,7 @@ The levels differ in where batches come from, in the gradient, and in the optimi
 one step of either. There is one set of student parameters. With disjoint copies, as the paper's notation allows, the
 lower steps could not reach the upper variable at all.
 
-The lower gradient is `fine_tuning.FineTuning`'s, the upper one `suppression.Suppression`'s of some `Eraser`. Where what
+The lower gradient is `lower.FineTuning`'s, the upper one `upper.Suppression`'s of some `Eraser`. Where what
 suppresses is an `Edit`, there is no L_CU: an upper step then changes the weights outright, and that is `Editing`.
 """
 

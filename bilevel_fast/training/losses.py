@@ -24,27 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import Prediction
 from bilevel_fast.ops.dispatch import denoise_loss, feature_kd
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of the fine-tuning loss. A term of weight 0 is not computed."""
-
-    diffusion: float = 1.0
-    """Against the true v, weighted by SNR."""
-    output: float = 2.0
-    """Against the teacher's output."""
-    feature: float = 0.1
-    """Against the teacher's block outputs."""
-
-    def __post_init__(self) -> None:
-        weights = (self.diffusion, self.output, self.feature)
-        if not (all(w >= 0 for w in weights) and any(weights)):
-            raise UserError(f"loss weights {weights} must not be negative, nor all zero")
+from bilevel_fast.training.settings import LossWeights
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""The lower gradient: rooms 2 to 5 of a training step, from a batch to the gradient of L_ft.
+"""The lower gradient: from a batch, through noise, teacher, student and losses, to the gradient of L_ft.
 
 What the teacher said about a batch is kept: the upper level's penalty is taken on the last lower batch.
 """
@@ -26,7 +26,7 @@ class Answered:
 
 
 class Answers:
-    """Rooms 2 and 3: noises a batch and asks the teacher. The last answer is kept for the upper level's penalty.
+    """Noises a batch and asks the teacher. The last answer is kept for the upper level's penalty.
 
     Args:
         seed: Timestep and noise are pure functions of it and of a sample's global index.

@@ -1,10 +1,10 @@
-"""The rooms of a training step, by name: where time, FLOPs and bytes are told apart.
+"""The phases of a training step, by name: time, FLOPs and bytes are counted by phase.
 
     with room("teacher"):
         ...
 
-Entering one costs a microsecond. While `annotate(True)`, it is also a `record_function` range for torch.profiler, named
-`room/teacher`, and an NVTX range where there is CUDA.
+Entering one costs a microsecond. While `annotate(True)`, a phase is also a `record_function` range for torch.profiler,
+named `room/teacher`, and an NVTX range where there is CUDA.
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ _annotated = False
 
 @contextmanager
 def room(name: str) -> Iterator[None]:
-    """Be in the room `name`, one of `ROOMS`; rooms nest, and the innermost counts."""
-    assert name in ROOMS, f"{name!r} is no room"
+    """Within, the step is in the phase `name`, one of `ROOMS`; phases nest, and the innermost counts."""
+    assert name in ROOMS, f"{name!r} is no phase"
     _inside.append(name)
     try:
         if not _annotated:
@@ -38,7 +38,7 @@ def room(name: str) -> Iterator[None]:
 
 
 def current() -> str | None:
-    """The innermost room that the step is in; None outside."""
+    """The innermost phase that the step is in; None outside."""
     return _inside[-1] if _inside else None
 
 

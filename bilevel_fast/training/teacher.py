@@ -1,4 +1,4 @@
-"""Room 3 of a training step: the frozen dense UNet.
+"""The teacher of a training step: the frozen dense UNet.
 
 `predict` serves the lower level; `steer` gives the upper level its target, from concept and anchor in one call.
 
@@ -7,8 +7,11 @@ Two savings are not taken, for what they are worth at SD 2.1, 512 px. Keys and v
 seen them would save 12.6 MB an image, if the upper level's penalty did not want them again.
 """
 
+import copy
+from typing import Self
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import Prediction, UNet
@@ -28,6 +31,16 @@ class Teacher:
         self.unet = unet.eval().requires_grad_(False)
         self.images = torch.zeros((), dtype=torch.int64, device=unet.conv_in.weight.device)
 
+    @classmethod
+    def of(cls, unet: UNet, device: torch.device, dtype: torch.dtype) -> Self:
+        """A teacher that computes on `device` in `dtype`: `unet` itself where it does so already, else a copy of it."""
+        weight = unet.conv_in.weight
+        if weight.device == torch.empty(0, device=device).device and weight.dtype == dtype:  # cuda is cuda:0
+            return cls(unet)
+        # parameter by parameter: there is never a second copy in the dtype that it has
+        moved: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().to(device, dtype)) for p in unet.parameters()}
+        return cls(copy.deepcopy(unet, moved))
+
     def predict(self, noised: Noised, text: Tensor) -> Prediction:
         """Output and block outputs for text states (B, L, D)."""
         return self._ask(noised.x, noised.t, text)
@@ -38,14 +51,10 @@ class Teacher:
         `c` and `a` are the outputs for the concept `text` and the `anchor`, both (B, L, D), computed as one batch
         of 2B. With the null prompt as anchor it is the target of ESD (arXiv:2303.07345, eq. 8).
         """
-        return self.steer_at(noised.x, noised.t, text, anchor, eta)
-
-    def steer_at(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> Tensor:
-        """The same for an x_t (B, C, H, W) and t (B,) that no clean latents were noised to."""
-        return self.steered(x, t, text, anchor, eta)[0]
+        return self.steered(noised.x, noised.t, text, anchor, eta)[0]
 
     def steered(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """The target, and the answer to the concept that it was made from."""
+        """The target of `steer` for any x_t (B, C, H, W) and t (B,), and the answer `c` that it was made from."""
         both = self._ask(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, anchor])).out
         concept_out, anchor_out = both.chunk(2)
         return suppression_target(anchor_out, concept_out, eta), concept_out

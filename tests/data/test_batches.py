@@ -86,17 +86,6 @@ def test_every_sample_comes_once_per_epoch_in_another_order():
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 
-def test_ranks_share_the_batch_of_one():
-    batches = Batches(images(), Spelling(), 4, seed=0, p_uncond=0.5)
-    whole = batches(3)
-    for rank in range(2):
-        share = batches.at(range(12 + 2 * rank, 14 + 2 * rank))
-        rows = slice(2 * rank, 2 * rank + 2)
-        assert torch.equal(share.latents, whole.latents[rows])
-        assert torch.equal(share.text, whole.text[rows])
-        assert torch.equal(share.index, whole.index[rows])
-
-
 def test_every_caption_and_every_view_is_drawn_evenly():
     views = 3
     moments = exact_moments(torch.arange(views).view(-1, 1, 1, 1).expand(-1, *SHAPE).float())

@@ -1,17 +1,11 @@
 """Batches ahead of time: the same ones, in whatever order they are asked for, and errors where they belong."""
 
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from bilevel_fast.base.devices import Ranks
-from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batches import Batches
-from bilevel_fast.data.cache import Cache, Index
-from bilevel_fast.data.loader import Loader, RankBatches
-from bilevel_fast.data.writer import CacheWriter
+from bilevel_fast.data.loader import Ahead, Loader
 from bilevel_fast.ops.randomness import Stream, integers, normal
 from world import SEED, make_batch
 
@@ -68,65 +62,56 @@ def test_the_gpu_waits_for_a_batch_that_is_still_on_its_way():
         torch.testing.assert_close(total.cpu(), make_batch(0, step).latents.sum(), rtol=1e-4, atol=1e-4)
 
 
-class _Letters:
-    """A text encoder whose states do not depend on the rest of the batch."""
+def test_made_ahead_in_order_by_one_other_thread():
+    made, here = [], threading.current_thread()
 
-    width, length = 1, 12
+    def make(step):
+        made.append((step, threading.current_thread() is here))
+        return 10 * step
 
-    def encode(self, prompts):
-        codes = [[ord(letter) for letter in prompt.ljust(self.length)] for prompt in prompts]
-        return torch.tensor(codes, dtype=torch.float32)[..., None]
-
-    def mask(self, prompts):
-        return torch.ones(len(prompts), self.length, dtype=torch.bool)
-
-
-@pytest.fixture
-def cache(tmp_path) -> Cache:
-    """Ten samples in three files, two views each; the posterior is wide."""
-    writer = CacheWriter(tmp_path, Index("images", (2, 4, 4), vae="none", views=2, dtype="float32"), shard_samples=4)
-    for sample in range(10):
-        writer.add(normal(3, Stream.WORLD, [sample], (2, 4, 4, 4))[0], [f"{sample} {letter}" for letter in "abc"])
-    return writer.finish()
+    ahead = Ahead(make)
+    assert [ahead(step) for step in (0, 1, 2, 7, 8, 3)] == [0, 10, 20, 70, 80, 30]
+    ahead.close()
+    steps = [step for step, _ in made]
+    # every queue in order, at most two beyond the step that was wanted, and anew after each jump
+    assert steps[:5] == [0, 1, 2, 3, 4]
+    assert steps[5:9] == [7, 8, 9, 10]
+    assert steps[9] == 3
+    assert len(steps) <= 12
+    assert not any(mine for _, mine in made)
 
 
-def _batches(cache: Cache | Path) -> Batches:
-    return Batches(Cache.open(cache) if isinstance(cache, Path) else cache, _Letters(), 6, SEED, p_uncond=0.2)
+def test_an_error_of_the_thread_is_raised_in_its_step_and_can_be_outlived():
+    broken = {2}
+
+    def make(step):
+        if step in broken:
+            raise ValueError("shard 7 is damaged")
+        return step
+
+    ahead = Ahead(make)
+    assert (ahead(0), ahead(1)) == (0, 1), "it was made already, and is not wanted yet"
+    with pytest.raises(ValueError, match="shard 7 is damaged"):
+        ahead(2)
+    broken.clear()
+    assert (ahead(2), ahead(3)) == (2, 3)
+    ahead.close()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 6])
-def test_ranks_share_the_batch_that_one_process_has(cache, world):
-    """Over several epochs, whose ends lie within batches; noise and timesteps included."""
-    whole = _batches(cache)
-    ranks = [RankBatches(_batches(cache.path), Ranks(rank, world)) for rank in range(world)]
-    for step in range(5):
-        wanted = whole(step).drawn(SEED, 1000)
-        for rank, batches in enumerate(ranks):
-            batch = batches(step).drawn(SEED, 1000)
-            for name in ("latents", "text", "index", "eps", "t"):
-                assert torch.equal(getattr(batch, name), getattr(wanted, name)[rank::world]), (name, step, rank)
-            assert batch.captions == wanted.captions[rank::world]
+def test_closed_while_the_queue_is_full():
+    """What is being made ends; what only waits for its turn is not made; no thread is left."""
+    gate, started, made = threading.Event(), threading.Event(), []
 
+    def make(step):
+        if step == 1:
+            started.set()
+            gate.wait(10)
+        made.append(step)
 
-def test_an_epoch_has_each_sample_once_whatever_the_world(cache):
-    seen = []
-    for rank in range(2):
-        share = RankBatches(Batches(cache, _Letters(), 6, SEED), Ranks(rank, 2))
-        seen += [caption.split()[0] for step in range(5) for caption in share(step).captions]
-    assert sorted(seen) == sorted(str(sample) for sample in range(10) for _ in range(3)), "30 rows are three epochs"
-
-
-def test_a_rank_goes_on_in_the_middle_of_an_epoch(cache):
-    """A new process, that never saw the steps before, makes the same batch; so does one that jumps back."""
-    whole = RankBatches(_batches(cache), Ranks(1, 2))
-    steps = [whole(step) for step in range(7)]
-    for step in (4, 1, 6):
-        fresh = RankBatches(_batches(cache.path), Ranks(1, 2))(step)
-        assert torch.equal(fresh.latents, steps[step].latents)
-        assert fresh.captions == steps[step].captions
-    assert torch.equal(whole(2).latents, steps[2].latents)
-
-
-def test_ranks_must_share_evenly(cache):
-    with pytest.raises(UserError, match="a batch of 6 cannot be shared evenly by 4 processes"):
-        RankBatches(_batches(cache), Ranks(0, 4))
+    ahead = Ahead(make)
+    ahead(0)
+    assert started.wait(10)
+    threading.Timer(0.2, gate.set).start()
+    ahead.close()
+    assert made == [0, 1]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]

@@ -15,12 +15,13 @@ from bilevel_fast.erasing.settings import Controller as Settings
 from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.runs.assemble import Interrupted, Places, fit, levels, running
+from bilevel_fast.runs.assemble import fit, levels
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import bilevel
+from bilevel_fast.training.loop import Interrupted, Places, running
 from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.teacher import Teacher
@@ -110,7 +111,7 @@ def test_progress_counts_the_way_to_the_anchor(eta):
     assert controller.progress.item() == pytest.approx(0.2, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in erasers.UPPER.items() if kind.watched])
+@pytest.mark.parametrize("name", [name for name, kind in erasers.ERASERS.items() if kind.watched])
 def test_every_eraser_shows_what_it_does(name):
     """Its answer, the concept's, and its target: the loss is their distance, and the concept's is the source's."""
     teacher, student = make_models()
@@ -119,7 +120,7 @@ def test_every_eraser_shows_what_it_does(name):
     flat = FlatParameters(student)
     look = lambda batches, share: torch.ones_like(flat.master, dtype=torch.bool)  # noqa: E731
     scene = erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
-    eraser, batch, seen = erasers.make(upper, scene), make_batch(1, 0), []
+    eraser, batch, seen = erasers.ERASERS[name].make(upper, scene), make_batch(1, 0), []
     unwatched = eraser.loss(student, answers, batch)
     assert set(unwatched.terms) <= {"suppression", "anchor"}
     eraser.watch = lambda *what: seen.append(what)
@@ -304,7 +305,7 @@ def test_a_controlled_run_is_recorded_and_is_resumed():
 
 
 class After:
-    """Asks for the end of a training after a step."""
+    """Asks for the end of a training once a step is saved."""
 
     def __init__(self, checkpoints, step):
         self.saved = checkpoints / f"step-{step or 0:06d}"
@@ -340,7 +341,7 @@ def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
         assert row["loss"] == pytest.approx(row["suppression"] + row["lambda"] * row["penalty"], rel=1e-5)
     assert upper[0]["lambda"] > upper[-1]["lambda"]
     with pytest.raises(Interrupted):
-        train("parts", until=4)
+        train("parts", until=3)  # asked for while step 4 runs
     saved = checkpoint.latest(tmp_path / "parts" / "checkpoints")
     assert (saved.step, saved.state["upper_steps"], saved.optimizers["pace"]["every"]) == (4, 2, 1)
     count, resumed, places = train("parts")  # goes on from there
@@ -377,11 +378,11 @@ def test_the_engine_says_which_row_shows_which_concept(tmp_path):
         (["--upper.eraser", "erasediff"], "eraser 'erasediff', whose progress it cannot measure or steer"),
         (["--upper.penalty-norm", "raw"], "given with --upper.penalty-norm raw; its lambda is one of `grad`"),
         (["--upper.every", "0"], "given with --upper.every 0, which runs no upper steps"),
-        (["--upper.controller.gone", "0"], "--upper.controller.gone is 0.0, outside its range"),
+        (["--upper.controller.gone", "0"], "--upper.controller.gone is 0.0: wanted > 0"),
         (["--upper.controller.gone", "2"], "gone is 2.0, but the target of eraser 'guidance' lies at 2: the concept"),
         (["--upper.eraser", "anchor-kd", "--upper.controller.gone", "1"], "the target of eraser 'anchor-kd' lies at 1"),
-        (["--upper.controller.by", "0"], "--upper.controller.by is 0.0, outside its range"),
-        (["--upper.controller.horizon", "0"], "--upper.controller.horizon is 0, outside its range"),
+        (["--upper.controller.by", "0"], "--upper.controller.by is 0.0: wanted > 0 and <= 1"),
+        (["--upper.controller.horizon", "0"], "--upper.controller.horizon is 0: wanted >= 1"),
     ],
 )  # fmt: skip
 def test_refused(flags, message):

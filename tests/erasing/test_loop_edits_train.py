@@ -16,9 +16,10 @@ from bilevel_fast.erasing.uce import matrices
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.runs import session
-from bilevel_fast.runs.assemble import Places, fit, levels
+from bilevel_fast.runs.assemble import fit, levels
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
+from bilevel_fast.training.loop import Places
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import STYLES
 
@@ -189,7 +190,7 @@ def test_profile_knows_edits(world, tmp_path):
         (["--upper.surgery"], "--upper.surgery is True, but eraser 'uce' does not read it"),
         (["--upper.subset", "esd-x"], "--upper.subset is esd-x, but eraser 'uce' does not read it"),
         (["--upper.concept-prune.ratio", "0.1"], "does not read it; those that do: concept-prune"),
-        (["--upper.uce.ridge", "0"], "--upper.uce.ridge is 0.0, outside its range"),
+        (["--upper.uce.ridge", "0"], "--upper.uce.ridge is 0.0: wanted > 0 and finite"),
         (
             ["--upper.eraser", "guidance", "--upper.uce.hold", "2"],
             "--upper.uce.hold is 2.0, but eraser 'guidance'",

@@ -1,12 +1,15 @@
 """The upper step around an eraser: names and settings, what moves and what must not, two gradients in one, graphs."""
 
 import logging
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.erase import EDITS
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.references import Itself
 from bilevel_fast.erasing.saliency import EraseDiff, SalUn, salient
@@ -38,7 +41,7 @@ def make(upper, dtype=torch.float32):
     flat = FlatParameters(student, dtype)
     look = partial(salient, student, answers, flat, lambda step: make_batch(1, step))
     scene = erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
-    return erasers.make(upper, scene), scene
+    return erasers.ERASERS[upper.eraser].make(upper, scene), scene
 
 
 def test_names():
@@ -257,7 +260,13 @@ def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(capl
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--upper.eraser", "salun", "--upper.salun.share", "0"], "--upper.salun.share is 0.0, outside its range"),
+        (["--upper.every", "-1"], "--upper.every is -1: wanted >= 0"),
+        (["--upper.batch", "0"], "--upper.batch is 0: wanted >= 1"),
+        (["--upper.lr", "0"], "--upper.lr is 0.0: wanted > 0"),
+        (["--upper.penalty", "-1"], "--upper.penalty is -1.0: wanted >= 0"),
+        (["--upper.salun.batches", "0"], "--upper.salun.batches is 0: wanted >= 1"),
+        (["--upper.erasediff.barrier", "-1"], "--upper.erasediff.barrier is -1.0: wanted >= 0"),
+        (["--upper.eraser", "salun", "--upper.salun.share", "0"], "--upper.salun.share is 0.0: wanted > 0 and <= 1"),
         (["--upper.eraser", "erasediff", "--upper.surgery"], "--upper.surgery given with eraser 'erasediff'"),
         (["--upper.eraser", "guidence"], "--upper.eraser 'guidence' does not exist; did you mean 'guidance'"),
         (["--upper.eraser", "anchor-kd", "--upper.eta", "2"], "--upper.eta is 2.0, but eraser 'anchor-kd' does not"),
@@ -269,10 +278,10 @@ def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(capl
             ["--upper.esd.steps", "20"],
             "--upper.esd.steps is 20, but eraser 'guidance' does not read it; those that do: e",
         ),
-        (["--upper.eraser", "esd", "--upper.esd.steps", "2"], "--upper.esd.steps is 2, outside its range"),
+        (["--upper.eraser", "esd", "--upper.esd.steps", "2"], "--upper.esd.steps is 2: wanted >= 3"),
         (
             ["--upper.eraser", "concept-ablation", "--upper.ablation.keep", "-1"],
-            "--upper.ablation.keep is -1.0, outside",
+            "--upper.ablation.keep is -1.0: wanted >= 0",
         ),
     ],
 )
@@ -281,6 +290,31 @@ def test_refused(flags, message):
         parse(flags)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("upper", "held"),
+    [
+        (Upper(), {"upper"}),
+        (Upper(eraser="salun"), {"upper", "mask"}),
+        (Upper(eraser="esd"), {"upper", "start"}),
+        (Upper(eraser="esd", source="teacher"), {"upper"}),
+        (Upper(eraser="uce"), set()),
+        (Upper(every=0, eraser="esd"), set()),
+    ],
+)
+def test_what_an_eraser_holds_in_memory(upper, held):
+    assert {name for name, held in erasers.holds(upper).items() if held} == held
+
+
+def test_a_command_for_every_edit():
+    assert EDITS.keys() == {name for name, kind in erasers.ERASERS.items() if isinstance(kind, erasers.EditKind)}
+
+
+def test_settings_are_read_without_torch():
+    """So that `--help` does not wait for it."""
+    code = "import bilevel_fast.runs.config, sys; print([name for name in ('torch', 'numpy') if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
 
 
 def test_a_subset_that_holds_nothing():

@@ -88,25 +88,20 @@ def test_official_weight_goldens():
     assert (weight[170:] == 1).all()
     assert weight[169] < 1
     assert weight.mean().item() == pytest.approx(0.9077, abs=5e-5)
-    assert snr_weight(Schedule.sd(), torch.arange(1000), form="min_snr").mean().item() == pytest.approx(
-        0.2943, abs=5e-5
-    )
 
 
 @pytest.mark.parametrize("gamma", [0.5, 5.0, 20.0])
 @pytest.mark.parametrize(
-    ("prediction_type", "form", "formula"),
+    ("prediction_type", "formula"),
     [
-        ("v_prediction", "official", lambda snr, gamma: (snr + 1).clamp(max=gamma) / (snr + 1)),
-        ("v_prediction", "min_snr", lambda snr, gamma: snr.clamp(max=gamma) / (snr + 1)),
-        ("epsilon", "official", lambda snr, gamma: snr.clamp(max=gamma) / snr),
-        ("epsilon", "min_snr", lambda snr, gamma: snr.clamp(max=gamma) / snr),
+        ("v_prediction", lambda snr, gamma: (snr + 1).clamp(max=gamma) / (snr + 1)),
+        ("epsilon", lambda snr, gamma: snr.clamp(max=gamma) / snr),
     ],
 )
-def test_weights_as_published(prediction_type, form, formula, gamma):
+def test_weights_as_published(prediction_type, formula, gamma):
     schedule = Schedule.sd(prediction_type)
     abar = schedule.alphas_cumprod.double()
-    weight = snr_weight(schedule, torch.arange(1000), gamma, form)
+    weight = snr_weight(schedule, torch.arange(1000), gamma)
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight.double(), formula(abar / (1 - abar), gamma), rtol=1e-6, atol=0)
 
@@ -114,8 +109,8 @@ def test_weights_as_published(prediction_type, form, formula, gamma):
 def test_noise_carries_the_weight_it_was_asked_for(batch):
     schedule = Schedule.sd()
     assert torch.equal(noise(schedule, *batch).weight, snr_weight(schedule, batch[2]))
-    weight = noise(schedule, *batch, snr_gamma=3.0, snr_form="min_snr").weight
-    assert torch.equal(weight, snr_weight(schedule, batch[2], 3.0, "min_snr"))
+    weight = noise(schedule, *batch, snr_gamma=3.0).weight
+    assert torch.equal(weight, snr_weight(schedule, batch[2], 3.0))
     assert torch.equal(noise(schedule, *batch, snr_gamma=None).weight, torch.ones(5))
 
 
@@ -149,9 +144,7 @@ def test_no_host_reads():
     """Tensors on the meta device have shapes but no values: any read of a value raises."""
     schedule = Schedule.sd().to("meta")
     latents, t = torch.empty(2, 4, 8, 8, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
-    for form in ("official", "min_snr"):
-        noised = noise(schedule, latents, latents, t, snr_form=form)
-        assert noised.weight.device.type == "meta"
+    assert noise(schedule, latents, latents, t).weight.device.type == "meta"
     assert convert(schedule, latents, latents, t, "sample").shape == latents.shape
 
 
@@ -254,5 +247,3 @@ def test_shapes_must_agree(batch):
 def test_weight_settings_are_checked():
     with pytest.raises(UserError, match="snr_gamma is 0"):
         snr_weight(Schedule.sd(), torch.tensor([0]), gamma=0)
-    with pytest.raises(UserError, match="snr_form 'min-snr' does not exist; did you mean 'min_snr'"):
-        snr_weight(Schedule.sd(), torch.tensor([0]), form="min-snr")

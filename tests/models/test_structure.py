@@ -176,7 +176,7 @@ def test_refuses(name, tmp_path):
         ("{", "is not JSON"),
         (b"\xff\xfe", "is not JSON"),
         ("[]", "wanted a JSON object, found list"),
-        ({"format": "other"}, "is not a structure file"),
+        ({"format": "other"}, "is not a structure file; wanted format 'bilevel_fast.structure'"),
         ({"version": 2}, "has version 2, this release reads 1"),
         ({"kept": None}, "kept, dropped or config is not what a structure holds"),
         ({"dropped": 3}, "kept, dropped or config is not what a structure holds"),

@@ -1,4 +1,4 @@
-"""What tests of `python -m bilevel_fast.prune` share; a file that means another teacher or command has its own."""
+"""The command `prune` and a teacher for it."""
 
 from functools import partial
 

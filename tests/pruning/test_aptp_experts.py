@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21
-from bilevel_fast.models.folder import load_folder, save_student
+from bilevel_fast.models.folder import load_folder, read_unet, save_student
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.vector import from_vector, layout, to_vector
-from bilevel_fast.pruning.aptp.experts import experts, planned, read_codebook, read_expert, read_vector
+from bilevel_fast.pruning.aptp.experts import experts, find_vector, planned, read_codebook, read_vector
 from bilevel_fast.pruning.aptp.gates import gated
 from bilevel_fast.pruning.aptp.router import Router
 from bilevel_fast.pruning.budget import MacBudget
@@ -158,6 +158,12 @@ def make_expert(tmp_path, inside=False):
     save_file(weights, folder / "unet" / "diffusion_pytorch_model.safetensors")
     torch.save(make_vector()[None], (folder / "unet" if inside else folder) / "arch_vector.pt")
     return source, student, folder
+
+
+def read_expert(folder, config):
+    """As `python -m bilevel_fast.prune import-aptp --weights` does."""
+    path = find_vector(folder)
+    return read_unet(folder / "unet", config, read_vector(path, config), path.name)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -225,7 +225,7 @@ def test_gradients_that_are_not_finite_end_the_run(teacher, run, tmp_path):
     flags = ("aptp", "--teacher", teacher, "--out", out, *QUICK, "--weights.resource", "1e39", "--max-bad-steps", 2)
     code, _, stderr = run(*flags)
     assert code == 2
-    assert "error: the last 2 steps had a non-finite gradient and were skipped; stopped at step 2" in stderr
+    assert "error: the last 2 router steps had a non-finite gradient and were skipped; stopped at step 2" in stderr
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
 
 
@@ -366,7 +366,7 @@ def test_route_refuses(trained, teacher, run, tmp_path):
         "no prompts came; --prompts and --file name some": (out,),
         "teacher is not a mixture: mixture.json is missing": (teacher, "--prompts", "a red star"),
         "the mini world has no word for 'purpel'; did you mean 'purple'": (out, "--prompts", "a purpel star"),
-        "none.txt is missing": (out, "--file", tmp_path / "none.txt"),
+        "none.txt does not exist": (out, "--file", tmp_path / "none.txt"),
         "binary.txt is not UTF-8 text: invalid start byte at byte 11": (out, "--file", binary),
         "this router was trained with the model's own text encoder": (out, "--prompts", "a", "--prompt-encoder", out),
     }.items():

@@ -112,7 +112,7 @@ def test_help_lists_presets_and_flags():
         (["--teacher", "nowhere"], "model folder nowhere does not exist"),
         (["--erase", "wave"], "style 'wave' does not exist; did you mean 'waves'?"),
         (["--erase", "plain"], "style 'plain' cannot be erased"),
-        (["--lower.steps", "0"], "--lower.steps is 0"),
+        (["--lower.steps", "0"], "--lower.steps is 0: wanted >= 1"),
         (["--prune.method", "magnitute"], "no pruning method 'magnitute'; did you mean 'magnitude'?"),
         (["--prune.budget", "0.01"], "budget 0.01 is too small"),
         (["--device", "cuda:99"], "--device cuda:99"),
@@ -136,8 +136,27 @@ def test_presets_are_consistent():
     folders = ["--teacher", "t", "--data", "d", "--concepts", "c"]
     assert parse(folders).preset == "paper"
     assert parse([*folders, "--preset=released"]).preset == "released"
-    with pytest.raises(UserError, match=r"--prune\.budget is 1\.5"):
-        parse(["--prune.budget", "1.5"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--prune.budget", "1.5"], "--prune.budget is 1.5: wanted > 0 and <= 1"),
+        (["--lower.batch", "0"], "--lower.batch is 0: wanted >= 1"),
+        (["--lower.lr", "0"], "--lower.lr is 0.0: wanted > 0"),
+        (["--lower.p-uncond", "1"], "--lower.p-uncond is 1.0: wanted >= 0 and < 1"),
+        (["--erase"], "--erase is (): wanted one or more"),
+        (["--concept-weights", "0"], "--concept-weights is (0.0,): wanted each > 0 and finite"),
+        (["--clip-norm", "0"], "--clip-norm is 0.0: wanted > 0"),
+        (["--ema", "1"], "--ema is 1.0: wanted > 0 and < 1"),
+        (["--log-every", "0"], "--log-every is 0: wanted >= 1"),
+        (["--checkpoint-every", "0"], "--checkpoint-every is 0: wanted >= 1"),
+    ],
+)
+def test_a_refusal_names_the_range(flags, wanted):
+    with pytest.raises(UserError) as refused:
+        parse(flags)
+    assert str(refused.value) == wanted
 
 
 def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):

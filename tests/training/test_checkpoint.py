@@ -177,6 +177,15 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
         latest(tmp_path)
 
 
+def test_another_format_is_said_and_nothing_older_taken_in_its_place(tmp_path: Path) -> None:
+    save(tmp_path, 1, *content(1))
+    manifest = save(tmp_path, 2, *content(2)) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 7}))
+    with pytest.raises(UserError, match=r"^checkpoint .*step-000002 has format 7, this release reads 1$"):
+        latest(tmp_path)
+    assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
 def test_a_damaged_step_is_saved_again_and_makes_no_room_for_itself(tmp_path: Path) -> None:
     save(tmp_path, 1, *content(1))
     flip_bit(save(tmp_path, 2, *content(2)) / "model.safetensors")
@@ -239,7 +248,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path) -> None:
     code = f"""
 import os, torch
 from pathlib import Path
-from bilevel_fast.checkpoint import latest, save
+from bilevel_fast.training.checkpoint import latest, save
 folder = Path({str(tmp_path)!r}) / "checkpoints"
 save(folder, 1, {{"w": torch.ones(10)}}, {{}}, {{}})
 for tensors, optimizers in (({{"w": torch.ones(100_000)}}, {{}}), ({{}}, {{"m": torch.ones(100_000)}})):

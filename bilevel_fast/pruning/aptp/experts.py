@@ -22,9 +22,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21, UNetConfig
-from bilevel_fast.models.folder import read_unet
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.vector import from_vector, layout
 from bilevel_fast.pruning.aptp.binarise import TEMPERATURE
 from bilevel_fast.pruning.budget import MacBudget
@@ -109,20 +107,6 @@ def read_codebook(path: Path, config: UNetConfig) -> tuple[Structure, ...]:
         return experts(config, gates)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def read_expert(folder: Path, config: UNetConfig) -> UNet:
-    """A published expert: fp32 on the CPU, in eval mode; `folder.save_student` makes a model folder of it.
-
-    Args:
-        folder: Holds `unet/`, and `arch_vector.pt` beside it or in it.
-        config: The dense UNet that the expert was cut from.
-
-    Raises:
-        UserError: As `read_vector`; or the weights are missing, or not those of this structure.
-    """
-    path = find_vector(folder)
-    return read_unet(folder / "unet", config, read_vector(path, config), path.name)
 
 
 def find_vector(folder: Path) -> Path:

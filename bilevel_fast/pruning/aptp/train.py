@@ -13,7 +13,6 @@ Legend: B samples, L text tokens, D width of the prompt embedding.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,6 +73,7 @@ class RouterTraining:
         config: The rest.
 
     Attributes:
+        flat, optimizer: Its parameters, and what moves them: with `step`, all that the next steps follow from.
         step: Number of the next step.
 
     Raises:
@@ -122,15 +122,6 @@ class RouterTraining:
         norm = self.optimizer.step()
         self.step += 1
         return {**loss.terms, "loss": loss.total.detach(), "grad_norm": norm}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a later `load_state_dict` needs to go on as if nothing had happened."""
-        return {"router": self.flat.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.flat.load_state_dict(state["router"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
 
 
 def mean_pool(batch: Batch) -> Tensor:

@@ -117,8 +117,7 @@ def _recipe(
 def _shop(
     recipe: StudentRecipe, folder: ModelFolder, erased: list[int], place: Path, device: torch.device, stop: GracefulStop
 ) -> Workshop:
-    # a fresh teacher: a trainer may have turned the last one into bf16
-    teacher = folder.unet().to(device).requires_grad_(False)
+    teacher = folder.unet().requires_grad_(False)
     materials = gather(recipe.bilevel, folder, teacher, erased, place)
     pruned = initial_student(recipe.bilevel, folder, align=8 if device.type == "cuda" else 1)
     return Workshop(recipe, folder, pruned, materials, place, device, stop)

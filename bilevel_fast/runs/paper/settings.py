@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.erasing import ConceptPrune, Uce
+from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.settings import Esd, Upper
+from bilevel_fast.erasing.uce import Uce
 
 
 @dataclass(frozen=True)

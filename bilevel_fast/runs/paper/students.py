@@ -21,17 +21,19 @@ from typing import Any
 
 import torch
 
-from bilevel_fast.erasing import ConceptPrune, Uce
+from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.edit import RECORD, Job, to_json
 from bilevel_fast.erasing.pairs import Frame, Pair
 from bilevel_fast.erasing.settings import Upper
+from bilevel_fast.erasing.uce import Uce
 from bilevel_fast.models.folder import ModelFolder, load_unet, save_student
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import reinitialise
-from bilevel_fast.runs.assemble import Interrupted, Materials, Places, fit, levels, running
+from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.levels import descend
+from bilevel_fast.training.loop import Interrupted, Places, running
 from bilevel_fast.training.losses import LossWeights
 
 _log = logging.getLogger(__name__)
