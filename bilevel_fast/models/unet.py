@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -258,14 +259,14 @@ class Block(nn.Module):
             self.upsamplers = nn.ModuleList([Resample(channels, stride=1)])
 
     def resnet(self, index: int, h: Tensor, skip: Tensor | None, time: Tensor, run: Sites | None) -> Tensor:
-        module = self.resnets[index]
+        module: Any = self.resnets[index]
         call = module if run is None else partial(run.resnet, f"{self.name}.resnets.{index}", module)
         return self._run(call, h, skip, time)
 
     def attend(self, index: int, h: Tensor, text: Tensor, run: Sites | None) -> Tensor:
         if not hasattr(self, "attentions"):
             return h
-        module = self.attentions[index]
+        module: Any = self.attentions[index]
         call = module if run is None else partial(run.transformer, f"{self.name}.attentions.{index}", module)
         return self._run(call, h, text)
 

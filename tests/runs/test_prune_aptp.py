@@ -366,8 +366,8 @@ def test_route_refuses(trained, teacher, run, tmp_path):
         "no prompts came; --prompts and --file name some": (out,),
         "teacher is not a mixture: mixture.json is missing": (teacher, "--prompts", "a red star"),
         "the mini world has no word for 'purpel'; did you mean 'purple'": (out, "--prompts", "a purpel star"),
-        "none.txt is missing": (out, "--file", tmp_path / "none.txt"),
-        "binary.txt is not UTF-8 text: invalid start byte at byte 11": (out, "--file", binary),
+        "none.txt does not exist": (out, "--file", tmp_path / "none.txt"),
+        "binary.txt is not UTF-8: 'utf-8' codec can't decode byte 0xff in position 11": (out, "--file", binary),
         "this router was trained with the model's own text encoder": (out, "--prompts", "a", "--prompt-encoder", out),
     }.items():
         code, stdout, stderr = run("route", *arguments)
