@@ -154,7 +154,7 @@ def _text(path: Path) -> str:
     except FileNotFoundError as error:
         raise UserError(f"prompt file {path} does not exist") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8: {error}") from error
+        raise UserError(f"prompt file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
 
 
 def _table(path: Path, wanted: Callable[[list[str]], list[str]]) -> Iterator[tuple[int, dict[str, str]]]:

@@ -367,7 +367,7 @@ def test_route_refuses(trained, teacher, run, tmp_path):
         "teacher is not a mixture: mixture.json is missing": (teacher, "--prompts", "a red star"),
         "the mini world has no word for 'purpel'; did you mean 'purple'": (out, "--prompts", "a purpel star"),
         "none.txt does not exist": (out, "--file", tmp_path / "none.txt"),
-        "binary.txt is not UTF-8 text: invalid start byte at byte 11": (out, "--file", binary),
+        "binary.txt is not UTF-8: invalid start byte at byte 11": (out, "--file", binary),
         "this router was trained with the model's own text encoder": (out, "--prompts", "a", "--prompt-encoder", out),
     }.items():
         code, stdout, stderr = run("route", *arguments)
