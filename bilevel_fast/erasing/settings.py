@@ -1,18 +1,31 @@
 """Settings of the upper level: what every eraser reads, and a section for each that reads more.
 
-The docstring under a field is its help text. `check` of a section refuses values out of range, with a UserError.
+The docstring under a field is its help text.
 """
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bilevel_fast.base.errors import in_range
 
 
+class Section(ABC):
+    """Settings of one eraser, or of the controller."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            UserError: Names the flag and its range.
+        """
+
+
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Section):
     """Concept Ablation."""
 
     keep: float = 1.0
@@ -23,7 +36,7 @@ class Ablation:
 
 
 @dataclass(frozen=True)
-class Esd:
+class Esd(Section):
     """Erased Stable Diffusion."""
 
     guidance: float = 3.0
@@ -38,7 +51,7 @@ class Esd:
 
 
 @dataclass(frozen=True)
-class Salun:
+class Salun(Section):
     """SalUn."""
 
     share: float = 0.5
@@ -52,7 +65,7 @@ class Salun:
 
 
 @dataclass(frozen=True)
-class Erasediff:
+class Erasediff(Section):
     """EraseDiff."""
 
     barrier: float = 0.5
@@ -63,7 +76,7 @@ class Erasediff:
 
 
 @dataclass(frozen=True)
-class UceStep:
+class UceStep(Section):
     """UCE as an upper step: each projects keys and values of all cross-attentions; see erasing/loop_edits.py."""
 
     preserve: Path | None = None
@@ -83,7 +96,7 @@ class UceStep:
 
 
 @dataclass(frozen=True)
-class ConceptPruneStep:
+class ConceptPruneStep(Section):
     """ConceptPrune as an upper step: each zeros what masks name, and the lower level may move it again."""
 
     every: int = 0
@@ -111,7 +124,7 @@ class ConceptPruneStep:
 
 
 @dataclass(frozen=True)
-class Controller:
+class Controller(Section):
     """Chooses lambda and how often upper steps come, and ends them when the concept is gone (bilevel_fast.erasing)."""
 
     enabled: bool = False
@@ -184,6 +197,6 @@ class Upper:
         in_range("--upper.batch", self.batch, ">= 1", self.batch >= 1)
         in_range("--upper.lr", self.lr, "> 0", self.lr > 0)
         in_range("--upper.penalty", self.penalty, ">= 0", self.penalty >= 0)
-        sections: list[Any] = [getattr(self, each.name) for each in fields(self)]
-        for section in filter(is_dataclass, sections):
-            section.check()
+        for section in (getattr(self, each.name) for each in fields(self)):
+            if isinstance(section, Section):
+                section.check()
