@@ -17,23 +17,12 @@ def poisoned_buffers():
     torch.use_deterministic_algorithms(False)
 
 
-def use_instruction_set(name):
-    """Each of those that this CPU has; the best again afterwards."""
-    _C.use_instruction_set(name)
-    yield name
-    _C.use_instruction_set(_C.instruction_sets()[0])
-
-
 @pytest.fixture(params=_C.instruction_sets())
 def instruction_set(request):
-    yield from use_instruction_set(request.param)
-
-
-@pytest.fixture(params=[*_C.instruction_sets(), None], ids=lambda name: name or "torch")
-def cpu_provider(request, monkeypatch):
-    """`native` with each instruction set, and `torch`: what `dispatch` and `choose` then pick."""
-    monkeypatch.setenv("BILEVEL_FAST_OPS", "native" if request.param else "torch")
-    yield from use_instruction_set(request.param or _C.instruction_sets()[0])
+    """Each of those that this CPU has; the best again afterwards."""
+    _C.use_instruction_set(request.param)
+    yield request.param
+    _C.use_instruction_set(_C.instruction_sets()[0])
 
 
 @pytest.fixture(scope="session")
