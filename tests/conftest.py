@@ -26,3 +26,18 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the `main` of a command in this process: its exit code, and what it wrote to stdout and stderr.
+
+    `commands.run_command` is for fixtures of a module, and where log lines matter.
+    """
+    from bilevel_fast.base import errors  # tests of kernels run where there is no engine
+
+    def run(main, *arguments):
+        monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])
+        return errors.run(main), *capsys.readouterr()
+
+    return run

@@ -1,4 +1,4 @@
-"""Who may import whom: tests, benchmarks -> bilevel_fast -> bilevel_kernels -> torch, triton; in the engine, by ORDER."""
+"""Who may import whom: tests, benchmarks -> bilevel_fast -> bilevel_kernels -> torch, triton; the engine by ORDER."""
 
 import ast
 import graphlib

@@ -239,7 +239,7 @@ def test_a_full_disk_leaves_the_earlier_ones(tmp_path: Path) -> None:
     code = f"""
 import os, torch
 from pathlib import Path
-from bilevel_fast.checkpoint import latest, save
+from bilevel_fast.training.checkpoint import latest, save
 folder = Path({str(tmp_path)!r}) / "checkpoints"
 save(folder, 1, {{"w": torch.ones(10)}}, {{}}, {{}})
 for tensors, optimizers in (({{"w": torch.ones(100_000)}}, {{}}), ({{}}, {{"m": torch.ones(100_000)}})):

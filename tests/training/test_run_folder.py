@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
 HOLDER = """
 import sys
 from pathlib import Path
-from bilevel_fast.runfolder import RunFolder
+from bilevel_fast.training.run_folder import RunFolder
 with RunFolder.open(Path(sys.argv[1]), {"steps": 1}, resume=False):
     print("holding", flush=True)
     sys.stdin.read()

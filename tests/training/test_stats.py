@@ -211,7 +211,7 @@ import logging, sys
 sys.modules["tensorboard"] = None  # Python's own way to forbid an import
 logging.basicConfig(format="%(message)s")
 from pathlib import Path
-from bilevel_fast.stats import tensorboard
+from bilevel_fast.training.stats import tensorboard
 sink = tensorboard(Path({str(tmp_path / "events")!r}))
 sink.write({record(1, loss=0.5)})
 sink.close()
