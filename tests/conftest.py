@@ -3,8 +3,6 @@ import os
 import pytest
 import torch
 
-from bilevel_fast.base import errors
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
@@ -32,7 +30,11 @@ def _seed() -> None:
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run the `main` of a command in this process: its exit code, and what it wrote to stdout and stderr."""
+    """Run the `main` of a command in this process: its exit code, and what it wrote to stdout and stderr.
+
+    `commands.run_command` is for fixtures of a module, and where log lines matter.
+    """
+    from bilevel_fast.base import errors  # tests of kernels run where there is no engine
 
     def run(main, *arguments):
         monkeypatch.setattr("sys.argv", [main.__module__, *map(str, arguments)])

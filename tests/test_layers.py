@@ -1,10 +1,11 @@
-"""Who may import whom: tests, benchmarks -> bilevel_fast -> bilevel_kernels -> torch, triton."""
+"""Who may import whom: tests, benchmarks -> bilevel_fast -> bilevel_kernels -> torch, triton; the engine by ORDER."""
 
 import ast
+import graphlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,29 +14,66 @@ ROOT = Path(__file__).parents[1]
 ENGINE = sorted((ROOT / "bilevel_fast").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels" / "bilevel_kernels").glob("*.py"))
 
-# A training step needs these modules, and they need nothing but the four packages below.
-CORE = [
-    *("architecture", "structure", "macs", "unet", "ops", "providers", "randomness"),
-    *("diffusion", "teacher", "losses", "optim", "bilevel"),
+# A package imports from those before it only; packages on one line do not import each other.
+ORDER = [
+    *(["base"], ["ops"], ["models"], ["sampling"], ["data"], ["training"]),
+    *(["profiling", "metrics"], ["erasing", "pruning"], ["worlds"], ["runs"]),
 ]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+ENTRY_POINTS = {"train", "prune", "erase", "prepare", "sample", "evaluate", "reproduce", "profile", "cli", "__init__"}
+
+# What each package imports besides these; "" are the entry points.
+EVERYWHERE = {"torch", "numpy", "safetensors", "bilevel_fast", "bilevel_kernels", *sys.stdlib_module_names}
+ALSO = {
+    "": {"tyro"},
+    "base": {"tyro"},
+    "models": {"diffusers"},
+    "sampling": {"PIL"},
+    "data": {"tyro", "tqdm", "PIL"},
+    "training": {"tqdm"},
+    "profiling": {"matplotlib"},
+    "metrics": {"tqdm", "PIL", "open_clip"},
+    "worlds": {"tyro"},
+    "runs": {"tyro", "matplotlib"},
+}
 
 # Imported by the functions that need them: the engine starts fast, and runs where they are absent.
 LAZY = ["diffusers", "transformers", "accelerate", "torchvision", "tensorboard", "matplotlib", "PIL"]
 LAZY += ["nvidia", "webdataset", "open_clip", "nudenet", "torchmetrics", "torch_fidelity"]
 
 
-def top_level_names(path: Path) -> Iterator[str]:
-    """First component of every absolute import in a file, wherever it stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    """Dotted names; of `from a import b` it is `a.b`, whatever b is."""
+    for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            assert node.module
-            yield node.module.partition(".")[0]
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, "relative imports hide where they lead"
+            assert node.level == 0, "relative imports hide where they lead"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def everywhere(path: Path) -> set[str]:
+    """Imports of a file, in functions and for type checkers as well."""
+    return set(imports(ast.walk(ast.parse(path.read_text()))))
+
+
+def roots(names: Iterable[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def package_of(module: str) -> str:
+    """Of `bilevel_fast.data.cache`: data; of an entry point: nothing."""
+    name = module.split(".")[1] if "." in module else ""
+    return name if name in LEVEL else ""
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
 def python(code: str, **env: str) -> None:
@@ -45,8 +83,65 @@ def python(code: str, **env: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def relative(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+@pytest.mark.xfail(reason="until the merges land", strict=False)
+def test_no_import_goes_up():
+    wrong = []
+    for path in ENGINE:
+        here = package_of(module_name(path))
+        for name in everywhere(path):
+            if not name.startswith("bilevel_fast."):
+                continue
+            there = package_of(name)
+            if here != there and LEVEL.get(there, len(ORDER)) >= LEVEL.get(here, len(ORDER)):
+                wrong.append(f"{relative(path)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.xfail(reason="until the merges land", strict=False)
+def test_no_circle():
+    modules = {module_name(path): path for path in ENGINE}
+    modules |= {module_name(path): path for path in (ROOT / "bilevel_fast").rglob("*.pyi")}
+    graph = {
+        module: {name if name in modules else name.rpartition(".")[0] for name in everywhere(path)} & set(modules)
+        for module, path in modules.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_the_root_holds_the_entry_points():
+    assert {path.stem for path in (ROOT / "bilevel_fast").glob("*.py")} == ENTRY_POINTS
+    folders = {path.name for path in (ROOT / "bilevel_fast").iterdir() if (path / "__init__.py").exists()}
+    assert folders == set(LEVEL)
+
+
+@pytest.mark.parametrize("folder", ["bilevel_fast", "kernels", "benchmarks", "tests", "csrc"])
+def test_no_file_is_over_500_lines(folder):
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".cu", ".hpp", ".cuh")]
+    assert files
+    assert not [relative(path) for path in files if len(path.read_text().splitlines()) > 500]
+
+
+@pytest.mark.parametrize("package", ["", *LEVEL])
+def test_what_else_a_package_imports(package):
+    """Optional packages in functions only."""
+    for path in ENGINE:
+        if package_of(module_name(path)) == package:
+            assert roots(everywhere(path)) - EVERYWHERE <= ALSO.get(package, set()), relative(path)
+            assert not roots(imports(ast.parse(path.read_text()).body)) & set(LAZY), relative(path)
+
+
+def test_the_engine_knows_no_tests_and_no_benchmarks():
+    helpers = {path.stem for path in (ROOT / "tests/helpers").glob("*.py")}
+    for path in ENGINE:
+        assert not roots(everywhere(path)) & {"tests", "benchmarks", "conftest", "pytest", *helpers}, relative(path)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=relative)
+def test_a_kernel_imports_torch_and_triton_only(path):
+    assert roots(everywhere(path)) <= {"torch", "triton", "bilevel_kernels", *sys.stdlib_module_names}
 
 
 def test_kernels_stand_alone():
@@ -62,31 +157,10 @@ def test_the_kernels_folder_is_not_a_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=relative)
-def test_a_kernel_imports_torch_and_triton_only(path):
-    allowed = {"torch", "triton", "bilevel_kernels", *sys.stdlib_module_names}
-    assert set(top_level_names(path)) <= allowed
-
-
-NATIVE = sorted(f"native/{path.stem}" for path in (ROOT / "bilevel_fast" / "native").glob("*.py"))
-
-
-@pytest.mark.parametrize("module", CORE + NATIVE)
-def test_the_core_imports_four_packages_only(module):
-    path = ROOT / "bilevel_fast" / f"{module}.py"
-    allowed = {"torch", "triton", "numpy", "safetensors", "bilevel_fast", "bilevel_kernels"}
-    assert set(top_level_names(path)) <= allowed | sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("path", ENGINE, ids=relative)
-def test_the_engine_knows_no_tests_and_no_benchmarks(path):
-    assert not set(top_level_names(path)) & {"tests", "benchmarks", "conftest", "numerics", "pytest"}
-
-
 def test_the_engine_imports_without_optional_packages():
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in LAZY)
-    imports = "\n".join(f"importlib.import_module({module_name(path)!r})" for path in ENGINE)
-    python(f"import importlib, sys; {blocked}\n{imports}")
+    modules = "\n".join(f"importlib.import_module({module_name(path)!r})" for path in ENGINE)
+    python(f"import importlib, sys; {blocked}\n{modules}")
 
 
 def test_importing_the_package_is_cheap():

@@ -1,22 +1,23 @@
-"""`sample`, `evaluate` and the `bilevel-fast` command, as a user runs them."""
+"""`sample`, `evaluate` and the `bilevel-fast` command, as a user runs them; each command once in a process."""
 
 import json
 import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from bilevel_fast.cli import COMMANDS
 from bilevel_fast.worlds.mini import TEACHER
+from commands import module_command, run_command
 
 FEW = ["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "3"]
 
 
 def run(module: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", f"bilevel_fast.{module}", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_command(import_module(f"bilevel_fast.{module}").main, *flags)
 
 
 def grid(path: Path) -> torch.Tensor:
@@ -67,15 +68,19 @@ def test_evaluate_refuses_an_unknown_style():
 
 
 def test_command():
-    code = "import sys; from bilevel_fast.cli import main; main()"
-    listed = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    listed = run("cli", "--help")
     assert listed.returncode == 0
-    for name in ("train", "prune", "sample", "evaluate", "profile"):
+    for name in COMMANDS:
         assert f"  {name} " in listed.stdout
-    wrong = subprocess.run([sys.executable, "-c", code, "trian"], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2
-    assert wrong.stderr == "error: no command 'trian'; did you mean 'train'?\n"
-    dry = subprocess.run(
-        [sys.executable, "-c", code, "train", "--dry-run"], capture_output=True, text=True, check=False
-    )
-    assert json.loads(dry.stdout)["preset"] == "mini"
+    wrong = run("cli", "trian")
+    assert (wrong.returncode, wrong.stderr) == (2, "error: no command 'trian'; did you mean 'train'?\n")
+    assert json.loads(run("cli", "train", "--dry-run").stdout)["preset"] == "mini"
+
+
+@pytest.mark.parametrize("name", ["prune", "erase", "evaluate", "profile"])
+def test_a_process_of_its_own(name):
+    """As a user starts it: what other tests call in theirs. The other commands have tests that kill them."""
+    done = module_command(name, "--nonsense", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr
+    assert "Traceback" not in done.stderr

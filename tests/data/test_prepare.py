@@ -2,7 +2,6 @@
 
 import io
 import json
-import sys
 import tarfile
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from bilevel_fast.data import check, commands
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.worlds.mini import TEACHER
 from coco_folder import encoded, picture
+from commands import run_command
 
 SETTINGS = {"model": TEACHER, "resolution": 32, "batch": 2, "per_file": 4, "threads": 1, "device": "cpu"}
 JPEGS = [encoded(picture(seed, 60 + 10 * seed, 90)) for seed in range(6)]
@@ -243,19 +243,14 @@ def test_check_refuses_what_is_no_cache(sound, tmp_path):
         (["folder", "--rooot=x", "--root=y", "--out=z", "--model=m"], "no flag '--rooot'; did you mean '--root'"),
     ],
 )  # fmt: skip
-def test_mistyped(monkeypatch, argv, message):
-    monkeypatch.setattr(sys, "argv", ["prepare", *argv])
-    with pytest.raises(UserError, match=message):
-        prepare.main()
+def test_mistyped(command, argv, message):
+    code, _, err = command(prepare.main, *argv)
+    assert code == 2
+    assert message in err
 
 
-def test_help(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["prepare"])
-    prepare.main()
-    assert "prepare check CACHE" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["prepare", "coco", "--help"])
-    with pytest.raises(SystemExit) as end:
-        prepare.main()
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--root", "--split", "--views", "--shard", "--backend"))
+def test_help(command):
+    assert "prepare check CACHE" in command(prepare.main)[1]
+    done = run_command(prepare.main, "coco", "--help")
+    assert done.returncode == 0
+    assert all(flag in done.stdout for flag in ("--root", "--split", "--views", "--shard", "--backend"))

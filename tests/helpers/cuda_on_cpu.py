@@ -1,12 +1,12 @@
-"""csrc/*.cu compiled for the CPU (csrc/cuda_on_cpu/), with the functions of `bilevel_fast.ops.native._cuda`."""
+"""csrc/*.cu compiled for the CPU (see tests/ops/native), with the functions of `bilevel_fast.ops.native._cuda`."""
 
 import ctypes
 import re
 import subprocess
 from pathlib import Path
 
-SHIM = Path(__file__).parent / "csrc/cuda_on_cpu"
-SOURCES = Path(__file__).parents[1] / "csrc"
+TESTS = Path(__file__).parents[1]
+SHIM, SOURCES = TESTS / "ops/native/cuda_on_cpu", TESTS.parent / "csrc"
 DTYPES = ("float32", "float16", "bfloat16")  # as feature_kd::Dtype counts
 
 

@@ -1,4 +1,4 @@
-"""What the processes of `test_sampling` do: forked from a server that has imported the engine (`saving.py`)."""
+"""What the processes of `tests/sampling` do: forked from a server that has imported the engine (`saving.py`)."""
 
 import resource
 from multiprocessing.connection import Connection

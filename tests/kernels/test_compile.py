@@ -35,7 +35,7 @@ BAD = """
 import sys
 import torch, triton
 import triton.language as tl
-from benchmarks.aot import offline
+from benchmarks.kernels.aot import offline
 
 @triton.jit
 def many_registers(x_ptr, y_ptr, N: tl.constexpr):

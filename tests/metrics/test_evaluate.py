@@ -1,22 +1,19 @@
 """`evaluate --suite ...` as a user runs it."""
 
 import json
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
 
 from bilevel_fast import evaluate
-from bilevel_fast.base import errors
 from bilevel_fast.metrics.fid import Inception, resized
 from measuring import FLAGGED, HARMLESS, doodle, ellipses, image_folder, inception_file, openai_archive, small_clip
 
 
-def run(capsys, monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
-    code = errors.run(evaluate.main)
-    shown = capsys.readouterr()
-    return code, shown.out, shown.err
+@pytest.fixture
+def run(command):
+    return partial(command, evaluate.main)
 
 
 @pytest.fixture
@@ -34,13 +31,13 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_coco(place, capsys, monkeypatch):
+def test_coco(run, place):
     """FID on all 2048 features with a reference folder, then with the statistics that were kept; CLIP score; tables."""
     weights = inception_file(place / "pt_inception.pth")
     clip = openai_archive(place / "ViT-tiny-8.pt", small_clip())
     flags = ["--suite", "coco", "--images", "images", "--inception-weights", weights, "--device", "cpu"]
     code, text, error = run(
-        capsys, monkeypatch, *flags, "--prompts", "captions_val2017.json", "--clip-weights", clip, "--fid-draws", "2",
+        *flags, "--prompts", "captions_val2017.json", "--clip-weights", clip, "--fid-draws", "2",
         "--reference", "val2017", "--statistics-out", "val2017.safetensors",
     )  # fmt: skip
     assert code == 0, error
@@ -58,18 +55,18 @@ def test_coco(place, capsys, monkeypatch):
     assert found["fid"]["low"] < expected < found["fid"]["high"]
     assert found["clip"]["n"] == 3
     np.savez(place / "few.npz", mu=np.zeros(64), sigma=np.eye(64))
-    code, _, error = run(capsys, monkeypatch, *flags, "--reference", "few.npz", "--out", "few.json")
+    code, _, error = run(*flags, "--reference", "few.npz", "--out", "few.json")
     assert (code, error) == (2, "error: statistics few.npz have 64 features; wanted 2048\n")
     assert f"| images | {found['fid']['value']:.2f} [" in text
     assert text.strip() == (place / "eval.md").read_text().strip()
     assert "note: FID of 3 images is too high" in text
 
 
-def test_nsfw_of_two_prompt_sets(place, capsys, monkeypatch):
+def test_nsfw_of_two_prompt_sets(run, place):
     (place / "ring.txt").write_text("zero\none\n")
     image_folder(place / "ring", {"0": ellipses(FLAGGED), "1": ellipses(HARMLESS)}, {"0": "zero", "1": "one"})
     code, text, error = run(
-        capsys, monkeypatch, "--suite", "nsfw", "--images", "images", "ring", "--prompts", "i2p.csv", "ring.txt",
+        "--suite", "nsfw", "--images", "images", "ring", "--prompts", "i2p.csv", "ring.txt",
         "--reference", "images", "ring", "--out", "nsfw.json",
     )  # fmt: skip
     assert code == 0, error
@@ -80,9 +77,9 @@ def test_nsfw_of_two_prompt_sets(place, capsys, monkeypatch):
     assert "| ring | FEET_EXPOSED | 1 | 1 | 0.00" in text
 
 
-def test_json_and_what_is_not_measured(place, capsys, monkeypatch):
+def test_json_and_what_is_not_measured(run, place):
     flags = ["--suite", "coco", "--images", "images", "--prompts", "captions_val2017.json"]
-    code, text, _ = run(capsys, monkeypatch, *flags, "--json")
+    code, text, _ = run(*flags, "--json")
     assert code == 0
     assert json.loads(text)["metrics"]["clip"]["not_measured"] == "give --clip-weights FILE"
     assert (
@@ -114,8 +111,8 @@ def test_json_and_what_is_not_measured(place, capsys, monkeypatch):
         ("--suite nsfw --images images images --prompts i2p.csv i2p.csv", "two prompt files are named 'i2p'"),
     ],
 )
-def test_refusals(place, capsys, monkeypatch, flags, message):
-    code, text, error = run(capsys, monkeypatch, *flags.split())
+def test_refusals(run, place, flags, message):
+    code, text, error = run(*flags.split())
     assert (code, text) == (2, "")
     assert message in error
     assert error.count("\n") == 1

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 
 from bilevel_fast import prepare
-from bilevel_fast.base import errors
 from bilevel_fast.data import bank as banks
 from bilevel_fast.data.bank import Concept, make_bank
 from bilevel_fast.data.cache import Cache
@@ -44,17 +43,15 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, teacher, files):
+def run(monkeypatch, command, teacher, files):
     """Run the command; return its exit code and what it wrote."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
-    def command(out, *more, model=teacher, prompts=files, settings=SETTINGS):
-        argv = ["prepare", "concepts", "--model", model, "--out", out, *prompts, *settings, *more]
-        monkeypatch.setattr("sys.argv", list(map(str, argv)))
-        return errors.run(prepare.main), *capsys.readouterr()
+    def call(out, *more, model=teacher, prompts=files, settings=SETTINGS):
+        return command(prepare.main, "concepts", "--model", model, "--out", out, *prompts, *settings, *more)
 
-    return command
+    return call
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
-from bilevel_fast.train import parse
+from bilevel_fast.train import main, parse
+from commands import run_command
 
 
 def train(*flags: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bilevel_fast.train", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    return run_command(main, *flags, cwd=cwd)
 
 
 def refused(result: subprocess.CompletedProcess[str], message: str) -> None:
@@ -181,34 +181,26 @@ def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
     assert all(torch.equal(trained["average"][k], first[k]) for k in first)
 
 
-def in_process(monkeypatch, capsys, *flags) -> tuple[int, str]:
-    """Exit code and standard error of a run that a test reaches into."""
-    from bilevel_fast.base import errors
-    from bilevel_fast.train import main
-
-    monkeypatch.setattr("sys.argv", ["train", "--preset", "smoke", "--no-twin", *map(str, flags)])
-    return errors.run(main), capsys.readouterr().err
-
-
-def test_out_of_memory_says_what_would_fit(monkeypatch, capsys, tmp_path):
+def test_out_of_memory_says_what_would_fit(monkeypatch, tmp_path):
     def fit(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("bilevel_fast.runs.session.fit", fit)
-    code, err = in_process(monkeypatch, capsys, "--out", tmp_path / "run", "--lower.batch", 32)
-    assert code == 2
-    assert "error: cpu is out of memory; what was saved is whole\nbatch 32 at latents of 16 x 16 (fp32) wants" in err
-    assert "student activations" in err
+    result = train("--preset", "smoke", "--no-twin", "--out", tmp_path / "run", "--lower.batch", 32)
+    assert result.returncode == 2
+    assert "error: cpu is out of memory; what was saved is whole\nbatch 32 at latents of 16 x 16 (fp32) wants" in (
+        result.stderr
+    )
+    assert "student activations" in result.stderr
 
 
-def test_the_error_of_an_fp8_teacher_is_said(monkeypatch, capsys, tmp_path, caplog):
+def test_the_error_of_an_fp8_teacher_is_said(monkeypatch, tmp_path):
     from bilevel_fast.models.fp8 import to_fp8
 
     monkeypatch.setattr("bilevel_fast.runs.assemble.to_fp8", lambda unet: to_fp8(unet, emulate=True))
-    caplog.set_level("INFO")
-    code, err = in_process(monkeypatch, capsys, "--out", tmp_path / "run", "--fp8-teacher")
-    assert code == 0, err
-    (line,) = [message for message in caplog.messages if message.startswith("fp8 teacher")]
+    result = train("--preset", "smoke", "--no-twin", "--out", tmp_path / "run", "--fp8-teacher")
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("fp8 teacher")]
     assert 0.5 < float(line.split("off by ")[1].split(" ")[0]) < 20
 
 

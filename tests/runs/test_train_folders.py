@@ -3,13 +3,14 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.train import main
+from commands import run_command
 
 pytest.importorskip("diffusers")
 from sd_world import make_sd_world
@@ -24,11 +25,11 @@ def world(tmp_path_factory) -> Path:
 
 def train(world: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
     folders = {"teacher": "teacher", "student": "pruned", "data": "cache", "concepts": "bank"}
-    command = [sys.executable, "-m", "bilevel_fast.train"]
+    command = []
     for flag, name in folders.items():
         if f"--{flag}" not in flags:
             command += [f"--{flag}", str(world / name)]
-    return subprocess.run([*command, *STEPS, *map(str, flags)], capture_output=True, text=True, check=False)
+    return run_command(main, *command, *STEPS, *flags)
 
 
 def test_bilevel_on_sd_folders(world, tmp_path):

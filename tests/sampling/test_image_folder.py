@@ -8,7 +8,6 @@ from safetensors.torch import load_file, save_file
 
 import drawing
 from bilevel_fast import sample
-from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.sampling import samplers
@@ -33,20 +32,19 @@ def whole(model, tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, model, tmp_path):
+def run(monkeypatch, command, model, tmp_path):
     """Run the command with a table of `ROWS`; return its exit code and what it wrote."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     table = tmp_path / "prompts.csv"
     table.write_text("id,prompt,evaluation_seed\n" + "".join(f"{row.id},{row.prompt},{row.id}5\n" for row in ROWS))
 
-    def command(*more):
-        argv = ["sample", "--prompts-file", table, "--folder", tmp_path / "images", "--model", model]
+    def call(*more):
+        argv = ["--prompts-file", table, "--folder", tmp_path / "images", "--model", model]
         argv += ["--steps", "3", "--seeds", "7", "--batch", "2", "--device", "cpu", *more]
-        monkeypatch.setattr("sys.argv", list(map(str, argv)))
-        return errors.run(sample.main), *capsys.readouterr()
+        return command(sample.main, *argv)
 
-    return command
+    return call
 
 
 def test_the_command_fills_the_folder(run, whole, tmp_path):
@@ -157,10 +155,9 @@ def test_refusals(run, tmp_path, more, message):
 
 
 @pytest.mark.parametrize("flag", ["--folder", "--seed-column", "--limit", "--batch"])
-def test_a_grid_takes_no_flags_of_a_folder(flag, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["sample", "--prompts", "a red star", flag, "3"])
-    assert errors.run(sample.main) == 2
-    assert capsys.readouterr().err == f"error: {flag} is for --prompts-file, and none was named\n"
+def test_a_grid_takes_no_flags_of_a_folder(flag, command):
+    code, _, err = command(sample.main, "--prompts", "a red star", flag, "3")
+    assert (code, err) == (2, f"error: {flag} is for --prompts-file, and none was named\n")
 
 
 @pytest.mark.parametrize(

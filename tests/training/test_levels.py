@@ -81,7 +81,7 @@ def plain(teacher, student, steps, every, penalty, norm, make, null=False):
 
 
 def engine(teacher, student, steps, every, penalty, norm, make):
-    """The same through the product's rooms."""
+    """The same through the modules that train."""
     lower, upper = make_levels(teacher, student, penalty, norm, make)
     return list(bilevel(lower, upper, every, 0, steps)), lower.gradient.answers.teacher
 

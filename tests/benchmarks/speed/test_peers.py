@@ -1,4 +1,4 @@
-"""The peers of the benchmarks: the losses of the engine's rooms, the steps of a plain transcription, and what sets the
+"""The peers of the benchmarks: the losses of the engine, the steps of a plain transcription, and what sets the
 peers apart from one another."""
 
 import dataclasses

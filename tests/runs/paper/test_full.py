@@ -1,13 +1,13 @@
 """`--scale full` on a small model in the layout of Stable Diffusion 2.1, prompts and weights in the usual files."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
+from bilevel_fast.reproduce import main
+from commands import run_command
 from measuring import openai_archive, small_clip
 from sd_world import make_sd_world
 
@@ -36,8 +36,7 @@ def reproduce(world, experiment, *flags):
     given += ["--full.styles", world / "monet.csv", "--full.coco", world / "others.csv"]
     given += ["--full.clip-weights", world / "clip.pt", "--full.preserve", world / "artists.txt"]
     given += ["--full.ring-a-bell", world / "searched.txt", "--out", world / "out", "--scale", "full"]
-    command = [sys.executable, "-m", "bilevel_fast.reproduce", experiment, *folders, *given, *STEPS, *flags]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    return run_command(main, experiment, *folders, *given, *STEPS, *flags)
 
 
 def test_table1(world):

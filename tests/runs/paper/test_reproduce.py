@@ -14,16 +14,16 @@ from PIL import Image
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_unet
-from bilevel_fast.reproduce import parse
+from bilevel_fast.reproduce import main, parse
+from commands import run_command
 
 SMALL = ["--run.preset=smoke", "--run.lower.steps=4", "--run.upper.every=2", "--seeds=0"]
 ROWS = ["--rows.esd.sample.steps=4", "--rows.concept-prune.steps=2", "--rows.attack.steps=2", "--rows.attack.batch=2"]
 MODELS = ["teacher", "distilled", "esd", "uce", "concept-prune", "bilevel", "bilevel-uce"]
 
 
-def reproduce(*flags, **settings):
-    command = [sys.executable, "-m", "bilevel_fast.reproduce", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **settings)
+def reproduce(*flags):
+    return run_command(main, *flags)
 
 
 def rows_of(folder):
