@@ -83,7 +83,6 @@ def python(code: str, **env: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.xfail(reason="until the merges land", strict=False)
 def test_no_import_goes_up():
     wrong = []
     for path in ENGINE:
@@ -97,7 +96,6 @@ def test_no_import_goes_up():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.xfail(reason="until the merges land", strict=False)
 def test_no_circle():
     modules = {module_name(path): path for path in ENGINE}
     modules |= {module_name(path): path for path in (ROOT / "bilevel_fast").rglob("*.pyi")}

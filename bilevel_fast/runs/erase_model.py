@@ -1,0 +1,105 @@
+"""`python -m bilevel_fast.erase EDIT`: settings of both edits, and the edit of a model folder."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from bilevel_fast.base.devices import pick_device
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.tables import table
+from bilevel_fast.erasing.concept_prune import ConceptPrune
+from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
+from bilevel_fast.erasing.pairs import check, framed, make_pairs, read_pairs
+from bilevel_fast.erasing.uce import Uce
+from bilevel_fast.models.folder import load_folder, save_student
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.runs.subjects import find_frames
+from bilevel_fast.sampling.prompts import read_prompts
+from bilevel_fast.worlds.mini import TEACHER
+
+_PERCENT = {"weights", "zeroed", "erased moved", "guides moved", "left to guide", "preserved moved", "earlier moved"}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    out: Path
+    """Folder for the edited model; must be new."""
+    model: Path = TEACHER
+    """Model folder, dense or pruned; by default the built-in mini teacher."""
+    erase: tuple[str, ...] = ()
+    """What to erase: `in the style of Claude Monet`, `naked`, ..."""
+    guide: tuple[str, ...] = ("",)
+    """What should stand in its place: one for each, or one for all; by default the empty text."""
+    pairs: Path | None = None
+    """More of them: CSV with the columns erase and guide, and perhaps weight."""
+    subjects: str | None = None
+    """Sentences that hold the concept where `{}` stands, or end with it: a prompt file, or `things`, `people` or
+    `mini`, the mini world's captions that are not held out for its judge. uce takes the texts by themselves as well,
+    and needs none: many of them, without --preserve, move everything else. concept-prune takes by default `mini` for a
+    model of the mini world, else `things`."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class UceArgs(Uce, _Asked):
+    """Give the texts to erase the keys and values of their guides, in every cross-attention, in closed form."""
+
+    weights: tuple[float, ...] = ()
+    """How much each text to erase counts among the others; by default all the same."""
+    preserve: Path | None = None
+    """Prompt file: texts that should keep their keys and values, as the empty one always does. CSV with a column
+    prompt, or one per line."""
+
+
+@dataclass(frozen=True)
+class ConceptPruneArgs(ConceptPrune, _Asked):
+    """Zero the feed-forward weights that work more for prompts with the concept than for prompts with its guide."""
+
+
+EDITS: dict[str, type[UceArgs] | type[ConceptPruneArgs]] = {"uce": UceArgs, "concept-prune": ConceptPruneArgs}
+
+
+def erase(args: UceArgs | ConceptPruneArgs) -> None:
+    """Edit a copy of the model, write its folder, and print what moved.
+
+    Raises:
+        UserError: Bad input of any kind.
+    """
+    if args.out.exists():  # better now than after an hour of sampling
+        raise UserError(f"{args.out} exists already; delete it or choose another folder")
+    weights, kept = (args.weights, args.preserve) if isinstance(args, UceArgs) else ((), None)
+    pairs = make_pairs(args.erase, args.guide, weights) if args.erase or args.pairs is None else ()
+    pairs += read_pairs(args.pairs) if args.pairs is not None else ()
+    if isinstance(args, ConceptPruneArgs) and any(pair.weight != 1 for pair in pairs):
+        raise UserError(f"{args.pairs} has weights, and concept-prune has no use for them; uce has")
+    preserve = tuple(read_prompts(kept)) if kept is not None else ()
+    device = pick_device(args.device)
+    folder = load_folder(args.model, device)
+    default = None if isinstance(args, UceArgs) else folder.family.world or "things"
+    frames = find_frames(args.subjects, folder.family.world, default)
+    check(pairs, preserve, folder.text_encoder)
+    check(framed(pairs, frames), preserve, folder.text_encoder)
+    transformers(folder.structure or Structure.dense(folder.config))  # refuses a model that has none
+    earlier = read_records(args.model)
+    unet = folder.unet().to(device).requires_grad_(False)
+    job = Job(folder, pairs, frames, preserve, earlier, progress=_progress if sys.stderr.isatty() else None)
+    outcome = args.edit(unet, job)
+    save_student(args.out, folder, unet, notes={RECORD: to_json([*earlier, outcome.record])})
+    print(_page(outcome, args.out))
+
+
+def _progress(done: int, total: int) -> None:
+    print(f"\r{done}/{total} prompts", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _page(outcome: Outcome, out: Path) -> str:
+    record = outcome.record
+    lines = [
+        f"{'erased':<9}{pair.erase!r} -> {pair.guide!r}" + (f", weight {pair.weight:g}" if pair.weight != 1 else "")
+        for pair in record.pairs
+    ]
+    lines += [f"{'in':<9}{len(record.frames)} sentences"] if record.frames else []
+    lines += [f"{'skipped':<9}{name}: the model has dropped it" for name in record.skipped]
+    lines += [*outcome.notes, "", table(outcome.table, _PERCENT), "", f"{'written':<9}{out}"]
+    return "\n".join(lines)
