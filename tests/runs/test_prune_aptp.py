@@ -212,6 +212,8 @@ def test_gradients_that_are_not_finite_end_the_run(teacher, run, tmp_path):
     assert code == 2
     assert "error: the last 2 router steps had a non-finite gradient and were skipped; stopped at step 2" in stderr
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    state = json.loads((out / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert (list(state), state["step"]) == (["step", "seconds"], 2), "the layout that earlier releases have left"
 
 
 def test_prompts_are_taken_evenly():
@@ -352,7 +354,7 @@ def test_route_refuses(trained, teacher, run, tmp_path):
         "teacher is not a mixture: mixture.json is missing": (teacher, "--prompts", "a red star"),
         "the mini world has no word for 'purpel'; did you mean 'purple'": (out, "--prompts", "a purpel star"),
         "none.txt does not exist": (out, "--file", tmp_path / "none.txt"),
-        "binary.txt is not UTF-8 text: invalid start byte at byte 11": (out, "--file", binary),
+        "binary.txt is not UTF-8: 'utf-8' codec can't decode byte 0xff in position 11": (out, "--file", binary),
         "this router was trained with the model's own text encoder": (out, "--prompts", "a", "--prompt-encoder", out),
     }.items():
         code, stdout, stderr = run("route", *arguments)
