@@ -178,7 +178,7 @@ def test_an_edit_is_recorded_and_replayed(kind, monkeypatch):
 
     expected, graphs = train(), Graphs(on_the_cpu)
     replayed = train(graphs)
-    assert set(graphs._recorded) == {"lower", "upper"}
+    assert set(graphs._recorder._recorded) == {"lower", "upper"}
     assert replayed[0] == expected[0]
     assert all(torch.equal(replayed[1][name], value) for name, value in expected[1].items())
     assert all(terms["upper/edit_moved"] > 0 for terms in expected[0])

@@ -194,7 +194,7 @@ def test_bad_runs_are_refused(first, teacher, tmp_path):
     ("flags", "message"),
     [
         (["--concept-weights", "1", "2"], "2 --concept-weights for 1 of --erase; wanted one each"),
-        (["--concept-weights", "0"], "--concept-weights is (0.0,), outside its range"),
+        (["--concept-weights", "0"], "--concept-weights is (0.0,): wanted each > 0 and finite"),
         (["--resume-concepts", "x", "--student", "y", "--teacher", "z"], "--student given with --resume-concepts"),
     ],
 )

@@ -227,6 +227,8 @@ def test_gradients_that_are_not_finite_end_the_run(teacher, run, tmp_path):
     assert code == 2
     assert "error: the last 2 router steps had a non-finite gradient and were skipped; stopped at step 2" in stderr
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-000002"]
+    state = json.loads((out / "checkpoints" / "step-000002" / "state.json").read_text())
+    assert (list(state), state["step"]) == (["step", "seconds"], 2), "the layout that earlier releases have left"
 
 
 def test_prompts_are_taken_evenly():
