@@ -13,7 +13,7 @@
 #   pip download --no-deps -d wheels scikit-build-core pathspec pybind11 tyro docstring-parser typeguard diffusers \
 #     importlib-metadata zipp
 #
-# Afterwards, for the card's name in CARD: cat rows.jsonl >> benchmarks/results/CARD.jsonl, and python -m benchmarks.report.
+# Afterwards, for the card's name in CARD: cat rows.jsonl >> benchmarks/results/CARD.jsonl.
 # Kernels one by one, sanitizers and the table of providers: benchmarks/gpu_kernels.sh. On a card that the table does not
 # know, run that first and bring its providers.json along: without it, ours is torch's ops in CUDA graphs.
 set -uo pipefail

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 
 
+class Unavailable(Exception):
+    """Why a provider cannot run here."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds per call over the rounds."""

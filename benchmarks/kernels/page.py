@@ -9,16 +9,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import getdoc
-from pathlib import Path
 from typing import Any
 
+from benchmarks import RESULTS, ROOT
 from benchmarks.kernels.cases import OPS
 from benchmarks.kernels.goals import goals
 from bilevel_fast.base import errors, flags
 from bilevel_fast.ops.providers import TABLE
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "kernels" / "README.md"
 
 Row = dict[str, Any]

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.kernels.cases import OPS, Case, Unavailable
+from benchmarks.kernels.cases import OPS, Case
 from benchmarks.kernels.tuning import tune
 from benchmarks.machine import describe
-from benchmarks.measure import Timing, captured, interleaved, interleaved_cuda
+from benchmarks.measure import Timing, Unavailable, captured, interleaved, interleaved_cuda
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
 

@@ -10,17 +10,15 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks import RESULTS, ROOT
 from benchmarks.pages import reproduced
 from benchmarks.quality import controller_report, frontier_report, precision
 from benchmarks.quality import tables as methods_report
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("released", "released_no_anomaly_mode", "eager", "ours_engine", "ours_recompute")
 SAYS = {
     "released": "diffusers, as released: fp32, hooks, anomaly mode",

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
@@ -37,7 +38,7 @@ from bilevel_fast.runs.router import AptpConfig, run
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import SCENES, labels, render
 
-RESULTS = Path(__file__).parent / "results" / "aptp.jsonl"
+ROWS = RESULTS / "aptp.jsonl"
 IMAGES = 64  # that methods may try the teacher on
 METHODS = ("uniform", "magnitude", "diff-pruning", "gates")
 _FROM = 1 << 46  # sample indices that nobody trains on, calibrates on or judges by
@@ -152,7 +153,7 @@ def main() -> None:
     shown = ("case", "seed", "seconds", "experts", "told_by", "errors")
     print(json.dumps({name: row[name] for name in shown}, indent=2))
     if settings.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
+        with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
@@ -45,7 +46,7 @@ from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import judge
 from bilevel_fast.worlds.mini.probe import Probe
 
-RESULTS = Path(__file__).parent / "results" / "controller.jsonl"
+ROWS = RESULTS / "controller.jsonl"
 SWEPT = (*((penalty, every) for every in (2, 4, 8) for penalty in (0.0, 1.0, 10.0)), (0.1, 4))
 STARTS = ((1.0, 4), (10.0, 4), (1.0, 2), (10.0, 8))
 GROUPS = ("controlled", "swept")
@@ -145,14 +146,14 @@ def run(args: Run, seed: int, group: str, place: Row, say: Callable[[str], None]
         quality = judge(mini.portfolio(walk.student.eval(), folder, erased, config), erased, probe)
         settings = replace(config, upper=missing[name]).to_dict()
         row = {"suite": "controller", "case": name, "seed": seed, **asdict(quality), **walk.found}
-        with RESULTS.open("a", encoding="utf-8") as file:
+        with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "config": settings, **place}) + "\n")
         say(f"seed {seed} {name}: {asdict(quality)} {walk.found['upper_moves']} upper moves")
 
 
 def rows() -> list[Row]:
     """All rows measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
 
 
 def main() -> None:
@@ -173,7 +174,7 @@ def main() -> None:
     from benchmarks.quality.controller_report import table
 
     if not (measured := rows()):
-        raise UserError(f"{RESULTS} has no rows; run: python -m benchmarks.quality.controller run")
+        raise UserError(f"{ROWS} has no rows; run: python -m benchmarks.quality.controller run")
     print(table(measured))
 
 

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
 from bilevel_fast.base import errors
 from bilevel_fast.erasing.settings import Upper
@@ -39,7 +40,7 @@ from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import judge
 from bilevel_fast.worlds.mini.probe import Probe
 
-RESULTS = Path(__file__).parent / "results" / "frontier.jsonl"
+ROWS = RESULTS / "frontier.jsonl"
 ANCHORS: tuple[Literal["phrase", "null"], ...] = ("phrase", "null")
 PENALTIES: tuple[tuple[float, Literal["grad", "raw"]], ...] = (
     (0.0, "grad"),
@@ -112,7 +113,7 @@ def run(args: Run) -> None:
             continue
         quality = judge(mini.portfolio(student.eval(), folder, erased, config), erased, probe)
         row = {"suite": "frontier", "case": name, "seed": args.seed, **asdict(quality), "config": config.to_dict()}
-        with RESULTS.open("a", encoding="utf-8") as file:
+        with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, **describe(CPU)}) + "\n")
         print(f"seed {args.seed}: {name:<24}{asdict(quality)}", file=sys.stderr, flush=True)
 
@@ -132,9 +133,9 @@ def two_stage(
 
 def rows() -> list[dict[str, Any]]:
     """All rows measured so far."""
-    if not RESULTS.exists():
+    if not ROWS.exists():
         return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:
@@ -148,7 +149,7 @@ def main() -> None:
 
         measured = rows()
         if not measured:
-            raise errors.UserError(f"{RESULTS} has no rows; run: python -m benchmarks.quality.frontier run --seed 0")
+            raise errors.UserError(f"{ROWS} has no rows; run: python -m benchmarks.quality.frontier run --seed 0")
         print(table(measured))
         plot(measured, args.plot)
 

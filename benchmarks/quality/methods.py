@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
 from benchmarks.quality.methods_cases import BUDGETS, Case, cases
 from bilevel_fast.base import errors
@@ -47,7 +48,7 @@ from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import judge
 from bilevel_fast.worlds.mini.probe import Probe
 
-RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
+ROWS = RESULTS / "methods.jsonl"
 STEPS = (0, 50, 100, 200, 300, 400, 500)  # the errors are measured here, and after the last step
 HELD_OUT = 1 << 20  # a seed that no run has
 CPU = torch.device("cpu")
@@ -80,7 +81,7 @@ class Run:
 class Report:
     """Print the table over all seeds and draw the plots."""
 
-    out: Path = RESULTS.parent
+    out: Path = RESULTS
     """Folder for methods.png, figure4.png and figure5.png."""
 
 
@@ -123,7 +124,7 @@ def run(args: Run, seed: int, place: Row) -> None:
         ratio = student.structure.macs(folder.config.sample_size, folder.text_encoder.length).ratio
         settings = {"preset": args.preset, **asdict(replace(lower, weights=case.weights)), "judged": args.judged}
         row = {"suite": "methods", "case": case.name, "seed": seed, "step": step, **found, "macs_ratio": ratio}
-        with RESULTS.open("a", encoding="utf-8") as file:
+        with ROWS.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "config": settings, **place}) + "\n")
         say(f"seed {seed} {case.name}, step {step}: { {k: round(v, 4) for k, v in found.items()} }")
 
@@ -151,7 +152,7 @@ def say(what: object) -> None:
 
 def rows() -> list[Row]:
     """All rows measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
 
 
 def main() -> None:
@@ -169,7 +170,7 @@ def main() -> None:
     from benchmarks.quality import tables as methods_report
 
     if not methods_report.finished(measured := rows()):
-        raise UserError(f"{RESULTS} has no finished case; run: python -m benchmarks.quality.methods run --budget 0.8")
+        raise UserError(f"{ROWS} has no finished case; run: python -m benchmarks.quality.methods run --budget 0.8")
     print(methods_report.table(measured))
     methods_report.plots(measured, args.out)
 

@@ -18,13 +18,13 @@ over the mean square of the teacher's. Every batch has other drawings, captions,
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
@@ -43,7 +43,7 @@ from bilevel_fast.pruning.uniform import uniform
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import SCENES, labels, render
 
-RESULTS = Path(__file__).parent / "results" / "planner.jsonl"
+ROWS = RESULTS / "planner.jsonl"
 RATIOS = (0.80, 0.55)
 SEED = 0
 EVEN = "even"
@@ -163,7 +163,7 @@ def main() -> None:
         spread = f"{row['value']:.4f}  {row['p20']:.4f} .. {row['p80']:.4f}"
         print(f"{where}{spread}  at {row['macs_ratio']:.4f} of the MACs", flush=True)
         if settings.write:
-            with RESULTS.open("a", encoding="utf-8") as file:
+            with ROWS.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
 

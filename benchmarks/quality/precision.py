@@ -21,6 +21,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
@@ -31,7 +32,7 @@ from bilevel_fast.runs.session import gather, initial_student, run
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini
 
-RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
+ROWS = RESULTS / "precision.jsonl"
 COSINE = 0.995
 STEPS = 200
 CLASSES = {  # the first that is in the parameter's name
@@ -53,7 +54,7 @@ class Gradients:
 
     batches: int = 4
     """Batches of either level."""
-    out: Path = RESULTS
+    out: Path = ROWS
     """Where rows are appended."""
 
 
@@ -65,7 +66,7 @@ class Table:
     """Runs in either precision."""
     preset: str = "mini"
     """Settings of the runs; `smoke` to rehearse."""
-    out: Path = RESULTS
+    out: Path = ROWS
     """Where rows are appended."""
 
 
@@ -73,7 +74,7 @@ class Table:
 class Report:
     """Print the rows and judge them."""
 
-    out: Path = RESULTS
+    out: Path = ROWS
     """Where they are."""
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Unavailable
-from benchmarks.measure import captured
+from benchmarks.measure import Unavailable, captured
 from benchmarks.speed.diffusers_unet import diffusers_unet
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.providers import VARIABLE

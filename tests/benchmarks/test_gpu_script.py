@@ -4,14 +4,12 @@ import importlib
 import os
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
+from benchmarks import ROOT
 from bilevel_fast import profile
 from bilevel_fast.base import flags
-
-ROOT = Path(__file__).parents[2]
 
 
 def script(out, *args, **environment):

@@ -10,7 +10,8 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_fast.ops.native import cuda as native
 from bilevel_kernels.feature_kd import feature_kd, feature_kd_bytes, feature_kd_ref
 

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_fast.ops.randomness import Stream, normal
 from bilevel_kernels.noise_v import noise_v
 

@@ -7,7 +7,8 @@ import torch._dynamo
 import torch._functorch.config as functorch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_kernels.steered_mse import steered_mse, steered_mse_ref
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]

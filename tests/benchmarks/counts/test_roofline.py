@@ -3,12 +3,11 @@
 import json
 import os
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import cards, structures
+from benchmarks import RESULTS, cards, structures
 from benchmarks.cards import CARDS, Card
 from benchmarks.counts import memory, roofline
 from bilevel_fast.base import errors
@@ -197,7 +196,7 @@ def test_rows(projected):
 
 def test_committed_rows():
     """The file is the command's output: every card, structure, case and bound."""
-    path = Path(roofline.__file__).parent / "results" / "roofline.jsonl"
+    path = RESULTS / "roofline.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(found) == len(CARDS) * 27
     for row in found:

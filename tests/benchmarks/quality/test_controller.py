@@ -66,7 +66,7 @@ def test_a_small_run(tmp_path, monkeypatch):
     """Rows as soon as they are measured, none twice; the controller's course is in its rows."""
     small = config.preset("smoke")
     small = replace(small, mini=replace(small.mini, judge_erased=1, judge_kept=1, judge_steps=2))
-    monkeypatch.setattr(controller, "RESULTS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(controller, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(controller, "preset", lambda name: small)
     monkeypatch.setattr(controller, "STARTS", ((10.0, 2),))
     monkeypatch.setattr(controller, "SWEPT", ((10.0, 4),))

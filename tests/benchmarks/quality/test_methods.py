@@ -34,7 +34,7 @@ def teacher(folder):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.jsonl")
+    monkeypatch.setattr(methods, "ROWS", tmp_path / "methods.jsonl")
     monkeypatch.setattr(methods, "held_out", partial(held_out, batches=1))
     return tmp_path / "methods.jsonl"
 

@@ -10,13 +10,12 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.kernels.cases import Unavailable
-from benchmarks.machine import cpu_name
-from benchmarks.measure import Timing
+from benchmarks.measure import Timing, Unavailable
 from benchmarks.speed import unet as bench
 from benchmarks.speed import unet_providers, unet_sites
 from benchmarks.structures import NAMES, model, structure
 from bilevel_fast.base import errors
+from bilevel_fast.base.devices import cpu_name
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21, sites
 from bilevel_fast.models.unet import UNet
