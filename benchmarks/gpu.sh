@@ -46,13 +46,13 @@ step() {  # step NAME SECONDS COMMAND...: runs it if it can end in time; keeps i
 
 common=(--device "$device" --rounds "$rounds" --out "$out/rows.jsonl")
 if [ "$device" = cuda ]; then
-  export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests"
+  export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests/helpers"
   nvidia-smi >"$out/nvidia-smi.txt" 2>&1
   [ -d wheels ] && step wheels 40 "$python" -m pip install --no-index --no-deps wheels/*.whl
   "$python" -c 'import bilevel_fast.ops.native._C' 2>/dev/null ||
     step install 150 "$python" -m pip install --no-build-isolation --no-deps -e .
   # Right before fast: graphs that are the run they stand for, optimizers, the loader, fp8.
-  step tests 60 "$python" -m pytest -q -m gpu tests/engine tests/data
+  step tests 60 "$python" -m pytest -q -m gpu tests/models tests/sampling tests/training tests/profiling tests/data
 fi
 step step 150 "$python" -m benchmarks.speed.step "${tiny[@]}" "${common[@]}" --ladder
 step alignment 60 "$python" -m benchmarks.speed.alignment "${tiny[@]}" "${common[@]}" --full

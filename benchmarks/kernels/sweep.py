@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.sweep --device cuda --out rows.jsonl    all ops; rows are appended as they are measured
     python -m benchmarks.kernels.sweep --op geglu                        one op, printed
-    python -m benchmarks.kernels.sweep --tune                            write what won to bilevel_fast/providers.json
+    python -m benchmarks.kernels.sweep --tune                            write what won to ops/providers.json
 
 The rivals of a case are timed in one interleaved run: on a GPU with a cold L2 cache, and from a CUDA graph where the
 call can be captured, so that launch costs do not hide what the kernels do. The roofline is the larger of bytes over

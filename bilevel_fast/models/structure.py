@@ -22,7 +22,7 @@ from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
 from bilevel_fast.models.macs import Macs
 from bilevel_fast.models.macs import count as count_macs
 
-FORMAT, VERSION = "bilevel_fast.models.structure", 1
+FORMAT, VERSION = "bilevel_fast.structure", 1  # of files, whatever this module is called
 
 
 @dataclass(frozen=True)

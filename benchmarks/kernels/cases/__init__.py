@@ -37,7 +37,5 @@ OPS = (
     "geglu",
     "feature_kd",
     "denoise_loss",
-    "steered_mse",
-    "noise_v",
     "adamw_ema",
 )

@@ -1,4 +1,4 @@
-"""Kernels of csrc/*.cu: what they compile to, and what they compute: on a GPU, or on the CPU where there is none."""
+"""The kernel of csrc/adamw_ema.cu: what it compiles to, and what it computes on a GPU, or on the CPU without one."""
 
 import importlib.util
 import os
@@ -11,18 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 
 import numerics
 from bilevel_fast.ops.native import AdamW, Trained, cuda
-from bilevel_fast.ops.native import feature_kd as on_cpu
 from cuda_on_cpu import OnCpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CARDS = ("sm_80", "sm_86", "sm_89", "sm_90")
-KERNELS = {"adamw_ema": ["step_kernel"], "feature_kd": ["chunk_kernel", "loss_kernel"]}
-SIZES = [1, 7, 8, 33, 4096, 4097, 8192, 8193, 100_003]  # chunks are of 4096 and 8192
+SIZES = [1, 7, 8, 33, 4096, 4097, 8192, 8193, 100_003]  # chunks are of 4096
 MANY = [1 + 37 * i for i in range(130)]  # three launches
 SETTINGS = AdamW(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, ema_decay=0.95)
 LR, NUMBER, CLIP = 1e-3, 3, 0.7
@@ -52,14 +49,14 @@ def _dump(*flags):
 @needs_nvcc
 def test_built_for_every_card():
     assert cuda.is_built()
-    assert set(re.findall(r"(\w+)\.(sm_\d+)\.cubin", _dump("-lelf"))) == {(k, sm) for k in KERNELS for sm in CARDS}
-    assert set(re.findall(r"(\w+)\.(sm_\d+)\.ptx", _dump("-lptx"))) == {(k, CARDS[-1]) for k in KERNELS}
+    assert set(re.findall(r"(\w+)\.(sm_\d+)\.cubin", _dump("-lelf"))) == {("adamw_ema", sm) for sm in CARDS}
+    assert set(re.findall(r"(\w+)\.(sm_\d+)\.ptx", _dump("-lptx"))) == {("adamw_ema", CARDS[-1])}
 
 
 @needs_nvcc
 def test_nothing_is_spilled():
     usage = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _dump("-res-usage"))
-    assert len(usage) == len(CARDS) * (4 + 3 + 1)  # with and without average and copy; dtypes; the losses
+    assert len(usage) == len(CARDS) * 4  # with and without average and copy
     for registers, stack, local in usage:
         assert int(stack) == int(local) == 0
         assert int(registers) <= 64  # 1024 threads of an SM
@@ -69,17 +66,14 @@ def test_nothing_is_spilled():
 @pytest.mark.parametrize("sm", CARDS)
 def test_tensors_are_loaded_and_stored_16_bytes_at_a_time(sm):
     functions = re.split(r"\n\s*Function : ", _dump("-sass", "-arch", sm))[1:]
-    found = {"step_kernel": 0, "chunk_kernel": 0, "loss_kernel": 0}
     for code in functions:
-        (name,) = (name for name in found if name in code.split("\n", 1)[0])
-        found[name] += 1
+        assert "step_kernel" in code.split("\n", 1)[0]
         loads, stores = (len(re.findall(rf"\b{op}\.E\S*\.128", code)) for op in ("LDG", "STG"))
-        least = {"step_kernel": (4, 3), "chunk_kernel": (2, 1), "loss_kernel": (0, 0)}[name]
-        assert loads >= least[0], code[:200]
-        assert stores >= least[1], code[:200]
+        assert loads >= 4, code[:200]
+        assert stores >= 3, code[:200]
         assert not re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b|\.F64\b", code), "arithmetic in double"
         assert not re.findall(r"\b(?:LDL|STL|ATOM|RED)\b", code), "local memory or atomics"
-    assert found == {"step_kernel": 4, "chunk_kernel": 3, "loss_kernel": 1}
+    assert len(functions) == 4
 
 
 @needs_nvcc
@@ -96,7 +90,7 @@ def test_the_runtime_is_linked_in():
 def test_a_missing_build_says_what_to_do():
     code = (
         "import sys; sys.modules['bilevel_fast.ops.native._cuda'] = None; from bilevel_fast.ops.native import cuda; "
-        "assert not cuda.is_built(); cuda.feature_kd([], [], 1.0)"
+        "assert not cuda.is_built(); cuda.adamw_ema(None, None, [], None, None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.endswith(
@@ -108,8 +102,6 @@ def test_a_missing_build_says_what_to_do():
 @needs_nvcc
 def test_refuses_tensors_of_the_cpu():
     x = [torch.zeros(8)]
-    with pytest.raises(ValueError, match="student 0: cpu tensor, expected cuda"):
-        cuda.feature_kd(x, x, 1.0)
     with pytest.raises(ValueError, match="parameter 0: cpu tensor, expected cuda"):
         cuda.adamw_ema(SETTINGS, Trained(x, x, x), x, x[0], x[0])
 
@@ -132,23 +124,6 @@ def kernels(request, monkeypatch):
         monkeypatch.setattr(cuda, "_cuda", request.getfixturevalue("built_for_cpu"))
         monkeypatch.setattr(cuda, "_queue", lambda device: (0, 0))
         monkeypatch.setattr(cuda, "_device", lambda name, tensor: tensor.device)
-
-
-def pairs(sizes, dtype=torch.float32, shift=0):
-    """Student and teacher of the device, `shift` elements after an aligned address."""
-    students, teachers = [], []
-    for size in sizes:
-        teacher = (-2.3 + 0.5 * torch.randn(size + shift, device=DEVICE)).to(dtype)
-        students.append((teacher + 0.3 * torch.randn_like(teacher) + 0.1)[shift:])
-        teachers.append(teacher[shift:])
-    return students, teachers
-
-
-def eager_kd(student, teacher):
-    student = [s.detach().requires_grad_() for s in student]
-    wide = torch.float64 if student[0].dtype == torch.float64 else torch.float32
-    losses = torch.stack([F.mse_loss(s.to(wide), t.to(wide)) for s, t in zip(student, teacher, strict=True)])
-    return losses.detach(), torch.autograd.grad(0.1 * losses.mean(), student)
 
 
 def steps(sizes, shift=0):
@@ -186,42 +161,6 @@ def formula(p, m, v, ema, g):
     root = v.sqrt() / (1 - SETTINGS.beta2**NUMBER) ** 0.5 + SETTINGS.eps
     p = p * (1 - LR * SETTINGS.weight_decay) - LR / (1 - SETTINGS.beta1**NUMBER) * m / root
     return p, m, v, ema.lerp(p, 1 - SETTINGS.ema_decay)
-
-
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize(
-    ("sizes", "dtype", "shift"),
-    [
-        *((SIZES, dtype, shift) for dtype in (torch.float32, torch.float16, torch.bfloat16) for shift in (0, 1)),
-        (MANY, torch.float32, 0),
-    ],
-    ids=["fp32", "fp32 off by one", "fp16", "fp16 off by one", "bf16", "bf16 off by one", "many"],
-)
-def test_feature_kd(sizes, dtype, shift):
-    student, teacher = pairs(sizes, dtype, shift)
-    losses, gradients = cuda.feature_kd(student, teacher, 0.1)
-    eager = eager_kd(student, teacher)
-    gold = eager_kd([s.double() for s in student], [t.double() for t in teacher])
-    numerics.assert_no_worse_than_eager("losses", losses, eager[0], gold[0])
-    for k in range(len(sizes)):
-        numerics.assert_no_worse_than_eager(f"gradient {k}", gradients[k], eager[1][k], gold[1][k])
-
-
-@pytest.mark.usefixtures("kernels")
-def test_feature_kd_is_that_of_the_cpu():
-    student, teacher = pairs(SIZES)
-    losses, gradients = cuda.feature_kd(student, teacher, 0.1)
-    expected, others = on_cpu([s.cpu() for s in student], [t.cpu() for t in teacher], 0.1)
-    torch.testing.assert_close(losses.cpu(), expected, rtol=1e-6, atol=0)
-    assert all(torch.equal(a.cpu(), b) for a, b in zip(gradients, others, strict=True))
-
-
-@pytest.mark.usefixtures("kernels")
-def test_feature_kd_does_not_depend_on_alignment():
-    student, teacher = pairs(SIZES, shift=1)
-    shifted = cuda.feature_kd(student, teacher, 0.1)
-    aligned = cuda.feature_kd([s.clone() for s in student], [t.clone() for t in teacher], 0.1)
-    assert all(torch.equal(a, b) for a, b in zip([shifted[0], *shifted[1]], [aligned[0], *aligned[1]], strict=True))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -275,9 +214,6 @@ def test_skip_leaves_every_bit():
 
 @pytest.mark.usefixtures("kernels")
 def test_same_bits_twice():
-    student, teacher = pairs(SIZES)
-    first, second = (cuda.feature_kd(student, teacher, 0.1) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip([first[0], *first[1]], [second[0], *second[1]], strict=True))
     trained, gradients = steps(SIZES)
     other = cloned(trained)
     step(trained, gradients)
@@ -306,14 +242,15 @@ def test_steps_of_a_graph():
 
 @pytest.mark.gpu
 def test_the_stream_is_torchs_current_one():
-    student, teacher = pairs(SIZES[-1:])
-    expected, _ = cuda.feature_kd(student, teacher, 0.1)
+    trained, gradients = steps(SIZES[-1:])
+    expected = cloned(trained)
+    step(expected, gradients)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        late = [s.clone().fill_(0.0) for s in student]
+        late = [torch.zeros_like(g) for g in gradients]
         torch.cuda._sleep(10_000_000)
-        late[0].copy_(student[0])
-        losses, _ = cuda.feature_kd(late, teacher, 0.1)
+        late[0].copy_(gradients[0])
+        step(trained, late)
     stream.synchronize()
-    assert torch.equal(losses, expected)
+    assert all(torch.equal(a, b) for a, b in zip(flat(trained), flat(expected), strict=True))

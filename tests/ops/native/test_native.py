@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import bilevel_fast
 from bilevel_fast.ops.native import _C, AdamW, Trained, pointer
 
 
@@ -62,8 +61,8 @@ def test_an_instruction_set_is_used():
 
 @pytest.mark.parametrize("name", ["_C", "_cuda"])
 def test_the_stub_is_what_is_built(name):
-    module = pytest.importorskip(f"bilevel_fast.{name}", reason="built where there is nvcc")
-    stub = Path(bilevel_fast.__file__).with_name(f"{name}.pyi")
+    module = pytest.importorskip(f"bilevel_fast.ops.native.{name}", reason="built where there is nvcc")
+    stub = Path(module.__file__).with_name(f"{name}.pyi")
     functions = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.FunctionDef)]
     promised = {f.name: [argument.arg for argument in f.args.args] for f in functions}
     built = {name: re.findall(r"(\w+): ", getattr(module, name).__doc__) for name in dir(module) if name[0] != "_"}
