@@ -5,9 +5,7 @@ raises Unavailable where it cannot run.
 """
 
 import copy
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,23 +14,9 @@ from torch import Tensor
 from benchmarks.measure import Unavailable, captured
 from benchmarks.speed.diffusers_unet import diffusers_unet
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.ops.providers import VARIABLE
+from bilevel_fast.ops.providers import ops
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # x (B, C, H, W), t (B,), text (B, L, D)
-
-
-@contextmanager
-def ops(name: str | None) -> Iterator[None]:
-    """Let `name` run all ops; whatever the table says if None. Never mind what the environment said before."""
-    before = os.environ.pop(VARIABLE, None)
-    if name is not None:
-        os.environ[VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
 
 
 def plain(unet: Callable[..., Any], inputs: Inputs, provider: str | None) -> Callable[[], Tensor]:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import captured, interleaved, interleaved_cuda
-from benchmarks.speed.unet_providers import ops
 from benchmarks.structures import Model
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.providers import ops
 from bilevel_fast.ops.randomness import Stream, normal
 
 KEEPS = (1.0, 0.75, 0.5, 0.25)

@@ -77,10 +77,12 @@ def table(costs: Iterable[Cost]) -> list[Line]:
 
 
 @cache
-def _flash_on_meta() -> torch.library.Library:
-    """From the first call on, attention without mask is FlashAttention's on the meta device, in all of this process."""
+def _taught_meta() -> torch.library.Library:
+    """From the first call on, in all of this process: attention without mask is FlashAttention's on the meta device,
+    and the fused AdamW, for which torch has no stand-in, changes sizes of nothing."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+    library.impl("_fused_adamw_.tensor_lr", lambda *args, **kwargs: None, "Meta")
     return library  # which undoes it when it dies
 
 
@@ -137,7 +139,7 @@ class AsOnGPU(TorchDispatchMode):
     """Within it, the meta device does as a GPU would where torch's stand-ins do not; other devices are left alone."""
 
     def __enter__(self) -> Self:
-        _flash_on_meta()
+        _taught_meta()
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
