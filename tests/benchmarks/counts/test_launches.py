@@ -17,8 +17,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.slow
 def test_the_steps_that_are_counted_are_the_engines():
-    """Op by op: both levels of a run of the mini world, and `Steps` of the same student. The meta device has other names
-    for some products, and copies what is channels_last for a norm: there, the products are the same."""
+    """Op by op: both levels of a run of the mini world, and `Steps` of the same student.
+
+    On the meta device some products have other names, and norms copy what is channels_last: there, the FLOPs of the
+    products are the same.
+    """
     config, folder = preset("mini"), load_folder(TEACHER)
     upper, kept = config.upper, initial_student(config, folder, align=1).structure
     assert (upper.eraser, upper.eta) == ("guidance", roofline.ERASER.eta)
