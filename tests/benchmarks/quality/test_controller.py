@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.quality import controller
 from benchmarks.quality.controller import STARTS, SWEPT, Run, cases, run
-from benchmarks.quality.controller_report import by_case, dominating, table
+from benchmarks.quality.tables import by_case, dominating
+from benchmarks.quality.tables import controller as table
 from bilevel_fast.runs import config
 
 
