@@ -22,7 +22,7 @@ import torch
 from benchmarks.kernels.cases import OPS, Case
 from benchmarks.kernels.tuning import tune
 from benchmarks.machine import describe
-from benchmarks.measure import Timing, Unavailable, captured, interleaved, interleaved_cuda
+from benchmarks.measure import Timing, Unavailable, interleaved, interleaved_cuda, recorded
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
 
@@ -74,7 +74,7 @@ def measure(case: Case, rounds: int, device: torch.device, roof: tuple[float, fl
     graphs: dict[str, bool] = {}
     for name, make in case.providers.items():
         try:
-            calls[name], graphs[name] = captured(make) if device.type == "cuda" else (make(), False)
+            calls[name], graphs[name] = recorded(make, device)
         except Unavailable as error:
             missing[name] = str(error)
         except torch.OutOfMemoryError:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Unavailable, captured
+from benchmarks.measure import Unavailable, recorded
 from benchmarks.speed.diffusers_unet import diffusers_unet
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.providers import ops
@@ -47,20 +47,10 @@ def compiled(unet: UNet, inputs: Inputs) -> Callable[[], Tensor]:
 def graph(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need CUDA")
-    out: list[Tensor] = []
-
-    def step() -> None:
-        out[:] = [call()]
-
-    replay, done = captured(lambda: step)
+    replay, done = recorded(lambda: call, device)
     if not done:
         raise Unavailable("could not be captured in a CUDA graph")
-
-    def run() -> Tensor:
-        replay()
-        return out[0]
-
-    return run
+    return replay
 
 
 def ours(unet: UNet, inputs: Inputs) -> Callable[[], Tensor]:
