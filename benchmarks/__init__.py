@@ -1,13 +1,17 @@
-"""Commands that measure, count or project, and what they share. `python -m benchmarks.NAME --help` says more.
+"""Commands that measure, count or project, and what they share. `python -m benchmarks.FOLDER.NAME --help` says more.
 
-measured    train (a whole run), step (both steps against their rivals), unet (latency, dense against pruned), kernels,
-            alignment (padded widths), precision (bf16 against fp32), frontier (quality against suppression)
-counted     macs, launches, compile_matrix
-projected   roofline (time), roofline_sites (time of each site at every width), memory (largest batch)
-judged      compare (two files of rows), bench_check (against the committed baseline)
-shown       report (one HTML page), readme (the README's tables), kernels_report, frontier_report
-on a GPU    gpu.sh, gpu_kernels.sh, once (for sanitizers), aot (what a compiler makes of a kernel)
-shared      measure (interleaved timing), machine, cards, structures, peers and diffusers_unet (how others do it), ours,
-            cases/ (one file per kernel)
+counts/     what needs no clock: macs, launches, memory (largest batch), roofline (time by card), roofline_sites
+speed/      what a clock says: step, unet, train, data, alignment, mixture, against peers
+kernels/    each op alone: sweep (against its rivals), tuning, once (for sanitizers), aot and compile_matrix (what a
+            compiler makes of it), page (kernels/README.md); cases/ has one file per op
+quality/    what students of the mini world are worth: frontier, controller, methods, aptp, planner, precision
+pages/      readme (the README's tables), reproduced, compare (two files of rows), bench_check (against the baseline)
+shared      measure (interleaved timing), rows, machine, cards, structures
+on a GPU    gpu.sh, gpu_kernels.sh
 results/    rows: one JSON object each, committed by the machine that made them
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"

@@ -13,7 +13,7 @@
 #   pip download --no-deps -d wheels scikit-build-core pathspec pybind11 tyro docstring-parser typeguard diffusers \
 #     importlib-metadata zipp
 #
-# Afterwards, for the card's name in CARD: cat rows.jsonl >> benchmarks/results/CARD.jsonl, and python -m benchmarks.report.
+# Afterwards, for the card's name in CARD: cat rows.jsonl >> benchmarks/results/CARD.jsonl.
 # Kernels one by one, sanitizers and the table of providers: benchmarks/gpu_kernels.sh. On a card that the table does not
 # know, run that first and bring its providers.json along: without it, ours is torch's ops in CUDA graphs.
 set -uo pipefail
@@ -46,13 +46,13 @@ step() {  # step NAME SECONDS COMMAND...: runs it if it can end in time; keeps i
 
 common=(--device "$device" --rounds "$rounds" --out "$out/rows.jsonl")
 if [ "$device" = cuda ]; then
-  export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests"
+  export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests/helpers"
   nvidia-smi >"$out/nvidia-smi.txt" 2>&1
   [ -d wheels ] && step wheels 40 "$python" -m pip install --no-index --no-deps wheels/*.whl
   "$python" -c 'import bilevel_fast.ops.native._C' 2>/dev/null ||
     step install 150 "$python" -m pip install --no-build-isolation --no-deps -e .
   # Right before fast: graphs that are the run they stand for, optimizers, the loader, fp8.
-  step tests 60 "$python" -m pytest -q -m gpu tests/engine tests/data
+  step tests 60 "$python" -m pytest -q -m gpu tests/models tests/sampling tests/training tests/profiling tests/data
 fi
 step step 150 "$python" -m benchmarks.speed.step "${tiny[@]}" "${common[@]}" --ladder
 step alignment 60 "$python" -m benchmarks.speed.alignment "${tiny[@]}" "${common[@]}" --full

@@ -10,7 +10,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to the folder for the results}
 mkdir -p "$out"
-export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests"
+export PYTHONPATH="$PWD:$PWD/kernels:$PWD/tests/helpers"
 
 step() {  # step NAME SECONDS COMMAND...: runs it, keeps its output and how it ended
   local name=$1 limit=$2 status
@@ -24,8 +24,8 @@ nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 [ -d wheels ] && step wheels 60 python -m pip install --no-index --no-deps wheels/*.whl
 step install 150 python -m pip install --no-build-isolation --no-deps -e .
 # Right before fast: a time of a kernel that is wrong says nothing.
-step tests 240 python -m pytest -q -m gpu tests/kernels tests/csrc tests/engine
-for op in group_norm_silu feature_kd adamw_ema pruned_attention geglu structured_conv2d denoise_loss noise_v steered_mse; do
+step tests 240 python -m pytest -q -m gpu tests/kernels tests/ops tests/models tests/sampling tests/training
+for op in group_norm_silu feature_kd adamw_ema pruned_attention geglu structured_conv2d denoise_loss; do
   step "kernels_$op" 120 python -m benchmarks.kernels.sweep --device cuda --op "$op" --out "$out/kernels.jsonl"
 done
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
@@ -33,4 +33,4 @@ for tool in memcheck racecheck; do
   step "$tool" 200 "$sanitizer" --tool "$tool" --error-exitcode 1 python -m benchmarks.kernels.once --device cuda
 done
 step tune 60 python -m benchmarks.kernels.sweep --device cuda --out "$out/kernels.jsonl" --tune
-cp bilevel_fast/providers.json "$out/"
+cp bilevel_fast/ops/providers.json "$out/"

@@ -1,13 +1,12 @@
 """The machine and versions that a measurement was made with."""
 
 import datetime
-import os
-import platform
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from bilevel_fast.base.devices import cpu_name
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -23,13 +22,6 @@ def describe(device: torch.device) -> dict[str, Any]:
         "commit": _output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
-
-
-def cpu_name() -> str:
-    """Model name and number of usable cores."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def _version(package: str) -> str | None:

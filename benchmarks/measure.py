@@ -8,6 +8,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from bilevel_fast.ops.graphs import WARMUP, Record, cuda_recorder, side_stream
+
+
+class Unavailable(Exception):
+    """Why a provider cannot run here."""
 
 
 @dataclass(frozen=True)
@@ -65,34 +74,35 @@ def interleaved(
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def captured(make: Callable[[], Callable[[], object]]) -> tuple[Callable[[], object], bool]:
-    """The call that `make` returns, as a CUDA graph and True; or itself and False where it cannot be captured.
+def recorded(
+    make: Callable[[], Callable[[], object]], device: torch.device, record: Record | None = None
+) -> tuple[Callable[[], Any], bool]:
+    """The call that `make` returns, replayed from a CUDA graph, and True; itself and False where it cannot be recorded.
 
-    All of it happens on one side stream: what `make` prepares for a backward pass must be on the stream of the capture.
+    What `make` prepares for a backward pass is on the stream of the recording. The replay returns the tensors that it
+    writes.
+
+    Args:
+        make: Makes the call.
+        device: Where nothing can be recorded, the call runs as it is.
+        record: Records instead of the device's own recorder.
     """
-    import torch
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    record = record or cuda_recorder(device)
+    if record is None:
+        return make(), False
+    with side_stream(device):
         call = make()
-        for _ in range(3):  # lazy initialisation and autotuning must be over
+        for _ in range(WARMUP):
             call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=side):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call, False
-    return graph.replay, True
+        try:
+            replay, out = record(call)
+        except RuntimeError:
+            return call, False
+    return lambda: (replay(), out)[1], True
 
 
 def interleaved_cuda(providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
     """As `interleaved`, timed by the GPU itself, with an L2 cache that holds nothing of the call's."""
-    import torch
-
     names = list(providers)
     cache = torch.empty(2**26, dtype=torch.float32, device="cuda")  # 256 MiB, more than any L2
     spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}

@@ -1,5 +1,5 @@
-// The module bilevel_fast.ops.native._C. Tensors come as addresses; everything else is converted here, and
-// nothing is checked but what the Python callers cannot know.
+// The module bilevel_fast.ops.native._C. Tensors come as addresses; everything else is converted
+// here, and nothing is checked but what the Python callers cannot know.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

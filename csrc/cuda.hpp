@@ -1,12 +1,12 @@
-// Kernels for NVIDIA GPUs: the arithmetic of feature_kd.hpp and adamw_ema.hpp on tensors of the
-// device, for many tensors per launch. Nothing here allocates or waits for the device, and what
-// changes from step to step is read from device memory: calls can be captured into CUDA graphs.
-// A launch that fails throws std::runtime_error.
+// A kernel for NVIDIA GPUs: the arithmetic of adamw_ema.hpp on tensors of the device, for many
+// tensors per launch. Nothing here allocates or waits for the device, and what changes from step to
+// step is read from device memory: calls can be captured into CUDA graphs. A launch that fails
+// throws std::runtime_error.
 //
 // Accesses are 16 bytes wide where all tensors of an entry are aligned to that.
 //
-// Determinism: there are no atomics. Sums are float, of fixed terms in a fixed order; the bits do
-// not depend on alignment, nor on the GPU.
+// Determinism: there are no atomics and no sums over elements; the bits do not depend on alignment,
+// nor on the GPU.
 #pragma once
 
 #include <cstdint>
@@ -23,28 +23,6 @@ struct Queue {
 };
 
 }  // namespace cuda
-
-namespace feature_kd {
-
-enum class Dtype { float32, float16, bfloat16 };
-
-// Like Pair, of any dtype.
-struct CudaPair {
-  const void* student;
-  const void* teacher;
-  void* gradient;
-  std::int64_t count;  // positive
-  float coefficient;
-};
-
-// Bytes of workspace that pairs of these counts need.
-std::int64_t workspace(const std::vector<std::int64_t>& counts);
-
-// Writes losses[pair] and every gradient.
-void run_cuda(float* losses, void* workspace, const std::vector<CudaPair>& pairs, Dtype dtype,
-              cuda::Queue queue);
-
-}  // namespace feature_kd
 
 namespace adamw_ema {
 

@@ -2,44 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "addresses.hpp"
 #include "cuda.hpp"
 
 namespace py = pybind11;
 
-namespace {
-
-feature_kd::Dtype named(const std::string& dtype) {
-  if (dtype == "float32") return feature_kd::Dtype::float32;
-  if (dtype == "float16") return feature_kd::Dtype::float16;
-  if (dtype == "bfloat16") return feature_kd::Dtype::bfloat16;
-  throw std::invalid_argument("no kernel for " + dtype);
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_cuda, m) {
-  m.doc() = "Kernels of bilevel_fast. Arguments are checked by the Python callers, not here.";
-  m.def("feature_kd_workspace", &feature_kd::workspace, py::arg("counts"));
-  m.def(
-      "feature_kd",
-      [](Address losses, const Addresses& gradients, const Addresses& students,
-         const Addresses& teachers, const Counts& counts, const std::vector<float>& coefficients,
-         const std::string& dtype, Address workspace, int device, Address stream) {
-        std::vector<feature_kd::CudaPair> pairs;
-        for (std::size_t k = 0; k < counts.size(); ++k) {
-          pairs.push_back({pointer<const void>(students[k]), pointer<const void>(teachers[k]),
-                           pointer<void>(gradients[k]), counts[k], coefficients[k]});
-        }
-        feature_kd::run_cuda(pointer<float>(losses), pointer<void>(workspace), pairs, named(dtype),
-                             {device, pointer<void>(stream)});
-      },
-      py::arg("losses"), py::arg("gradients"), py::arg("students"), py::arg("teachers"),
-      py::arg("counts"), py::arg("coefficients"), py::arg("dtype"), py::arg("workspace"),
-      py::arg("device"), py::arg("stream"), WithoutGil());
+  m.doc() = "A kernel of bilevel_fast. Arguments are checked by the Python callers, not here.";
   m.def(
       "adamw_ema",
       [](const Addresses& parameters, const Addresses& gradients, const Addresses& exp_avgs,

@@ -14,7 +14,6 @@ namespace multi_tensor {
 
 constexpr int kTensors = 64;  // of a launch
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 
 // Tensors of a launch, with the chunks before each. `Tensor` has a member `count`.
 template <typename Tensor>
@@ -98,24 +97,6 @@ __device__ void store(T* to, const Pack<T, kLanes>& values, bool whole, int vali
   for (int j = 0; j < kLanes; ++j) {
     if (j < valid) to[j] = values.lane[j];
   }
-}
-
-// The sum over a block, on thread 0.
-__device__ inline float block_sum(float value) {
-  __shared__ float warps[kThreads / kWarp];
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, offset);
-  }
-  if (thread % kWarp == 0) warps[thread / kWarp] = value;
-  __syncthreads();
-  float sum = 0.0f;
-  if (thread == 0) {
-#pragma unroll
-    for (int w = 0; w < kThreads / kWarp; ++w) sum += warps[w];
-  }
-  return sum;
 }
 
 }  // namespace multi_tensor

@@ -5,9 +5,9 @@
 
 An op counts when torch dispatches it and it would run on a device: views and shapes do not (`profiling.cost`). The
 mini world's steps are the engine's own, optimizer included and the data room excluded, which works on the host; the
-third step is counted, when lazy set-up is over. SD 2.1 has no weights here, so its steps are teacher, student, losses
-and backward on the meta device, through torch's ops, without an optimizer. A CUDA graph replays the same kernels as
-one launch; torch.compile fuses some of them.
+third step is counted, when lazy set-up is over. SD 2.1 has no weights here, so its steps run on the meta device, in
+bf16 and through torch's ops: `profiling.meta_steps` has them of the same levels. A CUDA graph replays the same kernels
+as one launch; torch.compile fuses some of them.
 """
 
 import json
@@ -19,25 +19,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
+from benchmarks.counts.roofline import ERASER
 from benchmarks.machine import describe
 from benchmarks.structures import structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.architecture import SD21
-from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.providers import ops
 from bilevel_fast.profiling.cost import Cost, Counter
+from bilevel_fast.profiling.meta_steps import Steps
 from bilevel_fast.runs.assemble import levels
 from bilevel_fast.runs.config import preset
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.training.levels import descend
-from bilevel_fast.training.losses import fine_tuning_loss, suppression_loss
-from bilevel_fast.training.phases import room
-from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.settings import Mini
@@ -74,7 +70,7 @@ def mini_world(device: torch.device) -> dict[str, list[Cost]]:
     teacher = folder.unet().to(device).requires_grad_(False)
     student = initial_student(config, folder, 8 if device.type == "cuda" else 1).to(device)
     with tempfile.TemporaryDirectory() as out:
-        materials = gather(config, folder, teacher, mini.erased_styles(config.erase), Path(out))
+        materials = gather(config, folder, teacher, mini.erased_concepts(config.erase), Path(out))
         lower, upper = levels(config, student, materials, device)
         assert upper is not None
         both = {"lower": lower, "upper": upper}
@@ -85,47 +81,11 @@ def mini_world(device: torch.device) -> dict[str, list[Cost]]:
 
 
 def sd21(kept: Structure) -> dict[str, list[Cost]]:
-    """A lower and an upper step of a student of SD 2.1, on the meta device."""
-    with torch.device("meta"):
-        teacher, student = Teacher(UNet(SD21)), UNet(SD21, kept)
-        shape = (BATCH, SD21.in_channels, LATENT, LATENT)
-        noised = Noised(
-            torch.empty(shape), torch.empty(BATCH, dtype=torch.int64), torch.empty(shape), torch.empty(BATCH)
-        )
-        text, anchor = (torch.empty(BATCH, TEXT, SD21.cross_attention_dim) for _ in range(2))
-    parameters = list(student.parameters())
-
-    def answer() -> Any:
-        with room("student"):
-            return student(noised.x, noised.t, text)
-
-    def backward(total: Tensor) -> None:
-        with room("backward"):
-            torch.autograd.grad(total, parameters, allow_unused=True)
-
-    def lower() -> None:
-        with room("teacher"):
-            known = teacher.predict(noised, text)
-        prediction = answer()
-        with room("losses"):
-            loss = fine_tuning_loss(prediction, known, noised)
-        backward(loss.total)
-
-    known = teacher.predict(noised, text)  # the penalty is taken on an answer that the lower step left
-
-    def upper() -> None:
-        with room("teacher"):
-            target = teacher.steer(noised, text, anchor, 1.0)
-        prediction = answer()
-        with room("losses"):
-            suppression = suppression_loss(prediction.out, target)
-        backward(suppression.total)
-        prediction = answer()
-        with room("losses"):
-            penalty = fine_tuning_loss(prediction, known, noised)
-        backward(penalty.total)
-
-    return {"lower": count(lower), "upper": count(upper)}
+    """A lower and an upper step of a student of SD 2.1, on the meta device in bf16, through torch's ops."""
+    with ops("torch"):
+        steps = Steps(kept, LATENT, TEXT, BATCH, torch.device("meta"), torch.bfloat16)
+        levels = {"lower": steps.lower, "upper": steps.upper(ERASER)}
+        return {name: steps.count(level) for name, level in levels.items()}
 
 
 def rows(case: str, costs: list[Cost], provider: str, config: Row, device: Row) -> list[Row]:

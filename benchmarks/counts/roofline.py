@@ -5,45 +5,39 @@
     python -m benchmarks.counts.roofline --validate --device cpu  a step of the mini world, projected and measured
 
 A lower step, and an upper step with and without penalty, run on the meta device in bf16, pruned widths padded to 8 as
-the engine does on a GPU, and `profiling.cost` counts each op. An op takes the longer of its FLOPs at the best
-measured matmul rate R and its bytes at the bandwidth W.
+the engine does on a GPU: the engine's own levels, of `profiling.meta_steps`. `profiling.cost` counts each op. An op
+takes the longer of its FLOPs at the best measured matmul rate R and its bytes at the bandwidth W.
 
     torch      sum over all ops, with torch's own kernels, as eager PyTorch dispatches them; layouts as cuDNN has them
     triton     the same with this repository's Triton kernels, every one of them
     products   sum over convolutions, matrix products and attention alone: nothing else to do
 
-The optimizer is one op over flat fp32 parameters and moments, bf16 gradient and copy, that moves 28 bytes a parameter.
-Not in it: launches (`host` is what eager PyTorch takes to dispatch them, at 5 us an op; the larger of the two counts),
+The optimizer moves 28 bytes a parameter in one op of Triton's, 40 in torch's three: cast, fused AdamW, copy. Not in it:
+launches (`host` is what eager PyTorch takes to dispatch them, at 5 us an op; the larger of the two counts), the loader,
 copies that cuDNN makes on its own, shapes that do not fill the card. MFU is the FLOPs of the step over what R would do
 in the projected time; backward of attention has five products.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from benchmarks.cards import CARDS, Card, Ceilings, this_machine
 from benchmarks.machine import describe
 from benchmarks.measure import interleaved
-from benchmarks.speed.unet_providers import ops
 from benchmarks.structures import Model, model, structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.erasing.targets import Guidance
 from bilevel_fast.models import macs
-from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import Prediction, UNet
-from bilevel_fast.profiling.cost import KINDS, PRODUCTS, Cost, Counter
-from bilevel_fast.training.losses import Loss, fine_tuning_loss, suppression_loss
-from bilevel_fast.training.optim import LevelOptimizer
-from bilevel_fast.training.parameters import FlatParameters
-from bilevel_fast.training.phases import room
-from bilevel_fast.training.teacher import Teacher
-from bilevel_kernels.adamw_ema import adamw_ema_bytes
+from bilevel_fast.ops.providers import ops
+from bilevel_fast.profiling.cost import KINDS, PRODUCTS, Cost
+from bilevel_fast.profiling.meta_steps import Steps
+from bilevel_fast.training.levels import move
 
 STRUCTURES = ("dense", "0.80", "0.55")
 CASES = ("lower", "upper", "upper without penalty")
@@ -53,6 +47,8 @@ FORMULA = {
     "triton": "sum over all ops of max(FLOPs / R, bytes / W)",
     "products": "sum over convolutions, matrix products and attention of max(FLOPs / R, bytes / W)",
 }
+
+ERASER = Guidance(1.0)  # the default of --upper.eraser
 
 Row = dict[str, Any]
 
@@ -75,97 +71,12 @@ class Settings:
     """Steps that count when validating."""
 
 
-class Steps:
-    """Both steps of one student, with random weights and inputs: what the engine does between its batches.
-
-    Args:
-        size: The UNet, and the sizes of latents and text.
-        kept: The student's structure.
-        device: The meta device to count, another one to run.
-        dtype: What the networks compute in.
-    """
-
-    def __init__(self, size: Model, kept: Structure, batch: int, device: torch.device, dtype: torch.dtype):
-        align = 1 if device.type == "cpu" else 8
-        with device:
-            self.student = UNet(size.config, kept, align)
-            self.flat = FlatParameters(self.student, dtype)
-            self.teacher = Teacher(UNet(size.config).to(dtype))
-            shape = (batch, size.config.in_channels, size.latent, size.latent)
-            x, target = torch.randn(shape), torch.randn(shape)
-            self.noised = Noised(x, torch.randint(0, 1000, (batch,)), target, torch.ones(batch))
-            self.text, self.anchor = (torch.randn(batch, size.text, size.config.cross_attention_dim) for _ in range(2))
-        self.answer: Prediction | None = None
-
-    def lower(self) -> None:
-        """All of a lower step but the optimizer's update."""
-        self._zero()
-        self.answer = self.teacher.predict(self.noised, self.text)
-        self._penalty()
-        self._norm()
-
-    def upper(self, penalty: bool) -> None:
-        """All of an upper step but the optimizer's update; the penalty finds the teacher's answer from a lower step."""
-        self._zero()
-        target = self.teacher.steer(self.noised, self.text, self.anchor, 1.0)
-        with room("student"):
-            out = self.student(self.noised.x, self.noised.t, self.text).out
-        with room("losses"):
-            loss = suppression_loss(out, target)
-        self._backward(loss)
-        if penalty:
-            with room("backward"):
-                first, norm = self.flat.gradient.clone(), self.flat.norm()
-                self.flat.zero_grad()
-            self._penalty()
-            with room("backward"):
-                scale = (norm / self.flat.norm()).to(self.flat.dtype)
-                torch.addcmul(first, self.flat.gradient, scale, out=self.flat.gradient)
-        self._norm()
-
-    def _penalty(self) -> None:
-        assert self.answer is not None, "an upper step follows a lower step"
-        with room("student"):
-            prediction = self.student(self.noised.x, self.noised.t, self.text)
-        with room("losses"):
-            loss = fine_tuning_loss(prediction, self.answer, self.noised)
-        self._backward(loss)
-
-    def _backward(self, loss: Loss) -> None:
-        with room("backward"):
-            loss.total.backward()
-
-    def _zero(self) -> None:
-        with room("optimizer"):
-            self.flat.zero_grad()
-
-    def _norm(self) -> Tensor:
-        with room("optimizer"):
-            return self.flat.norm()
-
-    @property
-    def update(self) -> Cost:
-        """The optimizer's update, as one launch."""
-        copy = None if self.flat.compute is self.flat.master else self.flat.dtype
-        moved = adamw_ema_bytes(self.flat.master.numel(), self.flat.dtype, False, copy)
-        return Cost("optimizer", "optimizer", "adamw", 0, moved)
-
-
 def count(size: Model, kept: Structure, batch: int, provider: str) -> dict[str, list[Cost]]:
     """The ops of each of `CASES`, in bf16."""
-    with ops(provider if provider == "triton" else "torch"):
-        steps = Steps(size, kept, batch, torch.device("meta"), torch.bfloat16)
-        calls: dict[str, Callable[[], None]] = {
-            "lower": steps.lower,
-            "upper": lambda: steps.upper(penalty=True),
-            "upper without penalty": lambda: steps.upper(penalty=False),
-        }
-        found = {}
-        for case, call in calls.items():
-            with Counter() as counter:
-                call()
-            found[case] = [*counter.costs, steps.update]
-    return found
+    with ops(provider):
+        steps = Steps(kept, size.latent, size.text, batch, torch.device("meta"), torch.bfloat16)
+        levels = {"lower": steps.lower, "upper": steps.upper(ERASER), "upper without penalty": steps.upper(ERASER, 0.0)}
+        return {case: steps.count(level) for case, level in levels.items()}
 
 
 def seconds(cost: Cost, matmul: float, bandwidth: float) -> float:
@@ -223,19 +134,13 @@ def validate(device: torch.device, batch: int, rounds: int) -> Row:
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     size = model(tiny=not cuda)
-    steps = Steps(size, Structure.dense(size.config), batch, device, dtype)
-    optimizer = LevelOptimizer(steps.flat, 1e-6, warmup=0)
-
-    def step() -> None:
-        steps.lower()
-        optimizer.step()
-
-    with Counter() as counter:
-        steps.lower()
     ceilings: Ceilings = this_machine(device, dtype)
-    costs = [*counter.costs, steps.update]
-    predicted = 1e3 * sum(seconds(cost, ceilings.matmul, ceilings.copy) for cost in costs)
-    timing = interleaved({"step": step}, rounds, synchronize=torch.cuda.synchronize if cuda else lambda: None)["step"]
+    with ops("torch"):
+        kept, align = Structure.dense(size.config), 8 if cuda else 1
+        steps = Steps(kept, size.latent, size.text, batch, device, dtype, align)
+        predicted = 1e3 * sum(seconds(cost, ceilings.matmul, ceilings.copy) for cost in steps.count(steps.lower))
+        call, wait = lambda: move(steps.lower, steps.batch), torch.cuda.synchronize if cuda else lambda: None
+        timing = interleaved({"step": call}, rounds, synchronize=wait)["step"]
     return {
         "suite": "roofline_validation", "case": "lower", "provider": "torch", "metric": "ms", "unit": "ms",
         "value": 1e3 * timing.p50, "p20": 1e3 * timing.p20, "p80": 1e3 * timing.p80,

@@ -16,15 +16,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
+from benchmarks import RESULTS
 from benchmarks.kernels.aot import CARDS, compile_op
 from benchmarks.kernels.cases import OPS
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
 
-TABLE = Path(__file__).parent / "results" / "compile_matrix.jsonl"
+TABLE = RESULTS / "compile_matrix.jsonl"
 # Of each dtype, the kept ratios left out: between dense and 0.55, 0.80 shows nothing new.
 DTYPES = {"bfloat16": ("0.80",), "float32": ("0.80", "0.55")}
 KEY = ("op", "dtype", "sm", "kernel", "case", "config")

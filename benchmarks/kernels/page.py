@@ -9,16 +9,14 @@ from collections import defaultdict
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import getdoc
-from pathlib import Path
 from typing import Any
 
+from benchmarks import RESULTS, ROOT
 from benchmarks.kernels.cases import OPS
 from benchmarks.kernels.goals import goals
 from bilevel_fast.base import errors, flags
 from bilevel_fast.ops.providers import TABLE
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "kernels" / "README.md"
 
 Row = dict[str, Any]
@@ -31,8 +29,6 @@ and bf16, by Triton's interpreter; planted bugs are part of the tests.
 """
 NOT_IN_THE_TRAINER = {
     "structured_conv2d": "not in the trainer: a student is stored as cut",
-    "steered_mse": "not in the trainer: it would save a few launches on 1 MB in every K-th step",
-    "noise_v": "not in the trainer: a thread makes the noise meanwhile",
 }
 
 
@@ -129,7 +125,8 @@ def page() -> str:
     parts += [*measured(cpu), "", machine(cpu)] if cpu else ["not measured"]
     parts += [
         *("", "## Compiled", ""),
-        "Needs no GPU: `benchmarks.kernels.compile_matrix --check`, which CI runs. The most registers, bytes spilled",
+        "Needs no GPU: `python -m benchmarks.kernels.compile_matrix --check`, which CI runs. "
+        "The most registers, bytes spilled",
         "and shared memory, the lowest occupancy and number of tensor-core instructions, and the range of 16-byte",
         "loads and copies, over all cases in which a kernel is launched.",
         *("", *compiled(load("compile_matrix.jsonl"))),

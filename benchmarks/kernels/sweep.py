@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.sweep --device cuda --out rows.jsonl    all ops; rows are appended as they are measured
     python -m benchmarks.kernels.sweep --op geglu                        one op, printed
-    python -m benchmarks.kernels.sweep --tune                            write what won to bilevel_fast/providers.json
+    python -m benchmarks.kernels.sweep --tune                            write what won to ops/providers.json
 
 The rivals of a case are timed in one interleaved run: on a GPU with a cold L2 cache, and from a CUDA graph where the
 call can be captured, so that launch costs do not hide what the kernels do. The roofline is the larger of bytes over
@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.kernels.cases import OPS, Case, Unavailable
+from benchmarks.kernels.cases import OPS, Case
 from benchmarks.kernels.tuning import tune
 from benchmarks.machine import describe
-from benchmarks.measure import Timing, captured, interleaved, interleaved_cuda
+from benchmarks.measure import Timing, Unavailable, interleaved, interleaved_cuda, recorded
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
 
@@ -74,7 +74,7 @@ def measure(case: Case, rounds: int, device: torch.device, roof: tuple[float, fl
     graphs: dict[str, bool] = {}
     for name, make in case.providers.items():
         try:
-            calls[name], graphs[name] = captured(make) if device.type == "cuda" else (make(), False)
+            calls[name], graphs[name] = recorded(make, device)
         except Unavailable as error:
             missing[name] = str(error)
         except torch.OutOfMemoryError:

@@ -1,1 +1,1 @@
-"""pages"""
+"""Tables and verdicts made of rows that are already measured."""

@@ -25,18 +25,19 @@ from typing import Literal, get_args
 
 import torch
 
+from benchmarks import RESULTS, ROOT
 from benchmarks.kernels import compile_matrix
 from benchmarks.kernels.cases import OPS
 from benchmarks.machine import describe
-from benchmarks.pages.compare import Row, compare, device, failed, parse, read, table
+from benchmarks.pages.compare import compare, failed, table
+from benchmarks.rows import Row, device, parse, read
 from benchmarks.structures import structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.macs import count
 
-ROOT = Path(__file__).parents[1]
-BASELINE = ROOT / "benchmarks" / "results" / "baseline.jsonl"
+BASELINE = RESULTS / "baseline.jsonl"
 LATENT, TEXT = 64, 77
 EXACT = ("macs", "launches")  # suites whose rows every machine has: one that is gone is a failure
 RATIO = "times_faster_than_released"

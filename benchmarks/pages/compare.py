@@ -11,20 +11,19 @@ compared, nor a projection with a measurement. A CPU with another number of thre
 Exits with 1 if a row is worse.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from benchmarks.rows import Row, config_text, is_projection, latest, number, read
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 
-Row = dict[str, Any]
 Direction = Literal["lower", "higher", "exact"]
 
 # By metric, then by unit, in lower case: which way is better.
@@ -35,12 +34,6 @@ PATTERNS: dict[Direction, tuple[str, ...]] = {
     "lower": ("ms", "us", "s", "seconds", "*_ms", "*_us", "*_seconds", "*gib", "*mib", "*bytes*", "*launches*",
               "*syncs*"),
 }  # fmt: skip
-NO_SETTINGS = (
-    "error",
-    "bound",
-    "prepare_s",
-    "ops",
-)  # what benchmarks.speed.unet found out while it set up; no part of a key
 FAILURES = ("worse", "changed", "direction unknown")
 MISSING = ("only in old", "other device", "not measured")
 
@@ -85,63 +78,6 @@ class Line:
         return difference / abs(self.old) if self.old else math.copysign(math.inf, difference) if difference else 0.0
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a file, those without a metric included.
-
-    Raises:
-        UserError: The file is missing, or a line is no row; names file and line.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file of rows")
-    return [parse(line, f"{path}:{n}") for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
-
-
-def parse(line: str, where: str) -> Row:
-    """One row from a line of JSON.
-
-    Raises:
-        UserError: It is no row; starts with `where`.
-    """
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("suite"), str):
-        raise UserError(f"{where}: wanted a JSON object with a suite")
-    if "metric" in row:
-        for field in ("case", "provider", "device"):
-            if not isinstance(row.get(field), str):
-                raise UserError(f"{where}: field {field!r} is {row.get(field)!r}, wanted a string")
-        if "value" not in row:
-            raise UserError(f"{where}: a metric, but no value; null says that it was not measured")
-        for field in ("value", "p20", "p80"):
-            number = row.get(field)
-            good = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-            if number is not None and not good:
-                raise UserError(f"{where}: field {field!r} is {number!r}, wanted a finite number or null")
-    return row
-
-
-def key(row: Row) -> tuple[str, ...]:
-    """What two rows must share to be compared, but for the device."""
-    names = ("suite", "op", "case", "provider", "metric", "dtype")
-    config = row.get("config")
-    if isinstance(config, dict):
-        config = {name: value for name, value in config.items() if name not in NO_SETTINGS}
-    return (*(str(row.get(name)) for name in names), json.dumps(config, sort_keys=True))
-
-
-def device(row: Row) -> str:
-    """Where the row was measured. Threads count on a CPU only, and where the row names them."""
-    threads = None if row.get("driver") else row.get("threads")
-    return row["device"] if threads is None else f"{row['device']}, {threads} thread{'s' * (threads != 1)}"
-
-
-def is_projection(row: Row) -> bool:
-    """A number of a model, not of a machine."""
-    return row["suite"] == "roofline" or bool(row.get("projection"))
-
-
 def direction(row: Row) -> Direction | None:
     """Which way is better; None if neither metric nor unit says so."""
     for name in (row["metric"], row.get("unit")):
@@ -149,11 +85,6 @@ def direction(row: Row) -> Direction | None:
             if any(fnmatch(str(name).lower(), pattern) for pattern in patterns):
                 return found
     return None
-
-
-def latest(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
-    """The last row of each key and device, of the rows that have a metric."""
-    return {(*key(row), device(row)): row for row in rows if "metric" in row}
 
 
 def compare(old: Iterable[Row], new: Iterable[Row], tolerance: float) -> list[Line]:
@@ -236,20 +167,6 @@ def table(lines: list[Line]) -> str:
         counts[line.verdict] = counts.get(line.verdict, 0) + 1
     total = f"{len(lines)} rows: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.items())
     return "\n".join([*(line.rstrip() for line in text), "", total if lines else "no rows to compare"])
-
-
-def config_text(row: Row) -> str:
-    """The plain values of a row's config; nested ones, such as a whole UNet, are left out."""
-    config = row.get("config")
-    plain = config.items() if isinstance(config, dict) else ()
-    return " ".join(f"{name}={value}" for name, value in plain if not isinstance(value, dict | list))
-
-
-def number(value: float | None) -> str:
-    """A value for a table: whole numbers in full, others to five digits."""
-    if value is None:
-        return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.5g}" if abs(value) < 1e5 else f"{value:,.0f}"
 
 
 def failed(lines: Iterable[Line], strict: bool = False) -> bool:

@@ -10,17 +10,14 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks import RESULTS, ROOT
 from benchmarks.pages import reproduced
-from benchmarks.quality import controller_report, frontier_report, precision
-from benchmarks.quality import tables as methods_report
+from benchmarks.quality import precision, tables
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PEERS = ("released", "released_no_anomaly_mode", "eager", "ours_engine", "ours_recompute")
 SAYS = {
     "released": "diffusers, as released: fp32, hooks, anomaly mode",
@@ -69,9 +66,9 @@ def quality() -> str:
     if not rows:
         return "not measured"
     found = rows[-1]["summary"]["quality"]
-    lines = ["| | " + " | ".join(frontier_report.METRICS) + " |", "|---|" + "--:|" * len(frontier_report.METRICS)]
+    lines = ["| | " + " | ".join(tables.QUALITY) + " |", "|---|" + "--:|" * len(tables.QUALITY)]
     for name, values in found.items():
-        lines.append(f"| {name} | " + " | ".join(f"{values[m]:.3f}" for m in frontier_report.METRICS) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{values[m]:.3f}" for m in tables.QUALITY) + " |")
     return "\n".join(lines)
 
 
@@ -94,7 +91,7 @@ def kernels() -> str:
 def methods() -> str:
     """Pruning methods, before and after distillation."""
     rows = load("methods.jsonl")
-    return methods_report.table(rows) if rows else "not measured"
+    return tables.methods(rows) if rows else "not measured"
 
 
 def aptp() -> str:
@@ -195,7 +192,7 @@ def controller() -> str:
     rows = load("controller.jsonl")
     seeds = {row["seed"] for row in rows}
     cases = {row["case"]: {other["seed"] for other in rows if other["case"] == row["case"]} for row in rows}
-    return controller_report.table([row for row in rows if cases[row["case"]] == seeds])
+    return tables.controller([row for row in rows if cases[row["case"]] == seeds])
 
 
 def bf16() -> str:
@@ -213,12 +210,12 @@ def bf16() -> str:
     if not judged:
         return f"{text} What {precision.STEPS} steps lead to: not measured.\n{machines(cosines)}"
     seeds = sorted({row["case"].split()[-1] for row in judged})
-    lines = [text, "", f"| {judged[0]['steps']} lower steps | seed | " + " | ".join(frontier_report.METRICS) + " |"]
-    lines.append("|---|--:|" + "--:|" * len(frontier_report.METRICS))
+    lines = [text, "", f"| {judged[0]['steps']} lower steps | seed | " + " | ".join(tables.QUALITY) + " |"]
+    lines.append("|---|--:|" + "--:|" * len(tables.QUALITY))
     found = {(row["case"], row["metric"]): row["value"] for row in judged}
     for seed in seeds:
         for name in precision.PRECISIONS:
-            cells = [f"{found[f'quality {name} seed {seed}', metric]:.3f}" for metric in frontier_report.METRICS]
+            cells = [f"{found[f'quality {name} seed {seed}', metric]:.3f}" for metric in tables.QUALITY]
             lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", machines(rows)])
 
@@ -235,7 +232,7 @@ def machines(rows: Iterable[Row]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
     "quality": quality,
-    "frontier": lambda: frontier_report.table(load("frontier.jsonl")),
+    "frontier": lambda: tables.frontier(load("frontier.jsonl")),
     "methods": methods,
     "aptp": aptp,
     "step": step,

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
@@ -23,7 +24,7 @@ from bilevel_fast.runs.paper.experiments import EXPERIMENTS
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.report import table
 
-KEPT = Path(__file__).parent / "results" / "reproduce"
+KEPT = RESULTS / "reproduce"
 PICTURES = ("plot.png", "grid.png")
 SAME_GRID = ("table2", "table3", "fig7")
 """Experiments on the models of table 1: its grid is theirs."""

@@ -24,26 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
+from benchmarks.quality import lab
+from benchmarks.rows import Row
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.diffusion import Noised, noise
 from bilevel_fast.models.folder import ModelFolder, load_folder
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.ops.randomness import Stream, integers, normal
 from bilevel_fast.pruning import calibration_set, method
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
 from bilevel_fast.runs.router import AptpConfig, run
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.world import SCENES, labels, render
+from bilevel_fast.worlds.mini.world import SCENES
 
-RESULTS = Path(__file__).parent / "results" / "aptp.jsonl"
+ROWS = RESULTS / "aptp.jsonl"
 IMAGES = 64  # that methods may try the teacher on
 METHODS = ("uniform", "magnitude", "diff-pruning", "gates")
 _FROM = 1 << 46  # sample indices that nobody trains on, calibrates on or judges by
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,14 @@ class Settings:
     """Append the row to benchmarks/results/aptp.jsonl."""
 
 
-def trial(folder: ModelFolder, number: int) -> tuple[Noised, Tensor]:
-    """A noised drawing of every scene (216, 12, 16, 16), and its text states (216, L, D); functions of the number."""
-    size, channels = folder.config.sample_size, folder.config.in_channels
-    indices = range(_FROM + number * len(SCENES), _FROM + (number + 1) * len(SCENES))
-    latents = folder.vae.moments(render(*labels(SCENES), seed=0, indices=indices))[:, :channels]
-    t = integers(0, Stream.TIMESTEP, indices, folder.schedule.num_train_timesteps)
-    eps = normal(0, Stream.NOISE, indices, (channels, size, size))
-    return noise(folder.schedule, latents, eps, t, None), folder.text_encoder.encode([s.caption for s in SCENES])
-
-
 @torch.no_grad()
 def distances(teacher: UNet, students: dict[str, UNet], folder: ModelFolder, rounds: int) -> dict[str, Tensor]:
     """Of each student the error on every scene (216,) fp64, over the teacher's mean square on all of them."""
     lost = {name: torch.zeros(len(SCENES), dtype=torch.float64) for name in students}
     whole = torch.zeros((), dtype=torch.float64)
+    count = len(everything := range(len(SCENES)))
     for number in range(rounds):
-        noised, text = trial(folder, number)
+        noised, text = lab.noised(folder, everything, range(_FROM + number * count, _FROM + (number + 1) * count))
         told = teacher(noised.x, noised.t, text).out.double()
         whole += told.square().flatten(1).sum(1).mean()
         for name, student in students.items():
@@ -155,8 +146,7 @@ def main() -> None:
     shown = ("case", "seed", "seconds", "experts", "told_by", "errors")
     print(json.dumps({name: row[name] for name in shown}, indent=2))
     if settings.write:
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        lab.append(ROWS, row)
 
 
 if __name__ == "__main__":

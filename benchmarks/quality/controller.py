@@ -16,42 +16,31 @@ something, the CPU seconds of the training, and the course of the controller. Ro
 measured; a case that has its row is not run again.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
 import tyro
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
+from benchmarks.quality import tables
+from benchmarks.quality.lab import CPU, Lab, append, read
+from benchmarks.rows import Row
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.settings import Upper
-from bilevel_fast.models.folder import load_folder
-from bilevel_fast.models.unet import UNet
-from bilevel_fast.runs.assemble import Materials, levels
 from bilevel_fast.runs.config import TrainConfig, preset
-from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.training.levels import bilevel
-from bilevel_fast.training.lower import SharedAnswers
-from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.training.upper import Terms
-from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import judge
-from bilevel_fast.worlds.mini.probe import Probe
 
-RESULTS = Path(__file__).parent / "results" / "controller.jsonl"
+ROWS = RESULTS / "controller.jsonl"
 SWEPT = (*((penalty, every) for every in (2, 4, 8) for penalty in (0.0, 1.0, 10.0)), (0.1, 4))
 STARTS = ((1.0, 4), (10.0, 4), (1.0, 2), (10.0, 8))
 GROUPS = ("controlled", "swept")
 COURSE = ("lambda", "gap", "progress", "stopped")
-CPU = torch.device("cpu")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,9 +85,9 @@ class Walk:
         found: What its row will say about the way: upper steps, those that moved something, CPU seconds, the course.
     """
 
-    def __init__(self, config: TrainConfig, student: UNet, materials: Materials, answers: SharedAnswers):
-        self.student, self.upper_steps, self.seconds = student, 0, 0.0
-        self.lower, self.upper = levels(config, student, materials, CPU, answers)
+    def __init__(self, config: TrainConfig, lab: Lab):
+        self.student, self.upper_steps, self.seconds = lab.student(), 0, 0.0
+        self.lower, self.upper = lab.levels(config, self.student)
         self.course: list[list[float]] = []
         self._steps = bilevel(self.lower, self.upper, config.upper.every, 0, config.lower.steps)
 
@@ -121,38 +110,24 @@ class Walk:
 def run(args: Run, seed: int, group: str, place: Row, say: Callable[[str], None]) -> None:
     """Train and judge all cases of a group that have no row. `place` is part of every row."""
     config = replace(preset(args.preset), seed=seed)
-    done = {(row["seed"], row["case"]) for row in rows()}
+    done = {(row["seed"], row["case"]) for row in read(ROWS)}
     wanted = {name: upper for name, upper in cases(group, config.upper).items() if name in (args.only or [name])}
     missing = {name: upper for name, upper in wanted.items() if (seed, name) not in done}
     if not missing:
         return
-    folder = load_folder(TEACHER)
-    teacher = folder.unet().requires_grad_(False)
-    erased = mini.erased_styles(config.erase)
-    materials = gather(config, folder, teacher, erased, args.cache / f"seed-{seed}")
-    answers = SharedAnswers(Teacher(teacher), materials.schedule, seed, config.lower.snr_gamma)
-    walks = {
-        name: Walk(replace(config, upper=upper), initial_student(config, folder, align=1), materials, answers)
-        for name, upper in missing.items()
-    }
+    lab = Lab.set_up(config, args.cache / f"seed-{seed}")
+    walks = {name: Walk(replace(config, upper=upper), lab) for name, upper in missing.items()}
     for step in range(1, config.lower.steps + 1):
         for walk in walks.values():
             walk.step(step)
         if step % config.log_every == 0:
             say(f"seed {seed} {group}: lower step {step} of {config.lower.steps}")
-    probe = Probe.load()
     for name, walk in walks.items():
-        quality = judge(mini.portfolio(walk.student.eval(), folder, erased, config), erased, probe)
+        quality = lab.judge(walk.student)
         settings = replace(config, upper=missing[name]).to_dict()
-        row = {"suite": "controller", "case": name, "seed": seed, **asdict(quality), **walk.found}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "config": settings, **place}) + "\n")
-        say(f"seed {seed} {name}: {asdict(quality)} {walk.found['upper_moves']} upper moves")
-
-
-def rows() -> list[Row]:
-    """All rows measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
+        row = {"suite": "controller", "case": name, "seed": seed, **quality, **walk.found}
+        append(ROWS, {**row, "config": settings, **place})
+        say(f"seed {seed} {name}: {quality} {walk.found['upper_moves']} upper moves")
 
 
 def main() -> None:
@@ -170,11 +145,9 @@ def main() -> None:
             for group in args.groups:
                 run(args, seed, group, place, lambda text: print(text, file=sys.stderr, flush=True))
         return
-    from benchmarks.quality.controller_report import table
-
-    if not (measured := rows()):
-        raise UserError(f"{RESULTS} has no rows; run: python -m benchmarks.quality.controller run")
-    print(table(measured))
+    if not (measured := read(ROWS)):
+        raise UserError(f"{ROWS} has no rows; run: python -m benchmarks.quality.controller run")
+    print(tables.controller(measured))
 
 
 if __name__ == "__main__":

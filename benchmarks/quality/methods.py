@@ -20,39 +20,35 @@ erased).
 Rows are appended as soon as they are measured; a case that was measured to its last step is not run again.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
+from benchmarks.quality import tables
+from benchmarks.quality.lab import CPU, Lab, append, read
 from benchmarks.quality.methods_cases import BUDGETS, Case, cases
+from benchmarks.rows import Row
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
-from bilevel_fast.models.folder import ModelFolder, load_folder
+from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.runs.assemble import Materials, levels
 from bilevel_fast.runs.config import preset
 from bilevel_fast.training.levels import descend
-from bilevel_fast.training.lower import Answered, Answers, SharedAnswers
+from bilevel_fast.training.lower import Answered, Answers
 from bilevel_fast.training.teacher import Teacher
-from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import judge
-from bilevel_fast.worlds.mini.probe import Probe
 
-RESULTS = Path(__file__).parent / "results" / "methods.jsonl"
+ROWS = RESULTS / "methods.jsonl"
 STEPS = (0, 50, 100, 200, 300, 400, 500)  # the errors are measured here, and after the last step
 HELD_OUT = 1 << 20  # a seed that no run has
-CPU = torch.device("cpu")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -81,13 +77,13 @@ class Run:
 class Report:
     """Print the table over all seeds and draw the plots."""
 
-    out: Path = RESULTS.parent
+    out: Path = RESULTS
     """Folder for methods.png, figure4.png and figure5.png."""
 
 
 def held_out(folder: ModelFolder, teacher: UNet, batches: int = 4) -> list[Answered]:
     """Noised drawings that no run trains on, 32 a batch, with the teacher's answers; the same for every seed."""
-    source = mini.drawn_source(folder.vae, [], 216, HELD_OUT)  # pyright: ignore[reportArgumentType]
+    source = mini.drawn_source(folder, [], 216, HELD_OUT)
     drawn = Batches(source, folder.text_encoder, 32, HELD_OUT)
     answers = Answers(Teacher(teacher), folder.schedule, HELD_OUT)
     return [answers(drawn(n)) for n in range(batches)]
@@ -110,34 +106,30 @@ def run(args: Run, seed: int, place: Row) -> None:
     config = preset(args.preset)
     lower = replace(config.lower, steps=args.steps, batch=args.batch)
     config = replace(config, seed=seed, lower=lower, mini=replace(config.mini, judge_kept=args.judged))
-    folder = load_folder(TEACHER)
-    teacher = folder.unet().requires_grad_(False)
-    asked, probe, done = held_out(folder, teacher), Probe.load(), {(r["seed"], r["case"], r["step"]) for r in rows()}
+    lab = Lab.set_up(config, bank=None)
+    folder, teacher = lab.folder, lab.teacher
+    asked, done = held_out(folder, teacher), {(r["seed"], r["case"], r["step"]) for r in read(ROWS)}
 
     def measure(case: Case, student: UNet, step: int) -> None:
         if (seed, case.name, step) in done:
             return
         found: Row = distances(student.eval(), asked)
         if step in (0, args.steps, *case.judged):
-            quality = asdict(judge(mini.portfolio(student, folder, [], config), [], probe))
+            quality = lab.judge(student)
             found |= {"style": quality["other_style_hit"], **{k: quality[k] for k in ("object", "color", "fid")}}
         ratio = count(student.structure, folder.config.sample_size, folder.text_encoder.length).ratio
         settings = {"preset": args.preset, **asdict(replace(lower, weights=case.weights)), "judged": args.judged}
         row = {"suite": "methods", "case": case.name, "seed": seed, "step": step, **found, "macs_ratio": ratio}
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**row, "config": settings, **place}) + "\n")
+        append(ROWS, {**row, "config": settings, **place})
         say(f"seed {seed} {case.name}, step {step}: { {k: round(v, 4) for k, v in found.items()} }")
 
     measure(Case("teacher", lambda: teacher, lower.weights), teacher, 0)
-    answers = SharedAnswers(Teacher(teacher), folder.schedule, seed, lower.snr_gamma)
-    data = mini.drawn_source(folder.vae, [], config.mini.images, seed)  # pyright: ignore[reportArgumentType]
-    materials = Materials(teacher, folder.schedule, folder.text_encoder, data, concepts=None)
     walks = []
     for case in cases(args.budget, args.extra, config, folder, teacher):
         if (seed, case.name, args.steps) in done or (args.only and case.name not in args.only):
             continue
         student, own = case.make(), replace(config, lower=replace(lower, weights=case.weights))
-        walks.append((case, student, levels(own, student, materials, CPU, answers)[0]))
+        walks.append((case, student, lab.levels(own, student)[0]))
     for step in range(args.steps + 1):
         for case, student, level in walks:
             if step in STEPS or step == args.steps:
@@ -148,11 +140,6 @@ def run(args: Run, seed: int, place: Row) -> None:
 
 def say(what: object) -> None:
     print(what, file=sys.stderr, flush=True)
-
-
-def rows() -> list[Row]:
-    """All rows measured so far."""
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()] if RESULTS.exists() else []
 
 
 def main() -> None:
@@ -167,12 +154,10 @@ def main() -> None:
         for seed in args.seeds:
             run(args, seed, place)
         return
-    from benchmarks.quality import tables as methods_report
-
-    if not methods_report.finished(measured := rows()):
-        raise UserError(f"{RESULTS} has no finished case; run: python -m benchmarks.quality.methods run --budget 0.8")
-    print(methods_report.table(measured))
-    methods_report.plots(measured, args.out)
+    if not tables.finished(measured := read(ROWS)):
+        raise UserError(f"{ROWS} has no finished case; run: python -m benchmarks.quality.methods run --budget 0.8")
+    print(tables.methods(measured))
+    tables.methods_plots(measured, args.out)
 
 
 if __name__ == "__main__":

@@ -15,25 +15,24 @@ over the mean square of the teacher's. Every batch has other drawings, captions,
 20 % and 80 % are over batches.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
+from benchmarks.quality import lab
+from benchmarks.rows import Row
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.diffusion import noise
 from bilevel_fast.models.folder import ModelFolder, load_folder
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.ops.randomness import Stream, integers, normal
+from bilevel_fast.ops.randomness import Stream, integers
 from bilevel_fast.pruning.budget import MacBudget, choices
 from bilevel_fast.pruning.calibration import calibration_set
 from bilevel_fast.pruning.magnitude import unit_importance
@@ -42,15 +41,14 @@ from bilevel_fast.pruning.taylor import taylor_importance
 from bilevel_fast.pruning.uniform import uniform
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.world import SCENES, labels, render
+from bilevel_fast.worlds.mini.world import SCENES
 
-RESULTS = Path(__file__).parent / "results" / "planner.jsonl"
+ROWS = RESULTS / "planner.jsonl"
 RATIOS = (0.80, 0.55)
 SEED = 0
 EVEN = "even"
 OBJECTIVES: tuple[Objective, ...] = ("shares", "sum")
 _FROM = 1 << 45  # sample indices that nobody trains on, calibrates on or judges by
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,11 @@ class Trial:
 
 def trials(folder: ModelFolder, settings: Settings) -> Iterator[Trial]:
     """The batches, functions of `SEED` and of their number alone."""
-    table, size = labels(SCENES), folder.config.sample_size
     for n in range(settings.batches):
         indices = range(_FROM + n * settings.batch, _FROM + (n + 1) * settings.batch)
-        scenes = integers(SEED, Stream.CAPTION, indices, len(SCENES))
-        images = render(*(column[scenes] for column in table), seed=SEED, indices=indices)
-        t = integers(SEED, Stream.TIMESTEP, indices, folder.schedule.num_train_timesteps)
-        eps = normal(SEED, Stream.NOISE, indices, (folder.config.in_channels, size, size))
-        latents = folder.vae.moments(images)[:, : folder.config.in_channels]
-        text = folder.text_encoder.encode([SCENES[i].caption for i in scenes.tolist()])
-        yield Trial(noise(folder.schedule, latents, eps, t, snr_gamma=None).x, t, text)
+        scenes = integers(SEED, Stream.CAPTION, indices, len(SCENES)).tolist()
+        noised, text = lab.noised(folder, scenes, indices)
+        yield Trial(noised.x, noised.t, text)
 
 
 def magnitude_importance(teacher: UNet) -> Importance:
@@ -166,8 +159,7 @@ def main() -> None:
         spread = f"{row['value']:.4f}  {row['p20']:.4f} .. {row['p80']:.4f}"
         print(f"{where}{spread}  at {row['macs_ratio']:.4f} of the MACs", flush=True)
         if settings.write:
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            lab.append(ROWS, row)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ seeds do in fp32.
 """
 
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +20,17 @@ import torch
 import tyro
 from torch import Tensor
 
+from benchmarks import RESULTS
 from benchmarks.machine import describe
+from benchmarks.quality import lab
+from benchmarks.quality.lab import CPU
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.folder import load_folder
 from bilevel_fast.runs.assemble import levels
 from bilevel_fast.runs.config import TrainConfig, preset
-from bilevel_fast.runs.session import gather, initial_student, run
-from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.runs.session import run
 
-RESULTS = Path(__file__).parent / "results" / "precision.jsonl"
+ROWS = RESULTS / "precision.jsonl"
 COSINE = 0.995
 STEPS = 200
 CLASSES = {  # the first that is in the parameter's name
@@ -42,7 +41,6 @@ CLASSES = {  # the first that is in the parameter's name
     "projection": ("proj_in", "proj_out", "conv_shortcut"),
     "convolution": ("conv",),
 }
-CPU = torch.device("cpu")
 Precision = Literal["fp32", "bf16"]
 PRECISIONS: tuple[Precision, Precision] = ("fp32", "bf16")
 
@@ -53,7 +51,7 @@ class Gradients:
 
     batches: int = 4
     """Batches of either level."""
-    out: Path = RESULTS
+    out: Path = ROWS
     """Where rows are appended."""
 
 
@@ -65,7 +63,7 @@ class Table:
     """Runs in either precision."""
     preset: str = "mini"
     """Settings of the runs; `smoke` to rehearse."""
-    out: Path = RESULTS
+    out: Path = ROWS
     """Where rows are appended."""
 
 
@@ -73,7 +71,7 @@ class Table:
 class Report:
     """Print the rows and judge them."""
 
-    out: Path = RESULTS
+    out: Path = ROWS
     """Where they are."""
 
 
@@ -84,14 +82,12 @@ def class_of(name: str) -> str:
 
 def gradients(config: TrainConfig, batches: int) -> dict[tuple[str, Precision], list[dict[str, Tensor]]]:
     """Per level and precision, the gradient of each batch by class, flat and in fp64."""
-    folder = load_folder(TEACHER)
     found: dict[tuple[str, Precision], list[dict[str, Tensor]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for precision in PRECISIONS:
-            teacher = folder.unet().requires_grad_(False)
-            materials = gather(config, folder, teacher, mini.erased_styles(config.erase), Path(scratch))
-            student = initial_student(config, folder, align=1)
-            lower, upper = levels(dataclasses.replace(config, precision=precision), student, materials, CPU)
+            here = lab.Lab.set_up(config, Path(scratch))  # anew: the teacher moves into the precision
+            student, settings = here.student(), dataclasses.replace(config, precision=precision)
+            lower, upper = levels(settings, student, here.materials, CPU)
             assert upper is not None
             for step in range(batches):
                 for level in (lower, upper):
@@ -124,8 +120,7 @@ def judged(config: TrainConfig) -> dict[str, float]:
 
 def append(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     for row in rows:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"suite": "precision", "provider": "ours", **row, **describe(CPU)}) + "\n")
+        lab.append(path, {"suite": "precision", "provider": "ours", **row, **describe(CPU)})
         print({key: row[key] for key in ("case", "metric", "value") if key in row}, flush=True)
 
 
@@ -173,7 +168,7 @@ def main() -> None:
     else:
         if not args.out.exists():
             raise UserError(f"{args.out} has no rows; run: python -m benchmarks.quality.precision gradients")
-        text, broken = report([json.loads(line) for line in args.out.read_text().splitlines()])
+        text, broken = report(lab.read(args.out))
         print(text)
         if broken:
             raise SystemExit("\n".join(broken))

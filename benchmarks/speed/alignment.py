@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.measure import Timing, captured, interleaved, interleaved_cuda
+from benchmarks.measure import Timing, interleaved, interleaved_cuda, recorded
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.ops.randomness import Stream, normal
@@ -143,7 +143,7 @@ def measure(settings: Settings) -> Iterator[list[Row]]:
                 for width in widths:
                     cin, cout = (level.channels, width) if position == "conv1" else (width, level.channels)
                     call = convolution(numbers, cin, cout, level.size, settings.batch, direction)
-                    calls[str(width)] = captured(lambda call=call: call)[0] if cuda else call
+                    calls[str(width)] = recorded(lambda call=call: call, device)[0]
                 timings = (interleaved_cuda if cuda else interleaved)(calls, settings.rounds)
                 found = {int(width): timing for width, timing in timings.items()}
                 yield [row | machine for row in rows_of(found, level, settings.batch, position, direction)]

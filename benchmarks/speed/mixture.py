@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import describe
-from benchmarks.measure import captured, interleaved
+from benchmarks.measure import interleaved, recorded
 from benchmarks.speed.unet import make_inputs
 from benchmarks.speed.unet_providers import Inputs, bound, distance
 from benchmarks.structures import Model, model
@@ -111,10 +111,8 @@ def measure(settings: Settings) -> Iterator[Row]:
             error, limit = distance(providers["mixed"](), providers["alone"]()), bound(unet, inputs)
             if not error <= limit:
                 raise UserError(f"mixed rows are {error:.2g} away from their experts', at most {limit:.2g} is rounding")
-            graphs = dict.fromkeys(providers, False)
-            if device.type == "cuda":
-                made = {name: captured(lambda call=call: call) for name, call in providers.items()}
-                providers, graphs = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
+            made = {name: recorded(lambda call=call: call, device) for name, call in providers.items()}
+            providers, graphs = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
             wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
             timings = interleaved(providers, settings.rounds, synchronize=wait)
             for name, timing in timings.items():

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.peers import Inputs, Peer
-from benchmarks.speed.unet_providers import ops
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing.targets import Guidance
 from bilevel_fast.models.fp8 import to_fp8
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.graphs import WARMUP, cuda_recorder
+from bilevel_fast.ops.providers import ops
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import Level, move
 from bilevel_fast.training.lower import Answers, FineTuning

@@ -33,9 +33,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Unavailable
+from benchmarks import RESULTS
 from benchmarks.machine import describe
-from benchmarks.measure import Timing, interleaved
+from benchmarks.measure import Timing, Unavailable, interleaved
 from benchmarks.speed.unet_providers import PROVIDERS, Inputs, bound, distance, plain
 from benchmarks.speed.unet_sites import site_rows
 from benchmarks.structures import NAMES, PLANNED, Model, model, structure
@@ -46,7 +46,6 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.providers import TABLE, architecture
 from bilevel_fast.ops.randomness import Stream, integers, normal
 
-RESULTS = Path(__file__).parent / "results"
 SLACK = 0.03  # by which a realised speedup may fall short of the committed one
 Row = dict[str, Any]
 

@@ -5,35 +5,18 @@ raises Unavailable where it cannot run.
 """
 
 import copy
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Unavailable
-from benchmarks.measure import captured
+from benchmarks.measure import Unavailable, recorded
 from benchmarks.speed.diffusers_unet import diffusers_unet
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.ops.providers import VARIABLE
+from bilevel_fast.ops.providers import ops
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # x (B, C, H, W), t (B,), text (B, L, D)
-
-
-@contextmanager
-def ops(name: str | None) -> Iterator[None]:
-    """Let `name` run all ops; whatever the table says if None. Never mind what the environment said before."""
-    before = os.environ.pop(VARIABLE, None)
-    if name is not None:
-        os.environ[VARIABLE] = name
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
 
 
 def plain(unet: Callable[..., Any], inputs: Inputs, provider: str | None) -> Callable[[], Tensor]:
@@ -64,20 +47,10 @@ def compiled(unet: UNet, inputs: Inputs) -> Callable[[], Tensor]:
 def graph(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     if device.type != "cuda":
         raise Unavailable("CUDA graphs need CUDA")
-    out: list[Tensor] = []
-
-    def step() -> None:
-        out[:] = [call()]
-
-    replay, done = captured(lambda: step)
+    replay, done = recorded(lambda: call, device)
     if not done:
         raise Unavailable("could not be captured in a CUDA graph")
-
-    def run() -> Tensor:
-        replay()
-        return out[0]
-
-    return run
+    return replay
 
 
 def ours(unet: UNet, inputs: Inputs) -> Callable[[], Tensor]:

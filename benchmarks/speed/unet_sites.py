@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import captured, interleaved, interleaved_cuda
-from benchmarks.speed.unet_providers import ops
+from benchmarks.measure import interleaved, interleaved_cuda, recorded
 from benchmarks.structures import Model
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.providers import ops
 from bilevel_fast.ops.randomness import Stream, normal
 
 KEEPS = (1.0, 0.75, 0.5, 0.25)
@@ -73,7 +73,7 @@ def site_rows(size: Model, batch: int, rounds: int, align: int, like: Tensor) ->
         calls = {}
         for keep, unet in unets.items():
             call = call_of(unet.get_submodule(site.name), site, size, batch, like)
-            calls[str(keep)] = captured(lambda call=call: call)[0] if cuda else call
+            calls[str(keep)] = recorded(lambda call=call: call, like.device)[0]
         pixels = -(-size.latent // site.stride)
         channels = f"{site.in_channels}->{site.out_channels}"
         rows = []

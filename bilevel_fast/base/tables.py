@@ -1,6 +1,7 @@
-"""Aligned text tables for the terminal."""
+"""Tables: aligned text for the terminal, markdown for pages."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from statistics import mean
 
 _SHOWN = 3  # names of a list before it is cut short
 
@@ -49,3 +50,24 @@ def listed(names: Sequence[str]) -> str:
     """The first few of the names and how many more there are; `none` without any."""
     more = len(names) - _SHOWN
     return ", ".join(names[:_SHOWN]) + (f", and {more} more" if more > 0 else "") if names else "none"
+
+
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table whose first column begins at the left and whose others end at the right."""
+    rule = "|---|" + "--:|" * (len(head) - 1)
+    first, *others = [f"| {' | '.join(cells)} |" for cells in (head, *lines)]
+    return "\n".join([first, rule, *others])
+
+
+def spread(values: Sequence[float], digits: int, seeds: int | None = None) -> str:
+    """Mean and, of several values, half their range; says so if there are fewer than `seeds`."""
+    if not values:
+        return "not measured"
+    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
+    note = "" if len(values) == (seeds or len(values)) else f" ({len(values)} of {seeds} seeds)"
+    return f"{mean(values):.{digits}f}{half}{note}"
+
+
+def seeds_named(seeds: Sequence[int]) -> str:
+    """`seed 3`, `seeds 0, 1, 2`."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"

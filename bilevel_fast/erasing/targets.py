@@ -25,7 +25,7 @@ class Guidance(Eraser):
     """Negative guidance from the dense teacher, or with eta 0 its plain answer to the anchor.
 
     Args:
-        eta: See `Teacher.steer`. With 0 the teacher is not asked for the concept: half the price.
+        eta: See `Teacher.steered`. With 0 the teacher is not asked for the concept: half the price.
     """
 
     def __init__(self, eta: float):

@@ -20,7 +20,7 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json, write_atomic
 from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
 
-FORMAT, VERSION = "bilevel_fast.structure", 1
+FORMAT, VERSION = "bilevel_fast.structure", 1  # of files, whatever this module is called
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ the inputs.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,6 +47,20 @@ def choose(op: str, device: torch.device, numel: int, *able: str, default: str =
     elif wanted not in PROVIDERS:
         raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
     return wanted if wanted in able else "torch"
+
+
+@contextmanager
+def ops(name: str | None) -> Iterator[None]:
+    """Let the provider `name` run all ops that it can; what the table says if None. The environment is not asked."""
+    before = os.environ.pop(VARIABLE, None)
+    if name is not None:
+        os.environ[VARIABLE] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(VARIABLE, None)
+        if before is not None:
+            os.environ[VARIABLE] = before
 
 
 def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:

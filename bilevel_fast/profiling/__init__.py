@@ -1,1 +1,1 @@
-"""profiling"""
+"""What a training step costs: counted FLOPs, bytes and launches, memory, and seconds by phase."""

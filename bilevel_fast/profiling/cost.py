@@ -1,4 +1,4 @@
-"""What a computation costs, op by op, without a clock: floating-point operations, least traffic, what autograd keeps.
+"""What a computation costs, op by op, without a clock: floating-point operations, least traffic.
 
     with Counter() as counter:
         step()                      # on the CPU, on a GPU, or on the meta device, where nothing is computed
@@ -17,19 +17,18 @@ Torch's own counter (`torch.utils.flop_counter`, 2.11) knows neither attention o
 gradient, nor cross-attention where tokens come before heads; so the formulas here are our own.
 
 On the meta device torch would compute attention through a matrix of scores, and its convolutions forget channels_last.
-No card does; within `Counter` and `saved_bytes`, attention is FlashAttention there, and layouts are those of cuDNN.
+No card does; within `AsOnGPU`, attention is FlashAttention there, and layouts are those of cuDNN.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -78,10 +77,12 @@ def table(costs: Iterable[Cost]) -> list[Line]:
 
 
 @cache
-def _flash_on_meta() -> torch.library.Library:
-    """From the first call on, attention without mask is FlashAttention's on the meta device, in all of this process."""
+def _taught_meta() -> torch.library.Library:
+    """From the first call on, in all of this process: attention without mask is FlashAttention's on the meta device,
+    and the fused AdamW, for which torch has no stand-in, changes sizes of nothing."""
     library = torch.library.Library("aten", "IMPL")
     library.impl("scaled_dot_product_attention", _attention, "AutogradMeta")
+    library.impl("_fused_adamw_.tensor_lr", lambda *args, **kwargs: None, "Meta")
     return library  # which undoes it when it dies
 
 
@@ -138,7 +139,7 @@ class AsOnGPU(TorchDispatchMode):
     """Within it, the meta device does as a GPU would where torch's stand-ins do not; other devices are left alone."""
 
     def __enter__(self) -> Self:
-        _flash_on_meta()
+        _taught_meta()
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -198,7 +199,7 @@ _KIND_OF = {
     "optimizer": "_fused_adam _fused_sgd adamw_ema",
     "copy": "_to_copy =clone copy_ _foreach_copy_ =cat =stack =repeat _local_scalar_dense slice_backward "
     "select_backward constant_pad_nd",
-    "pointwise": "geglu denoise_loss steered_mse feature_kd noise_v scale_unless_one _foreach_ =ones =zeros =full new_ "
+    "pointwise": "geglu denoise_loss feature_kd scale_unless_one _foreach_ =ones =zeros =full new_ "
     "arange scalar_tensor mse_loss gelu silu normal_ uniform_ random_ zero_ fill_",
 }
 
@@ -349,43 +350,3 @@ def _structured_conv(name: str, given: dict[str, Any]) -> int:
     else:
         weight = seen.new_empty((given["dout"].shape[1], seen.shape[1], given["size"], given["size"]), device="meta")
     return 2 * structured_conv2d_macs(weight, pixels, batch, inputs, outputs)
-
-
-# --- what autograd keeps --------------------------------------------------------------------
-
-
-def saved_bytes(call: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd keeps between a forward pass and its backward pass.
-
-    Whole storages count, as that is what stays allocated, and those of `nn.Parameter`s do not. What the caller keeps
-    (targets, say) counts as far as autograd keeps it as well.
-
-    Args:
-        call: Computes the forward pass and returns what backward would be called on.
-    """
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if not isinstance(t, nn.Parameter):
-            storage = t.untyped_storage()
-            kept[storage._cdata] = storage
-        return t
-
-    with AsOnGPU(), saved_tensors_hooks(pack, lambda t: t):
-        out = call()
-    parameters = {_storage(p) for p in _leaves(out) if isinstance(p, nn.Parameter)}
-    return sum(s.nbytes() for key, s in kept.items() if key not in parameters)
-
-
-def _leaves(out: Tensor) -> Iterator[Tensor]:
-    """The leaves of the graph behind a tensor."""
-    waiting, seen = [out.grad_fn], {None, out.grad_fn}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        if hasattr(node, "variable"):
-            yield node.variable  # pyright: ignore[reportAttributeAccessIssue]
-        new = {following for following, _ in node.next_functions} - seen
-        seen |= new
-        waiting += new

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.diffusion import Noised
+from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import Prediction, UNet
+from bilevel_fast.models.unet import Prediction
 from bilevel_fast.profiling.cost import AsOnGPU
-from bilevel_fast.training.losses import fine_tuning_loss
-from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.profiling.meta_steps import Steps, random_batch
+from bilevel_fast.training.lower import Answered, backward
 
 OUTSIDE = 2**30
 """Bytes of the CUDA context, of loaded kernels and of cuDNN's and cuBLAS's workspaces. An assumption, not a count."""
@@ -182,7 +182,7 @@ _LINES: dict[str, "_Line"] = {}
 
 
 def _line(setting: Setting) -> "_Line":
-    """Counted once per process."""
+    """Counted once per process; a `Structure` has no hash."""
     key = repr(setting)
     if key not in _LINES:
         _LINES[key] = _Line(setting)
@@ -199,12 +199,13 @@ class _Line:
     def __init__(self, setting: Setting):
         if setting.latent < 1 or setting.text < 1:
             raise UserError(f"latents of {setting.latent} and {setting.text} text tokens, wanted at least 1 of each")
-        self.setting, config = setting, setting.structure.config
-        with torch.device("meta"):
-            self._teacher = UNet(config).to(setting.dtype).requires_grad_(False)
-            self._student = UNet(config, setting.structure, setting.align)
-            self._flat = FlatParameters(self._student, setting.dtype, average=setting.ema)
-        self._student.recompute = setting.recompute
+        self.setting = setting
+        steps = Steps(
+            *(setting.structure, setting.latent, setting.text, 1, torch.device("meta"), setting.dtype),
+            *(setting.align, setting.ema),
+        )
+        steps.student.recompute = setting.recompute
+        self._flat, self._fine_tuning = steps.flat, steps.fine_tuning
         self._counts = tuple(self._count(batch) for batch in COUNTED_AT)
 
     def at(self, batch: int) -> Memory:
@@ -222,14 +223,14 @@ class _Line:
             moments=2 * flat.master.nbytes * copies,
             ema=0 if flat.average is None else flat.average.nbytes,
             eraser=self._held(),
-            teacher_weights=sum(p.nbytes for p in self._teacher.parameters()),
+            teacher_weights=sum(p.nbytes for p in self._fine_tuning.answers.teacher.unet.parameters()),
             teacher_activations=found.answered,
             student_activations=found.kept,
             workspace=max(found.learning, found.teaching, updating) - found.kept + OUTSIDE,
         )
 
     def _held(self) -> int:
-        copy = sum(p.numel() for p in self._student.parameters()) * self.setting.dtype.itemsize
+        copy = sum(p.numel() for p in self._flat.module.parameters()) * self.setting.dtype.itemsize
         return copy * self.setting.start + self._flat.master.numel() * self.setting.mask
 
     def largest(self, bytes_of_card: int) -> int:
@@ -245,31 +246,23 @@ class _Line:
 
     def _count(self, batch: int) -> _Activations:
         """A lower step and the teacher's part of an upper one, on the meta device."""
-        noised, text = _batch(self.setting, batch)
-        asked, its_text = _batch(self.setting, batch * (1 + self.setting.upper))
-        with _Weighing() as teaching, torch.no_grad():
-            answer = self._teacher(asked.x, asked.t, its_text)
+        answers, given = self._fine_tuning.answers, self._batch(batch)
+        asked = self._batch(batch * (1 + self.setting.upper))
+        both, noised = answers.noise(asked), answers.noise(given)
+        with _Weighing() as teaching:
+            answer = answers.teacher.predict(both, asked.text)
         answer = Prediction(_first(answer.out, batch), tuple(_first(block, batch) for block in answer.blocks))
-        held = (answer.out, *answer.blocks, noised.x, noised.t, noised.target, noised.weight, text)
+        answered = Answered(noised, given.text, answer)
+        held = (answer.out, *answer.blocks, noised.x, noised.t, noised.target, noised.weight, given.text)
         with _Weighing() as learning:
-            loss = _loss(self._student, noised, text, answer)
+            loss = self._fine_tuning.loss(answered).total
             kept = learning.now
-            loss.backward()
+            backward(loss)
         return _Activations(sum(t.nbytes for t in held), kept, teaching.peak, learning.peak)
 
-
-def _batch(setting: Setting, batch: int) -> tuple[Noised, Tensor]:
-    """Noised latents and text states, on the meta device."""
-    config = setting.structure.config
-    latents = torch.empty(batch, config.in_channels, setting.latent, setting.latent, device="meta")
-    t = torch.empty(batch, dtype=torch.int64, device="meta")
-    text = torch.empty(batch, setting.text, config.cross_attention_dim, device="meta")
-    return Noised(latents, t, torch.empty_like(latents), torch.empty(batch, device="meta")), text
-
-
-def _loss(student: UNet, noised: Noised, text: Tensor, answer: Prediction) -> Tensor:
-    # a function of its own: the student's outputs die with it, as they do in the engine
-    return fine_tuning_loss(student(noised.x, noised.t, text), answer, noised).total
+    def _batch(self, images: int) -> Batch:
+        setting = self.setting
+        return random_batch(setting.structure.config, setting.latent, setting.text, images, torch.device("meta"))
 
 
 def _first(x: Tensor, batch: int) -> Tensor:

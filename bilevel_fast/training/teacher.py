@@ -1,6 +1,6 @@
 """The teacher of a training step: the frozen dense UNet.
 
-`predict` serves the lower level; `steer` gives the upper level its target, from concept and anchor in one call.
+`predict` serves the lower level; `steered` gives the upper level its target, from concept and anchor in one call.
 
 Two savings are not taken, for what they are worth at SD 2.1, 512 px. Keys and values of fixed prompts, kept, would save
 1.97 of the forward pass's 402.8 GMAC, 0.1 % of a lower step. Block outputs that are dropped as soon as `feature_kd` has
@@ -23,7 +23,7 @@ class Teacher:
     """A frozen UNet that counts the images it has seen, so that a test can hold the engine to reusing its answers.
 
     Attributes:
-        images: Images that went through the UNet; `steer` sends two per sample. () int64 on the device, so that it
+        images: Images that went through the UNet; `steered` sends two per sample. () int64 on the device, so that it
             counts the replays of a CUDA graph as well.
     """
 
@@ -45,16 +45,12 @@ class Teacher:
         """Output and block outputs for text states (B, L, D)."""
         return self._ask(noised.x, noised.t, text)
 
-    def steer(self, noised: Noised, text: Tensor, anchor: Tensor, eta: float) -> Tensor:
-        """Negative guidance: a - eta * (c - a), (B, C, H, W).
+    def steered(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        """Negative guidance a - eta * (c - a), (B, C, H, W), for any x_t (B, C, H, W) and t (B,); and c.
 
         `c` and `a` are the outputs for the concept `text` and the `anchor`, both (B, L, D), computed as one batch
         of 2B. With the null prompt as anchor it is the target of ESD (arXiv:2303.07345, eq. 8).
         """
-        return self.steered(noised.x, noised.t, text, anchor, eta)[0]
-
-    def steered(self, x: Tensor, t: Tensor, text: Tensor, anchor: Tensor, eta: float) -> tuple[Tensor, Tensor]:
-        """The target of `steer` for any x_t (B, C, H, W) and t (B,), and the answer `c` that it was made from."""
         both = self._ask(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, anchor])).out
         concept_out, anchor_out = both.chunk(2)
         return suppression_target(anchor_out, concept_out, eta), concept_out

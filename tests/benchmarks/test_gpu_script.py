@@ -1,17 +1,17 @@
 """The script for one GPU: its commands are ones that exist, nothing is begun too late, bad input is one line."""
 
-import importlib
+import importlib.util
 import os
+import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
+from benchmarks import ROOT
+from benchmarks.kernels.cases import OPS
 from bilevel_fast import profile
 from bilevel_fast.base import flags
-
-ROOT = Path(__file__).parents[2]
 
 
 def script(out, *args, **environment):
@@ -45,6 +45,22 @@ def test_every_command_can_be_parsed(tmp_path, tiny):
         assert getattr(settings, "tiny", tiny) == tiny
         assert settings.device == "cpu"
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("name", ["benchmarks/gpu.sh", "benchmarks/gpu_kernels.sh", "Makefile"])
+def test_what_a_script_names_is_there(name):
+    """Folders of tests, files of the package, modules: a script that only a GPU runs goes stale in silence."""
+    text = (ROOT / name).read_text()
+    paths = re.findall(r"(?:tests|bilevel_fast)/[\w/.]+\w", text)
+    modules = re.findall(r"-m ((?:benchmarks|bilevel_fast)\.[\w.]+)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+    assert modules
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_every_op_is_measured_on_a_gpu(op):
+    assert f" {op}" in re.search(r"for op in (.*);", (ROOT / "benchmarks/gpu_kernels.sh").read_text())[0]
 
 
 def test_nothing_is_begun_that_may_end_too_late(tmp_path):

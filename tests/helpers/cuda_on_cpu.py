@@ -7,7 +7,6 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 SHIM, SOURCES = TESTS / "ops/native/cuda_on_cpu", TESTS.parent / "csrc"
-DTYPES = ("float32", "float16", "bfloat16")  # as feature_kd::Dtype counts
 
 
 class OnCpu:
@@ -27,17 +26,6 @@ class OnCpu:
         sources = [*folder.glob("*.cpp"), SHIM / "calls.cpp"]
         subprocess.run([compiler, *flags, *includes, "-o", library, *sources], check=True)
         self.library = ctypes.CDLL(str(library))
-        self.library.feature_kd_workspace.restype = ctypes.c_int64
-
-    def feature_kd_workspace(self, counts):
-        return self.library.feature_kd_workspace(_counts(counts), len(counts))
-
-    def feature_kd(self, losses, gradients, students, teachers, counts, coefficients, dtype, workspace, *_):
-        self.library.feature_kd_run(
-            *(ctypes.c_void_p(losses), *map(_addresses, (gradients, students, teachers)), _counts(counts)),
-            *((ctypes.c_float * len(counts))(*coefficients), len(counts), DTYPES.index(dtype)),
-            ctypes.c_void_p(workspace),
-        )
 
     def adamw_ema(self, *arguments):
         *lists, counts = arguments[:7]

@@ -4,14 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from bilevel_fast.models.architecture import MINI, SD21, sites
 from bilevel_fast.models.macs import count, fixed_costs
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.profiling.cost import Cost, Counter, Line, saved_bytes, table
+from bilevel_fast.profiling.cost import Cost, Counter, Line, table
 from bilevel_fast.training.phases import room
 from bilevel_kernels import Kept, feature_kd, pruned_attention, structured_conv2d
 from bilevel_kernels.adamw_ema import adamw_ema_, adamw_ema_bytes
@@ -352,41 +351,3 @@ def test_meta_keeps_channels_last():
     assert gradient.is_contiguous(memory_format=torch.channels_last)
     with Counter():
         assert nn.Conv2d(4, 8, 3, device="meta")(x.detach()).is_contiguous()
-
-
-# --- what autograd keeps --------------------------------------------------------------------
-
-
-@DEVICES
-def test_saved_bytes(device):
-    with torch.device(device):
-        net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
-        x, target = torch.zeros(4, 8), torch.zeros(4, 3)
-    out = 4 * 4 * 3
-    hidden = 4 * 4 * 16
-    # x; the output of ReLU, which two ops save; prediction and target
-    assert saved_bytes(lambda: F.mse_loss(net(x), target)) == x.nbytes + hidden + 2 * out
-    # the input of GELU is another tensor than its output
-    net[1] = nn.GELU()
-    assert saved_bytes(lambda: F.mse_loss(net(x), target)) == x.nbytes + 2 * hidden + 2 * out
-    assert saved_bytes(lambda: net(x).sum()) == x.nbytes + 2 * hidden
-    # a part keeps the whole of its storage
-    whole = torch.zeros(2, 4, 8, device=device)
-    assert saved_bytes(lambda: net(whole[0]).sum()) == whole.nbytes + 2 * hidden
-    with torch.no_grad():
-        assert saved_bytes(lambda: net(x).sum()) == 0
-    net[0].requires_grad_(False)  # then nobody wants its input, and its frozen successor is still no activation
-    assert saved_bytes(lambda: net(x).sum()) == hidden
-
-
-@DEVICES
-def test_saved_bytes_through_checkpoints(device):
-    with torch.device(device):
-        first, second = (nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Linear(64, 8)) for _ in range(2))
-        x = torch.zeros(4, 8, requires_grad=True)
-
-    def call():
-        h = checkpoint(first, x, use_reentrant=False, preserve_rng_state=False)
-        return checkpoint(second, h, use_reentrant=False, preserve_rng_state=False).sum()
-
-    assert saved_bytes(call) == 2 * x.nbytes

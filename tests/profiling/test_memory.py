@@ -1,10 +1,13 @@
 """`profiling.memory`: parts against what is really allocated, activations against hooks, and the largest batch."""
 
 import time
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.references import Start
@@ -13,7 +16,7 @@ from bilevel_fast.models.architecture import MINI, SD21
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.profiling.cost import saved_bytes
+from bilevel_fast.profiling.cost import AsOnGPU
 from bilevel_fast.profiling.memory import (
     COUNTED_AT,
     OUTSIDE,
@@ -65,6 +68,43 @@ def step(batch, recompute=False):
         answer = teacher(latents, t, text)
     noised = Noised(latents, t, torch.empty_like(latents), weight)
     return answer, lambda: fine_tuning_loss(student(latents, t, text), answer, noised).total
+
+
+def saved_bytes(call: Callable[[], Tensor]) -> int:
+    """Bytes of the distinct storages that autograd keeps between a forward pass and its backward pass.
+
+    Whole storages count, as that is what stays allocated, and those of `nn.Parameter`s do not. What the caller keeps
+    (targets, say) counts as far as autograd keeps it as well.
+
+    Args:
+        call: Computes the forward pass and returns what backward would be called on.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, nn.Parameter):
+            storage = t.untyped_storage()
+            kept[storage._cdata] = storage
+        return t
+
+    with AsOnGPU(), saved_tensors_hooks(pack, lambda t: t):
+        out = call()
+    parameters = {p.untyped_storage()._cdata for p in _leaves(out) if isinstance(p, nn.Parameter)}
+    return sum(s.nbytes() for key, s in kept.items() if key not in parameters)
+
+
+def _leaves(out: Tensor) -> Iterator[Tensor]:
+    """The leaves of the graph behind a tensor."""
+    waiting, seen = [out.grad_fn], {None, out.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            yield node.variable
+        new = {following for following, _ in node.next_functions} - seen
+        seen |= new
+        waiting += new
 
 
 @pytest.mark.parametrize("recompute", [False, True])

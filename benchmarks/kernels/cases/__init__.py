@@ -8,10 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
-class Unavailable(Exception):
-    """Why a provider cannot run here."""
-
-
 @dataclass(frozen=True)
 class Case:
     """One thing to measure.
@@ -41,7 +37,5 @@ OPS = (
     "geglu",
     "feature_kd",
     "denoise_loss",
-    "steered_mse",
-    "noise_v",
     "adamw_ema",
 )

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_fast.ops.native import AdamW, Trained
 from bilevel_fast.ops.native import cuda as native
 from bilevel_kernels.adamw_ema import adamw_ema_, adamw_ema_bytes, adamw_ema_ref

@@ -1,7 +1,6 @@
 """Feature distillation over the nine block outputs of SD 2.1 at 512 px.
 
-Backward alone is no case: the gradient is written in the forward pass, and a graph runs backward once. Our CUDA code
-always writes it, and is called below autograd.
+Backward alone is no case: the gradient is written in the forward pass, and a graph runs backward once.
 """
 
 from collections.abc import Callable
@@ -10,8 +9,8 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
-from bilevel_fast.ops.native import cuda as native
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_kernels.feature_kd import feature_kd, feature_kd_bytes, feature_kd_ref
 
 # after the down- and upsamplers: down_blocks.0-3, mid_block, up_blocks.0-3; pruning leaves them alone
@@ -49,21 +48,12 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
         return make
 
-    def cuda() -> Callable[[], object]:
-        if device.type != "cuda" or not native.is_built():
-            raise Unavailable(
-                "bilevel_fast.ops.native._cuda is not built" if device.type == "cuda" else "measured on a GPU"
-            )
-        student, teacher = outputs(torch.randn), outputs(torch.randn)
-        return lambda: native.feature_kd(student, teacher, WEIGHT)
-
     meta = [torch.empty(batch, c, side, side, device="meta", dtype=dtype) for c, side in BLOCKS]
     return [
         Case(
             "feature_kd",
             f"nine blocks b{batch} {name}",
-            {"triton": provider(feature_kd, grad), "torch": provider(feature_kd_ref, grad), "compile": compiled(grad)}
-            | ({"cuda": cuda} if grad else {}),
+            {"triton": provider(feature_kd, grad), "torch": provider(feature_kd_ref, grad), "compile": compiled(grad)},
             bytes=feature_kd_bytes(meta, meta, grad),
             numel=sum(s.numel() for s in meta),
         )

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_kernels.geglu import geglu, geglu_bytes, geglu_ref
 from bilevel_kernels.kept import Kept
 

@@ -9,7 +9,8 @@ import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_kernels.group_norm_silu import group_norm_silu, group_norm_silu_bytes, group_norm_silu_ref
 
 EPS = 1e-5

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.native import AdamW, GroupNorm, Trained, feature_kd

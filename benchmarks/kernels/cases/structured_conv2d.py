@@ -14,7 +14,8 @@ import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case, Unavailable
+from benchmarks.kernels.cases import Case
+from benchmarks.measure import Unavailable
 from bilevel_kernels.kept import Kept
 from bilevel_kernels.structured_conv2d import structured_conv2d, structured_conv2d_macs
 

@@ -2,23 +2,6 @@
 
 from collections.abc import Sequence
 
-def feature_kd_workspace(counts: Sequence[int]) -> int:
-    """Bytes that `feature_kd` needs for pairs of counts[k] elements."""
-
-def feature_kd(
-    losses: int,
-    gradients: Sequence[int],
-    students: Sequence[int],
-    teachers: Sequence[int],
-    counts: Sequence[int],
-    coefficients: Sequence[float],
-    dtype: str,
-    workspace: int,
-    device: int,
-    stream: int,
-) -> None:
-    """Fill losses (K,) fp32 and K gradients from K pairs of counts[k] elements: float32, float16 or bfloat16."""
-
 def adamw_ema(
     parameters: Sequence[int],
     gradients: Sequence[int],

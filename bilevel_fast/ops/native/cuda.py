@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.ops.native.adamw_ema import AdamW, Trained
-from bilevel_fast.ops.native.feature_kd import coefficients
 from bilevel_fast.ops.native.pointers import check_dense, flat_pointers
 
 try:
@@ -20,36 +19,10 @@ except ImportError as error:
 else:
     _missing = None
 
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
 
 def is_built() -> bool:
-    """Whether the functions below can be called."""
+    """Whether `adamw_ema` can be called."""
     return _cuda is not None
-
-
-def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: float) -> tuple[Tensor, list[Tensor]]:
-    """As `bilevel_fast.ops.native.feature_kd`, on CUDA tensors, all fp32, all fp16 or all bf16.
-
-    Differences and sums are fp32 whatever the tensors are; so are the losses. Gradients have the tensors' dtype.
-    """
-    module = _module()
-    check_dense("student", student)
-    device, dtype = _device("student", student[0]), student[0].dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"student 0: {dtype}, expected one of {', '.join(DTYPES.values())}")
-    students = flat_pointers("student", student, "student", student, dtype, device)
-    teachers = flat_pointers("teacher", teacher, "student", student, dtype, device)
-    counts, gradients = [s.numel() for s in student], [torch.empty_like(s) for s in student]
-    losses = torch.empty(len(student), device=device)
-    workspace = torch.empty(module.feature_kd_workspace(counts), dtype=torch.uint8, device=device)
-    module.feature_kd(
-        losses.data_ptr(),
-        flat_pointers("gradient", gradients, "student", student, dtype, device),
-        *(students, teachers, counts, coefficients(student, weight), DTYPES[dtype], workspace.data_ptr()),
-        *_queue(device),
-    )
-    return losses, gradients
 
 
 def adamw_ema(

@@ -36,12 +36,8 @@ def feature_kd(student: Sequence[Tensor], teacher: Sequence[Tensor], weight: flo
     _C.feature_kd(
         pointer(losses, torch.float32, len(student)),
         flat_pointers("gradient", gradients, "student", student, torch.float32, CPU),
-        *(students, teachers, [s.numel() for s in student], coefficients(student, weight)),
+        *(students, teachers, [s.numel() for s in student]),
+        [2.0 * weight / (len(student) * s.numel()) for s in student],
         torch.get_num_threads(),
     )
     return losses, gradients
-
-
-def coefficients(student: Sequence[Tensor], weight: float) -> list[float]:
-    """What s - t is multiplied by in the gradient of each pair."""
-    return [2.0 * weight / (len(student) * s.numel()) for s in student]

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bilevel_fast.base.tables import markdown, seeds_named, spread
 from bilevel_fast.runs.paper.experiments import Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
 
@@ -25,31 +26,18 @@ def gather(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Foun
     return found
 
 
-def spread(values: Sequence[float], seeds: int, digits: int) -> str:
-    """Mean and, of several, half the range; says so if a seed is missing."""
-    if not values:
-        return "not measured"
-    half = f" ± {(max(values) - min(values)) / 2:.{digits}f}" if len(values) > 1 else ""
-    note = "" if len(values) == seeds else f" ({len(values)} of {seeds} seeds)"
-    return f"{mean(values):.{digits}f}{half}{note}"
-
-
 def table(experiment: Experiment, columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line per model after its last step."""
     seeds, found = sorted({row["seed"] for row in rows}), gather(rows, columns)
-    heads = " | ".join(column.title for column in columns)
-    lines = [
-        f"| seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} | {heads} |",
-        "|---|" + "--:|" * len(columns),
-    ]
+    lines = []
     for row in experiment.rows:
         values = [last(found[row.name][column.key]) for column in columns]
-        cells = [spread(some, len(seeds), column.digits) for some, column in zip(values, columns, strict=True)]
+        cells = [spread(some, column.digits, len(seeds)) for some, column in zip(values, columns, strict=True)]
         if experiment.against not in ("", row.name):
             before = [last(found[experiment.against][column.key]) for column in columns]
             cells = [cell + change(*pair) for cell, *pair in zip(cells, before, values, strict=True)]
-        lines.append(f"| {row.label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([row.label, *cells])
+    return markdown([seeds_named(seeds), *(column.title for column in columns)], lines)
 
 
 def change(before: Sequence[float], after: Sequence[float]) -> str:

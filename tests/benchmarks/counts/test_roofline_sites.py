@@ -2,11 +2,11 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.cards import CARDS
 from benchmarks.counts import roofline_sites
 from benchmarks.counts.roofline import seconds
@@ -24,7 +24,7 @@ from bilevel_fast.pruning import LatencyBudget, read_latencies
 from bilevel_fast.pruning.planner import spend
 from planning import ones
 
-COMMITTED = Path(roofline_sites.__file__).parent / "results" / "sites_roofline_a6000.jsonl"
+COMMITTED = RESULTS / "sites_roofline_a6000.jsonl"
 A6000 = CARDS["RTX A6000"]
 
 

@@ -3,18 +3,18 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
+from benchmarks import ROOT
 from benchmarks.kernels import sweep as kernels
 from benchmarks.kernels import tuning
-from benchmarks.kernels.cases import OPS, Case, Unavailable
+from benchmarks.kernels.cases import OPS, Case
 from benchmarks.kernels.goals import GOALS, goals
 from benchmarks.kernels.once import calls
 from benchmarks.kernels.page import measured, page
+from benchmarks.measure import Unavailable
 
-ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 

@@ -5,23 +5,22 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import ROOT
 from benchmarks.counts import launches
 from benchmarks.pages import bench_check
 from benchmarks.pages.bench_check import BASELINE, Found, belongs, renewed
-from benchmarks.pages.compare import read
+from benchmarks.rows import read
 from benchmarks.structures import structure
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.phases import room
 
-ROOT = Path(__file__).parents[2]
 WORKFLOW = ROOT / ".github" / "workflows" / "bench.yml"
 
 

@@ -3,14 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from benchmarks.pages.compare import compare, config_text, direction, failed, parse, read, table
+from benchmarks import ROOT
+from benchmarks.pages.compare import compare, direction, failed, table
+from benchmarks.rows import config_text, parse, read
 from bilevel_fast.base.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def row(value, metric="ms", case="lower", **more):

@@ -20,7 +20,7 @@ def results(tmp_path, monkeypatch):
     def write(name, *rows):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    write("frontier.jsonl", {"case": "teacher", "seed": 0, **dict.fromkeys(readme.frontier_report.METRICS, 1.0), **WHO})
+    write("frontier.jsonl", {"case": "teacher", "seed": 0, **dict.fromkeys(readme.tables.QUALITY, 1.0), **WHO})
     return write
 
 
@@ -46,7 +46,7 @@ def test_kernels(results):
 
 
 def test_the_headline(results):
-    values = dict.fromkeys(readme.frontier_report.METRICS, 0.25)
+    values = dict.fromkeys(readme.tables.QUALITY, 0.25)
     quality = {"teacher": values | {"concept_hit": 1.0}, "student": values | {"concept_hit": 0.05}}
     summary = {"macs": {"ratio": 0.7996}, "quality": quality}
     results("train_cpu.jsonl", {"suite": "train", "value": 171.6, "peak_gib": 1.634, "summary": summary, **WHO})

@@ -39,7 +39,7 @@ def test_distances_are_relative_to_the_teacher():
 def test_trains_measures_and_writes(tmp_path, monkeypatch):
     """A training of two steps, and its row against the mixture that it left behind."""
     monkeypatch.setattr(aptp, "METHODS", ("uniform",))
-    monkeypatch.setattr(aptp, "RESULTS", tmp_path / "aptp.jsonl")
+    monkeypatch.setattr(aptp, "ROWS", tmp_path / "aptp.jsonl")
     monkeypatch.setattr(aptp.tempfile, "TemporaryDirectory", lambda: nullcontext(tmp_path))
     monkeypatch.setattr("sys.argv", ["aptp", "--steps", "2", "--rounds", "1", "--budget", "0.7"])
     assert errors.run(aptp.main) == 0

@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.quality import controller
 from benchmarks.quality.controller import STARTS, SWEPT, Run, cases, run
-from benchmarks.quality.controller_report import by_case, dominating, table
+from benchmarks.quality.tables import by_case, dominating
+from benchmarks.quality.tables import controller as table
 from bilevel_fast.runs import config
 
 
@@ -66,7 +67,7 @@ def test_a_small_run(tmp_path, monkeypatch):
     """Rows as soon as they are measured, none twice; the controller's course is in its rows."""
     small = config.preset("smoke")
     small = replace(small, mini=replace(small.mini, judge_erased=1, judge_kept=1, judge_steps=2))
-    monkeypatch.setattr(controller, "RESULTS", tmp_path / "rows.jsonl")
+    monkeypatch.setattr(controller, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(controller, "preset", lambda name: small)
     monkeypatch.setattr(controller, "STARTS", ((10.0, 2),))
     monkeypatch.setattr(controller, "SWEPT", ((10.0, 4),))

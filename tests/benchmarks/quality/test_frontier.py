@@ -7,7 +7,7 @@ import pytest
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, interleaved
 from benchmarks.quality.frontier import variants
-from benchmarks.quality.frontier_report import plot, table
+from benchmarks.quality.tables import frontier, frontier_plot
 from bilevel_fast.runs.config import preset
 
 
@@ -18,10 +18,10 @@ def row(case: str, seed: int, hit: float) -> dict:
 
 def test_table_gives_mean_and_spread_and_says_what_is_missing(tmp_path):
     rows = [row("bilevel phrase grad 0", 0, 0.1), row("distilled", 0, 1.0), row("bilevel phrase grad 0", 1, 0.3)]
-    lines = table(rows).splitlines()
-    assert lines[2].startswith("| distilled (1 of 2 seeds) | 1.00 ± 0.00")
+    lines = frontier(rows).splitlines()
+    assert lines[2].startswith("| distilled (1 of 2 seeds) | 1.00 | 0.50 |")
     assert lines[3].startswith("| bilevel phrase grad 0 | 0.20 ± 0.10 | 0.50 ± 0.00")
-    plot(rows, tmp_path / "plot.png")
+    frontier_plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 

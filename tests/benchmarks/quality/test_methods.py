@@ -7,8 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks.quality import methods
-from benchmarks.quality import tables as methods_report
+from benchmarks.quality import methods, tables
 from benchmarks.quality.methods import Run, distances, held_out, run
 from benchmarks.quality.methods_cases import WEIGHTS, cases
 from bilevel_fast.base import errors
@@ -34,7 +33,7 @@ def teacher(folder):
 
 @pytest.fixture
 def results(tmp_path, monkeypatch):
-    monkeypatch.setattr(methods, "RESULTS", tmp_path / "methods.jsonl")
+    monkeypatch.setattr(methods, "ROWS", tmp_path / "methods.jsonl")
     monkeypatch.setattr(methods, "held_out", partial(held_out, batches=1))
     return tmp_path / "methods.jsonl"
 
@@ -44,7 +43,7 @@ def test_rows(results, monkeypatch):
     drawn, draw = [], methods.mini.drawn_source
     monkeypatch.setattr(methods.mini, "drawn_source", lambda *args: drawn.append(args[1:]) or draw(*args))
     run(SMALL, 3, {"device": "here"})
-    assert drawn == [([], 216, methods.HELD_OUT), ([], 64, 3)], "all styles; errors are measured on other drawings"
+    assert drawn == [([], 64, 3), ([], 216, methods.HELD_OUT)], "all styles; errors are measured on other drawings"
     lines = results.read_text().splitlines()
     found = {(row["case"], row["step"]): row for row in map(json.loads, lines)}
     assert found.keys() == {("teacher", 0), *((case, step) for case in VARIANTS for step in (0, 2))}
@@ -154,9 +153,9 @@ ROWS = [
 
 
 def test_table():
-    assert methods_report.table(ROWS[:3]) == "not measured"
+    assert tables.methods(ROWS[:3]) == "not measured"
     under_way = [made_up("0.80 magnitude", 2, step, 9.0, 9.0) for step in (0, 50)]
-    lines = methods_report.table([made_up("0.80 magnitude", 0, 600, 9.0, 9.0), *ROWS, *under_way]).splitlines()
+    lines = tables.methods([made_up("0.80 magnitude", 0, 600, 9.0, 9.0), *ROWS, *under_way]).splitlines()
     assert lines[0].startswith("| seeds 0, 1; before -> after 600 steps | 0.80: output error | 0.80: FID | 0.55:")
     assert "| magnitude | 0.105 -> 0.032 ± 0.002 | 31.5 -> 12.6 ± 0.6 | 0.525 -> 0.053 ± 0.003 |" in lines[2]
     assert lines[3].startswith("| random weights | not measured | not measured | 1.050 -> 0.735 ± 0.035 |")
@@ -176,7 +175,7 @@ def test_table():
 
 
 def test_plots(tmp_path):
-    methods_report.plots(ROWS, tmp_path)
+    tables.methods_plots(ROWS, tmp_path)
     for name in ("methods", "figure4", "figure5"):
         assert (tmp_path / f"{name}.png").stat().st_size > 20_000
 

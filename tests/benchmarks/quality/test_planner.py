@@ -70,7 +70,7 @@ def test_errors(folder, teacher):
 
 def test_rows(monkeypatch, tmp_path, capsys):
     """Five rows for each score and budget; a ratio is one of errors of the same batch."""
-    monkeypatch.setattr(planner, "RESULTS", tmp_path / "planner.jsonl")
+    monkeypatch.setattr(planner, "ROWS", tmp_path / "planner.jsonl")
     monkeypatch.setattr(planner, "taylor_importance", partial(planner.taylor_importance, levels=2))
     monkeypatch.setattr("sys.argv", ["planner", "--batches", "1", "--batch", "4", "--images", "2"])
     assert errors.run(planner.main) == 0
@@ -90,7 +90,7 @@ def test_rows(monkeypatch, tmp_path, capsys):
 
 
 def test_no_write(monkeypatch, tmp_path):
-    monkeypatch.setattr(planner, "RESULTS", tmp_path / "planner.jsonl")
+    monkeypatch.setattr(planner, "ROWS", tmp_path / "planner.jsonl")
     row = {"case": "c", "provider": "p", "metric": "m", "value": 1.0, "p20": 1.0, "p80": 1.0, "macs_ratio": 0.8}
     monkeypatch.setattr(planner, "measure", lambda settings: iter([row]))
     for flags, written in ((["--no-write"], False), ([], True)):

@@ -12,7 +12,7 @@ pytest.importorskip("nvidia.dali")
 pytest.importorskip("torchvision")
 pytest.importorskip("webdataset")
 
-from benchmarks.pages import compare
+from benchmarks import rows as benchmark_rows
 from benchmarks.speed import data
 from bilevel_fast.data.pictures import Framing
 
@@ -80,8 +80,8 @@ def test_rows(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", ["data", *flags, "--out", str(out)])
     data.main()
-    rows = [compare.parse(line, "row") for line in out.read_text().splitlines()]
-    assert len(compare.latest(rows)) == len(rows) == 12, "rows of one run have keys of their own"
+    rows = [benchmark_rows.parse(line, "row") for line in out.read_text().splitlines()]
+    assert len(benchmark_rows.latest(rows)) == len(rows) == 12, "rows of one run have keys of their own"
     rivals = ["dali", data.LOADER, "webdataset", "cache", "cache, drawn"]
     wall, cores = ([row for row in rows if row["metric"] == metric] for metric in ("img_per_s", "img_per_core_s"))
     assert [row["provider"] for row in wall] == [row["provider"] for row in cores] == rivals

@@ -72,7 +72,7 @@ def test_the_first_losses_are_those_of_the_engine(prediction_type):
     answers = Answers(Teacher(teacher), schedule, SEED, snr_gamma=2.0)
     lower = FineTuning(student, answers, weights).loss(answers(inputs.lower)).total.item()
     noised = answers.noise(inputs.upper)
-    target = answers.teacher.steer(noised, inputs.upper.text, inputs.upper.anchor, eta)
+    target = answers.teacher.steered(noised.x, noised.t, inputs.upper.text, inputs.upper.anchor, eta)[0]
     upper = suppression_loss(student(noised.x, noised.t, inputs.upper.text).out, target).total.item()
     for name, peer in in_fp32(inputs).items():
         assert peer.name == name

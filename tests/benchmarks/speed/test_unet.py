@@ -5,22 +5,25 @@ import math
 import os
 import statistics
 import sys
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.kernels.cases import Unavailable
-from benchmarks.machine import cpu_name
-from benchmarks.measure import Timing
+from benchmarks import measure
+from benchmarks.measure import Timing, Unavailable
 from benchmarks.speed import unet as bench
 from benchmarks.speed import unet_providers, unet_sites
 from benchmarks.structures import NAMES, model, structure
 from bilevel_fast.base import errors
+from bilevel_fast.base.devices import cpu_name
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21, sites
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.ops.graphs import WARMUP
+from replay import on_the_cpu
 
 CPU = torch.device("cpu")
 MINI = model(tiny=True)
@@ -136,26 +139,32 @@ def test_a_provider_that_computes_something_else_is_not_timed(monkeypatch):
 
 
 def test_a_graph_hands_out_what_the_replay_writes(monkeypatch):
-    """As on a GPU, with `captured` faked: it keeps the tensor of the last call, and a replay fills that."""
+    """With the recorder of the CPU: a replay computes anew, and writes where the recorded output lies."""
     with pytest.raises(Unavailable, match="CUDA graphs need CUDA"):
         unet_providers.graph(lambda: torch.zeros(1), CPU)
-    made = []
-
-    def captured(make):
-        step = make()
-        for _ in range(4):
-            step()
-        return (lambda: made[-1].fill_(7.0)), True
+    monkeypatch.setattr(measure, "side_stream", lambda device: nullcontext())
+    monkeypatch.setattr(measure, "cuda_recorder", lambda device: on_the_cpu)
+    x, calls = torch.ones(3), []
 
     def call():
-        made.append(torch.zeros(1))
-        return made[-1]
+        calls.append(x.clone())
+        return 2 * x
 
-    monkeypatch.setattr(unet_providers, "captured", captured)
-    assert unet_providers.graph(call, torch.device("cuda"))().item() == 7.0
-    monkeypatch.setattr(unet_providers, "captured", lambda make: (make(), False))
+    replay = unet_providers.graph(call, torch.device("cuda"))
+    assert len(calls) == WARMUP + 1
+    x.fill_(5.0)
+    assert replay().tolist() == [10.0] * 3
+    assert replay() is replay()
+    assert len(calls) == WARMUP + 1, "no Python runs"
     with pytest.raises(Unavailable, match="could not be captured in a CUDA graph"):
-        unet_providers.graph(call, torch.device("cuda"))
+        unet_providers.graph(lambda: torch.full((), x.sum().item()), torch.device("cuda"))
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(monkeypatch):
+    monkeypatch.setattr(measure, "side_stream", lambda device: nullcontext())
+    for record in (None, on_the_cpu):
+        call, done = measure.recorded(lambda: lambda: torch.ones(2).sum().item(), CPU, record)
+        assert (call(), done) == (2.0, False)
 
 
 # --- sites ---

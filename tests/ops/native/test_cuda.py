@@ -15,7 +15,7 @@ import triton
 from bilevel_fast.ops.native import AdamW, Trained, cuda
 
 CARDS = ("sm_80", "sm_86", "sm_89", "sm_90")
-KERNELS = {"adamw_ema": ["step_kernel"], "feature_kd": ["chunk_kernel", "loss_kernel"]}
+KERNELS = {"adamw_ema": ["step_kernel"]}
 SETTINGS = AdamW(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, ema_decay=0.95)
 LR = 1e-3
 
@@ -91,14 +91,12 @@ def test_a_missing_build_says_what_to_do(monkeypatch):
     assert not cuda.is_built()
     said = "bilevel_fast.ops.native._cuda is not built; with nvcc on the PATH, or CUDA_HOME set, run: pip install -e ."
     with pytest.raises(ImportError, match=re.escape(said)):
-        cuda.feature_kd([], [], 1.0)
+        cuda.adamw_ema(SETTINGS, Trained([], [], []), [], None, None)
 
 
 @needs_nvcc
 def test_refuses_tensors_of_the_cpu():
     x = [torch.zeros(8)]
-    with pytest.raises(ValueError, match="student 0: cpu tensor, expected cuda"):
-        cuda.feature_kd(x, x, 1.0)
     with pytest.raises(ValueError, match="parameter 0: cpu tensor, expected cuda"):
         cuda.adamw_ema(SETTINGS, Trained(x, x, x), x, x[0], x[0])
 

@@ -5,20 +5,6 @@
 
 extern "C" {
 
-std::int64_t feature_kd_workspace(const std::int64_t* counts, int size) {
-  return feature_kd::workspace({counts, counts + size});
-}
-
-void feature_kd_run(float* losses, void** gradients, void** students, void** teachers,
-                    const std::int64_t* counts, const float* coefficients, int size, int dtype,
-                    void* workspace) {
-  std::vector<feature_kd::CudaPair> pairs;
-  for (int k = 0; k < size; ++k) {
-    pairs.push_back({students[k], teachers[k], gradients[k], counts[k], coefficients[k]});
-  }
-  feature_kd::run_cuda(losses, workspace, pairs, static_cast<feature_kd::Dtype>(dtype), {});
-}
-
 void adamw_ema_run(float** parameters, float** gradients, float** exp_avgs, float** exp_avg_sqs,
                    float** emas, std::uint16_t** copies, const std::int64_t* counts, int size,
                    const double* settings, const float* lr, const float* number, const float* clip,

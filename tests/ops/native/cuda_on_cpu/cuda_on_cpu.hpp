@@ -19,7 +19,6 @@
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-using __half = _Float16;
 constexpr cudaError_t cudaSuccess = 0;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -30,18 +29,8 @@ struct Index {
 };
 inline thread_local Index blockIdx, threadIdx;
 inline pthread_barrier_t block_barrier;
-inline float exchanged[1024];
 
 inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
-
-inline float __shfl_down_sync(unsigned, float value, int offset) {
-  const unsigned thread = threadIdx.x;
-  exchanged[thread] = value;
-  __syncthreads();
-  const float found = thread % 32 + offset < 32 ? exchanged[thread + offset] : value;
-  __syncthreads();
-  return found;
-}
 
 // What `kernel<<<blocks, threads, ...>>>(...)` has become.
 template <typename Kernel>
@@ -79,11 +68,3 @@ struct __nv_bfloat16 {
   std::uint16_t bits;
 };
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __nv_bfloat16(x); }
-inline float __bfloat162float(__nv_bfloat16 x) {
-  const std::uint32_t word = static_cast<std::uint32_t>(x.bits) << 16;
-  float found;
-  std::memcpy(&found, &word, sizeof found);
-  return found;
-}
-inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
-inline float __half2float(__half x) { return static_cast<float>(x); }
