@@ -91,7 +91,7 @@ def test_a_missing_build_says_what_to_do(monkeypatch):
     assert not cuda.is_built()
     said = "bilevel_fast.ops.native._cuda is not built; with nvcc on the PATH, or CUDA_HOME set, run: pip install -e ."
     with pytest.raises(ImportError, match=re.escape(said)):
-        cuda.feature_kd([], [], 1.0)
+        cuda.adamw_ema(SETTINGS, None, [], None, None)
 
 
 @needs_nvcc
