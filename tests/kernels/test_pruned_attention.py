@@ -50,10 +50,11 @@ def assert_all_no_worse(fn, tensors, kept, **options):
         assert_no_worse_than_eager(*values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("kept", LISTS.values(), ids=LISTS.keys())
-def test_no_worse_than_eager(kept, dtype, device):
-    assert_all_no_worse(op.pruned_attention, problem(device, dtype), kept)
+def test_no_worse_than_eager(kept, device):
+    """In 16 bits the lists are read as in fp32: on a CPU, in the test of shapes only."""
+    for dtype in DTYPES if device == "cuda" else DTYPES[:1]:
+        assert_all_no_worse(op.pruned_attention, problem(device, dtype), kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))

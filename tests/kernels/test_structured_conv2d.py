@@ -50,10 +50,12 @@ def assert_all_no_worse(fn, tensors, kept_in, kept_out):
         assert_no_worse_than_eager(*values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @ALL_LISTS
-def test_no_worse_than_eager(lists, dtype, device):
-    assert_all_no_worse(op.structured_conv2d, problem(device, dtype), *lists)
+def test_no_worse_than_eager(lists, device):
+    """In 16 bits the lists are read as in fp32: on a CPU, two of them do."""
+    few = device == "cpu" and not any(lists is LISTS[name] for name in ("dense", "mixed"))
+    for dtype in DTYPES[:1] if few else DTYPES:
+        assert_all_no_worse(op.structured_conv2d, problem(device, dtype), *lists)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())

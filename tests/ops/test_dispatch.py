@@ -184,13 +184,14 @@ def test_native_feature_kd_refuses_a_second_backward_pass():
         torch.autograd.grad(total, student)
 
 
-def unet_and_inputs():
+def unet_and_inputs(batch=2):
     torch.manual_seed(0)
     unet = UNet(TINY).cut(Structure.uniform(TINY, 0.6), align=8)
     with torch.no_grad():
         for p in unet.parameters():
             p.add_(torch.randn_like(p) * 0.05)
-    return unet, (torch.randn(2, 12, 4, 4), torch.tensor([3, 700]), torch.randn(2, 5, TINY.cross_attention_dim))
+    text = torch.randn(batch, 5, TINY.cross_attention_dim)
+    return unet, (torch.randn(batch, 12, 4, 4), torch.tensor([3, 700])[:batch], text)
 
 
 def gradients(unet, call, inputs):
@@ -220,7 +221,7 @@ def test_no_graph_break(provider, monkeypatch):
     """The whole UNet in one graph, forward and backward; `aot_eager` traces as inductor does and compiles nothing."""
     if provider:
         monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
-    unet, inputs = unet_and_inputs()
+    unet, inputs = unet_and_inputs(batch=1)
     eager = copy.deepcopy(unet)
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")

@@ -1,0 +1,23 @@
+"""That the main job erases: the mini world with the settings of its preset, fewer steps and fewer judged samples."""
+
+import json
+
+import pytest
+
+from bilevel_fast.train import main
+from commands import run_command
+
+SMALLER = {"mini.images": 512, "mini.bank": 24, "mini.judge-erased": 18, "mini.judge-kept": 6, "lower.steps": 80}
+
+
+@pytest.mark.slow
+def test_the_style_goes_and_the_others_stay(tmp_path):
+    """The twin is the same run with `upper.every` 0: without the upper level the style is still drawn."""
+    flags = [f"--{name}={value}" for name, value in SMALLER.items()]
+    result = run_command(main, *flags, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    quality = json.loads((tmp_path / "run" / "summary.json").read_text())["quality"]
+    assert quality["student"]["concept_hit"] <= 0.05
+    assert quality["student"]["other_style_hit"] >= 0.95
+    assert quality["distilled"]["concept_hit"] >= 0.9
+    assert quality["distilled"]["other_style_hit"] >= 0.95
