@@ -25,7 +25,7 @@ from bilevel_fast.training.upper import Edit, Eraser
 
 
 @dataclass(frozen=True)
-class Scene:
+class EraserParts:
     """What erasers are made of.
 
     Attributes:
@@ -85,7 +85,7 @@ class Kind:
 class GradientKind(Kind):
     """An eraser with a loss on concept images; reads all settings but those that others have for themselves."""
 
-    make: Callable[[Upper, Scene], Eraser]
+    make: Callable[[Upper, EraserParts], Eraser]
 
 
 @dataclass(frozen=True)
@@ -98,24 +98,24 @@ class EditKind(Kind):
 SET_FOR_EDITS = ("every", "anchor")
 
 ERASERS: dict[str, GradientKind | EditKind] = {
-    "guidance": GradientKind(lambda upper, scene: Guidance(upper.eta), reads=("eta",), watched=True),
-    "anchor-kd": GradientKind(lambda upper, scene: Guidance(0.0), watched=True),
+    "guidance": GradientKind(lambda upper, parts: Guidance(upper.eta), reads=("eta",), watched=True),
+    "anchor-kd": GradientKind(lambda upper, parts: Guidance(0.0), watched=True),
     "concept-ablation": GradientKind(
-        lambda upper, scene: ConceptAblation(scene.source(upper), upper.ablation.keep),
+        lambda upper, parts: ConceptAblation(parts.source(upper), upper.ablation.keep),
         reads=("source", "ablation"),
         source="start",
         shows="anchor",
         watched=True,
     ),
     "esd": GradientKind(
-        lambda upper, scene: Esd(scene.source(upper), scene.null, upper.eta, **vars(upper.esd)),
+        lambda upper, parts: Esd(parts.source(upper), parts.null, upper.eta, **vars(upper.esd)),
         reads=("eta", "source", "esd"),
         source="start",
         watched=True,
     ),
     "salun": GradientKind(
-        lambda upper, scene: SalUn(
-            scene.source(upper), scene.flat, scene.salient(upper.salun.batches, upper.salun.share)
+        lambda upper, parts: SalUn(
+            parts.source(upper), parts.flat, parts.salient(upper.salun.batches, upper.salun.share)
         ),
         reads=("source", "salun"),
         source="self",
@@ -123,12 +123,12 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         watched=True,
     ),
     "erasediff": GradientKind(
-        lambda upper, scene: EraseDiff(scene.source(upper), upper.erasediff.barrier),
+        lambda upper, parts: EraseDiff(parts.source(upper), upper.erasediff.barrier),
         reads=("source", "erasediff"),
         source="self",
         ruled=True,
     ),
-    "forget-me-not": GradientKind(lambda upper, scene: ForgetMeNot(scene.words())),
+    "forget-me-not": GradientKind(lambda upper, parts: ForgetMeNot(parts.words())),
     "uce": EditKind(loop_edits.uce, reads=("uce",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
 }

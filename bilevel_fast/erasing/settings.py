@@ -36,7 +36,7 @@ class Ablation(Section):
 
 
 @dataclass(frozen=True)
-class Esd(Section):
+class EsdSettings(Section):
     """Erased Stable Diffusion."""
 
     guidance: float = 3.0
@@ -124,7 +124,7 @@ class ConceptPruneStep(Section):
 
 
 @dataclass(frozen=True)
-class Controller(Section):
+class ControllerSettings(Section):
     """Chooses lambda and how often upper steps come, and ends them when the concept is gone (bilevel_fast.erasing)."""
 
     enabled: bool = False
@@ -179,9 +179,9 @@ class Upper:
     (benchmarks.quality.frontier). erasediff weighs by a rule of its own and does not read it."""
     penalty_norm: Literal["grad", "raw"] = "grad"
     """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
-    controller: Controller = field(default_factory=Controller)
+    controller: ControllerSettings = field(default_factory=ControllerSettings)
     ablation: Ablation = field(default_factory=Ablation)
-    esd: Esd = field(default_factory=Esd)
+    esd: EsdSettings = field(default_factory=EsdSettings)
     salun: Salun = field(default_factory=Salun)
     erasediff: Erasediff = field(default_factory=Erasediff)
     uce: UceStep = field(default_factory=UceStep)

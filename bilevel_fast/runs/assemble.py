@@ -93,7 +93,7 @@ def levels(
     with loader(batches) as ahead:
         look = partial(salient, student, answers, flat, ahead)
         words = partial(Words, encoder, materials.concepts)
-        eraser = kind.make(upper, erasers.Scene(answers.teacher, start, flat, null, words, look))
+        eraser = kind.make(upper, erasers.EraserParts(answers.teacher, start, flat, null, words, look))
     hold = erasers.holder(flat, upper.subset)
     controller = None
     if upper.controller.enabled:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bilevel_fast.base.errors import UserError, in_range, nearest
-from bilevel_fast.erasing.settings import Controller, Upper
+from bilevel_fast.erasing.settings import ControllerSettings, Upper
 from bilevel_fast.training.settings import LossWeights
 from bilevel_fast.worlds.mini.settings import Mini
 
@@ -177,7 +177,7 @@ VOLATILE = ("out", "recompute", "graphs", "log_every", "checkpoint_every", "devi
 
 _MINI = TrainConfig(
     lower=Lower(steps=120, batch=16, lr=3e-4, warmup=10, p_uncond=0.1),
-    upper=Upper(every=4, batch=16, lr=1.5e-4, warmup=4, controller=Controller(horizon=10)),
+    upper=Upper(every=4, batch=16, lr=1.5e-4, warmup=4, controller=ControllerSettings(horizon=10)),
     checkpoint_every=40,
 )
 PRESETS: dict[str, TrainConfig] = {

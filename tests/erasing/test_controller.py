@@ -11,7 +11,7 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.controller import LEAST, MOST, Controller
-from bilevel_fast.erasing.settings import Controller as Settings
+from bilevel_fast.erasing.settings import ControllerSettings as Settings
 from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.folder import load_folder
@@ -119,7 +119,7 @@ def test_every_eraser_shows_what_it_does(name):
     start, answers = erasers.start(upper, student, torch.float32), Answers(Teacher(teacher), Schedule.sd(), SEED)
     flat = FlatParameters(student)
     look = lambda batches, share: torch.ones_like(flat.master, dtype=torch.bool)  # noqa: E731
-    scene = erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
+    scene = erasers.EraserParts(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
     eraser, batch, seen = erasers.ERASERS[name].make(upper, scene), make_batch(1, 0), []
     unwatched = eraser.loss(student, answers, batch)
     assert set(unwatched.terms) <= {"suppression", "anchor"}

@@ -13,8 +13,7 @@ from bilevel_fast.erase import EDITS
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.references import Itself
 from bilevel_fast.erasing.saliency import EraseDiff, SalUn, salient
-from bilevel_fast.erasing.settings import Ablation, Erasediff, Salun, Upper
-from bilevel_fast.erasing.settings import Esd as EsdSettings
+from bilevel_fast.erasing.settings import Ablation, Erasediff, EsdSettings, Salun, Upper
 from bilevel_fast.erasing.subsets import subset
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.models.diffusion import Schedule
@@ -40,7 +39,7 @@ def make(upper, dtype=torch.float32):
     start, answers = erasers.start(upper, student, dtype), Answers(Teacher(teacher), Schedule.sd(), SEED)
     flat = FlatParameters(student, dtype)
     look = partial(salient, student, answers, flat, lambda step: make_batch(1, step))
-    scene = erasers.Scene(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
+    scene = erasers.EraserParts(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
     return erasers.ERASERS[upper.eraser].make(upper, scene), scene
 
 

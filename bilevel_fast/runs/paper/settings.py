@@ -7,7 +7,7 @@ from typing import Literal
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.concept_prune import ConceptPrune
-from bilevel_fast.erasing.settings import Esd, Upper
+from bilevel_fast.erasing.settings import EsdSettings, Upper
 from bilevel_fast.erasing.uce import Uce
 
 
@@ -19,7 +19,7 @@ class EsdRow:
     """Learning rate. Default: that of the bilevel run's upper level."""
     subset: str = "esd-x"
     """Parameters that move: esd-x for styles, esd-u for nudity."""
-    sample: Esd = field(default_factory=Esd)
+    sample: EsdSettings = field(default_factory=EsdSettings)
 
     def upper(self, shared: Upper) -> Upper:
         """The upper level of the bilevel run with this eraser in it, and no penalty."""
@@ -58,7 +58,7 @@ class Rows:
     attack: Attack = field(default_factory=Attack)
 
 
-MINI = Rows(esd=EsdRow(sample=Esd(steps=20)), concept_prune=ConceptPrune(steps=12))
+MINI = Rows(esd=EsdRow(sample=EsdSettings(steps=20)), concept_prune=ConceptPrune(steps=12))
 """On the mini world: fewer steps to a sample, as for its judge."""
 
 
