@@ -4,7 +4,7 @@
     python -m benchmarks.counts.launches --only sd21 --json
 
 An op counts when torch dispatches it and it would run on a device: views and shapes do not (`profiling.cost`). The
-mini world's steps are the engine's own, optimizer included and the data room excluded, which works on the host; the
+mini world's steps are the engine's own, optimizer included and the data phase excluded, which works on the host; the
 third step is counted, when lazy set-up is over. SD 2.1 has no weights here, so its steps run on the meta device, in
 bf16 and through torch's ops: `profiling.meta_steps` has them of the same levels. A CUDA graph replays the same kernels
 as one launch; torch.compile fuses some of them.
@@ -57,7 +57,7 @@ class Settings:
 
 
 def count(step: Callable[[], object]) -> list[Cost]:
-    """What one call launches outside the data room."""
+    """What one call launches outside the data phase."""
     with Counter() as counter:
         step()
     return [cost for cost in counter.costs if cost.room != "data"]

@@ -63,7 +63,7 @@ def beside(device: torch.device) -> list[Rung]:
 
 
 def ours(inputs: Inputs, device: torch.device, rung: Rung) -> Peer:
-    """Both steps through the engine's rooms."""
+    """Both steps through the engine's phases."""
     config, structure = inputs.structure.config, inputs.structure
     teacher, student = UNet(config), UNet(config, structure, rung.align)
     teacher.load_state_dict(dict(inputs.teacher))

@@ -24,7 +24,7 @@ from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import Attention, UNet
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answers
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 from bilevel_fast.training.upper import Eraser
 
 
@@ -43,11 +43,11 @@ class ForgetMeNot(Eraser):
     def loss(self, student: UNet, answers: Answers, batch: Batch) -> Loss:
         noised, concept = answers.noise(batch), self.words(batch.captions).to(batch.text.device)
         squares: list[Tensor] = []
-        with room("student"), attended(student, concept, squares):
+        with phase("student"), attended(student, concept, squares):
             student(noised.x, noised.t, batch.text)
         if not squares:
             raise UserError("eraser 'forget-me-not': this student has no cross-attention left")
-        with room("losses"):
+        with phase("losses"):
             total = torch.stack(squares).sum().sqrt()
         return Loss(total, {"suppression": total.detach()})
 

@@ -20,7 +20,7 @@ from bilevel_fast.ops.randomness import Stream, integers
 from bilevel_fast.sampling.samplers import ddim_step, guided, timesteps
 from bilevel_fast.training.losses import Loss, suppression_loss
 from bilevel_fast.training.lower import Answers
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
 
 
@@ -47,13 +47,13 @@ class Esd(Sourced):
 
     def loss(self, student: UNet, answers: Answers, batch: Batch) -> Loss:
         assert batch.anchor is not None, "an upper batch needs anchors"
-        with room("diffusion"):
+        with phase("diffusion"):
             x, t, order = self.paint(student, answers, batch)
         text, anchor = batch.text[order], batch.anchor[order]
         target, concept = self.source.steered(x, t, text, anchor, self.eta)
-        with room("student"):
+        with phase("student"):
             out = student(x, t, text).out
-        with room("losses"):
+        with phase("losses"):
             if self.watch is not None:
                 self.watch(out, concept, target, 1 + self.eta, order)
             return suppression_loss(out, target)

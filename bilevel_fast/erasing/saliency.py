@@ -33,7 +33,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss, suppression_loss
 from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.parameters import FlatParameters, dot
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
 
 _log = logging.getLogger(__name__)
@@ -46,9 +46,9 @@ class Relabel(Sourced):
         assert batch.anchor is not None, "an upper batch needs anchors"
         noised = answers.noise(batch)
         target = self.source.predict(noised, batch.anchor).out
-        with room("student"):
+        with phase("student"):
             out = student(noised.x, noised.t, batch.text).out
-        with room("losses"):
+        with phase("losses"):
             self.look(answers, noised, batch, out, target)
             return suppression_loss(out, target)
 

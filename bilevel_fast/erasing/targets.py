@@ -16,7 +16,7 @@ from bilevel_fast.erasing.references import Sourced
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss, suppression_loss
 from bilevel_fast.training.lower import Answers
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.training.upper import Eraser
 
@@ -39,9 +39,9 @@ class Guidance(Eraser):
             target, concept = teacher.steered(noised.x, noised.t, batch.text, batch.anchor, self.eta)
         else:
             target = teacher.predict(noised, batch.anchor).out
-        with room("student"):
+        with phase("student"):
             out = student(noised.x, noised.t, batch.text).out
-        with room("losses"):
+        with phase("losses"):
             if self.watch is not None and concept is not None:
                 self.watch(out, concept, target, 1 + self.eta)
             return suppression_loss(out, target)
@@ -72,9 +72,9 @@ class ConceptAblation(Sourced):
         x, t, text = noised.x, noised.t, batch.text
         if self.keep:
             x, t, text = x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, batch.anchor])
-        with room("student"):
+        with phase("student"):
             out = student(x, t, text).out
-        with room("losses"):
+        with phase("losses"):
             loss = suppression_loss(out[: len(target)], target)
             self.look(answers, noised, batch, out[: len(target)], target)
             if not self.keep:

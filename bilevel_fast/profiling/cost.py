@@ -32,7 +32,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bilevel_fast.training import phases as rooms
+from bilevel_fast.training import phases
 
 KINDS = ("conv", "linear", "attention", "norm", "pointwise", "optimizer", "copy", "other")
 PRODUCTS = ("conv", "linear", "attention")
@@ -65,11 +65,11 @@ class Line:
 
 
 def table(costs: Iterable[Cost]) -> list[Line]:
-    """Sums by room and kind, in the order of `rooms.ROOMS` (None last) and `KINDS`."""
+    """Sums by room and kind, in the order of `phases.PHASES` (None last) and `KINDS`."""
     groups: dict[tuple[str | None, str], list[Cost]] = {}
     for cost in costs:
         groups.setdefault((cost.room, cost.kind), []).append(cost)
-    order = (*rooms.ROOMS, None)
+    order = (*phases.PHASES, None)
     return [
         Line(room, kind, len(found), sum(c.flops for c in found), sum(c.bytes for c in found))
         for (room, kind), found in sorted(groups.items(), key=lambda g: (order.index(g[0][0]), KINDS.index(g[0][1])))
@@ -226,7 +226,7 @@ def _cost(func: torch._ops.OpOverload, args: Any, kwargs: Any, out: Any) -> Cost
     else:
         moved = _held_bytes(reads) + _held_bytes(writes) + _held_bytes(made)
     flops = _flops(name, given, out)
-    return Cost(rooms.current(), _kind(func, name), func._schema.name, flops, moved) if moved else None
+    return Cost(phases.current(), _kind(func, name), func._schema.name, flops, moved) if moved else None
 
 
 def _operands(func: torch._ops.OpOverload, name: str, given: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,7 +1,7 @@
 """Time, launches, FLOPs and bytes of training steps, room by room.
 
 `measure` takes plain callables, one per kind of step, and annotates nothing itself: whatever they run inside
-`rooms.room(...)` is told apart. `descents` makes those callables from the levels of a training.
+`phases.phase(...)` is told apart. `descents` makes those callables from the levels of a training.
 
 Time is read from the exported trace, as `profile_trace` says, and can be checked against the file that is kept.
 FLOPs and bytes come from one further step under `cost.Counter`, without the profiler.
@@ -26,7 +26,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.ops.graphs import WARMUP, Record
 from bilevel_fast.profiling.cost import Cost, Counter
 from bilevel_fast.profiling.trace import OTHER, STEP, Recorded, Work, digest
-from bilevel_fast.training import phases as rooms
+from bilevel_fast.training import phases
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import AnyLevel, descend, move
 from bilevel_fast.training.upper import Terms
@@ -109,7 +109,7 @@ def measure(
         trace: Where the Chrome trace is written.
     """
     cuda, wait = device.type == "cuda", _waiter(device)
-    rooms.annotate(True)
+    phases.annotate(True)
     try:
         with _profiler(cuda):  # the first session is slow to start, and may lose kernels
             for step in steps.values():
@@ -118,7 +118,7 @@ def measure(
         with _profiler(cuda) as profiler:
             wall = {name: _timed(_named(step, name), repeats[name], wait) for name, step in steps.items()}
     finally:
-        rooms.annotate(False)
+        phases.annotate(False)
     profiler.export_chrome_trace(str(trace))
     recorded = digest(json.loads(trace.read_text())["traceEvents"], cuda)
 
@@ -200,7 +200,7 @@ def _summarize(
         calls, work, traffic = (sum(amount[name] for name in names) for amount in (launches, flops, moved))
         return RoomRow(room, ns / n / 1e6, ns / total if total else 0.0, calls, int(work), int(traffic))
 
-    names = (*rooms.ROOMS, OTHER)
+    names = (*phases.PHASES, OTHER)
     rows = [*(row(room, [room]) for room in names), row(TOTAL, names)]
     ranked = sorted(op_ns, key=lambda key: -op_ns[key])
     return StepProfile(

@@ -21,7 +21,7 @@ import torch
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.optim import LevelOptimizer
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 from bilevel_fast.training.stats import Means
 from bilevel_fast.training.upper import Edit, Eraser, Terms
 
@@ -75,10 +75,10 @@ class Level:
     pace: Pace | None = None
 
     def step(self, batch: Batch) -> Terms:
-        with room("optimizer"):
+        with phase("optimizer"):
             self.optimizer.zero_grad()
         loss = self.gradient(batch)
-        with room("optimizer"):
+        with phase("optimizer"):
             norm = self.optimizer.step()
         return {**loss.terms, "loss": loss.total.detach(), "grad_norm": norm}
 
@@ -102,7 +102,7 @@ class Editing:
         return _NO_BATCH
 
     def step(self, batch: Batch) -> Terms:
-        with room("optimizer"):
+        with phase("optimizer"):
             return self.eraser.apply()
 
 
@@ -117,7 +117,7 @@ def move(level: AnyLevel, batch: Batch) -> Terms:
     Nothing here waits for the device, and nothing but tensors changes from step to step: a CUDA graph can hold it.
     """
     terms = level.step(batch)
-    with room("optimizer"):
+    with phase("optimizer"):
         terms = {f"{level.name}/{name}": value for name, value in terms.items()}
         level.means.add(terms)
     return terms
@@ -125,7 +125,7 @@ def move(level: AnyLevel, batch: Batch) -> Terms:
 
 def descend(level: AnyLevel, step: int, move: Callable[[AnyLevel, Batch], Terms] = move) -> Terms:
     """Step number `step` of a level, through `move` or what stands for it (`graphs.Graphs`)."""
-    with room("data"):
+    with phase("data"):
         batch = level.batches(step)
     return move(level, batch)
 

@@ -12,7 +12,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.unet import Prediction, UNet
 from bilevel_fast.training.losses import DEFAULT_WEIGHTS, Loss, LossWeights, fine_tuning_loss
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
 
 
@@ -43,7 +43,7 @@ class Answers:
         return self.last
 
     def noise(self, batch: Batch) -> Noised:
-        with room("diffusion"):
+        with phase("diffusion"):
             batch = batch.drawn(self.seed, self.schedule.num_train_timesteps)
             assert batch.eps is not None
             assert batch.t is not None
@@ -74,13 +74,13 @@ class FineTuning:
         return loss
 
     def loss(self, answered: Answered) -> Loss:
-        with room("student"):
+        with phase("student"):
             student = self.student(answered.noised.x, answered.noised.t, answered.text)
-        with room("losses"):
+        with phase("losses"):
             return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights)
 
 
 def backward(loss: Tensor) -> None:
     """Add the gradient of a loss to that of the parameters."""
-    with room("backward"):
+    with phase("backward"):
         loss.backward()

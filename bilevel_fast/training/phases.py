@@ -1,10 +1,10 @@
 """The phases of a training step, by name: time, FLOPs and bytes are counted by phase.
 
-    with room("teacher"):
+    with phase("teacher"):
         ...
 
 Entering one costs a microsecond. While `annotate(True)`, a phase is also a `record_function` range for torch.profiler,
-named `room/teacher`, and an NVTX range where there is CUDA.
+named `room/teacher` (traces and profiles call a phase a room), and an NVTX range where there is CUDA.
 """
 
 from collections.abc import Iterator
@@ -12,16 +12,16 @@ from contextlib import contextmanager
 
 import torch
 
-ROOMS = ("data", "diffusion", "teacher", "student", "losses", "backward", "optimizer")
+PHASES = ("data", "diffusion", "teacher", "student", "losses", "backward", "optimizer")
 
 _inside: list[str] = []
 _annotated = False
 
 
 @contextmanager
-def room(name: str) -> Iterator[None]:
-    """Within, the step is in the phase `name`, one of `ROOMS`; phases nest, and the innermost counts."""
-    assert name in ROOMS, f"{name!r} is no phase"
+def phase(name: str) -> Iterator[None]:
+    """Within, the step is in the phase `name`, one of `PHASES`; phases nest, and the innermost counts."""
+    assert name in PHASES, f"{name!r} is no phase"
     _inside.append(name)
     try:
         if not _annotated:

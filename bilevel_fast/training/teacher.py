@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import Prediction, UNet
 from bilevel_fast.training.losses import suppression_target
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 
 
 class Teacher:
@@ -57,6 +57,6 @@ class Teacher:
 
     @torch.no_grad()
     def _ask(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:
-        with room("teacher"):
+        with phase("teacher"):
             self.images.add_(len(text))
             return self.unet(x, t, text)

@@ -20,7 +20,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answers, FineTuning, backward
 from bilevel_fast.training.parameters import FlatParameters, dot, norm
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 
 PenaltyNorm = Literal["grad", "raw"]
 
@@ -136,11 +136,11 @@ class Suppression:
         if self.penalty_norm == "raw" and not self.surgery and not self.eraser.rule:
             self._descend(self.penalty * penalty.total)
         else:
-            with room("losses"):
+            with phase("losses"):
                 suppression = self.flat.gradient.clone()
                 self.flat.zero_grad()
             self._descend(penalty.total)
-            with room("losses"):
+            with phase("losses"):
                 (self.eraser.rule or self._add)(suppression, self.flat)
         # a rule's weights change from step to step: what is shown is the plain sum
         weight = 1.0 if self.eraser.rule else self.penalty

@@ -11,7 +11,7 @@ from bilevel_fast.models.macs import count, fixed_costs
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.profiling.cost import Cost, Counter, Line, table
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 from bilevel_kernels import Kept, feature_kd, pruned_attention, structured_conv2d
 from bilevel_kernels.adamw_ema import adamw_ema_, adamw_ema_bytes
 
@@ -192,12 +192,12 @@ def test_rooms_and_table():
     x = torch.zeros(4, 4)
     with Counter() as counter:
         x @ x
-        with room("student"):
+        with phase("student"):
             x @ x
             x.clone()
-            with room("losses"):
+            with phase("losses"):
                 x @ x
-        with room("student"):
+        with phase("student"):
             x @ x
     product = (2 * 64, 4 * 2 * 16)
     assert table(counter.costs) == [

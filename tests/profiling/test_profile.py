@@ -22,8 +22,8 @@ from bilevel_fast.profiling.picture import COLORS, blocks, picture
 from bilevel_fast.profiling.profile import TOTAL, StepProfile, descents, measure, timed
 from bilevel_fast.profiling.trace import OTHER, OUTSIDE, Work
 from bilevel_fast.runs.config import TrainConfig, preset
-from bilevel_fast.training import phases as rooms
-from bilevel_fast.training.phases import ROOMS, room
+from bilevel_fast.training import phases
+from bilevel_fast.training.phases import PHASES, phase
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.worlds.mini import TEACHER
 from replay import on_the_cpu
@@ -48,8 +48,8 @@ def rows_of(step: StepProfile) -> dict:
 
 def adds_up(step: StepProfile) -> None:
     rows = rows_of(step)
-    assert list(rows) == [*ROOMS, OTHER, TOTAL]
-    parts = [rows[name] for name in (*ROOMS, OTHER)]
+    assert list(rows) == [*PHASES, OTHER, TOTAL]
+    parts = [rows[name] for name in (*PHASES, OTHER)]
     for amount in ("ms", "share", "launches", "flops", "bytes"):
         assert sum(getattr(row, amount) for row in parts) == pytest.approx(getattr(rows[TOTAL], amount), rel=1e-9)
     assert rows[TOTAL].share == pytest.approx(1)
@@ -67,15 +67,15 @@ class Toy:
 
     def __call__(self) -> None:
         self.calls += 1
-        with room("teacher"), torch.no_grad():
+        with phase("teacher"), torch.no_grad():
             target = self.teacher(self.x)
             time.sleep(self.pause)
-        with room("student"):
+        with phase("student"):
             out = self.student(self.x)
-            with room("losses"):
+            with phase("losses"):
                 loss = (out - target).square().mean()
         self.x.add(1)
-        with room("backward"):
+        with phase("backward"):
             loss.backward()
 
 
@@ -126,14 +126,14 @@ def test_ranges_are_off_again_after_an_error(tmp_path):
     calls = []
 
     def fails() -> None:
-        calls.append(rooms._annotated)
-        if rooms._annotated:
+        calls.append(phases._annotated)
+        if phases._annotated:
             raise KeyError
 
     with pytest.raises(KeyError):
         profiled({"lower": fails}, CPU, tmp_path)
     assert calls[-1]
-    assert not rooms._annotated
+    assert not phases._annotated
 
 
 @pytest.mark.gpu
@@ -163,7 +163,7 @@ def test_levels_are_timed_as_graphs_and_profiled_without(tmp_path, monkeypatch):
 
     def record(call):
         replay, terms = on_the_cpu(call)
-        return lambda: (replays.append(rooms._annotated), replay()), terms
+        return lambda: (replays.append(phases._annotated), replay()), terms
 
     steps, recorded = of_world(record, tmp_path)
     assert recorded
@@ -172,7 +172,7 @@ def test_levels_are_timed_as_graphs_and_profiled_without(tmp_path, monkeypatch):
     for step in steps:
         adds_up(step)
         times = {row.room: row.ms for row in step.rooms}
-        assert min(times[name] for name in ROOMS if name != "data") > 0
+        assert min(times[name] for name in PHASES if name != "data") > 0
 
 
 def test_levels_that_cannot_be_recorded(tmp_path):
@@ -245,20 +245,20 @@ def test_the_steps_of_a_run(tmp_path, monkeypatch, capsys):
     dense = count(Structure.dense(folder.config), folder.config.sample_size, folder.text_encoder.length)
     for step, images in ((lower, 4), (upper, 8)):
         rows = {row["room"]: row for row in step["rooms"]}
-        assert all(rows[name]["ms"] > 0 for name in ROOMS)
-        assert sum(rows[name]["ms"] for name in (*ROOMS, OTHER)) == pytest.approx(rows[TOTAL]["ms"])
+        assert all(rows[name]["ms"] > 0 for name in PHASES)
+        assert sum(rows[name]["ms"] for name in (*PHASES, OTHER)) == pytest.approx(rows[TOTAL]["ms"])
         assert rows["teacher"]["flops"] == 2 * images * dense.products
         assert rows["backward"]["flops"] > rows["student"]["flops"] > 0
         slept = [op["ms"] for op in step["ops"] if (op["op"], op["room"]) == (OUTSIDE, "teacher")]
         assert slept[0] >= PAUSE * 1e3
 
     ranges = [e["name"] for e in json.loads((out / "trace.json").read_text())["traceEvents"] if "name" in e]
-    assert {f"room/{name}" for name in ROOMS} <= set(ranges)
+    assert {f"room/{name}" for name in PHASES} <= set(ranges)
     assert Image.open(out / "step.png").size[0] == 1560
     assert sorted(path.name for path in out.iterdir()) == ["profile.json", "step.png", "trace.json"]
 
     shares = [float(line.split()[2].rstrip("%")) for line in printed.splitlines() if line.split()[:1] in rows_printed()]
-    assert len(shares) == 2 * (len(ROOMS) + 1)
+    assert len(shares) == 2 * (len(PHASES) + 1)
     assert sum(shares) == pytest.approx(200, abs=0.05 * len(shares))
 
     code, _, complaint = command(monkeypatch, capsys, *flags)
@@ -269,7 +269,7 @@ def test_the_steps_of_a_run(tmp_path, monkeypatch, capsys):
 
 
 def rows_printed() -> list[list[str]]:
-    return [[name] for name in (*ROOMS, OTHER)]
+    return [[name] for name in (*PHASES, OTHER)]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from benchmarks.structures import structure
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.training.phases import room
+from bilevel_fast.training.phases import phase
 
 WORKFLOW = ROOT / ".github" / "workflows" / "bench.yml"
 
@@ -210,9 +210,9 @@ def test_launches_of_sd21_are_those_of_its_modules(sd21):
 
 def test_the_data_room_is_not_counted():
     def step():
-        with room("data"):
+        with phase("data"):
             torch.ones(2) + 1
-        with room("student"):
+        with phase("student"):
             torch.ones(2) * 2
 
     assert {cost.op for cost in launches.count(step)} == {"aten::ones", "aten::mul"}
