@@ -3,7 +3,7 @@
 `measure` takes plain callables, one per kind of step, and annotates nothing itself: whatever they run inside
 `phases.phase(...)` is told apart. `descents` makes those callables from the levels of a training.
 
-Time is read from the exported trace, as `profile_trace` says, and can be checked against the file that is kept.
+Time is read from the exported trace, as `profiling.trace` says, and can be checked against the file that is kept.
 FLOPs and bytes come from one further step under `cost.Counter`, without the profiler.
 """
 

@@ -150,7 +150,7 @@ def test_more_takes_more():
 
 
 def test_what_an_eraser_holds():
-    """A frozen copy as `sources.Start` makes it, and a mask as SalUn does."""
+    """A frozen copy as `references.Start` makes it, and a mask as SalUn does."""
     student = UNet(MINI, PRUNED, 8)
     copy = Start(student, torch.bfloat16)
     size = sum(p.nbytes for p in copy.unet.parameters())

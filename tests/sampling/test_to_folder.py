@@ -46,7 +46,7 @@ LATENTS = replace(RECIPE, format="latents")
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # three rows are not divided evenly among two: see `sampling`
+    torch.set_num_threads(1)  # three rows are not divided evenly among two: see `to_folder`
     yield
     torch.set_num_threads(before)
 
