@@ -25,7 +25,7 @@ nvidia-smi >"$out/nvidia-smi.txt" 2>&1
 step install 150 python -m pip install --no-build-isolation --no-deps -e .
 # Right before fast: a time of a kernel that is wrong says nothing.
 step tests 240 python -m pytest -q -m gpu tests/kernels tests/ops tests/models tests/sampling tests/training
-for op in group_norm_silu feature_kd adamw_ema pruned_attention geglu structured_conv2d denoise_loss; do
+for op in $(python -c 'from benchmarks.kernels.cases import OPS; print(*OPS)'); do
   step "kernels_$op" 120 python -m benchmarks.kernels.sweep --device cuda --op "$op" --out "$out/kernels.jsonl"
 done
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)

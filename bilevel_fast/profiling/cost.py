@@ -23,7 +23,9 @@ No card does; within `AsOnGPU`, attention is FlashAttention there, and layouts a
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from math import prod
+from pkgutil import iter_modules
 from typing import Any, Self
 
 import torch
@@ -32,6 +34,7 @@ from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bilevel_kernels
 from bilevel_fast.training import phases
 
 KINDS = ("conv", "linear", "attention", "norm", "pointwise", "optimizer", "copy", "other")
@@ -187,19 +190,26 @@ _OVERWRITES = frozenset(
     ("copy_", "zero_", "fill_", "normal_", "uniform_", "random_", "_foreach_copy_", "_foreach_zero_")
 )
 _PICKS = frozenset(("embedding", "index_select", "index", "gather"))  # read as much of the source as they return
-_WHEN_NEEDED = frozenset(("scale_unless_one",))  # touches the tensors only if the factor is not 1, which it is here
+
+_OURS = {
+    info.name: module
+    for info in iter_modules(bilevel_kernels.__path__)
+    if hasattr(module := import_module(f"bilevel_kernels.{info.name}"), "KIND")
+}
+"""Modules of kernels by the beginning of their operators' names. KIND is one of `KINDS`. A module may say more: which
+arguments are ONLY_WRITTEN or UNTOUCHED; and `operator_flops(name, arguments, result)` where it multiplies matrices."""
 
 # Beginnings of names, or whole names that start with "="
 _KIND_OF = {
-    "conv": "convolution cudnn_convolution _convolution structured_conv2d _slow_conv mkldnn_convolution",
-    "attention": "_scaled_dot_product _flash_attention _efficient_attention efficient_attention pruned_attention "
+    "conv": "convolution cudnn_convolution _convolution _slow_conv mkldnn_convolution",
+    "attention": "_scaled_dot_product _flash_attention _efficient_attention efficient_attention "
     "flash_ =bmm =baddbmm _softmax _safe_softmax",
     "linear": "=mm =mv =dot =addmm =addmv =_scaled_mm",
     "norm": "native_group_norm native_layer_norm group_norm native_batch_norm cudnn_batch_norm",
-    "optimizer": "_fused_adam _fused_sgd adamw_ema",
+    "optimizer": "_fused_adam _fused_sgd",
     "copy": "_to_copy =clone copy_ _foreach_copy_ =cat =stack =repeat _local_scalar_dense slice_backward "
     "select_backward constant_pad_nd",
-    "pointwise": "geglu denoise_loss feature_kd scale_unless_one _foreach_ =ones =zeros =full new_ "
+    "pointwise": "_foreach_ =ones =zeros =full new_ "
     "arange scalar_tensor mse_loss gelu silu normal_ uniform_ random_ zero_ fill_",
 }
 
@@ -215,32 +225,36 @@ def _cost(func: torch._ops.OpOverload, args: Any, kwargs: Any, out: Any) -> Cost
     name = func._schema.name.partition("::")[2]
     if name in _ALLOCATIONS:
         return None
-    given = {a.name: value for a, value in zip(func._schema.arguments, args, strict=False)} | kwargs
-    reads, writes = _operands(func, name, given)
+    schema = func._schema
+    given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+    ours = next((module for op, module in _OURS.items() if name.startswith(op)), None)
+    reads, writes = _operands(schema, name, given, ours)
     held = {_storage(t) for t in (*reads, *writes)}
     made = [t for t in _tensors(out) if _storage(t) not in held]
-    if not made and not writes and name not in _READ_BY_HOST:
+    if not (made or writes or ours or name in _READ_BY_HOST):
         return None  # a view, or nothing at all
     if name in _PICKS and reads:
         moved = 2 * _held_bytes(made) + _held_bytes([t for t in reads if not t.is_floating_point()])
     else:
         moved = _held_bytes(reads) + _held_bytes(writes) + _held_bytes(made)
-    flops = _flops(name, given, out)
-    return Cost(phases.current(), _kind(func, name), func._schema.name, flops, moved) if moved else None
+    flops = getattr(ours, "operator_flops", _flops)(name, given, out)
+    kind = ours.KIND if ours else _kind(func, name)
+    return Cost(phases.current(), kind, schema.name, flops, moved) if moved else None
 
 
-def _operands(func: torch._ops.OpOverload, name: str, given: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+def _operands(schema: Any, name: str, given: dict[str, Any], ours: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors among the arguments that are read, and those that are written."""
     reads: list[Tensor] = []
     writes: list[Tensor] = []
-    if name in _WHEN_NEEDED:
-        return [given["factor"]], [given["factor"].new_empty(0)]
-    for argument in func._schema.arguments:
+    untouched, only_written = (getattr(ours, said, ()) for said in ("UNTOUCHED", "ONLY_WRITTEN"))
+    for argument in schema.arguments:
+        if argument.name in untouched:
+            continue
         found = list(_tensors(given.get(argument.name)))
         written = argument.alias_info is not None and argument.alias_info.is_write
         if written and argument.name == "grads" and given.get("grad_scale") is None:
             written = False  # a fused optimizer writes gradients where it unscales them
-        overwritten = argument.kwarg_only or name in _OVERWRITES or (name, argument.name) == ("adamw_ema", "copy")
+        overwritten = argument.kwarg_only or name in _OVERWRITES or argument.name in only_written
         if written:
             writes += found
         if not written or not overwritten:
@@ -306,47 +320,13 @@ def _flops(name: str, given: dict[str, Any], out: Any) -> int:
         return 2 * left.numel() * right.shape[-1]
     if name.startswith(("_scaled_dot_product", "_flash_attention", "_efficient_attention")) and "query" in given:
         tokens = 1 if name.startswith(("_flash", "_efficient")) else 2  # the axis of the tokens
-        q, keys, width = given["query"], given["key"].shape[tokens], given["value"].shape[-1]
-        return _attention_flops(q.numel(), q.numel() // q.shape[-1] * width, keys, "backward" in name)
-    if name.startswith("pruned_attention"):
-        q, keys = given["q"], given["k"].shape[1]
-        n = q.shape[1] * _kept_channels(given["kept"], q.shape[-1], q.shape[0])
-        return _attention_flops(n, n, keys, name.endswith("bwd"))
-    if name.startswith("structured_conv2d") and not name.endswith("sums"):
-        return _structured_conv(name, given)
+        queries, keys = given["query"].numel(), given["key"].shape[tokens]
+        outputs = queries // given["query"].shape[-1] * given["value"].shape[-1]
+        # scores and output; backward: scores again, dq and dk; dv and the gradient of the weights
+        return 2 * keys * (3 * queries + 2 * outputs if "backward" in name else queries + outputs)
     return 0
 
 
 def _conv(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
     """2 x multiply-adds; the two gradients have as many each. weight is (C_out, C_in / groups, ...)."""
     return 2 * (x if transposed else out).numel() * prod(weight.shape[1:])
-
-
-def _attention_flops(queries: int, outputs: int, keys: int, backward: bool) -> int:
-    """For so many elements of the queries and the output: scores and output; and backward, scores again, dq, dk, and
-    dv, and the gradient of the weights."""
-    return 2 * keys * (3 * queries + 2 * outputs if backward else queries + outputs)
-
-
-def _kept_channels(kept: list[int], channels: int, batch: int) -> int:
-    """Kept channels of all samples; `kept` is what `bilevel_kernels.kept` encodes."""
-    from bilevel_kernels.kept import decoded
-
-    lists = decoded(tuple(kept))
-    if lists is None:
-        return batch * channels
-    return sum(len(lists.lists[row]) for row in lists.samples(batch)) * (channels // lists.units)
-
-
-def _structured_conv(name: str, given: dict[str, Any]) -> int:
-    from bilevel_kernels.kept import decoded
-    from bilevel_kernels.structured_conv2d import structured_conv2d_macs
-
-    seen = given["x"] if "x" in given else given["dout"]
-    batch, pixels = seen.shape[0], prod(seen.shape[2:])
-    inputs, outputs = decoded(tuple(given["kept_in"])), decoded(tuple(given["kept_out"]))
-    if "weight" in given:
-        weight = given["weight"]
-    else:
-        weight = seen.new_empty((given["dout"].shape[1], seen.shape[1], given["size"], given["size"]), device="meta")
-    return 2 * structured_conv2d_macs(weight, pixels, batch, inputs, outputs)

@@ -26,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+KIND = "optimizer"
+ONLY_WRITTEN = ("copy",)  # of what the operator changes; it reads the others first
 BLOCK, WARPS = 1024, 8  # 4 elements a thread: 16 bytes of p, m, v and ema; 8 took 72 registers instead of 48
 
 

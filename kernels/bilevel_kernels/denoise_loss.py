@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bilevel_kernels.scaling import scale_unless_one
+from bilevel_kernels.scale_unless_one import scale_unless_one
 
+KIND = "pointwise"
 BLOCK = 1024  # elements of one sample; one 16-byte load a thread and tensor at 16 bits
 BLOCK_SUM = 1024  # block sums added at a time
 
@@ -240,3 +241,8 @@ def _check(name: str, x: Tensor | None, student: Tensor) -> None:
         raise ValueError(f"{name}: {x.dtype} is none of float32, float16 and bfloat16")
     if x.device != student.device:
         raise ValueError(f"{name}: on {x.device}, student on {student.device}")
+
+
+def denoise_loss_bytes(elements: int, itemsize: int) -> int:
+    """Least bytes moved forward and backward: student and teacher read, the gradient written, and an fp32 target."""
+    return elements * (3 * itemsize + 4)

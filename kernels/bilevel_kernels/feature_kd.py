@@ -29,8 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bilevel_kernels.scaling import scale_unless_one_
+from bilevel_kernels.scale_unless_one import scale_unless_one_
 
+KIND = "pointwise"
 PAIRS = 16  # most in one launch: each is a copy of the loop body
 BLOCK = 4096  # two 16-byte loads a thread and tensor at 16 bits; 24.7 k programs for SD 2.1's nine blocks at batch 16
 PARTIALS = 4096  # block sums that the second pass adds at a time

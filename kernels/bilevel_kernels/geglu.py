@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bilevel_kernels.kept import Kept
 
+KIND = "pointwise"
 BLOCK = 256  # channels: a warp reads a row of them in one 16-byte load a lane
 ROWS = 8
 CHUNKS = (128, 64, 32, 16)  # rows a program goes through; the more, the fewer sums for dbias

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bilevel_kernels import group_norm_kernels as kernels
 
+KIND = "norm"
 TILE, BLOCK_C = 128, 64  # pixels and channels of a program: rows of 128 B in 16 bit
 SMALL = 32768  # most bytes of a tile that holds a whole group
 THREAD = 64  # bytes of x in a thread's hands; more cost registers and with them occupancy

@@ -106,6 +106,13 @@ class Kept:
         return mask.repeat_interleave(width, dim=1).to(device)
 
 
+def counts(kept: Kept | None, channels: int, batch: int) -> list[int]:
+    """How many of `channels` each sample keeps; all of them for None."""
+    if kept is None:
+        return [channels] * batch
+    return [len(kept.lists[row]) * (channels // kept.units) for row in kept.samples(batch)]
+
+
 def vec(kept: Kept | None, channels: int) -> int:
     """Channels that are next to each other wherever a list has them: the power of two in a unit's width, 16 at most.
 

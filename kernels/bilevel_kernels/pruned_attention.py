@@ -15,6 +15,7 @@ Source     FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2
 """
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -22,7 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from bilevel_kernels.dot import dot, precision
-from bilevel_kernels.kept import Kept, decoded
+from bilevel_kernels.kept import Kept, counts, decoded
+
+KIND = "attention"
 
 # --- reference ------------------------------------------------------------------------------
 
@@ -348,3 +351,19 @@ def pruned_attention(
         kept = None
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     return pruned_attention_fwd(q, k, v, heads, scale, kept.encoded() if kept else [])[0]
+
+
+def pruned_attention_flops(queries: int, keys: int, channels: int, backward: bool) -> int:
+    """2 per multiply-add, for the kept channels of all samples: two products forward; five backward, scores again."""
+    return (10 if backward else 4) * queries * keys * channels
+
+
+def pruned_attention_bytes(queries: int, keys: int, channels: int, itemsize: int, backward: bool) -> int:
+    """Least bytes moved, for as many: q, k, v and out; backward these and the gradient of each."""
+    return (4 if backward else 2) * (queries + keys) * channels * itemsize
+
+
+def operator_flops(name: str, given: dict[str, Any], _: Any) -> int:
+    q, keys = given["q"], given["k"].shape[1]
+    channels = sum(counts(decoded(tuple(given["kept"])), q.shape[-1], len(q)))
+    return pruned_attention_flops(q.shape[1], keys, channels, name.endswith("bwd"))

@@ -15,6 +15,7 @@ Source     own
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -22,8 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bilevel_kernels.dot import dot, precision
-from bilevel_kernels.kept import Index, Kept, decoded, vec
+from bilevel_kernels.kept import Index, Kept, counts, decoded, vec
 from bilevel_kernels.structured_conv2d_wgrad import kept_channels, structured_conv2d_wgrad, times
+
+KIND = "conv"
 
 # --- reference ------------------------------------------------------------------------------
 
@@ -354,15 +357,21 @@ def _check_map(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: strides {x.stride()} of shape {tuple(x.shape)} are not channels_last")
 
 
-def structured_conv2d_macs(weight: Tensor, pixels: int, batch: int, kept_in: Kept | None, kept_out: Kept | None) -> int:
-    """Multiply-adds of the kept channels of a batch; dgrad and wgrad have as many each."""
-    c_out, c_in, size, _ = weight.shape
+def structured_conv2d_flops(pixels: int, c_in: int, c_out: int, size: int) -> int:
+    """2 per multiply-add, for the kept channels; dgrad and wgrad have as many each."""
+    return 2 * pixels * size * size * c_in * c_out
 
-    def counts(kept: Kept | None, channels: int) -> list[int]:
-        if kept is None:
-            return [channels] * batch
-        return [len(kept.lists[row]) * (channels // kept.units) for row in kept.samples(batch)]
 
-    return (
-        pixels * size * size * sum(i * o for i, o in zip(counts(kept_in, c_in), counts(kept_out, c_out), strict=True))
-    )
+def structured_conv2d_bytes(pixels: int, c_in: int, c_out: int, size: int, itemsize: int, backward: bool) -> int:
+    """Least bytes moved, for the kept channels: x, weight and out; backward dout for each of the two gradients."""
+    return (2 if backward else 1) * (pixels * (c_in + c_out) + size * size * c_in * c_out) * itemsize
+
+
+def operator_flops(name: str, given: dict[str, Any], out: Any) -> int:
+    if name.endswith("sums"):
+        return 0
+    c_out, c_in, size, _ = given.get("weight", out).shape  # wgrad returns what has the shape of the weights
+    batch, _, height, width = given.get("x", given.get("dout")).shape
+    inputs = counts(decoded(tuple(given["kept_in"])), c_in, batch)
+    outputs = counts(decoded(tuple(given["kept_out"])), c_out, batch)
+    return sum(structured_conv2d_flops(height * width, i, o, size) for i, o in zip(inputs, outputs, strict=True))

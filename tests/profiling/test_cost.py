@@ -10,10 +10,13 @@ from bilevel_fast.models.architecture import MINI, SD21, sites
 from bilevel_fast.models.macs import count, fixed_costs
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.profiling.cost import Cost, Counter, Line, table
+from bilevel_fast.profiling.cost import _OURS, KINDS, Cost, Counter, Line, table
 from bilevel_fast.training.phases import phase
-from bilevel_kernels import Kept, feature_kd, pruned_attention, structured_conv2d
+from bilevel_kernels import Kept, feature_kd
 from bilevel_kernels.adamw_ema import adamw_ema_, adamw_ema_bytes
+from bilevel_kernels.denoise_loss import denoise_loss, denoise_loss_bytes
+from bilevel_kernels.pruned_attention import pruned_attention, pruned_attention_bytes
+from bilevel_kernels.structured_conv2d import structured_conv2d, structured_conv2d_bytes
 
 DEVICES = pytest.mark.parametrize("device", ["cpu", "meta"])
 
@@ -224,6 +227,14 @@ def test_native_group_norm_is_one_op():
     assert [c.kind for c in back.costs if "group_norm" in c.op] == ["norm"]
 
 
+def test_every_operator_of_the_kernels_has_a_kind():
+    """From its module, by its name."""
+    names = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("bilevel_kernels::")}
+    assert len(names) >= 13
+    assert {name for name in names if not name.startswith(tuple(_OURS))} == set()
+    assert {module.KIND for module in _OURS.values()} == set(KINDS) - {"linear", "copy", "other"}
+
+
 def test_triton_ops_count_what_they_keep():
     """On the meta device no kernel runs: what is counted is the operator."""
     bf16 = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
@@ -236,6 +247,9 @@ def test_triton_ops_count_what_they_keep():
         with Counter() as back:
             out.backward(torch.zeros_like(out))
         assert flops(back.costs, "attention") == 5 * product
+        if kept is None:  # operands are dense in memory whatever is kept; and 4 bytes for each row of scores
+            least = pruned_attention_bytes(9, 4, 2 * 5 * 16, 2, backward=False)
+            assert only(there.costs).bytes == least + 4 * 2 * 5 * 9
     x = torch.zeros(2, 16, 6, 6, device="meta").to(memory_format=torch.channels_last).requires_grad_()
     weight = torch.zeros(8, 16, 3, 3, device="meta").to(memory_format=torch.channels_last).requires_grad_()
     kept = {"kept_in": Kept.same(4, [0, 3]), "kept_out": Kept.per_sample(4, [[1], [0, 2, 3]])}
@@ -243,6 +257,8 @@ def test_triton_ops_count_what_they_keep():
         with Counter() as there:
             out = structured_conv2d(x, weight, **lists)
         assert flops(there.costs, "conv") == 2 * channels * 36 * 9
+        if not lists:
+            assert only(there.costs).bytes == structured_conv2d_bytes(2 * 36, 16, 8, 3, 4, backward=False)
         with Counter() as back:
             out.backward(torch.zeros_like(out))
         assert flops(back.costs, "conv") == 2 * 2 * channels * 36 * 9
@@ -257,6 +273,10 @@ def test_scaling_by_one_moves_nothing():
     with Counter() as back:
         total.backward()
     assert [c.bytes for c in back.costs if "scale_unless_one" in c.op] == [4]
+    with Counter() as there:
+        denoise_loss(student, teacher, teacher.clone(), torch.zeros(2, device="meta"))
+    (moved,) = (c.bytes for c in there.costs if "denoise_loss" in c.op)
+    assert moved == denoise_loss_bytes(student.numel(), 4) + 4 * (2 + 1 + 2)  # the weights, the total and its terms
 
 
 def test_optimizers():

@@ -6,6 +6,19 @@ one interleaved run; `benchmarks.kernels.compile_matrix` calls the `triton` prov
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import isfunction
+
+import torch
+import torch._dynamo
+import torch._functorch.config as functorch
+
+import bilevel_kernels
+from benchmarks.measure import Unavailable
+
+Provider = Callable[[], Callable[[], object]]
+
+OPS = tuple(op.__module__.rpartition(".")[2] for op in vars(bilevel_kernels).values() if isfunction(op))
+"""The modules of the package's functions, in the order of its lines."""
 
 
 @dataclass(frozen=True)
@@ -24,18 +37,20 @@ class Case:
 
     op: str
     name: str
-    providers: dict[str, Callable[[], Callable[[], object]]] = field(repr=False)
+    providers: dict[str, Provider] = field(repr=False)
     bytes: int
     flops: int = 0
     numel: int = 0
 
 
-OPS = (
-    "group_norm_silu",
-    "structured_conv2d",
-    "pruned_attention",
-    "geglu",
-    "feature_kd",
-    "denoise_loss",
-    "adamw_ema",
-)
+def compiled(make: Provider, device: torch.device) -> Provider:
+    """What torch.compile makes of the reference, as a provider; `make` compiles."""
+
+    def fresh() -> Callable[[], object]:
+        if device.type != "cuda":
+            raise Unavailable("torch.compile is measured on a GPU only")
+        functorch.donated_buffer = False  # the same graph is differentiated over and over
+        torch._dynamo.reset()  # cases share code: no trace of the shapes before
+        return make()
+
+    return fresh

@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case
-from benchmarks.measure import Unavailable
-from bilevel_kernels.denoise_loss import denoise_loss, denoise_loss_ref
+from benchmarks.kernels.cases import Case, Provider, compiled
+from bilevel_kernels.denoise_loss import denoise_loss, denoise_loss_bytes, denoise_loss_ref
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -15,7 +14,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
     shape = (batch, 4, 64, 64)
 
-    def provider(op: Loss) -> Callable[[], Callable[[], object]]:
+    def provider(op: Loss) -> Provider:
         def make() -> Callable[[], object]:
             s, teacher = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
             target, weight = torch.randn(shape, device=device), torch.rand(batch, device=device)
@@ -24,12 +23,8 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
         return make
 
-    def compiled() -> Callable[[], object]:
-        if device.type != "cuda":
-            raise Unavailable("torch.compile is measured on a GPU only")
-        return provider(torch.compile(denoise_loss_ref))()
-
-    providers = {"triton": provider(denoise_loss), "torch": provider(denoise_loss_ref), "compile": compiled}
+    providers = {"triton": provider(denoise_loss), "torch": provider(denoise_loss_ref)}
+    providers["compile"] = compiled(lambda: provider(torch.compile(denoise_loss_ref))(), device)
     elements = batch * 4 * 64 * 64
-    moved = elements * (3 * dtype.itemsize + 4)  # s, teacher and ds; the target
+    moved = denoise_loss_bytes(elements, dtype.itemsize)
     return [Case("denoise_loss", f"4x64x64 b{batch} fwd+bwd", providers, moved, numel=elements)]

@@ -6,11 +6,9 @@ Backward alone is no case: the gradient is written in the forward pass, and a gr
 from collections.abc import Callable
 
 import torch
-import torch._dynamo
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case
-from benchmarks.measure import Unavailable
+from benchmarks.kernels.cases import Case, Provider, compiled
 from bilevel_kernels.feature_kd import feature_kd, feature_kd_bytes, feature_kd_ref
 
 # after the down- and upsamplers: down_blocks.0-3, mid_block, up_blocks.0-3; pruning leaves them alone
@@ -27,7 +25,7 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
             for c, side in BLOCKS
         ]
 
-    def provider(op: Op, grad: bool) -> Callable[[], Callable[[], object]]:
+    def provider(op: Op, grad: bool) -> Provider:
         def make() -> Callable[[], object]:
             fill = torch.empty if device.type == "cpu" else torch.randn  # on the CPU nobody looks at the values
             student, teacher = outputs(fill), outputs(fill)
@@ -39,21 +37,18 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
         return make
 
-    def compiled(grad: bool) -> Callable[[], Callable[[], object]]:
-        def make() -> Callable[[], object]:
-            if device.type != "cuda":
-                raise Unavailable("compiled for a GPU only")
-            torch._dynamo.reset()  # cases share code: no trace of the shapes before
-            return provider(torch.compile(feature_kd_ref, dynamic=False), grad)()
-
-        return make
-
     meta = [torch.empty(batch, c, side, side, device="meta", dtype=dtype) for c, side in BLOCKS]
     return [
         Case(
             "feature_kd",
             f"nine blocks b{batch} {name}",
-            {"triton": provider(feature_kd, grad), "torch": provider(feature_kd_ref, grad), "compile": compiled(grad)},
+            {
+                "triton": provider(feature_kd, grad),
+                "torch": provider(feature_kd_ref, grad),
+                "compile": compiled(
+                    lambda grad=grad: provider(torch.compile(feature_kd_ref, dynamic=False), grad)(), device
+                ),
+            },
             bytes=feature_kd_bytes(meta, meta, grad),
             numel=sum(s.numel() for s in meta),
         )

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import Case, Provider, compiled
 from benchmarks.measure import Unavailable
 from bilevel_kernels.geglu import geglu, geglu_bytes, geglu_ref
-from bilevel_kernels.kept import Kept
+from bilevel_kernels.kept import Kept, counts
 
 LEVELS = ((4096, 1280), (1024, 2560), (256, 5120), (64, 5120))  # tokens and F; 32 groups
 KEEP = (0.80, 0.55)
@@ -34,7 +34,7 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
             out, dy = y(), tensor(batch, T, F).detach()
             return lambda: torch.autograd.grad(out, inputs, dy, retain_graph=True)
 
-        def provider(op: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Callable[[], object]]:
+        def provider(op: Callable[[Tensor, Tensor], Tensor]) -> Provider:
             def make() -> Callable[[], object]:
                 x, bias = tensor(batch, T, 2 * F), tensor(2 * F)
                 return timed(lambda: op(x, bias), (x, bias))
@@ -44,11 +44,6 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
         def eager(x: Tensor, bias: Tensor) -> Tensor:
             y = geglu_ref(x, bias)
             return y if dropped is None else y.masked_fill(dropped, 0.0)
-
-        def compiled() -> Callable[[], object]:
-            if device.type != "cuda":
-                raise Unavailable("torch.compile is measured on a GPU only")
-            return provider(torch.compile(eager))()
 
         def liger() -> Callable[[], object]:
             """The tanh approximation, without a bias, from two tensors instead of two halves of one: less work.
@@ -69,11 +64,11 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
         providers = {
             "triton": provider(lambda x, bias: geglu(x, bias, kept=kept)),
             "torch": provider(eager),
-            "compile": compiled,
+            "compile": compiled(lambda: provider(torch.compile(eager))(), device),
             "liger (tanh)": liger,
         }
-        rows, channels = batch * T, F if kept is None else F // kept.units * len(kept.lists[0])
-        moved = geglu_bytes(rows, F, channels, dtype.itemsize, backward)
+        rows = batch * T
+        moved = geglu_bytes(rows, F, counts(kept, F, 1)[0], dtype.itemsize, backward)
         name = f"{T}x{F} b{batch} {label} {'bwd' if backward else 'fwd'}"
         return Case("geglu", name, providers, moved, numel=rows * 2 * F)
 

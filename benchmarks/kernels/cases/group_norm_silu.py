@@ -4,12 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
-import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import Case, Provider, compiled
 from benchmarks.measure import Unavailable
 from bilevel_kernels.group_norm_silu import group_norm_silu, group_norm_silu_bytes, group_norm_silu_ref
 
@@ -63,9 +61,7 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def _case(layer: Layer, batch: int, backward: bool) -> Case:
-    def provider(
-        forward: Callable[[Layer], Forward], layout: torch.memory_format = torch.channels_last
-    ) -> Callable[[], Callable[[], object]]:
+    def provider(forward: Callable[[Layer], Forward], layout: torch.memory_format = torch.channels_last) -> Provider:
         def make() -> Callable[[], object]:
             call = forward(layer)
             tensors = layer.inputs(batch, layout)
@@ -81,7 +77,9 @@ def _case(layer: Layer, batch: int, backward: bool) -> Case:
     providers = {
         "triton": provider(lambda layer: layer.apply(group_norm_silu)),
         "torch": provider(lambda layer: layer.apply(group_norm_silu_ref)),
-        "compile": provider(_compile),
+        "compile": compiled(
+            provider(lambda layer: torch.compile(layer.apply(group_norm_silu_ref), dynamic=False)), layer.device
+        ),
         "apex": provider(_apex),
         "liger": provider(_liger, torch.contiguous_format),  # its own layout: NCHW
     }
@@ -95,14 +93,6 @@ def _case(layer: Layer, batch: int, backward: bool) -> Case:
         bytes=group_norm_silu_bytes(numel, layer.dtype.itemsize, backward),
         numel=numel,
     )
-
-
-def _compile(layer: Layer) -> Forward:
-    if layer.device.type != "cuda":
-        raise Unavailable("compiled for a GPU only")
-    functorch.donated_buffer = False  # the same graph is differentiated over and over
-    torch._dynamo.reset()  # cases share code, and the ninth shape of it would run eagerly
-    return torch.compile(layer.apply(group_norm_silu_ref), dynamic=False)
 
 
 def _apex(layer: Layer) -> Forward:

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import Case, Provider
 from benchmarks.measure import Unavailable
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.native import AdamW, GroupNorm, Trained, feature_kd
-
-Make = Callable[[], Callable[[], object]]
+from bilevel_kernels.adamw_ema import adamw_ema_bytes
+from bilevel_kernels.feature_kd import feature_kd_bytes
+from bilevel_kernels.group_norm_silu import group_norm_silu_bytes
 
 BLOCKS = ((48, 8), (96, 4), (96, 4), (96, 4), (96, 8), (96, 16), (48, 16))  # channels, side: what the blocks put out
 NORMS = ((48, 16), (96, 8), (96, 4), (192, 16))
@@ -22,7 +23,7 @@ LR = 1e-6
 
 
 def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    def provider(make: Make) -> Make:
+    def provider(make: Provider) -> Provider:
         def checked() -> Callable[[], object]:
             if device.type != "cpu" or dtype != torch.float32:
                 raise Unavailable("native code is for fp32 on the CPU")
@@ -30,28 +31,30 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
         return checked
 
-    def case(op: str, name: str, native: Make, torch_: Make, elements: int, numel: int) -> Case:
-        providers = {"native": provider(native), "torch": provider(torch_)}
-        return Case(op, name, providers, bytes=4 * elements, numel=numel)
+    def case(op: str, name: str, native: Provider, torch_: Provider, moved: int, numel: int) -> Case:
+        return Case(op, name, {"native": provider(native), "torch": provider(torch_)}, moved, numel=numel)
 
     blocks = [(batch, channels, side, side) for channels, side in BLOCKS]
     sizes = [p.numel() for p in UNet(MINI).parameters()]
-    read = sum(map(prod, blocks))
+    meta = [torch.empty(block, device="meta") for block in blocks]
+    distilled = feature_kd_bytes(meta, meta, True), sum(map(prod, blocks))
+    total = sum(sizes)
+    updated = adamw_ema_bytes(total, torch.float32, ema=False, copy=None), total
     rows = [
-        case("feature_kd", f"7 blocks b{batch} fwd+bwd", *_feature_kd(blocks), 3 * read, read),
-        case("adamw_ema", f"{len(sizes)} tensors step", *_adamw([()]), 7 * sum(sizes), sum(sizes)),
-        case("adamw_ema", "1 flat tensor step", *_adamw([(sum(sizes),)]), 7 * sum(sizes), sum(sizes)),
+        case("feature_kd", f"7 blocks b{batch} fwd+bwd", *_feature_kd(blocks), *distilled),
+        case("adamw_ema", f"{len(sizes)} tensors step", *_adamw([()]), *updated),
+        case("adamw_ema", "1 flat tensor step", *_adamw([(total,)]), *updated),
     ]
     for channels, side in NORMS:
         shape = (batch, channels, side, side)
         for backward in (False, True):
             name = f"{channels}x{side}x{side} b{batch} {'bwd' if backward else 'fwd'}"
-            elements = (3 if backward else 2) * prod(shape)
-            rows.append(case("group_norm_silu", name, *_group_norm_silu(shape, backward), elements, prod(shape)))
+            moved = group_norm_silu_bytes(prod(shape), 4, backward)
+            rows.append(case("group_norm_silu", name, *_group_norm_silu(shape, backward), moved, prod(shape)))
     return rows
 
 
-def _feature_kd(shapes: list[tuple[int, ...]]) -> tuple[Make, Make]:
+def _feature_kd(shapes: list[tuple[int, ...]]) -> tuple[Provider, Provider]:
     def inputs() -> tuple[list[Tensor], list[Tensor]]:
         student, teacher = ([torch.randn(s).to(memory_format=torch.channels_last) for s in shapes] for _ in range(2))
         return student, teacher
@@ -74,7 +77,7 @@ def _feature_kd(shapes: list[tuple[int, ...]]) -> tuple[Make, Make]:
     return native, eager
 
 
-def _adamw(shapes: list[tuple[int, ...]]) -> tuple[Make, Make]:
+def _adamw(shapes: list[tuple[int, ...]]) -> tuple[Provider, Provider]:
     """Of the mini UNet's own parameters where the shapes are [()]."""
 
     def inputs() -> list[Tensor]:
@@ -98,7 +101,7 @@ def _adamw(shapes: list[tuple[int, ...]]) -> tuple[Make, Make]:
     return native, eager
 
 
-def _group_norm_silu(shape: tuple[int, int, int, int], backward: bool) -> tuple[Make, Make]:
+def _group_norm_silu(shape: tuple[int, int, int, int], backward: bool) -> tuple[Provider, Provider]:
     def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         x, dout = (torch.randn(shape).to(memory_format=torch.channels_last) for _ in range(2))
         return x, dout, torch.randn(shape[1]), torch.randn(shape[1])

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import Case, Provider, compiled
 from benchmarks.measure import Unavailable
 from bilevel_kernels.kept import Kept
-from bilevel_kernels.pruned_attention import pruned_attention
+from bilevel_kernels.pruned_attention import pruned_attention, pruned_attention_bytes, pruned_attention_flops
 
 LEVELS = ((5, 4096), (10, 1024), (20, 256), (20, 64))  # heads, tokens
 HEAD_DIM, TEXT = 64, 77
@@ -27,7 +27,6 @@ BACKENDS = {
 }
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Provider = Callable[[], Callable[[], object]]
 
 
 def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
@@ -58,8 +57,8 @@ def _case(
         "pruned_attention",
         f"{name} {'bwd' if backward else 'fwd'}",
         _providers(batch, tokens, keys, heads, count, kept, device, dtype, backward),
-        bytes=(2 if backward else 1) * 2 * (tokens + keys) * width * dtype.itemsize,
-        flops=(10 if backward else 4) * tokens * keys * width,
+        bytes=pruned_attention_bytes(tokens, keys, width, dtype.itemsize, backward),
+        flops=pruned_attention_flops(tokens, keys, width, backward),
         numel=batch * tokens * heads * HEAD_DIM,
     )
 
@@ -94,12 +93,6 @@ def _providers(
         out = _sdpa(q, k, v, heads)
         return out if kept is None else out * mask
 
-    def compiled() -> Callable[[], object]:
-        if device.type != "cuda":
-            raise Unavailable("torch.compile is measured on a GPU only")
-        torch._dynamo.reset()
-        return provider(torch.compile(masked), heads)()
-
     def xformers() -> Callable[[], object]:
         try:
             attend = import_module("xformers.ops").memory_efficient_attention
@@ -131,7 +124,7 @@ def _providers(
         "torch": provider(masked, heads),
         **{name: sdpa(backend) for name, backend in BACKENDS.items()},
         "xformers": xformers,
-        "compile": compiled,
+        "compile": compiled(lambda: provider(torch.compile(masked), heads)(), device),
     }
 
 

@@ -9,21 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo
-import torch._functorch.config as functorch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.kernels.cases import Case
-from benchmarks.measure import Unavailable
-from bilevel_kernels.kept import Kept
-from bilevel_kernels.structured_conv2d import structured_conv2d, structured_conv2d_macs
+from benchmarks.kernels.cases import Case, Provider, compiled
+from bilevel_kernels.kept import Kept, counts
+from bilevel_kernels.structured_conv2d import structured_conv2d, structured_conv2d_bytes, structured_conv2d_flops
 
 LEVELS = ((320, 64), (640, 32), (1280, 16), (1280, 8))  # channels, side
 UNITS = 32
 
 Conv = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, weight, bias -> out
-Provider = Callable[[], Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -82,10 +78,8 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
 
 
 def _case(layer: Layer, backward: bool) -> Case:
-    def count(lists: Kept | None) -> int:
-        return len(lists.lists[0]) * (layer.channels // UNITS) if lists else layer.channels
-
-    dense, sliced = (layer.channels, layer.channels), (count(layer.kept_in), count(layer.kept_out))
+    dense = layer.channels, layer.channels
+    c_in, c_out = (counts(lists, layer.channels, 1)[0] for lists in (layer.kept_in, layer.kept_out))
 
     def provider(conv: Conv, size: tuple[int, int]) -> Provider:
         return lambda: _call(conv, layer.make(*size), backward)
@@ -93,29 +87,21 @@ def _case(layer: Layer, backward: bool) -> Case:
     def gated() -> Callable[[], object]:
         return _call(layer.gated(), layer.make(*dense), backward)
 
-    def compiled() -> Callable[[], object]:
-        if layer.device.type != "cuda":
-            raise Unavailable("torch.compile is measured on a GPU only")
-        functorch.donated_buffer = False  # the same graph is differentiated over and over
-        torch._dynamo.reset()  # cases share code: no trace of the shapes before
-        return _call(torch.compile(layer.gated(), dynamic=False), layer.make(*dense), backward)
-
-    pixels = layer.side**2
-    weight = torch.empty(layer.channels, layer.channels, 3, 3, device="meta")
-    macs = structured_conv2d_macs(weight, pixels, layer.batch, layer.kept_in, layer.kept_out)
-    elements = layer.batch * pixels * sum(sliced) + 9 * sliced[0] * sliced[1]
+    pixels = layer.batch * layer.side**2
     return Case(
         "structured_conv2d",
         f"{layer.channels}x{layer.side}x{layer.side} b{layer.batch} {layer.name} {'bwd' if backward else 'fwd'}",
         {
             "triton": provider(layer.kernel, dense),
             "torch": gated,
-            "sliced": provider(lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1), sliced),
-            "compile": compiled,
+            "sliced": provider(lambda x, weight, bias: F.conv2d(x, weight, bias, padding=1), (c_in, c_out)),
+            "compile": compiled(
+                lambda: _call(torch.compile(layer.gated(), dynamic=False), layer.make(*dense), backward), layer.device
+            ),
         },
-        bytes=(2 if backward else 1) * elements * layer.dtype.itemsize,
-        flops=(4 if backward else 2) * macs,
-        numel=layer.batch * pixels * layer.channels,
+        bytes=structured_conv2d_bytes(pixels, c_in, c_out, 3, layer.dtype.itemsize, backward),
+        flops=(2 if backward else 1) * structured_conv2d_flops(pixels, c_in, c_out, 3),
+        numel=pixels * layer.channels,
     )
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bilevel_kernels import scaling
-from bilevel_kernels.scaling import scale_unless_one, scale_unless_one_, scale_unless_one_ref
+from bilevel_kernels import scale_unless_one as scaling
+from bilevel_kernels.scale_unless_one import scale_unless_one, scale_unless_one_, scale_unless_one_ref
 from mutants import mutated
 from numerics import assert_no_worse_than_eager
 
