@@ -51,9 +51,10 @@ class Teacher:
         `c` and `a` are the outputs for the concept `text` and the `anchor`, both (B, L, D), computed as one batch
         of 2B. With the null prompt as anchor it is the target of ESD (arXiv:2303.07345, eq. 8).
         """
-        both = self._ask(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, anchor])).out
-        concept_out, anchor_out = both.chunk(2)
-        return suppression_target(anchor_out, concept_out, eta), concept_out
+        with phase("teacher"):
+            both = self._ask(x.repeat(2, 1, 1, 1), t.repeat(2), torch.cat([text, anchor])).out
+            concept_out, anchor_out = both.chunk(2)
+            return suppression_target(anchor_out, concept_out, eta), concept_out
 
     @torch.no_grad()
     def _ask(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:

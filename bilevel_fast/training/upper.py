@@ -144,7 +144,8 @@ class Suppression:
                 (self.eraser.rule or self._add)(suppression, self.flat)
         # a rule's weights change from step to step: what is shown is the plain sum
         weight = 1.0 if self.eraser.rule else self.penalty
-        total = loss.total.detach() + weight * penalty.total.detach()
+        with phase("losses"):
+            total = loss.total.detach() + weight * penalty.total.detach()
         return Loss(total, {**loss.terms, "penalty": penalty.total.detach()})
 
     def _descend(self, loss: Tensor) -> None:

@@ -203,9 +203,11 @@ def test_launches_of_sd21_are_those_of_its_modules(sd21):
     assert tally(found["lower"], "norm") == 3 * norms
     cores = [cost for cost in found["lower"] if "dot_product" in cost.op]
     assert len(cores) == 3 * 2 * 16, "self- and cross-attention of 16 transformers"
-    assert len(sd21["0.80"]["lower"]) == len(found["lower"]), "narrower, not fewer"
+    # narrower, not fewer: but widths that are no multiple of 8 are padded, forwards and backwards
+    padding = [cost for cost in sd21["0.80"]["lower"] if cost.op in ("aten::constant_pad_nd", "aten::slice_backward")]
+    assert len(sd21["0.80"]["lower"]) == len(found["lower"]) + len(padding) == len(found["lower"]) + 3 * 10
     in_rooms = {cost.room for costs in found.values() for cost in costs}
-    assert in_rooms == {"teacher", "student", "losses", "backward"}
+    assert in_rooms == {"diffusion", "teacher", "student", "losses", "backward", "optimizer"}
 
 
 def test_the_data_room_is_not_counted():

@@ -43,7 +43,8 @@ def test_rows(results, monkeypatch):
     drawn, draw = [], methods.mini.drawn_source
     monkeypatch.setattr(methods.mini, "drawn_source", lambda *args: drawn.append(args[1:]) or draw(*args))
     run(SMALL, 3, {"device": "here"})
-    assert drawn == [([], 64, 3), ([], 216, methods.HELD_OUT)], "all styles; errors are measured on other drawings"
+    calibration = ((), 64, 3)
+    assert drawn == [([], 64, 3), ([], 216, methods.HELD_OUT), calibration], "errors are measured on other drawings"
     lines = results.read_text().splitlines()
     found = {(row["case"], row["step"]): row for row in map(json.loads, lines)}
     assert found.keys() == {("teacher", 0), *((case, step) for case in VARIANTS for step in (0, 2))}
