@@ -18,7 +18,7 @@ from bilevel_kernels import adamw_ema_
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings."""
+    """What runs once."""
 
     device: Literal["cpu", "cuda"] = "cuda"
     """Where to run; on the CPU in Triton's interpreter, with TRITON_INTERPRET=1."""

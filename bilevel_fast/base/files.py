@@ -35,6 +35,7 @@ def sync_folder(path: Path) -> None:
 
 
 def write_json(path: Path, fields: dict[str, Any]) -> None:
+    """Write one JSON object, indented, whole or not at all."""
     write_atomic(path, (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode())
 
 

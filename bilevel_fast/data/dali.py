@@ -40,6 +40,7 @@ def pick_backend(name: str, device: torch.device) -> Backend:
 
 
 def usable_cores() -> int:
+    """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0))
 
 

@@ -39,7 +39,7 @@ class Job:
 
     Attributes:
         folder: Of the model: text encoder, schedule, config. The UNet comes by itself.
-        pairs: Checked by `concepts.check`.
+        pairs: Checked by `pairs.check`.
         frames: Sentences for them.
         preserve: Texts that should stay what they are.
         earlier: The edits that the weights went through already.

@@ -90,14 +90,13 @@ def family_of(path: Path) -> Family:
         raise UserError(f"{path} is a file; wanted a folder in the diffusers layout")
     file, families = path / "model_index.json", list(FAMILIES.values())
     index = read_json(file)
-    classes = {component: _class_name(file, index, component) for component in families[0].components}
-    said = [family for family in families if classes["text_encoder"] in family.components["text_encoder"]]
+    encoder = _class_name(file, index, "text_encoder")
+    said = [family for family in families if encoder in family.components["text_encoder"]]
     for component, known in (said or families)[0].components.items():
-        if classes[component] not in known:
-            read_anywhere = {name for family in families for name in family.components[component]}
+        if (found := _class_name(file, index, component)) not in known:
+            read_anywhere = {name for family in families for name in family.components.get(component, ())}
             raise UserError(
-                f"{file}: {component} {classes[component]!r} is not supported"
-                f"{nearest(classes[component], known if said else read_anywhere)}"
+                f"{file}: {component} {found!r} is not supported{nearest(found, known if said else read_anywhere)}"
             )
     return said[0]
 

@@ -119,6 +119,8 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
+    """A linear layer to a value and a gate of `inner` channels each: value times GELU(gate)."""
+
     def __init__(self, channels: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)
@@ -128,6 +130,8 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """`GEGLU` to `inner` channels, and a linear layer back."""
+
     def __init__(self, channels: int, inner: int):
         super().__init__()
         # index 1 is a dropout of rate 0 in diffusers; it holds the place of the key `net.2`
@@ -153,6 +157,8 @@ def _feed(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm and added to its input."""
+
     def __init__(self, site: Site, kept: dict[str, int], text_width: int):
         super().__init__()
         channels, (attn1, attn2, ff) = site.out_channels, site.widths
@@ -278,6 +284,8 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
+    """ResNets, each with its Transformer, then a downsampler; every output goes to `skips`."""
+
     def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor], run: Sites | None) -> Tensor:
         for j in range(len(self.resnets)):
             h = self.attend(j, self.resnet(j, h, None, time, run), text, run)
@@ -289,12 +297,16 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
+    """A ResNet, a Transformer, a ResNet."""
+
     def forward(self, h: Tensor, time: Tensor, text: Tensor, _: list[Tensor], run: Sites | None) -> Tensor:
         h = self.attend(0, self.resnet(0, h, None, time, run), text, run)
         return self.resnet(1, h, None, time, run)
 
 
 class UpBlock(Block):
+    """ResNets over `skips`, the last one first, each with its Transformer; then an upsampler."""
+
     def forward(self, h: Tensor, time: Tensor, text: Tensor, skips: list[Tensor], run: Sites | None) -> Tensor:
         for j in range(len(self.resnets)):
             h = self.attend(j, self.resnet(j, h, skips.pop(), time, run), text, run)

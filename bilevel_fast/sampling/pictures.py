@@ -61,7 +61,7 @@ def _wrap(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.Image
 
 
 def png(image: "Image.Image") -> bytes:
-    """Encode."""
+    """The bytes of a PNG file of it."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

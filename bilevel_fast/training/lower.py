@@ -51,7 +51,7 @@ class Answers:
 
 
 class SharedAnswers(Answers):
-    """For students that walk through the same batches side by side: the teacher is asked once per batch."""
+    """For students that are trained on the same batches side by side: the teacher is asked once per batch."""
 
     _index: Tensor | None = None
 

@@ -114,13 +114,13 @@ def test_progress_counts_the_way_to_the_anchor(eta):
 @pytest.mark.parametrize("name", [name for name, kind in erasers.ERASERS.items() if kind.watched])
 def test_every_eraser_shows_what_it_does(name):
     """Its answer, the concept's, and its target: the loss is their distance, and the concept's is the source's."""
-    teacher, student = make_models()
-    upper = Upper(eraser=name, eta=0.7 if name in ("guidance", "esd") else 1.0)
+    (teacher, student), kind = make_models(), erasers.ERASERS[name]
+    upper = Upper(eraser=name, eta=0.7)
     start, answers = erasers.start(upper, student, torch.float32), Answers(Teacher(teacher), Schedule.sd(), SEED)
     flat = FlatParameters(student)
     look = lambda batches, share: torch.ones_like(flat.master, dtype=torch.bool)  # noqa: E731
     scene = erasers.EraserParts(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
-    eraser, batch, seen = erasers.ERASERS[name].make(upper, scene), make_batch(1, 0), []
+    eraser, batch, seen = kind.make(upper, scene), make_batch(1, 0), []
     unwatched = eraser.loss(student, answers, batch)
     assert set(unwatched.terms) <= {"suppression", "anchor"}
     eraser.watch = lambda *what: seen.append(what)
@@ -137,9 +137,9 @@ def test_every_eraser_shows_what_it_does(name):
         noised = answers.noise(batch)
         with torch.no_grad():
             c = teacher(noised.x, noised.t, batch.text).out
-            source = {"concept-ablation": start, "salun": erasers.Itself(student)}.get(name, answers.teacher)
+            source = {"start": start, "self": erasers.Itself(student)}.get(kind.source, answers.teacher)
             a = source.predict(noised, batch.anchor).out
-    eta = upper.eta if name in ("guidance", "esd") else 0.0
+    eta = upper.eta if "eta" in kind.reads else 0.0
     assert reach == 1 + eta
     torch.testing.assert_close(concept, c, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(target, a - eta * (c - a), rtol=1e-4, atol=1e-4)

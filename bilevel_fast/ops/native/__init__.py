@@ -1,4 +1,4 @@
-"""The door to `bilevel_fast.ops.native._C`: argument checks, pointers, and a clear word when it is not built.
+"""Calls of `bilevel_fast.ops.native._C`: argument checks, pointers, and a clear message when it is not built.
 
 Code for CUDA is in `bilevel_fast.ops.native.cuda`, which this does not import.
 """

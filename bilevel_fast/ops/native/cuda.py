@@ -1,4 +1,4 @@
-"""The door to `ops.native._cuda` (`csrc/cuda.hpp`), which is there if it was built where there is a CUDA compiler.
+"""Calls of `ops.native._cuda` (`csrc/cuda.hpp`), which is there if it was built where there is a CUDA compiler.
 
 Calls go to the current stream of the tensors' device. They do not wait for it, and can be captured into CUDA graphs.
 """

@@ -71,6 +71,7 @@ def feature_kd(student: list[Tensor], teacher: list[Tensor], weight: float) -> t
 
 @torch.library.custom_op("bilevel_fast::scale_unless_one", mutates_args=("tensors",), device_types="cpu")
 def scale_unless_one(tensors: list[Tensor], factor: Tensor) -> None:
+    """Multiply the tensors by `factor`, (), in place; where it is 1, nothing is touched."""
     if factor != 1:
         torch._foreach_mul_(tensors, factor)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -27,7 +27,7 @@ def test_the_winner_of_a_class_is_the_fastest_over_all_of_its_cases():
         *(row("geglu", "a", "torch", 10.0), row("geglu", "b", "torch", 10.0)),
         *(row("geglu", "a", "triton", 2.0), row("geglu", "b", "triton", 12.0)),  # 2.0x in the geometric mean
         *(row("geglu", "a", "native", 7.0), row("geglu", "b", "native", 7.0)),  # 1.4x
-        *(row("geglu", "a", "compile", 1.0), row("geglu", "b", "compile", 1.0)),  # nothing that ops.py can call
+        *(row("geglu", "a", "compile", 1.0), row("geglu", "b", "compile", 1.0)),  # nothing that dispatch.py can call
     ]
     assert tuning.winners(rows) == {"geglu": {"small": "triton"}}
 
