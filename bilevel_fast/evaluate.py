@@ -42,6 +42,7 @@ def judge_models(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """What the probe says about each model folder."""
     if extra := given(config):
         raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
+    config.mini.check()
     here = world("mini")
     erased = here.erased_concepts(config.erase)
     folders = [load_folder(path) for path in config.models]

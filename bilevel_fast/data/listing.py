@@ -72,7 +72,7 @@ def coco(root: Path, split: str) -> Listing:
     """
     annotations = root / "annotations" / f"captions_{split}.json"
     if not annotations.is_file():
-        raise UserError(f"{annotations} is missing{nearest(split, SPLITS)}")
+        raise UserError(f"{annotations} is missing{'' if split in SPLITS else nearest(split, SPLITS)}")
     folders = [folder for folder in (root / split, root / "images" / split) if folder.is_dir()]
     if not folders:
         raise UserError(f"no images: neither {root / split} nor {root / 'images' / split} is a folder")

@@ -196,6 +196,8 @@ class Upper:
         in_range("--upper.every", self.every, ">= 0", self.every >= 0)
         in_range("--upper.batch", self.batch, ">= 1", self.batch >= 1)
         in_range("--upper.lr", self.lr, "> 0", self.lr > 0)
+        in_range("--upper.warmup", self.warmup, ">= 0", self.warmup >= 0)
+        in_range("--upper.eta", self.eta, "finite", math.isfinite(self.eta))
         in_range("--upper.penalty", self.penalty, ">= 0", self.penalty >= 0)
         for section in (getattr(self, each.name) for each in fields(self)):
             if isinstance(section, Section):

@@ -38,6 +38,8 @@ class Lower:
         in_range("--lower.steps", self.steps, ">= 1", self.steps >= 1)
         in_range("--lower.batch", self.batch, ">= 1", self.batch >= 1)
         in_range("--lower.lr", self.lr, "> 0", self.lr > 0)
+        in_range("--lower.warmup", self.warmup, ">= 0", self.warmup >= 0)
+        in_range("--lower.snr-gamma", self.snr_gamma, "> 0", self.snr_gamma > 0)
         in_range("--lower.p-uncond", self.p_uncond, ">= 0 and < 1", 0 <= self.p_uncond < 1)
 
 
@@ -145,8 +147,11 @@ class TrainConfig:
         in_range("--log-every", self.log_every, ">= 1", self.log_every >= 1)
         in_range("--checkpoint-every", self.checkpoint_every, ">= 1", self.checkpoint_every >= 1)
         in_range("--prune.budget", self.prune.budget, "> 0 and <= 1", 0 < self.prune.budget <= 1)
+        in_range("--max-bad-steps", self.max_bad_steps, ">= 1", self.max_bad_steps >= 1)
         self.lower.check()
         self.upper.check()
+        if self.world:
+            self.world_settings.check()
 
     @property
     def world(self) -> str | None:

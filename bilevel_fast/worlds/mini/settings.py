@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from bilevel_fast.base.errors import in_range
+
 
 @dataclass(frozen=True)
 class Mini:
@@ -21,3 +23,8 @@ class Mini:
     """PNDM steps of the concept bank."""
     judge_steps: int = 12
     """DDIM steps of the judged samples: on this world as good as 25 of PNDM, at half the time."""
+
+    def check(self) -> None:
+        """Refuse values out of range, with a UserError."""
+        for name in ("images", "bank", "judge_erased", "judge_kept", "bank_steps", "judge_steps"):
+            in_range(f"--mini.{name.replace('_', '-')}", getattr(self, name), ">= 1", getattr(self, name) >= 1)
