@@ -68,8 +68,8 @@ def levels(monkeypatch, request):
     monkeypatch.setattr(providers, "architecture", lambda device: "sm_90")
     provider, _, name = request.param.partition(" ")
     monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
-    for module in ("fine_tuning", "suppression"):
-        monkeypatch.setattr(f"bilevel_fast.{module}.backward", lambda loss: None)
+    for module in ("lower", "upper"):
+        monkeypatch.setattr(f"bilevel_fast.training.{module}.backward", lambda loss: None)
     teacher, student = make_models()
     batches = [make_batch(level, 0).drawn(SEED, 1000) for level in (0, 1)]
     with FakeTensorMode():
