@@ -41,7 +41,7 @@ BASELINE = RESULTS / "baseline.jsonl"
 LATENT, TEXT = 64, 77
 EXACT = ("macs", "launches")  # suites whose rows every machine has: one that is gone is a failure
 RATIO = "times_faster_than_released"
-GPU_SUITES = ("step", "kernels")
+MODULES = {"step": "benchmarks.speed.step", "kernels": "benchmarks.kernels.sweep"}  # that print the rows of a suite
 
 Part = Literal["macs", "launches", "compile_matrix", "step", "gpu"]
 
@@ -121,7 +121,7 @@ def gpu(settings: Settings, baseline: list[Row]) -> Found:
         return Found(notes=["gpu: not measured, this machine has no GPU"])
     card = torch.cuda.get_device_name()
     known = {row["suite"] for row in baseline if row.get("device") == card}
-    suites = [suite for suite in GPU_SUITES if suite in known or settings.write]
+    suites = [suite for suite in MODULES if suite in known or settings.write]
     if not suites:
         return Found(notes=[f"gpu: not measured, the baseline has no row of {card}; --write adds them"])
     rounds = str(settings.rounds)
@@ -138,13 +138,13 @@ PARTS: dict[Part, Callable[[Settings, list[Row]], Found]] = {
 assert tuple(PARTS) == get_args(Part)
 
 
-def run(module: str, *arguments: str, threads: int | None = None) -> list[Row]:
-    """The rows that `python -m benchmarks.<module> --json` prints, in a process of its own.
+def run(suite: str, *arguments: str, threads: int | None = None) -> list[Row]:
+    """The rows of a suite in `MODULES`: what `python -m MODULE --json` prints, in a process of its own.
 
     Raises:
         UserError: It failed; its last line is quoted.
     """
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--json", *arguments]
+    command = [sys.executable, "-m", MODULES[suite], "--json", *arguments]
     env = dict(os.environ) if threads is None else {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     shown = " ".join(command[1:])

@@ -221,6 +221,11 @@ def test_the_data_room_is_not_counted():
     assert {cost.room for cost in launches.count(step)} == {"student"}
 
 
+def test_suites_are_made_by_modules_that_are_there():
+    for module in bench_check.MODULES.values():
+        assert callable(importlib.import_module(module).main)
+
+
 def test_rows_and_table_of_counts_add_up():
     costs = launches.count(lambda: torch.ones(2, 2) @ torch.ones(2, 2))
     rows = launches.rows("a step", costs, "torch", {"unet": "u"}, {"device": "cpu"})
