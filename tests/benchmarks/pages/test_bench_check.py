@@ -160,6 +160,7 @@ def test_rows_of_another_process(monkeypatch, tmp_path):
         return bench_check.run("fake", "--rounds", "3", threads=1)
 
     monkeypatch.setattr(bench_check, "ROOT", tmp_path)
+    monkeypatch.setitem(bench_check.MODULES, "fake", "benchmarks.fake")
     monkeypatch.delenv("PYTHONPATH", raising=False)
     ratio = row("step", 1.5, bench_check.RATIO)
     code = f"import os, sys; print('warming up'); print({json.dumps(json.dumps(ratio))})\n"
