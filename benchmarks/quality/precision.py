@@ -91,7 +91,6 @@ def gradients(config: TrainConfig, batches: int) -> dict[tuple[str, Precision], 
             assert upper is not None
             for step in range(batches):
                 for level in (lower, upper):
-                    level.optimizer.zero_grad()
                     level.gradient(level.batches(step))
                     flat = level.optimizer.flat
                     by_class: dict[str, list[Tensor]] = {}

@@ -74,8 +74,8 @@ def ours(inputs: Inputs, device: torch.device, rung: Rung) -> Peer:
         Teacher(to_fp8(frozen) if rung.fp8 else frozen), inputs.schedule.to(device), inputs.seed, inputs.snr_gamma
     )
     flat = FlatParameters(student.to(device), rung.dtype)
-    fine_tuning = FineTuning(student, answers, inputs.weights)
-    suppression = Suppression(fine_tuning, Guidance(inputs.eta), inputs.penalty, inputs.penalty_norm, flat)
+    fine_tuning = FineTuning(flat, answers, inputs.weights)
+    suppression = Suppression(fine_tuning, Guidance(inputs.eta), inputs.penalty, inputs.penalty_norm)
     first, second = (LevelOptimizer(flat, lr, warmup=0) for lr in inputs.lr)
     lower = Level("lower", lambda step: inputs.lower, fine_tuning, first)
     upper = Level("upper", lambda step: inputs.upper, suppression, second)

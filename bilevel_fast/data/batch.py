@@ -42,6 +42,17 @@ class Batch:
         device = self.latents.device
         return replace(self, eps=eps.to(device), t=t.to(device))
 
+    def split(self, images: int) -> "tuple[Batch, ...]":
+        """Parts of so many images each, in order, as views; itself if that is all of them."""
+        count = len(self.latents)
+        if images == count:
+            return (self,)
+        return tuple(self._rows(start, start + images) for start in range(0, count, images))
+
+    def _rows(self, start: int, end: int) -> "Batch":
+        part = self.map(lambda x: x[start:end])
+        return replace(part, index=self.index[start:end], captions=self.captions[start:end])
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """With every tensor but `index` replaced by `function` of it."""
         fields = {name: getattr(self, name) for name in TENSORS}

@@ -71,6 +71,7 @@ class Kind:
         watched: Whether it shows a controller how far the student has come, and leaves lambda to it.
         ruled: Whether it weighs the two gradients by a rule of its own.
         masked: Whether it holds a mask over the student's parameters.
+        whole: Why a batch of it cannot be split into micro-batches; empty where its loss is a mean over images.
     """
 
     reads: tuple[str, ...] = ()
@@ -79,6 +80,7 @@ class Kind:
     watched: bool = False
     ruled: bool = False
     masked: bool = False
+    whole: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         source="self",
         ruled=True,
     ),
-    "forget-me-not": GradientKind(lambda upper, parts: ForgetMeNot(parts.words())),
+    "forget-me-not": GradientKind(
+        lambda upper, parts: ForgetMeNot(parts.words()), whole="forget-me-not takes one norm over all images of a batch"
+    ),
     "uce": EditKind(loop_edits.uce, reads=("uce",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
 }
@@ -156,6 +160,13 @@ def holds(upper: Upper) -> dict[str, bool]:
         "start": on and source_of(upper) == "start",
         "mask": on and kind.masked,
     }
+
+
+def whole(upper: Upper) -> str:
+    """Why upper batches cannot be split into micro-batches; empty where they can."""
+    if upper.controller.enabled:
+        return "the controller sees a batch once"
+    return ERASERS[upper.eraser].whole
 
 
 def holder(flat: FlatParameters, which: str) -> Callable[[], object]:

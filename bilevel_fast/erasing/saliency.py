@@ -31,7 +31,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing.references import Sourced
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss, suppression_loss
-from bilevel_fast.training.lower import Answers
+from bilevel_fast.training.lower import Answers, descend
 from bilevel_fast.training.parameters import FlatParameters, dot
 from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
@@ -83,20 +83,31 @@ class SalUn(Relabel):
 
 
 def salient(
-    student: UNet, answers: Answers, flat: FlatParameters, batches: Callable[[int], Batch], count: int, share: float
+    student: UNet,
+    answers: Answers,
+    flat: FlatParameters,
+    batches: Callable[[int], Batch],
+    count: int,
+    share: float,
+    micro: int | None = None,
 ) -> Tensor:
     """SalUn's mask (N,) bool: the `share` of the parameters with the largest |gradient| of L_f over `count` batches.
 
-    Parameters that tie with the last of them move as well. Leaves the gradient zero; reads the device.
+    Parameters that tie with the last of them move as well. Overwrites the gradient; reads the device.
+
+    Args:
+        micro: Images that are computed at once; a batch is a multiple of it. None: all of them.
     """
     total = torch.zeros_like(flat.master)
-    for step in range(count):
-        batch = batches(step)
+
+    def loss(batch: Batch) -> Loss:
         noised = answers.noise(batch)
-        flat.zero_grad()
-        F.mse_loss(student(noised.x, noised.t, batch.text).out.float(), noised.target).backward()
+        return Loss(F.mse_loss(student(noised.x, noised.t, batch.text).out.float(), noised.target), {})
+
+    for step in range(count):
+        parts = (batch := batches(step)).split(micro or len(batch.latents))
+        descend((loss(part) for part in parts), len(parts), flat)
         total += flat.gradient
-    flat.zero_grad()
     every = sum(value.numel() for value in student.state_dict().values())  # without padding, whose gradient is zero
     kept = max(1, round(share * every))
     threshold = total.abs_().kthvalue(len(total) - kept + 1).values
@@ -122,4 +133,4 @@ class EraseDiff(Relabel):
     def _constrain(self, suppression: Tensor, flat: FlatParameters) -> None:
         square = dot(suppression, suppression).clamp(min=torch.finfo(torch.float32).tiny)
         factor = (self.barrier - dot(suppression, flat.gradient) / square).clamp(min=0)
-        flat.gradient.addcmul_(suppression, factor.to(flat.dtype))
+        flat.gradient.addcmul_(suppression, factor.to(flat.gradient.dtype))

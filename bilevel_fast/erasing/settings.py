@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from bilevel_fast.base.errors import in_range
+from bilevel_fast.training.settings import MicroBatch, check_micro_batch
 
 
 class Section(ABC):
@@ -155,6 +156,8 @@ class Upper:
     """K: lower steps per upper step; 0 runs no upper steps."""
     batch: int = 64
     """Concept images per step."""
+    micro_batch: MicroBatch = "auto"
+    """Concept images computed at once, as for --lower.micro-batch."""
     lr: float = 5e-6
     """Learning rate of the second AdamW after its warm-up."""
     warmup: int = 250
@@ -195,6 +198,7 @@ class Upper:
         """
         in_range("--upper.every", self.every, ">= 0", self.every >= 0)
         in_range("--upper.batch", self.batch, ">= 1", self.batch >= 1)
+        check_micro_batch("upper", self.micro_batch, self.batch)
         in_range("--upper.lr", self.lr, "> 0", self.lr > 0)
         in_range("--upper.warmup", self.warmup, ">= 0", self.warmup >= 0)
         in_range("--upper.eta", self.eta, "finite", math.isfinite(self.eta))

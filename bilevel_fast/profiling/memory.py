@@ -5,8 +5,8 @@
 
 Parameters, gradients and moments are what `FlatParameters` and the two AdamWs allocate. Activations are counted and not
 guessed: a step runs on the meta device, where tensors have sizes and no memory, and every storage is weighed from birth
-to death. They grow with the batch by the same bytes per image, so they are counted at two batch sizes, and the batch in
-question lies on the line through them.
+to death. What is alive after each allocation grows with the images by the same bytes per image, so steps are counted at
+two sizes, and each moment of a step of any size lies on the line through its two counts.
 
 Not counted: fragmentation, and what libraries allocate for themselves (`OUTSIDE`, an assumption). Ops are torch's own;
 our Triton ops keep less.
@@ -26,7 +26,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import Prediction
 from bilevel_fast.profiling.cost import AsOnGPU
 from bilevel_fast.profiling.meta_steps import Steps, random_batch
-from bilevel_fast.training.lower import Answered, backward
+from bilevel_fast.training.lower import Answered
 
 OUTSIDE = 2**30
 """Bytes of the CUDA context, of loaded kernels and of cuDNN's and cuBLAS's workspaces. An assumption, not a count."""
@@ -78,6 +78,8 @@ class Memory:
 
     setting: Setting
     batch: int
+    micro: int
+    """Images that are computed at once."""
     weights: int
     """The student's fp32 masters, and the bf16 copy that computes."""
     gradients: int
@@ -96,7 +98,7 @@ class Memory:
     @property
     def parts(self) -> dict[str, int]:
         """The fields in bytes by name; they sum up to `total`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("setting", "batch")}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("setting", "batch", "micro")}
 
     @property
     def total(self) -> int:
@@ -115,15 +117,36 @@ def estimate(
     align: int = 8,
     start: bool = False,
     mask: bool = False,
+    micro: int | None = None,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
+
+    Args:
+        batch: Images per step.
+        micro: Images that are computed at once; None: all of them.
 
     Raises:
         UserError: `latent`, `text` or `batch` is not positive.
     """
     if batch < 1:
         raise UserError(f"batch is {batch}, wanted at least 1")
-    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align, start, mask)).at(batch)
+    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align, start, mask)).at(
+        batch, micro
+    )
+
+
+def largest_micro_batch(memory: Memory, bytes_of_card: int) -> int:
+    """The largest divisor of a batch with which it takes at most `bytes_of_card` as micro-batches of so many images.
+
+    Args:
+        memory: Of the whole batch.
+
+    Returns:
+        0 if not even micro-batches of one image fit.
+    """
+    line, batch = _line(memory.setting), memory.batch
+    sizes = (size for size in range(batch, 0, -1) if batch % size == 0)
+    return next((size for size in sizes if line.at(batch, size).total <= bytes_of_card), 0)
 
 
 def largest_batch(
@@ -147,8 +170,9 @@ def describe(memory: Memory, bytes_of_card: int | None = None) -> str:
     parts = sorted(((size, name) for name, size in memory.parts.items() if size), reverse=True)
     listed = ", ".join(f"{name.replace('_', ' ')} {size / _GIB:.1f}" for size, name in parts)
     how = setting.precision + ", recomputing" * setting.recompute
+    parts_of = f" as micro-batches of {memory.micro}" if memory.micro < memory.batch else ""
     text = (
-        f"batch {memory.batch} at latents of {setting.latent} x {setting.latent} ({how}) wants about "
+        f"batch {memory.batch}{parts_of} at latents of {setting.latent} x {setting.latent} ({how}) wants about "
         f"{memory.total / _GIB:.1f} GiB\n({listed})"
     )
     if bytes_of_card is None:
@@ -172,10 +196,10 @@ class _Activations:
     """The teacher's answer, and what was asked."""
     kept: int
     """Between forward and backward."""
-    teaching: int
-    """At the peak of the teacher's forward pass."""
-    learning: int
-    """At the peak of the student's forward and backward pass."""
+    teaching: list[int]
+    """After each allocation of the teacher's forward pass."""
+    learning: list[int]
+    """After each allocation of the student's forward and backward pass, with the gradients that backward leaves."""
 
 
 _LINES: dict[str, "_Line"] = {}
@@ -208,26 +232,37 @@ class _Line:
         self._flat, self._fine_tuning = steps.flat, steps.fine_tuning
         self._counts = tuple(self._count(batch) for batch in COUNTED_AT)
 
-    def at(self, batch: int) -> Memory:
-        (first, last), (low, high) = COUNTED_AT, map(vars, self._counts)
-        slopes = {name: (high[name] - low[name]) / (last - first) for name in low}
-        found = _Activations(**{name: round(low[name] + slopes[name] * (batch - first)) for name in low})
+    def at(self, batch: int, micro: int | None = None) -> Memory:
+        micro = micro or batch
         flat, copies = self._flat, 1 + self.setting.upper
         separate = flat.compute is not flat.master
-        updating = flat.master.nbytes * separate  # torch's AdamW wants an fp32 copy of the gradient
+        gradient = flat.gradient.nbytes if micro == batch else flat.master.nbytes
+        # torch's AdamW wants an fp32 copy of a bf16 gradient
+        updating = flat.master.nbytes if gradient < flat.master.nbytes else 0
+        low, high = self._counts
+        kept = self._between(low.kept, high.kept, micro)
+        moments = [*zip(low.teaching, high.teaching, strict=True), *zip(low.learning, high.learning, strict=True)]
+        peak = max(self._between(few, many, micro) for few, many in moments)
         return Memory(
             setting=self.setting,
             batch=batch,
+            micro=micro,
             weights=flat.master.nbytes + flat.compute.nbytes * separate,
-            gradients=flat.gradient.nbytes * copies,
+            gradients=gradient * copies,
             moments=2 * flat.master.nbytes * copies,
             ema=0 if flat.average is None else flat.average.nbytes,
             eraser=self._held(),
             teacher_weights=sum(p.nbytes for p in self._fine_tuning.answers.teacher.unet.parameters()),
-            teacher_activations=found.answered,
-            student_activations=found.kept,
-            workspace=max(found.learning, found.teaching, updating) - found.kept + OUTSIDE,
+            teacher_activations=self._between(low.answered, high.answered, batch),
+            student_activations=kept,
+            workspace=max(peak, updating) - kept + OUTSIDE,
         )
+
+    @staticmethod
+    def _between(few: int, many: int, images: int) -> int:
+        """Bytes at a number of images, from those at both of `COUNTED_AT`."""
+        first, last = COUNTED_AT
+        return few + (many - few) * (images - first) // (last - first)
 
     def _held(self) -> int:
         copy = sum(p.numel() for p in self._flat.module.parameters()) * self.setting.dtype.itemsize
@@ -257,8 +292,9 @@ class _Line:
         with _Weighing() as learning:
             loss = self._fine_tuning.loss(answered).total
             kept = learning.now
-            backward(loss)
-        return _Activations(sum(t.nbytes for t in held), kept, teaching.peak, learning.peak)
+            loss.backward()
+        self._flat.collect()
+        return _Activations(sum(t.nbytes for t in held), kept, teaching.history, learning.history)
 
     def _batch(self, images: int) -> Batch:
         setting = self.setting
@@ -274,12 +310,12 @@ class _Weighing(AsOnGPU):
 
     Attributes:
         now: Bytes alive.
-        peak: The most that were alive at once.
+        history: The same, after each allocation.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now, self.history = 0, list[int]()
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -297,7 +333,7 @@ class _Weighing(AsOnGPU):
         if key not in self._alive:
             self._alive.add(key)
             self.now += size
-            self.peak = max(self.peak, self.now)
+            self.history.append(self.now)
             weakref.finalize(storage, self._part, key, size)
 
     def _part(self, key: int, size: int) -> None:

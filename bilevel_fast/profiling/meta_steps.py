@@ -57,7 +57,7 @@ class Steps:
             teacher = Teacher(UNet(structure.config).to(dtype))
         self.student = student
         self.batch = random_batch(structure.config, latent, text, batch, device)
-        self.fine_tuning = FineTuning(student, Answers(teacher, Schedule.sd().to(device), seed=0))
+        self.fine_tuning = FineTuning(self.flat, Answers(teacher, Schedule.sd().to(device), seed=0))
         self.lower = Level(
             "lower", lambda _: self.batch, self.fine_tuning, LevelOptimizer(self.flat, lr=1e-6, warmup=1)
         )
@@ -67,7 +67,7 @@ class Steps:
 
         With a penalty it follows a lower step, whose answers of the teacher it takes.
         """
-        suppression = Suppression(self.fine_tuning, eraser, penalty, "grad", self.flat)
+        suppression = Suppression(self.fine_tuning, eraser, penalty, "grad")
         optimizer = LevelOptimizer(self.flat, lr=1e-6, warmup=1)
         return Level("upper", lambda _: self.batch, suppression, optimizer, eraser=eraser)
 

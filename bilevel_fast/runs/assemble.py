@@ -25,6 +25,7 @@ from bilevel_fast.models.fp8 import kd_error, to_fp8
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.runs.fitting import Fitting, free_bytes
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.levels import AnyLevel, Editing, Level, descend
 from bilevel_fast.training.loop import LoopSettings, Places, Progress, run, running
@@ -65,7 +66,14 @@ def levels(
     student.recompute = config.recompute
     suppress = materials.concepts is not None and upper.every > 0
     start = erasers.start(upper, student, dtype) if suppress else None
-    flat = FlatParameters(student, dtype, average=config.ema is not None)
+    micro = _fitting(config, student, materials, dtype).micro_batches(free_bytes(device))
+    split = micro[0] < lower.batch or (suppress and micro[1] < upper.batch)
+    if split:
+        _log.info(
+            "computing %d of %d lower and %d of %d upper images at once",
+            *(micro[0], lower.batch, micro[1], upper.batch),
+        )
+    flat = FlatParameters(student, dtype, average=config.ema is not None, summed=split)
     make = partial(AdamW, decay=config.ema or 0.0)
     optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)
     loader = partial(Loader, device=device, seed=config.seed, timesteps=schedule.num_train_timesteps)
@@ -77,8 +85,8 @@ def levels(
         answers = Answers(teacher, schedule, config.seed, lower.snr_gamma)
         if config.fp8_teacher:
             with loader(batches) as ahead:
-                answers.teacher = _in_fp8(answers, ahead(0))
-    fine_tuning = FineTuning(student, answers, lower.weights)
+                answers.teacher = _in_fp8(answers, ahead(0).split(micro[0])[0])
+    fine_tuning = FineTuning(flat, answers, lower.weights, micro[0])
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:
         return first, None
@@ -91,7 +99,7 @@ def levels(
     batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)
     with loader(batches) as ahead:
-        look = partial(salient, student, answers, flat, ahead)
+        look = partial(salient, student, answers, flat, ahead, micro=micro[1])
         words = partial(Words, encoder, materials.concepts)
         eraser = kind.make(upper, erasers.EraserParts(answers.teacher, start, flat, null, words, look))
     hold = erasers.holder(flat, upper.subset)
@@ -100,10 +108,16 @@ def levels(
         shares = Shares(weights_of(materials.concepts))
         controller = Controller(upper, lower.steps, device, len(shares.weights), lambda sample: shares(sample)[0])
     penalty = upper.penalty if controller is None else controller.penalty
-    suppression = Suppression(fine_tuning, eraser, penalty, upper.penalty_norm, flat, hold=hold, surgery=upper.surgery)
+    suppression = Suppression(
+        fine_tuning, eraser, penalty, upper.penalty_norm, hold=hold, surgery=upper.surgery, micro=micro[1]
+    )
     making = optimizer(lr=upper.lr, warmup=upper.warmup)
     second = Level("upper", loader(batches), suppression, making, eraser=eraser)
     return (first, second) if controller is None else controller.take(first, second)
+
+
+def _fitting(config: TrainConfig, student: UNet, materials: Materials, dtype: torch.dtype) -> Fitting:
+    return Fitting(config, student.structure, materials.data.latent_shape[-1], materials.text_encoder.length, dtype)
 
 
 def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
@@ -141,9 +155,24 @@ def fit(
 
     Raises:
         Interrupted: `stop` was requested; the state is saved.
-        UserError: Too many steps in a row had a non-finite gradient (the state before them is saved), or a
-            checkpoint does not fit the student.
+        UserError: Too many steps in a row had a non-finite gradient (the state before them is saved), a checkpoint
+            does not fit the student, or the device is out of memory.
     """
+    try:
+        return _fit(config, student, materials, places, stop, device)
+    except torch.OutOfMemoryError as error:
+        dtype = compute_dtype(config.precision, device)
+        raise _fitting(config, student, materials, dtype).out_of_memory(device) from error
+
+
+def _fit(
+    config: TrainConfig,
+    student: UNet,
+    materials: Materials,
+    places: Places,
+    stop: GracefulStop,
+    device: torch.device,
+) -> Progress:
     lower, upper = levels(config, student, materials, device)
     training = StudentTraining(lower, upper, config.upper.every, device, config.graphs)
     settings = LoopSettings(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from bilevel_fast.base.errors import UserError, in_range, nearest
 from bilevel_fast.erasing.settings import ControllerSettings, Upper
-from bilevel_fast.training.settings import LossWeights
+from bilevel_fast.training.settings import LossWeights, MicroBatch, check_micro_batch
 from bilevel_fast.worlds.mini.settings import Mini
 
 
@@ -23,6 +23,9 @@ class Lower:
     """Lower steps in all."""
     batch: int = 64
     """Images per step."""
+    micro_batch: MicroBatch = "auto"
+    """Images computed at once; the gradients of a batch's parts are added up in fp32. auto: on a GPU the largest part
+    that fits by the memory model, elsewhere the whole batch."""
     lr: float = 1e-6
     """Learning rate of AdamW after the warm-up."""
     warmup: int = 250
@@ -37,6 +40,7 @@ class Lower:
         """Refuse values out of range, with a UserError."""
         in_range("--lower.steps", self.steps, ">= 1", self.steps >= 1)
         in_range("--lower.batch", self.batch, ">= 1", self.batch >= 1)
+        check_micro_batch("lower", self.micro_batch, self.batch)
         in_range("--lower.lr", self.lr, "> 0", self.lr > 0)
         in_range("--lower.warmup", self.warmup, ">= 0", self.warmup >= 0)
         in_range("--lower.snr-gamma", self.snr_gamma, "> 0", self.snr_gamma > 0)
@@ -177,8 +181,11 @@ class TrainConfig:
         return plain(dataclasses.asdict(self))
 
 
-VOLATILE = ("out", "recompute", "graphs", "log_every", "checkpoint_every", "device", "resume", "dry_run")
-"""Fields that a resumed run may change: none of them changes a result."""
+VOLATILE = (
+    *("out", "recompute", "graphs", "log_every", "checkpoint_every", "device", "resume", "dry_run"),
+    *("lower.micro_batch", "upper.micro_batch"),
+)
+"""Fields that a resumed run may change: none changes a result, but micro-batches change how sums are rounded."""
 
 _MINI = TrainConfig(
     lower=Lower(steps=120, batch=16, lr=3e-4, warmup=10, p_uncond=0.1),

@@ -27,11 +27,10 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import fingerprint
 from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
-from bilevel_fast.profiling.memory import describe, estimate
 from bilevel_fast.pruning import MacBudget, calibration_set, method
 from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
-from bilevel_fast.runs.assemble import Materials, compute_dtype, fit, levels
+from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
@@ -234,29 +233,9 @@ def _train(
     _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
     if name == "distilled":
         materials = replace(materials, concepts=None)
-    try:
-        progress = fit(config, student, materials, places, stop, device)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(config, student.structure, folder, device) from error
+    progress = fit(config, student, materials, places, stop, device)
     save_student(out, folder, student)
     return student, progress
-
-
-def out_of_memory(config: TrainConfig, structure: Structure, folder: ModelFolder, device: torch.device) -> UserError:
-    """What the memory model says about the batch that did not fit, and about those that would."""
-    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    precision = "bf16" if compute_dtype(config.precision, device) == torch.bfloat16 else "fp32"
-    wanted = estimate(
-        structure,
-        folder.config.sample_size,
-        folder.text_encoder.length,
-        max(config.lower.batch, config.upper.batch if config.upper.every else 0),
-        precision=precision,
-        recompute=config.recompute,
-        ema=config.ema is not None,
-        **erasers.holds(config.upper),
-    )
-    return UserError(f"{device} is out of memory; what was saved is whole\n{describe(wanted, card)}")
 
 
 def _summary(config: TrainConfig, folder: ModelFolder, student: UNet, progress: Progress) -> dict[str, Any]:

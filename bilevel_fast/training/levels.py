@@ -59,7 +59,7 @@ class Level:
     Attributes:
         name: `lower` or `upper`; prefixes its terms in the statistics.
         batches: The batch of the level's own step n, a pure function of n.
-        gradient: Computes the loss of a batch and adds its gradient to that of the parameters.
+        gradient: Computes the loss of a batch, and its gradient, which replaces the one that `optimizer.flat` holds.
         optimizer: Moves the parameters.
         means: Adds up what its steps measured, on the device.
         eraser: Of the upper level: says whether its step can be recorded, and what a checkpoint must keep of it.
@@ -75,8 +75,6 @@ class Level:
     pace: Pace | None = None
 
     def step(self, batch: Batch) -> Terms:
-        with phase("optimizer"):
-            self.optimizer.zero_grad()
         loss = self.gradient(batch)
         with phase("optimizer"):
             norm = self.optimizer.step()

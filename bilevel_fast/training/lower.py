@@ -1,8 +1,11 @@
 """The lower gradient: from a batch, through noise, teacher, student and losses, to the gradient of L_ft.
 
-What the teacher said about a batch is kept: the upper level's penalty is taken on the last lower batch.
+A batch may be computed a few images at a time (micro-batches), so that it need not fit into memory at once: the
+gradients of the parts are added up. What the teacher said about the last lower batch is kept where the upper level's
+penalty reads it.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +15,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.unet import Prediction, UNet
 from bilevel_fast.training.losses import DEFAULT_WEIGHTS, Loss, LossWeights, fine_tuning_loss
+from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
 
@@ -26,21 +30,36 @@ class Answered:
 
 
 class Answers:
-    """Noises a batch and asks the teacher. The last answer is kept for the upper level's penalty.
+    """Noises batches and asks the teacher.
 
     Args:
         seed: Timestep and noise are pure functions of it and of a sample's global index.
         snr_gamma: See `diffusion.noise`.
+
+    Attributes:
+        keeps: Whether the answers to the last lower batch stay, for the upper level's penalty.
+        last: Those, a part of the batch each.
     """
 
     def __init__(self, teacher: Teacher, schedule: Schedule, seed: int, snr_gamma: float | None = 5.0):
         self.teacher, self.schedule, self.seed, self.snr_gamma = teacher, schedule, seed, snr_gamma
-        self.last: Answered | None = None
+        self.keeps, self.last = False, ()
 
-    def __call__(self, batch: Batch) -> Answered:
+    keeps: bool
+    last: tuple[Answered, ...]
+
+    def __call__(self, parts: Sequence[Batch]) -> Iterator[Answered]:
+        """What the teacher says about each part of a lower batch, when it is asked for."""
+        self.last = ()
+        for part in parts:
+            answered = self.ask(part)
+            if self.keeps:
+                self.last = (*self.last, answered)
+            yield answered
+
+    def ask(self, batch: Batch) -> Answered:
         noised = self.noise(batch)
-        self.last = Answered(noised, batch.text, self.teacher.predict(noised, batch.text))
-        return self.last
+        return Answered(noised, batch.text, self.teacher.predict(noised, batch.text))
 
     def noise(self, batch: Batch) -> Noised:
         with phase("diffusion"):
@@ -55,23 +74,37 @@ class SharedAnswers(Answers):
 
     _index: Tensor | None = None
 
-    def __call__(self, batch: Batch) -> Answered:
-        if self.last is None or self._index is None or not torch.equal(self._index, batch.index):
-            self._index = batch.index
-            return super().__call__(batch)
-        return self.last
+    def __call__(self, parts: Sequence[Batch]) -> Iterator[Answered]:
+        index = torch.cat([part.index for part in parts])
+        if self._index is None or not torch.equal(self._index, index):
+            self._index, self.keeps = index, True
+            return super().__call__(parts)
+        return iter(self.last)
 
 
 class FineTuning:
-    """The lower gradient: L_ft of the student against data and teacher."""
+    """The lower gradient: L_ft of the student against data and teacher.
 
-    def __init__(self, student: UNet, answers: Answers, weights: LossWeights = DEFAULT_WEIGHTS):
-        self.student, self.answers, self.weights = student, answers, weights
+    Args:
+        flat: The student's parameters.
+        answers: Asks the teacher.
+        weights: Of the terms of L_ft.
+        micro: Images that are computed at once; a batch is a multiple of it. None: all of them.
+    """
+
+    def __init__(
+        self,
+        flat: FlatParameters,
+        answers: Answers,
+        weights: LossWeights = DEFAULT_WEIGHTS,
+        micro: int | None = None,
+    ):
+        assert isinstance(flat.module, UNet)
+        self.flat, self.student, self.answers, self.weights, self.micro = flat, flat.module, answers, weights, micro
 
     def __call__(self, batch: Batch) -> Loss:
-        loss = self.loss(self.answers(batch))
-        backward(loss.total)
-        return loss
+        parts = batch.split(self.micro or len(batch.latents))
+        return descend((self.loss(answered) for answered in self.answers(parts)), len(parts), self.flat)
 
     def loss(self, answered: Answered) -> Loss:
         with phase("student"):
@@ -80,7 +113,33 @@ class FineTuning:
             return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights)
 
 
+def descend(parts: Iterable[Loss], count: int, flat: FlatParameters, weight: float = 1.0, add: bool = False) -> Loss:
+    """The mean of the losses of equal parts of a batch, detached; its gradient times `weight` goes into `flat`.
+
+    Args:
+        parts: Made when they are asked for: what a part keeps for its backward pass is gone before the next one.
+        count: How many they are.
+        flat: Holds the gradient; it adds up in fp32 if it was made for several parts.
+        weight: Of the gradient.
+        add: Add to the gradient that is there, instead of replacing it.
+    """
+    found: list[dict[str, Tensor]] = []
+    for number, loss in enumerate(parts):
+        share = weight / count
+        backward(loss.total if share == 1 else share * loss.total)
+        with phase("optimizer"):
+            flat.collect(add or number > 0)
+        found.append({**loss.terms, "": loss.total.detach()})
+        del loss
+    if count == 1:
+        terms = found[0]
+    else:
+        with phase("losses"):
+            terms = {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
+    return Loss(terms.pop(""), terms)
+
+
 def backward(loss: Tensor) -> None:
-    """Add the gradient of a loss to that of the parameters."""
+    """Leave the gradient of a loss at the parameters."""
     with phase("backward"):
         loss.backward()

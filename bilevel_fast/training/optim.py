@@ -144,9 +144,6 @@ class LevelOptimizer:
         """(), on the device."""
         return self.lr * ((self.steps / self.warmup).clamp(max=1.0) if self.warmup else torch.ones_like(self.steps))
 
-    def zero_grad(self) -> None:
-        self.flat.zero_grad()
-
     def step(self) -> Tensor:
         """Apply the gradient; returns its global norm before clipping, () fp32, on the device."""
         norm = self.flat.norm()

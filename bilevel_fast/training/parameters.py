@@ -2,15 +2,16 @@
 
     master    (N,) fp32         what the optimizers move
     compute   (N,) fp32 | bf16  what the network computes with: its parameters are views of it; the masters if fp32
-    gradient  (N,) as compute   what backward adds to: the parameters' gradients are views of it
+    gradient  (N,) as compute   what is descended; fp32 where the gradients of several micro-batches are added up
     average   (N,) fp32         moving average of the masters, where one is kept
 
-The optimizer step, the norm of the gradient, zeroing it and the cast to bf16 are then a launch or two each, at
-addresses that never change, as a CUDA graph wants them. Every parameter starts at a multiple of `ALIGN` elements and
-keeps its memory order (channels_last); N is a multiple of `CHUNK`. What lies between parameters is and stays zero.
+The optimizer step, the norm of the gradient and the cast to bf16 are then a launch or two each, at addresses that
+never change, as a CUDA graph wants them. Every parameter starts at a multiple of `ALIGN` elements and keeps its memory
+order (channels_last); N is a multiple of `CHUNK`. What lies between parameters is and stays zero.
 
-The price: backward adds each gradient to its view instead of handing it over, a launch per parameter and 6 more bytes
-per element in bf16. By `benchmarks.counts.roofline` that is 1 % of a step of SD 2.1 at batch 16.
+Backward hands each parameter a gradient of its own, and `collect` copies all of them into the buffer at once. If the
+parameters' gradients were views of the buffer, backward would add to each: a launch per parameter, a buffer to zero
+before, and twice the traffic.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,12 +33,15 @@ class FlatParameters:
         module: All its parameters are trained, and lie dense in memory, in whatever order. Their values are kept.
         dtype: What the network computes in, float32 or bfloat16.
         average: Whether a moving average is kept; it starts at the parameters.
+        summed: Whether gradients of several backward passes are added up: then they are added in fp32.
 
     Raises:
         ValueError: A parameter is frozen, has gaps or is not fp32, or the dtype is another one.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype = torch.float32, average: bool = False):
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype = torch.float32, average: bool = False, summed: bool = False
+    ):
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: parameters compute in float32 or bfloat16")
         self.module, self.dtype = module, dtype
@@ -53,10 +57,9 @@ class FlatParameters:
             view.copy_(module.get_parameter(name).detach())
         self.average = self.master.clone() if average else None
         self.compute = self.master if dtype == torch.float32 else self.master.to(dtype)
-        self.gradient = torch.zeros(size, dtype=dtype, device=device)
+        self.gradient = torch.zeros(size, dtype=torch.float32 if summed else dtype, device=device)
         self._point_at(self.compute)
-        for name, view in self.views(self.gradient).items():
-            module.get_parameter(name).grad = view
+        self._taken = [(module.get_parameter(name), view) for name, view in self.views(self.gradient).items()]
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Where each parameter lies in a buffer (N,): same shapes and strides as the parameters."""
@@ -65,8 +68,23 @@ class FlatParameters:
             for name, (start, shape, strides) in self._layouts.items()
         }
 
-    def zero_grad(self) -> None:
-        self.gradient.zero_()
+    def collect(self, add: bool = False) -> None:
+        """Move the gradients that backward has left at the parameters into the buffer.
+
+        Where both have one dtype that is a launch or two for all of them, else one for each.
+
+        Args:
+            add: Add to what the buffer holds, instead of replacing it.
+        """
+        given = [(view, p.grad) for p, view in self._taken if p.grad is not None]
+        views, gradients = [view for view, _ in given], [gradient for _, gradient in given]
+        untouched = [view for p, view in self._taken if p.grad is None]
+        if given:
+            (torch._foreach_add_ if add else torch._foreach_copy_)(views, gradients)  # pyright: ignore[reportPrivateImportUsage]
+        if untouched and not add:
+            torch._foreach_zero_(untouched)  # pyright: ignore[reportPrivateImportUsage]
+        for p, _ in self._taken:
+            p.grad = None
 
     def norm(self) -> Tensor:
         """Euclidean norm of the gradient, () fp32."""
@@ -101,7 +119,7 @@ class FlatParameters:
         """Give the network parameters of its own: fp32, the average where one is kept. Returns the network."""
         self._point_at(self.master if self.average is None else self.average)
         for p in self.module.parameters():
-            p.grad, p.data = None, p.data.clone()
+            p.data = p.data.clone()
         return self.module
 
     def _point_at(self, buffer: Tensor) -> None:

@@ -1,8 +1,27 @@
 """Settings of the losses; a module of its own, as a command line reads settings without torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.errors import UserError, in_range
+
+MicroBatch = int | Literal["auto"]
+"""Images of a batch that are computed at once; auto leaves it to the memory model (`runs.micro_batches`)."""
+
+
+def check_micro_batch(level: str, micro: MicroBatch, batch: int) -> None:
+    """Refuse a micro-batch of which a batch is no multiple.
+
+    Raises:
+        UserError: Names the flag, and the sizes that would do.
+    """
+    if micro == "auto":
+        return
+    flag = f"--{level}.micro-batch"
+    in_range(flag, micro, ">= 1 or auto", micro >= 1)
+    if batch % micro:
+        sizes = ", ".join(str(size) for size in range(1, batch + 1) if batch % size == 0)
+        raise UserError(f"{flag} is {micro}: wanted a divisor of --{level}.batch {batch} ({sizes})")
 
 
 @dataclass(frozen=True)

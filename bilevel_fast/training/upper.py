@@ -9,7 +9,7 @@ hand, so it costs a forward and backward pass of the student (which has moved) a
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss
-from bilevel_fast.training.lower import Answers, FineTuning, backward
+from bilevel_fast.training.lower import Answers, FineTuning, descend
 from bilevel_fast.training.parameters import FlatParameters, dot, norm
 from bilevel_fast.training.phases import phase
 
@@ -104,11 +104,12 @@ class Suppression:
             step: only for `grad`.
         penalty_norm: `grad` scales the penalty's gradient to the norm of the suppression gradient before lambda;
             `raw` adds lambda L_ft as the paper writes it.
-        flat: The student's parameters: where its gradient is.
         hold: Zeroes the gradient of parameters that the upper level leaves alone, if there are such. A gradient that
             was zero in all upper steps leaves AdamW's upper moments zero, and there is no weight decay: an upper step
             changes no bit of such a parameter.
         surgery: Whether the suppression gradient first loses what runs against the lower loss's gradient.
+        micro: Images of the concept batch that are computed at once; the batch is a multiple of it. None: all of them.
+            The lower loss takes the parts in which the lower level has asked the teacher.
     """
 
     def __init__(
@@ -117,41 +118,50 @@ class Suppression:
         eraser: Eraser,
         penalty: float | Tensor,
         penalty_norm: PenaltyNorm,
-        flat: FlatParameters,
         hold: Callable[[], object] = lambda: None,
         surgery: bool = False,
+        micro: int | None = None,
     ):
-        self.lower, self.eraser, self.flat, self.penalty = lower, eraser, flat, penalty
+        self.lower, self.eraser, self.flat, self.penalty = lower, eraser, lower.flat, penalty
         self.penalty_norm: PenaltyNorm = penalty_norm
-        self.surgery, self._hold = surgery, hold
+        self.surgery, self._hold, self.micro = surgery, hold, micro
+        lower.answers.keeps |= self._asks_lower
 
     def __call__(self, batch: Batch) -> Loss:
-        answers = self.lower.answers
-        loss = self.eraser.loss(self.lower.student, answers, batch)
-        self._descend(loss.total)
-        if not (isinstance(self.penalty, Tensor) or self.penalty or self.surgery or self.eraser.rule):
+        lower, eraser = self.lower, self.eraser
+        parts = batch.split(self.micro or len(batch.latents))
+        losses = (eraser.loss(lower.student, lower.answers, part) for part in parts)
+        loss = self._descend(losses, len(parts))
+        if not self._asks_lower:
             return loss
-        assert answers.last is not None, "an upper step follows a lower step"
-        penalty = self.lower.loss(answers.last)
-        if self.penalty_norm == "raw" and not self.surgery and not self.eraser.rule:
-            self._descend(self.penalty * penalty.total)
+        last = lower.answers.last
+        assert last, "an upper step follows a lower step"
+        penalties = (lower.loss(answered) for answered in last)
+        # a rule's weights change from step to step: what is shown is the plain sum
+        weight = 1.0 if eraser.rule else self.penalty
+        if self.penalty_norm == "raw" and not self.surgery and not eraser.rule:
+            assert not isinstance(weight, Tensor), "lambda moves under `grad` only"
+            penalty = self._descend(penalties, len(last), weight, add=True)
         else:
             with phase("losses"):
                 suppression = self.flat.gradient.clone()
-                self.flat.zero_grad()
-            self._descend(penalty.total)
+            penalty = self._descend(penalties, len(last))
             with phase("losses"):
-                (self.eraser.rule or self._add)(suppression, self.flat)
-        # a rule's weights change from step to step: what is shown is the plain sum
-        weight = 1.0 if self.eraser.rule else self.penalty
+                (eraser.rule or self._add)(suppression, self.flat)
         with phase("losses"):
-            total = loss.total.detach() + weight * penalty.total.detach()
-        return Loss(total, {**loss.terms, "penalty": penalty.total.detach()})
+            total = loss.total + weight * penalty.total
+        return Loss(total, {**loss.terms, "penalty": penalty.total})
 
-    def _descend(self, loss: Tensor) -> None:
-        backward(loss)
+    @property
+    def _asks_lower(self) -> bool:
+        """Whether the lower loss has a part in the gradient."""
+        return isinstance(self.penalty, Tensor) or bool(self.penalty) or self.surgery or self.eraser.rule is not None
+
+    def _descend(self, parts: Iterable[Loss], count: int, weight: float = 1.0, add: bool = False) -> Loss:
+        loss = descend(parts, count, self.flat, weight, add)
         self._hold()
         self.eraser.hold()
+        return loss
 
     def _add(self, suppression: Tensor, flat: FlatParameters) -> None:
         """Add lambda times the penalty's gradient, scaled to the norm of the suppression gradient if so asked.
@@ -162,7 +172,7 @@ class Suppression:
         if self.surgery:
             project(suppression, flat.gradient)
         if self.penalty_norm == "grad":
-            scale = (self.penalty * norm(suppression) / norm(flat.gradient)).to(flat.dtype)
+            scale = (self.penalty * norm(suppression) / norm(flat.gradient)).to(flat.gradient.dtype)
             torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
         else:
             assert not isinstance(self.penalty, Tensor), "lambda moves under `grad` only"

@@ -193,7 +193,6 @@ def test_a_stopped_step_moves_no_bit():
         controller.gone = gone
         controller.stopped.zero_()
         before = [x.clone() for x in (flat.master, rule.first, rule.second, rule.done)]
-        upper.optimizer.zero_grad()
         terms = upper.gradient(upper.batches(9)).terms
         assert upper.optimizer.step() > 0
         assert terms["stopped"] == (not moved)
@@ -210,7 +209,6 @@ def test_lambda_weighs_the_penalty():
 
     def gradient(penalty: float):
         controller.penalty.fill_(penalty)
-        flat.zero_grad()
         upper.gradient(upper.batches(0))
         return flat.gradient.clone()
 

@@ -70,7 +70,6 @@ def test_salun_moves_only_what_is_salient(penalty):
     lower.gradient(lower.batches(0))
     before = flat.master.clone()
     for step in range(2):
-        upper.optimizer.zero_grad()
         upper.gradient(upper.batches(step))
         upper.optimizer.step()
     moved = flat.master != before
@@ -157,7 +156,6 @@ def test_an_upper_step_moves_nothing_outside_its_subset(penalty):
     lower.gradient(lower.batches(0))
     start = {name: p.detach().clone() for name, p in student.named_parameters()}
     for step in range(3):
-        upper.optimizer.zero_grad()
         upper.gradient(upper.batches(step))
         upper.optimizer.step()
     moved = {name for name, p in student.named_parameters() if not torch.equal(p, start[name])}
@@ -172,14 +170,13 @@ def test_the_norm_of_the_penalty_is_that_of_the_subset():
     lower.gradient(lower.batches(0))
 
     def only(loss):
-        flat.zero_grad()
         loss.backward()
+        flat.collect()
         return torch.cat([v.flatten() for n, v in flat.views(flat.gradient).items() if ".attn1." in n]).clone()
 
     s = only(upper.gradient.eraser.loss(lower.gradient.student, lower.gradient.answers, upper.batches(0)).total)
-    r = only(lower.gradient.loss(lower.gradient.answers.last).total)
+    r = only(lower.gradient.loss(*lower.gradient.answers.last).total)
     upper.gradient._hold = erasers.holder(flat, "*.attn1.*")
-    upper.optimizer.zero_grad()
     upper.gradient(upper.batches(0))
     whole = torch.cat([v.flatten() for n, v in flat.views(flat.gradient).items() if ".attn1." in n])
     torch.testing.assert_close(whole, s + r * (s.norm() / r.norm()), rtol=1e-4, atol=1e-7)
@@ -218,21 +215,20 @@ def test_surgery_in_the_upper_step(penalty, norm):
         """Suppression that runs against what the lower level has learnt: the conflict that surgery is for."""
 
         def loss(self, student, answers, batch):
-            loss = lower.gradient.loss(answers.last)
+            loss = lower.gradient.loss(*answers.last)
             other = super().loss(student, answers, batch)
             return type(loss)(other.total - 0.5 * loss.total, other.terms)
 
     eraser = upper.gradient.eraser = Opposed(ETA)
-    flat.zero_grad()
     eraser.loss(lower.gradient.student, lower.gradient.answers, upper.batches(0)).total.backward()
+    flat.collect()
     g = flat.gradient.double().clone()
-    flat.zero_grad()
-    lower.gradient.loss(lower.gradient.answers.last).total.backward()
+    lower.gradient.loss(*lower.gradient.answers.last).total.backward()
+    flat.collect()
     r = flat.gradient.double().clone()
     assert g @ r < 0, "there must be a conflict to solve"
     g = g - (g @ r) / (r @ r) * r
     expected = g + penalty * (g.norm() / r.norm() if norm == "grad" else 1) * r
-    upper.optimizer.zero_grad()
     upper.gradient(upper.batches(0))
     torch.testing.assert_close(flat.gradient.double(), expected, rtol=1e-3, atol=1e-6)
 

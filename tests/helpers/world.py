@@ -51,12 +51,12 @@ def make_models() -> tuple[UNet, UNet]:
 
 def make_levels(
     teacher: UNet, student: UNet, penalty=1.0, norm="grad", make=AdamW, dtype=torch.float32, device="cpu", decay=None,
-    eraser=None, **upper,
+    eraser=None, micro=None, **upper,
 ) -> tuple[Level, Level]:  # fmt: skip
-    flat = FlatParameters(student.to(device), dtype, average=decay is not None)
+    flat = FlatParameters(student.to(device), dtype, average=decay is not None, summed=micro is not None)
     answers = Answers(Teacher(teacher.to(device, dtype)), Schedule.sd().to(device), SEED)
-    fine_tuning = FineTuning(student, answers)
-    suppression = Suppression(fine_tuning, eraser or Guidance(ETA), penalty, norm, flat, **upper)
+    fine_tuning = FineTuning(flat, answers, micro=micro)
+    suppression = Suppression(fine_tuning, eraser or Guidance(ETA), penalty, norm, micro=micro, **upper)
     make = make if decay is None else partial(make, decay=decay)
 
     def batches(level: int):

@@ -185,7 +185,7 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, tmp_path):
     def fit(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("bilevel_fast.runs.session.fit", fit)
+    monkeypatch.setattr("bilevel_fast.runs.assemble.levels", fit)
     result = train("--preset", "smoke", "--no-twin", "--out", tmp_path / "run", "--lower.batch", 32)
     assert result.returncode == 2
     assert "error: cpu is out of memory; what was saved is whole\nbatch 32 at latents of 16 x 16 (fp32) wants" in (

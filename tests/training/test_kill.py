@@ -16,7 +16,7 @@ FLAGS = [
     "--preset", "smoke", "--lower.steps", "24", "--lower.batch", "2", "--upper.batch", "2", "--checkpoint-every", "1",
     "--log-every", "1", "--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "2",
 ]  # fmt: skip
-KILLS = 20
+KILLS = 12  # some of them hit the start, some a step, some the end
 
 
 def command(out: Path, *more: str) -> list[str]:
@@ -76,7 +76,7 @@ def killed(process: subprocess.Popen[str], out: Path, dice: random.Random, start
 
 
 @pytest.mark.slow
-def test_twenty_kills_change_nothing(untouched, tmp_path):
+def test_kills_change_nothing(untouched, tmp_path):
     """When a run is finished in spite of them, another one begins."""
     expected, startup = untouched
     dice, kills, stages = random.Random(0), 0, set()

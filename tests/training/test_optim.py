@@ -27,9 +27,9 @@ def gradients(step):
 
 def train(optimizer, steps):
     for step in steps:
-        optimizer.zero_grad()
         for p, g in zip(optimizer.flat.module.parameters(), gradients(step), strict=True):
-            p.grad.copy_(g)
+            p.grad = g.to(p.dtype, memory_format=torch.preserve_format)
+        optimizer.flat.collect()
         optimizer.step()
 
 

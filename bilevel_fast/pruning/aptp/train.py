@@ -117,8 +117,8 @@ class RouterTraining:
         loss = router_loss(
             student, teacher, noised, gates, architectures, prompts, self.prices, self.target, weights, each
         )
-        self.optimizer.zero_grad()
         loss.total.backward()
+        self.flat.collect()
         norm = self.optimizer.step()
         self.step += 1
         return {**loss.terms, "loss": loss.total.detach(), "grad_norm": norm}

@@ -19,6 +19,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, integers, normal
 from bilevel_fast.training.losses import suppression_loss
 from bilevel_fast.training.lower import Answers, FineTuning
+from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.teacher import Teacher
 
 diffusers = pytest.importorskip("diffusers")
@@ -70,7 +71,7 @@ def test_the_first_losses_are_those_of_the_engine(prediction_type):
     inputs = make_inputs(schedule=schedule, eta=eta, weights=weights, snr_gamma=2.0, lr=(0.0, 0.0))
     teacher, student = make_unets()
     answers = Answers(Teacher(teacher), schedule, SEED, snr_gamma=2.0)
-    lower = FineTuning(student, answers, weights).loss(answers(inputs.lower)).total.item()
+    lower = FineTuning(FlatParameters(student), answers, weights).loss(answers.ask(inputs.lower)).total.item()
     noised = answers.noise(inputs.upper)
     target = answers.teacher.steered(noised.x, noised.t, inputs.upper.text, inputs.upper.anchor, eta)[0]
     upper = suppression_loss(student(noised.x, noised.t, inputs.upper.text).out, target).total.item()
