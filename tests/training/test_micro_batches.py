@@ -45,18 +45,17 @@ def near(found, expected):
     assert expected.norm() > 0
 
 
-@pytest.mark.parametrize("micro", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("eraser", "settings"),
+    ("eraser", "micro", "settings"),
     [
-        ("guidance", {}),
-        ("guidance", {"norm": "raw", "penalty": 3.0}),
-        ("guidance", {"penalty": 0.0}),
-        ("guidance", {"surgery": True}),
-        *((eraser, {}) for eraser in ERASERS if eraser != "guidance"),
+        *(("guidance", micro, {}) for micro in (1, 2, 3)),
+        ("guidance", 2, {"norm": "raw", "penalty": 3.0}),
+        ("guidance", 2, {"penalty": 0.0}),
+        ("guidance", 2, {"surgery": True}),
+        *((eraser, 2, {}) for eraser in ERASERS if eraser != "guidance"),
     ],
 )
-def test_gradients_and_losses_are_those_of_the_whole_batch(eraser, settings, micro):
+def test_gradients_and_losses_are_those_of_the_whole_batch(eraser, micro, settings):
     whole, parts = make(None, eraser, **settings), make(micro, eraser, **settings)
     for one, other in zip(whole, parts, strict=True):
         expected, found = one.gradient(one.batches(0)), other.gradient(other.batches(0))
