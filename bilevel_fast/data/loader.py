@@ -1,8 +1,8 @@
 """Batches made ahead, by a thread, and on the device when the step wants them.
 
 Reading latents and drawing noise take the CPU a few milliseconds; copies go from pinned memory over a stream of the
-loader's own, and a text encoder on the device runs there as well. A step that finds its batch ready waits for neither. A recorded step reads its batch where
-the recorded one lay: `ops.graphs` copies it there, on the device.
+loader's own, and a text encoder on the device runs there as well. A step that finds its batch ready waits for neither.
+A recorded step reads its batch where the recorded one lay: `ops.graphs` copies it there, on the device.
 """
 
 from collections import deque
