@@ -1,8 +1,8 @@
 """Batches made ahead, by a thread, and on the device when the step wants them.
 
-Reading latents, encoding captions and drawing noise take the CPU a few milliseconds; the copies go from pinned memory,
-over a stream of their own. A step that finds its batch ready waits for neither. A recorded step reads its batch where
-the recorded one lay: `ops.graphs` copies it there, on the device.
+Reading latents and drawing noise take the CPU a few milliseconds; copies go from pinned memory over a stream of the
+loader's own, and a text encoder on the device runs there as well. A step that finds its batch ready waits for neither.
+A recorded step reads its batch where the recorded one lay: `ops.graphs` copies it there, on the device.
 """
 
 from collections import deque
@@ -73,6 +73,8 @@ class Loader:
     def close(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
+        if self._stream is not None:
+            self._stream.synchronize()  # the next loader of the same batches reads text states that were made on it
 
     def __call__(self, step: int) -> Batch:
         """The batch of a step; an error of the thread that made it is raised here."""

@@ -232,13 +232,16 @@ class ImageStream:
         return UserError(f"{self._listing.folder / entry.file}: {reason}; {self.path} was made when it was fine")
 
 
-def open_images(path: Path | str, folder: ModelFolder, device: torch.device | str = "cpu") -> "Cache | ImageStream":
+def open_images(
+    path: Path | str, folder: ModelFolder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> "Cache | ImageStream":
     """Open what `--data` names: a latent cache, or a list of images.
 
     Args:
         path: The folder.
         folder: The model's.
         device: Where the VAE encodes images, if there are no latents.
+        dtype: What it computes in there; on the CPU the folder's own encodes.
 
     Raises:
         UserError: It is neither, is a bank of concepts, or was made for another model.
@@ -250,7 +253,7 @@ def open_images(path: Path | str, folder: ModelFolder, device: torch.device | st
             raise UserError(f"--data {path} is a cache of {cache.index.kind}, wanted one of images")
         cache.check_model(folder.config, folder.vae_fingerprint)
         return cache
-    vae = folder.vae if device.type == "cpu" else folder.family.vae(folder.path, device, torch.float32)
+    vae = folder.vae if device.type == "cpu" else folder.family.vae(folder.path, device, dtype)
     stream = ImageStream(path, vae, device)
     check_latents(path, stream.latent_shape, stream.index.vae, folder.config, folder.vae_fingerprint)
     return stream

@@ -69,7 +69,10 @@ class KLAutoencoder:
             low_cpu_mem_usage=False,  # True wants accelerate, and says so on every terminal without it
         )
         check_report(folder, report)
-        return cls(model.to(device).eval().requires_grad_(False))
+        model.to(device).eval().requires_grad_(False)
+        if torch.device(device).type != "cpu":
+            model.to(memory_format=torch.channels_last)  # what a GPU's convolutions want, and else copy to
+        return cls(model)
 
     @property
     def channels(self) -> int:

@@ -3,6 +3,7 @@
 Shape legend: B prompts, L text tokens (77 for CLIP), D text width.
 """
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,9 @@ class ClipTextEncoder:
     States are the last hidden states after the final LayerNorm (OpenCLIP-H's tower for SD 2.1, ViT-L/14's for SD 1.x).
     Padding is not masked: the base model was trained to read it.
     """
+
+    _one = threading.Lock()
+    """Both levels' loaders encode, and a tokenizer keeps its padding in itself: two threads at once are refused."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -97,6 +101,7 @@ class ClipTextEncoder:
         return self._tokens(prompts).attention_mask.bool()
 
     def _tokens(self, prompts: Sequence[str]) -> Any:
-        return self.tokenizer(
-            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
+        with self._one:
+            return self.tokenizer(
+                list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+            )

@@ -102,7 +102,15 @@ def start_levels(config: TrainConfig, device: torch.device, scratch: Path) -> tu
 
 
 def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path) -> Materials:
-    """Open the caches that were given, or draw the mini world's."""
+    """Open the caches that were given, or draw the mini world's.
+
+    Captions are encoded where the networks compute, and as they do: a step waits for no text encoder on the CPU. On the
+    CPU that is the folder's own.
+    """
+    device = pick_device(config.device)
+    dtype, encoder = compute_dtype(config.precision, device), folder.text_encoder
+    if device.type != "cpu":
+        encoder = folder.family.text_encoder(folder.path, device, dtype)
     past = None if config.resume_concepts is None else history.read(config.resume_concepts)
     earlier = () if past is None else past.concepts
     if past is not None:
@@ -115,11 +123,11 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
         banks = here.concept_banks(folder, names, settings, config.seed, place, alone=not earlier, shows=shows)
     else:
         assert config.data is not None
-        data = open_images(config.data, folder, pick_device(config.device))
+        data = open_images(config.data, folder, device, dtype)
         banks = [_bank(path, folder) for path in config.concepts]
         names = [path.name for path in config.concepts]
     guidance = config.world_settings.guidance if config.world else folder.family.guidance
-    materials = Materials(teacher, folder.schedule, folder.text_encoder, data, None, guidance)
+    materials = Materials(teacher, folder.schedule, encoder, data, None, guidance)
     if not banks:
         return materials
     weights = config.concept_weights or (1.0,) * len(banks)
@@ -183,7 +191,9 @@ def _bank(path: Path, folder: ModelFolder) -> Cache:
 
 
 def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNet:
-    """The student before training: the folder that was given, or the teacher pruned to the budget.
+    """The student before training, on the CPU: the folder that was given, or the teacher pruned to the budget.
+
+    A pruning method that tries the teacher on data does so where the run computes.
 
     Raises:
         UserError: The student was made from another UNet, or the method or the budget is impossible.
@@ -194,12 +204,15 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
         if student.config != folder.config:
             raise UserError(f"{given} was not made from {folder.path}: their UNets differ")
         return student
-    dense = folder.unet()
+    device = pick_device(config.device)
+    dense = folder.unet().to(device)
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
     erased = world(config.world).erased_concepts(config.erase) if config.world else []
-    source = image_source(folder, config.data, IMAGES, config.seed, erased)
-    calibration = calibration_set(folder, source, seed=config.seed)
-    return dense.cut(method(config.prune.method)(dense, budget, calibration), align)
+    dtype = compute_dtype(config.precision, device)
+    source = image_source(folder, config.data, IMAGES, config.seed, erased, device, dtype)
+    calibration = calibration_set(folder, source, seed=config.seed, device=device)
+    structure = method(config.prune.method)(dense, budget, calibration)
+    return dense.cpu().cut(structure, align)
 
 
 def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:

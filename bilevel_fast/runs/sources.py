@@ -19,6 +19,7 @@ def image_source(
     seed: int,
     erased: Sequence[int] = (),
     device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> LatentSource | None:
     """A teacher's own kind of data: latents or images on disk, or drawings of its world, or None.
 
@@ -28,7 +29,7 @@ def image_source(
         images: How many are drawn.
         seed: Of the drawings.
         erased: The world's concepts that are not drawn.
-        device: Where the VAE encodes images of a list.
+        device, dtype: Where the VAE encodes images of a list; and, where that is not the CPU, in what.
 
     Raises:
         UserError: The cache is broken, of another kind, or made with another VAE; or `images` is not positive.
@@ -36,7 +37,7 @@ def image_source(
     if images < 1:
         raise UserError(f"--images is {images}, wanted 1 or more")
     if data is not None:
-        return open_images(data, folder, device)
+        return open_images(data, folder, device, dtype)
     if folder.family.world is None:
         return None
     return world(folder.family.world).drawn_source(folder, erased, images, seed)

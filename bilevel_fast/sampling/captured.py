@@ -20,7 +20,7 @@ class Captured:
     """
 
     def __init__(self, unet: Callable[[Tensor, Tensor, Tensor], Prediction], record: Record | None):
-        self.unet, self._recorder = unet, Recorder(record)
+        self.unet, self._recorder = unet, Recorder(record, "--device cpu")
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor, text: Tensor) -> Prediction:

@@ -1,10 +1,15 @@
 """CUDA graphs of training steps: a whole step of a level (teacher, student, losses, backward, optimizer, statistics) as
 one launch (`ops.graphs.Recorder`).
 
-Warm-up steps are steps of the run like all others, so nothing has to be undone. Both levels share one memory pool. The
-upper graph reads the teacher's answer where the lower graph leaves it. So if batches change in shape, both graphs are
-recorded anew. The steps of an upper level whose eraser cannot be recorded run as they are, and one line says why; the
-lower level is recorded all the same.
+Warm-up steps are steps of the run like all others, so nothing has to be undone. Both levels share one memory pool,
+which serves nothing but graphs: a step that runs as it is beside a recording finds none of that memory, and needs as
+much again. So recordings are dropped before a step that warms up, and made anew after it. With an upper step after
+every 20, that is 3 recordings more, of a second or two each by estimate. To wait with the lower level until the upper
+one is warm would be 60 steps without a graph, and any number where the upper level is rare or sets its own pace.
+
+The upper graph reads the teacher's answer where the lower graph leaves it. So if batches change in shape, both graphs
+are recorded anew. The steps of an upper level whose eraser cannot be recorded run as they are, and one line says why;
+the lower level is recorded all the same.
 """
 
 import logging
@@ -31,7 +36,7 @@ class Graphs:
     """
 
     def __init__(self, record: Record | None):
-        self._recorder = Recorder(record)
+        self._recorder = Recorder(record, "--no-graphs")
         self._signatures: dict[str, Signature] = {}
         self._eager: set[str] = set()
 
@@ -54,6 +59,9 @@ class Graphs:
             _log.info("%s batches have changed in shape: CUDA graphs are recorded anew", level.name)
             self._recorder.forget()
             self._signatures = {level.name: signature}
+
+        if self._recorder.warming(level.name):
+            self._recorder.release()
 
         def step(*tensors: Tensor | None) -> Terms:
             return move(level, replace(batch, **dict(zip(TENSORS, tensors, strict=True))))

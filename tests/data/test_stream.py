@@ -104,6 +104,17 @@ def test_pruning_tries_the_teacher_on_images(images, model):
     assert (latents.shape, text.shape) == ((2, 4, 8, 8), (2, 77, 32))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_device_encodes_images_as_the_networks_compute(images, model, tmp_path, precision):
+    """A device that is not the CPU, for a run and for the pruning before it."""
+    flags = ["--teacher", str(model), "--data", str(images), "--upper.every", "0", "--device", "meta"]
+    config, folder = train.parse([*flags, "--precision", precision]), load_folder(model)
+    vae = session.gather(config, folder, folder.unet(), [], tmp_path).data._vae.model
+    wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert (vae.device.type, vae.dtype) == ("meta", wanted)
+    assert folder.vae.model.dtype == torch.float32
+
+
 def test_trained_on_and_resumed_in_the_middle_of_an_epoch(images, model, tmp_path):
     flags = ["--teacher", model, "--data", images, "--upper.every", 0, "--lower.batch", 5, "--lower.warmup", 0]
     flags += ["--prune.method", "uniform", "--device", "cpu", "--log-every", 1, "--checkpoint-every", 2]

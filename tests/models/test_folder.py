@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +112,35 @@ def test_half_precision_computes_in_half_and_returns_float32(sd):
     torch.testing.assert_close(states, full.text_encoder.encode(["a red star"]), rtol=0, atol=0.1)
     images = torch.rand(1, 3, 64, 64)
     assert half.vae.moments(images).dtype == half.vae.decode(torch.randn(1, 4, 8, 8)).dtype == torch.float32
+
+
+def test_the_vae_of_a_gpu_reads_and_writes_channels_last(sd):
+    """On the CPU the weights stay as they were written; convolutions elsewhere would copy them and their inputs."""
+    for device, wanted in (("cpu", False), ("meta", True)):
+        vae = load_folder(sd, device, torch.bfloat16).vae
+        found = [p.is_contiguous(memory_format=torch.channels_last) for p in vae.model.parameters() if p.dim() == 4]
+        assert all(found) == wanted, device
+
+
+def test_threads_take_turns_with_the_tokenizer(sd):
+    """A tokenizer that another thread is in the middle of raises."""
+    encoder, inside = load_folder(sd).text_encoder, []
+
+    class Tokenizer:
+        def __init__(self, real):
+            self.real = real
+
+        def __call__(self, *args, **settings):
+            inside.append(1)
+            time.sleep(0.01)
+            assert len(inside) == 1, "already borrowed"
+            inside.pop()
+            return self.real(*args, **settings)
+
+    encoder.tokenizer = Tokenizer(encoder.tokenizer)
+    with ThreadPoolExecutor(2) as threads:
+        masks = list(threads.map(encoder.mask, [["a red star"]] * 4))
+    assert all(torch.equal(mask, masks[0]) for mask in masks)
 
 
 def test_a_mini_folder(mini):

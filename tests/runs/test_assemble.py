@@ -6,8 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bilevel_fast.data.batches import Batches
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.runs.assemble import fit, levels
+from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.pruning import METHODS
+from bilevel_fast.runs.assemble import compute_dtype, fit, levels
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training.loop import Places
@@ -43,3 +47,36 @@ def test_a_copied_teacher_is_the_converted_one():
         assert value.stride() == other.stride(), name
     assert not any(p.requires_grad for p in mine.parameters())
     assert mine.structure == unet.structure
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_captions_are_encoded_where_the_networks_compute(tmp_path, precision):
+    """A device that is not the CPU; what is drawn for the run is drawn with the folder's own encoder, as ever."""
+    folder, flags = load_folder(TEACHER), [*SMALL, "--precision", precision, "--mini.bank", "1"]
+    own = gather(parse(flags), folder, folder.unet(), [], tmp_path / "cpu")
+    assert own.text_encoder is folder.text_encoder
+    materials = gather(parse([*flags, "--device", "meta"]), folder, folder.unet(), [], tmp_path / "meta")
+    weight = materials.text_encoder.position
+    assert (weight.device.type, weight.dtype) == ("meta", compute_dtype(precision, CPU))
+    for few in (0, 10_000):
+        batches = Batches(materials.concepts, materials.text_encoder, 2, 0, anchor="null", max_states=few)
+        for number in range(2):
+            batch = batches(number)
+            assert {x.device.type for x in (batch.text, batch.anchor)} == {"meta"}
+
+
+def test_a_student_is_pruned_on_data_where_the_run_computes(monkeypatch):
+    """And comes back to the CPU, from where copies of it are trained."""
+    seen = []
+
+    def method(teacher, budget, calibration):
+        latents, text = calibration[0]
+        seen.append({x.device.type for x in (*teacher.parameters(), latents, text)})
+        return Structure.uniform(teacher.config, 0.8)
+
+    monkeypatch.setitem(METHODS, "diff-pruning", method)
+    monkeypatch.setattr(UNet, "cpu", lambda unet: load_folder(TEACHER).unet(), raising=False)  # meta has no data
+    config = parse([*SMALL, "--prune.method", "diff-pruning", "--device", "meta"])
+    student = initial_student(config, load_folder(TEACHER), 1)
+    assert seen == [{"meta"}]
+    assert {p.device.type for p in student.parameters()} == {"cpu"}

@@ -1,12 +1,15 @@
 """Steps recorded and replayed: the same run to the last bit, and a clean way out where they cannot be."""
 
 import logging
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 
-from bilevel_fast.ops.graphs import WARMUP, cuda_recorder, side_stream
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.ops.graphs import WARMUP, Recorder, cuda_recorder, side_stream
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import bilevel
 from replay import on_the_cpu
@@ -36,7 +39,7 @@ class Counting:
     """A recorder that counts."""
 
     def __init__(self, record=on_the_cpu):
-        self.record, self.recordings, self.replays = record, 0, 0
+        self.record, self.recordings, self.replays, self.alive = record, 0, 0, weakref.WeakSet()
 
     def __call__(self, call):
         replay, terms = self.record(call)
@@ -46,7 +49,36 @@ class Counting:
             self.replays += 1
             replay()
 
+        self.alive.add(counted)
         return counted, terms
+
+
+@pytest.mark.parametrize("every", [1, 20])
+def test_no_step_that_could_be_recorded_runs_beside_a_recording(every):
+    """A graph's pool serves nothing else: memory for a second set of activations would be wanted."""
+    inside, beside = [], []
+
+    def record(call):
+        inside.append(1)
+        terms = call()
+        inside.pop()
+        return lambda: None, terms
+
+    def looking(level):
+        def gradient(batch):
+            if not inside:
+                beside.append((level.name, len(counting.alive)))
+            return level.gradient(batch)
+
+        return replace(level, gradient=gradient)
+
+    counting = Counting(record)
+    graphs, (lower, upper) = Graphs(counting), map(looking, make_levels(*make_models()))
+    for _ in bilevel(lower, upper, every, 0, (WARMUP + 2) * every, graphs):
+        pass
+    assert sorted(beside) == [("lower", 0)] * WARMUP + [("upper", 0)] * WARMUP
+    assert len(counting.alive) == 2
+    assert counting.recordings == (2 if every == 1 else WARMUP + 2)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +90,7 @@ def test_a_replayed_run_is_the_same_run(settings):
     """Warm-up of the learning rate, Adam's step numbers, noise, the kept answer: all of it follows."""
     counting = Counting()
     expected, replayed = train(**settings), train(Graphs(counting), **settings)
-    assert counting.recordings == 2
+    assert counting.recordings == 4, "the lower level's three times: upper steps that warm up leave it none"
     assert counting.replays == STEPS + STEPS // EVERY - 2 * WARMUP
     assert replayed[0] == expected[0]
     for name, value in expected[1].items():
@@ -89,7 +121,7 @@ def test_other_shapes_are_recorded_anew(caplog):
     counting = Counting()
     with caplog.at_level(logging.INFO):
         expected, replayed = train(change=shrink, steps=24), train(Graphs(counting), change=shrink, steps=24)
-    assert counting.recordings == 4
+    assert counting.recordings == 4 + 3, "of the lower level three and two: each upper step that warms up drops one"
     assert replayed[0] == expected[0]
     assert "lower batches have changed in shape: CUDA graphs are recorded anew" in caplog.text
 
@@ -107,6 +139,97 @@ def test_what_cannot_be_recorded_runs_without(caplog):
         "no CUDA graph of the lower step, it runs without: operation not permitted when stream is capturing: "
         "_local_scalar_dense"
     ]
+
+
+class Cuda:
+    """`torch.cuda` without a GPU, as far as `cuda_recorder` asks it; a capture that a reader broke off ends badly."""
+
+    class CUDAGraph:
+        def replay(self):
+            pass
+
+    def __init__(self):
+        self.pools, self.asked, self.lost = 0, [], False
+
+    def graph_pool_handle(self):
+        self.pools += 1
+        return self.pools
+
+    def synchronize(self, device):
+        assert not self.lost, "a capture that never ended"
+
+    def current_stream(self, device):
+        return None
+
+    @contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.asked.append(pool)
+        try:
+            yield
+        except AssertionError:
+            self.lost = True
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    cuda = Cuda()
+    for name in ("CUDAGraph", "graph_pool_handle", "synchronize", "current_stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    return cuda
+
+
+def test_a_capture_that_cuda_broke_off_ends_the_run_and_says_why(cuda):
+    """torch says only that something went wrong before; and what would ask its allocator is not called."""
+    graphs, (lower, _), calls = Graphs(cuda_recorder(torch.device("cuda"))), make_levels(*make_models()), []
+
+    def gradient(batch):
+        calls.append(1)
+        if len(calls) > WARMUP:
+            raise AssertionError("operation not permitted when stream is capturing\nand more")
+        return lower.gradient(batch)
+
+    broken = replace(lower, gradient=gradient)
+    for number in range(WARMUP):
+        graphs(broken, make_batch(0, number))
+    message = (
+        "the lower step cannot be recorded as a CUDA graph: operation not permitted when stream is capturing; "
+        "wanted --no-graphs"
+    )
+    with pytest.raises(UserError, match=f"^{message}$"):
+        graphs(broken, make_batch(0, WARMUP))
+    assert len(calls) == WARMUP + 1
+
+
+def test_a_capture_that_ended_is_done_without_and_holds_nothing(cuda, caplog):
+    """Such as one that ran out of memory. The error that is said must not keep what the recording held."""
+    recorder, held = Recorder(cuda_recorder(torch.device("cuda")), "--no-graphs"), []
+
+    class Activations:
+        pass
+
+    def call():
+        activations = Activations()
+        assert not [one for one in held if one() is not None]
+        held.append(weakref.ref(activations))
+        if len(held) == WARMUP + 1:
+            raise RuntimeError("out of memory\nand more")
+        return len(held)
+
+    assert [recorder("key", "step", call) for _ in range(WARMUP + 2)] == [1, 2, 3, 5, 6]
+    assert caplog.messages == ["no CUDA graph of the step, it runs without: out of memory"]
+
+
+def test_recordings_share_a_pool_that_none_has_left(cuda):
+    """torch takes no graph into a pool that all graphs have left while a tensor of theirs lives."""
+    recorder = Recorder(cuda_recorder(torch.device("cuda")), "--no-graphs")
+    for key in ("a", "b"):
+        for _ in range(WARMUP + 1):
+            recorder(key, key, lambda: None)
+    recorder.release()
+    recorder("a", "a", lambda: None)
+    first, second, third = cuda.asked
+    assert first == second != third
 
 
 def test_where_there_is_no_cuda_nothing_is_recorded():
