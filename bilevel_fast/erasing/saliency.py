@@ -72,14 +72,11 @@ class SalUn(Relabel):
         self.flat.gradient.masked_fill_(self.still, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        still = self.flat.state_dict(self.still.to(torch.bfloat16))
-        return super().state_dict() | {"still": {name: value.bool() for name, value in still.items()}}
+        return super().state_dict() | {"still": self.flat.state_dict(self.still)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        buffer = torch.zeros_like(self.still, dtype=torch.bfloat16)
-        self.flat.load_state_dict({name: value.to(torch.bfloat16) for name, value in state["still"].items()}, buffer)
-        self.still.copy_(buffer.bool())  # in place: a CUDA graph looks where it lies
+        self.flat.load_state_dict(state["still"], self.still)  # in place: a CUDA graph looks where it lies
 
 
 def salient(

@@ -1,15 +1,20 @@
 """Checkpoints that outlive a kill, a full disk and a flipped bit; the flag that ends a run after its step.
 
-    <folder>/step-000123/model.safetensors   tensors by name
-                         optimizer.pt        {name: state dict}; tensors and plain values only
-                         state.json          counters, seeds, whatever JSON holds exactly
-                         manifest.json       format, step, size and SHA-256 of the other three
+    <folder>/step-000123/model.safetensors       tensors by name
+                         optimizer.safetensors   the tensors of {name: state dict}
+                         optimizer.json          and the rest of it, see `trees`
+                         state.json              counters, seeds, whatever JSON holds exactly
+                         manifest.json           format, step, size and SHA-256 of the others
+
+Files are hashed while they are written, tensor by tensor: saving takes no memory worth mentioning. Checkpoints of
+format 1, which had it all in one `optimizer.pt`, are read as well.
 
 A checkpoint is written as `.tmp-step-000123`, synced to the disk and renamed, so a folder named `step-*` is
 whole unless something damaged it later. Nothing is replaced in place: a step that is saved again becomes
 `step-000123.1`.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -21,20 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import sha256, sync_folder
+from bilevel_fast.base.tensors import read_tensors, write_tensors
+from bilevel_fast.training.trees import pack, unpack
 
-FORMAT = 1
+FORMAT = 2
 
-_MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
-_FILES = (_MODEL, _OPTIMIZER, _STATE)
+_MODEL, _STATE, _MANIFEST = "model.safetensors", "state.json", "manifest.json"
+_MOMENTS, _PLAIN, _PICKLED = "optimizer.safetensors", "optimizer.json", "optimizer.pt"
+_FILES = {1: (_MODEL, _PICKLED, _STATE), 2: (_MODEL, _MOMENTS, _PLAIN, _STATE)}
 _NAME = re.compile(r"step-(\d{6,})(?:\.(\d+))?")
 _ASIDE = ".tmp-"
 
@@ -44,7 +51,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `save` was given, bit for bit; every tensor is on the CPU and contiguous."""
+    """What `save` was given, bit for bit. Every tensor is on the CPU, contiguous, and still in its file: take what is
+    wanted, and let go of it."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -70,8 +78,8 @@ def save(
 
     Args:
         folder: The run's folder of checkpoints; made if missing. One process writes to it at a time.
-        tensors: By name, on any device and in any memory format; no two may overlap in memory.
-        optimizers: By name, what `Optimizer.state_dict` returns.
+        tensors: By name, on any device and in any memory format. Nobody changes them meanwhile.
+        optimizers: By name, what `Optimizer.state_dict` returns: tensors and plain values. As `tensors`.
         state: JSON values; tuples come back as lists.
 
     Returns:
@@ -91,8 +99,8 @@ def save(
         _write(aside, step, tensors, optimizers, state)
         path = aside.rename(folder / name)
         sync_folder(folder)
-    except (OSError, SafetensorError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(f"checkpoint {step} not saved in {folder}: {reason}; earlier ones are untouched") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -163,26 +171,39 @@ def _write(
     optimizers: Mapping[str, Mapping[str, Any]],
     state: Mapping[str, Any],
 ) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside / _MODEL)
-    with (aside / _OPTIMIZER).open("wb") as file:
-        try:
-            torch.save(dict(optimizers), file)
-        except RuntimeError as error:
-            # torch's zip writer trips over the hole that a failed write leaves, and hides the reason.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-    (aside / _STATE).write_text(json.dumps(dict(state), allow_nan=False, indent=1))
-
-    files = {}
-    for name in _FILES:
-        path = aside / name
-        files[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    (aside / _MANIFEST).write_text(json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1))
-    for name in (*_FILES, _MANIFEST):
-        with (aside / name).open("rb") as file:
-            os.fsync(file.fileno())
+    plain, moments = pack(dict(optimizers))
+    files = {
+        _MODEL: _written(aside / _MODEL, lambda file: write_tensors(file, tensors)),
+        _MOMENTS: _written(aside / _MOMENTS, lambda file: write_tensors(file, moments)),
+        _PLAIN: _written(aside / _PLAIN, lambda file: file.write(json.dumps(plain).encode())),
+        _STATE: _written(aside / _STATE, lambda file: file.write(_strict(dict(state)))),
+    }
+    _written(aside / _MANIFEST, lambda file: file.write(_strict({"format": FORMAT, "step": step, "files": files})))
     sync_folder(aside)
+
+
+def _strict(value: Any) -> bytes:
+    return json.dumps(value, allow_nan=False, indent=1).encode()
+
+
+class _Hashing:
+    """Hands bytes on to a file, and knows their number and their SHA-256: nobody has to read them again."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: Any, /) -> None:
+        self.size += self.file.write(data)
+        self.digest.update(data)
+
+
+def _written(path: Path, write: Callable[[_Hashing], object]) -> dict[str, Any]:
+    """Write a file down to the disk; what the manifest says about it."""
+    with path.open("wb") as file:
+        write(hashing := _Hashing(file))
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": hashing.size, "sha256": hashing.digest.hexdigest()}
 
 
 def _prune(folder: Path, step: int, newest: Path) -> None:
@@ -206,12 +227,18 @@ def _load(path: Path, step: int) -> Checkpoint:
     for name, digest in _check_sizes(path, step).items():
         if _read(path / name, sha256) != digest:
             raise _DamagedError(f"{name}: its SHA-256 is not the manifest's")
-    return Checkpoint(
-        step,
-        _read(path / _MODEL, load_file),
-        _read(path / _OPTIMIZER, lambda file: torch.load(file, map_location="cpu", weights_only=True)),
-        _read(path / _STATE, _load_json),
-    )
+    optimizers = _pickled(path) if (path / _PICKLED).exists() else _optimizers(path)
+    return Checkpoint(step, _read(path / _MODEL, read_tensors), optimizers, _read(path / _STATE, _load_json))
+
+
+def _optimizers(path: Path) -> dict[str, dict[str, Any]]:
+    moments = _read(path / _MOMENTS, read_tensors)
+    return _read(path / _PLAIN, lambda file: unpack(_load_json(file), moments))
+
+
+def _pickled(path: Path) -> dict[str, dict[str, Any]]:
+    """Of format 1."""
+    return _read(path / _PICKLED, lambda file: torch.load(file, map_location="cpu", mmap=True, weights_only=True))
 
 
 def _check_sizes(path: Path, step: int) -> dict[str, str]:
@@ -222,9 +249,10 @@ def _check_sizes(path: Path, step: int) -> dict[str, str]:
     """
     manifest = _read(path / _MANIFEST, _load_json)
     try:
-        if manifest["format"] != FORMAT:
-            raise UserError(f"checkpoint {path} has format {manifest['format']}, this release reads {FORMAT}")
-        files = {name: (manifest["files"][name]["size"], manifest["files"][name]["sha256"]) for name in _FILES}
+        if (number := manifest["format"]) not in _FILES:
+            raise UserError(f"checkpoint {path} has format {number}, this release reads 1 to {FORMAT}")
+        wanted = {name: manifest["files"][name] for name in _FILES[number]}
+        files = {name: (fields["size"], fields["sha256"]) for name, fields in wanted.items()}
         found = manifest["step"]
     except (KeyError, TypeError) as error:
         raise _DamagedError(f"{_MANIFEST}: not a manifest") from error
@@ -244,7 +272,7 @@ def _read(path: Path, parse: Callable[[Path], _T]) -> _T:
         raise _DamagedError(f"{path.name}: holds more than tensors and plain values, so it is not loaded") from error
     except OSError as error:
         raise _DamagedError(f"{path.name}: {error.strerror}") from error
-    except (ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise _DamagedError(f"{path.name}: {str(error).partition(chr(10))[0]}") from error
 
 

@@ -22,6 +22,7 @@ from bilevel_fast.training import checkpoint
 from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.optim import LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.training.saver import Saver, snapshots_for
 from bilevel_fast.training.stats import Console, JsonLines, Means, Sink, Stats, tensorboard
 
 _log = logging.getLogger(__name__)
@@ -133,7 +134,8 @@ def run(trainee: Trainee, settings: LoopSettings, places: Places, stop: checkpoi
     sinks: list[Sink] = [Console(settings.steps, progress.step), JsonLines(places.stats, progress.step)]
     if places.events is not None:
         sinks.append(tensorboard(places.events, images))
-    with Stats(sinks, images=images, seconds=seconds) as stats:
+    saver = Saver(places.checkpoints, snapshots_for(trainee.flat.master.device))
+    with Stats(sinks, images=images, seconds=seconds) as stats, saver:
         for step, _ in enumerate(trainee.steps(progress.step, settings.steps), progress.step + 1):
             stopped, images = stop.requested, step * settings.batch  # asked once: what is said to be saved must be
             ends = stopped or step == settings.steps
@@ -141,10 +143,11 @@ def run(trainee: Trainee, settings: LoopSettings, places: Places, stop: checkpoi
                 seconds = stats.flush(step, images, trainee.means, **trainee.numbers())["seconds"]
             progress = Progress(step, trainee.upper_steps(step), images, seconds)
             if says:
-                _check_finite(trainee, settings.max_bad_steps, progress, places.checkpoints)
+                _check_finite(trainee, settings.max_bad_steps, progress, saver)
             if step % settings.checkpoint_every == 0 or ends:
-                _save(trainee, progress, places.checkpoints)
+                _save(trainee, progress, saver)
             if stopped and step < settings.steps:
+                saver.wait()
                 raise Interrupted(f"stopped after {trainee.step_name} {step} of {settings.steps}")
     return progress
 
@@ -163,10 +166,10 @@ def running(levels: Sequence[AnyLevel], device: torch.device) -> Iterator[None]:
         yield
 
 
-def _save(trainee: Trainee, progress: Progress, folder: Path) -> None:
+def _save(trainee: Trainee, progress: Progress, saver: Saver) -> None:
     optimizers = {name: optimizer.state_dict() for name, optimizer in trainee.optimizers.items()} | trainee.extras()
     state = {name: getattr(progress, name) for name in trainee.counters}
-    checkpoint.save(folder, progress.step, trainee.flat.state_dict(), optimizers, state)
+    saver.save(progress.step, trainee.flat.state_dict(), optimizers, state)
 
 
 def _restore(trainee: Trainee, folder: Path) -> Progress:
@@ -188,14 +191,15 @@ def _restore(trainee: Trainee, folder: Path) -> Progress:
     return progress
 
 
-def _check_finite(trainee: Trainee, limit: int, progress: Progress, folder: Path) -> None:
+def _check_finite(trainee: Trainee, limit: int, progress: Progress, saver: Saver) -> None:
     """One read of the device per optimizer, at the status line only."""
     for name, optimizer in trainee.optimizers.items():
         bad = int(optimizer.bad_in_a_row)
         if bad >= limit:
-            _save(trainee, progress, folder)
+            _save(trainee, progress, saver)
+            saver.wait()
             raise UserError(
                 f"the last {bad} {name} steps had a non-finite gradient and were skipped; stopped at "
-                f"{trainee.step_name} {progress.step}, the weights before them are saved in {folder}; "
+                f"{trainee.step_name} {progress.step}, the weights before them are saved in {saver.folder}; "
                 f"lower {trainee.lr_flag(name)}"
             )

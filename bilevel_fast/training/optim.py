@@ -102,7 +102,10 @@ class AdamW:
         cuda.adamw_ema(self._settings, self._trained, [self.flat.gradient], lr, self.done + 1, clip, skip)
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments by the names of the parameters, without padding: they fit wherever the parameters fit."""
+        """Moments by the names of the parameters, without padding: they fit wherever the parameters fit.
+
+        Views: they change with the next step.
+        """
         first, second = (self.flat.state_dict(moment) for moment in (self.first, self.second))
         return {"first": first, "second": second, "done": self.done}
 

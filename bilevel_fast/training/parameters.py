@@ -14,8 +14,7 @@ parameters' gradients were views of the buffer, backward would add to each: a la
 before, and twice the traffic.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -90,28 +89,37 @@ class FlatParameters:
         """Euclidean norm of the gradient, () fp32."""
         return norm(self.gradient)
 
-    @contextmanager
-    def holding(self, buffer: Tensor) -> Iterator[nn.Module]:
-        """Within, the network's parameters are views of `buffer`, (N,) of any float dtype."""
-        self._point_at(buffer)
-        try:
-            yield self.module
-        finally:
-            self._point_at(self.compute)
-
     def state_dict(self, buffer: Tensor | None = None) -> dict[str, Tensor]:
-        """A copy of the network's state dict with the values of a buffer (N,); of the masters if None."""
-        with self.holding(self.master if buffer is None else buffer) as module:
-            return {name: value.clone() for name, value in module.state_dict().items()}
+        """The network's state dict as views of a buffer (N,) of any dtype, of the masters if None: nothing is copied.
 
+        They change with the buffer. What the network holds beside parameters is in it as it is.
+        """
+        buffer, found = self.master if buffer is None else buffer, dict[str, Tensor]()
+        shift = buffer.storage_offset() - self.compute.storage_offset()
+        for name, value in self.module.state_dict().items():
+            mine = name in self._layouts
+            place = (value.shape, value.stride(), value.storage_offset() + shift)
+            found[name] = buffer.as_strided(*place) if mine else value
+        return found
+
+    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], buffer: Tensor | None = None) -> None:
         """Fill a buffer (N,) from what `state_dict` returned; the masters, and with them the network, if None.
 
+        Tensor by tensor, from wherever each lies. What the state dict leaves out, padding, stays as it is: zero.
+
         Raises:
-            RuntimeError: Names or shapes are not the network's.
+            RuntimeError: Names or shapes are not the network's; nothing has changed then.
         """
-        with self.holding(self.master if buffer is None else buffer) as module:
-            module.load_state_dict(state)
+        places = self.state_dict(buffer)
+        for name in sorted(places.keys() ^ state.keys()):
+            raise RuntimeError(f"{name} is {'missing' if name in places else 'not of this network'}")
+        for name, place in places.items():
+            if state[name].shape != place.shape:
+                came, wanted = list(state[name].shape), list(place.shape)
+                raise RuntimeError(f"size mismatch: {name} has shape {came}, wanted {wanted}")
+        for name, place in places.items():
+            place.copy_(state[name])
         if buffer is None and self.compute is not self.master:
             self.compute.copy_(self.master)
 

@@ -1,5 +1,7 @@
 """Edits as upper steps: what they solve, that many are as good as one, and training with them."""
 
+import copy
+
 import pytest
 import torch
 
@@ -141,7 +143,7 @@ def make_edit(kind: str, flat: FlatParameters):
 def test_an_edit_moves_masters_copy_and_average_alike(kind, dtype):
     flat = FlatParameters(make_models()[1], dtype, average=True)
     flat.average.mul_(2)
-    before, gap = flat.state_dict(), flat.master.clone()
+    before, gap = copy.deepcopy(flat.state_dict()), flat.master.clone()
     edit = make_edit(kind, flat)
     edit.prepare(0)
     terms = edit.apply()

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.training.checkpoint import GracefulStop, latest, save
+from bilevel_fast.training.saver import Pinned, Saver
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["bilevel_fast.training.checkpoint"])  # torch, once
+processes.set_forkserver_preload(["bilevel_fast.training.saver"])  # torch, once
 
 
 def content(step: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, Any]]:
@@ -29,19 +30,28 @@ def content(step: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], di
     return {"weight": weight}, {"lower": optimizer}, {"images": 16 * step, "note": "é"}
 
 
-def save_for_ever(folder: Path, events: Connection) -> None:
+def save_behind(folder: Path, *content: Any) -> None:
+    """`save` by a thread, from a snapshot."""
+    with Saver(folder, Pinned(torch.device("cpu"))) as saver:
+        saver.save(*content)
+
+
+SAVES = (save, save_behind)
+
+
+def save_for_ever(folder: Path, events: Connection, how: int) -> None:
     checkpoint = latest(folder)
     for step in count(checkpoint.step + 1 if checkpoint else 1):
         events.send(("began", step))
-        save(folder, step, *content(step))
+        SAVES[how](folder, step, *content(step))
         events.send(("ended", step))
 
 
-def save_with_small_files(folder: Path, events: Connection, weights: int, moments: int) -> None:
+def save_with_small_files(folder: Path, events: Connection, weights: int, moments: int, how: int) -> None:
     """Sends the error of a `save` whose files may have 100,000 bytes at most (the system answers EFBIG)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
-        save(folder, 3, {"w": torch.ones(weights)}, {"lower": {"m": torch.ones(moments)}}, {})
+        SAVES[how](folder, 3, {"w": torch.ones(weights)}, {"lower": {"m": torch.ones(moments)}}, {})
     except UserError as error:
         events.send(str(error))
     else:

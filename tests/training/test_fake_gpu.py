@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from bilevel_fast.erasing.references import Itself
 from bilevel_fast.erasing.registry import holder
-from bilevel_fast.erasing.saliency import EraseDiff
+from bilevel_fast.erasing.saliency import EraseDiff, SalUn
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.ops import providers
@@ -23,6 +23,8 @@ from bilevel_fast.training.levels import Level, move
 from bilevel_fast.training.lower import Answers, FineTuning
 from bilevel_fast.training.optim import AdamW, LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.training.saver import Pinned
+from bilevel_fast.training.student import StudentTraining
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.training.upper import Suppression
 from world import ETA, SEED, make_batch, make_models
@@ -101,6 +103,36 @@ def test_a_step_stays_on_its_device_and_reads_nothing_back(levels):
                 terms = move(level, batch)
             assert watch.seen > 100
             assert {term.device.type for term in terms.values()} == {"cuda"}
+
+
+class NothingOnTheGPU(TorchDispatchMode):
+    """No op makes a tensor there: views, and copies to the host, are all there is."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            made = isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in given and t.numel()
+            assert not made or t.device.type == "cpu", func
+        return out
+
+
+@pytest.mark.parametrize("levels", ["torch"], indirect=True)
+def test_a_checkpoint_takes_nothing_on_the_device(levels):
+    (lower, _), (upper, _) = levels
+    flat = lower.optimizer.flat
+    mask = SalUn(Itself(flat.module), flat, torch.empty_like(flat.master, dtype=torch.bool))
+    training = StudentTraining(lower, replace(upper, eraser=mask), 2, torch.device("cpu"), graphs=False)
+    with NothingOnTheGPU():
+        optimizers = {name: optimizer.state_dict() for name, optimizer in training.optimizers.items()}
+        tensors = [t for t in tree_leaves((flat.state_dict(), optimizers, training.extras())) if torch.is_tensor(t)]
+        copies, _ = (snapshot := Pinned(torch.device("cpu")))(tensors)
+    assert {t.device.type for t in tensors} == {"cuda"}
+    assert {t.device.type for t in copies} == {"cpu"}
+    size = flat.master.nbytes
+    assert sorted(b.nbytes for b in snapshot._buffers if b.nbytes > 8) == [size // 4, *[size] * 6]
+    with pytest.raises(AssertionError, match="clone"), NothingOnTheGPU():
+        flat.master.clone()
 
 
 @pytest.mark.parametrize("levels", ["torch"], indirect=True)

@@ -86,6 +86,19 @@ def test_the_norm_of_bf16_gradients_is_summed_in_fp32():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool])
+def test_a_state_dict_is_views_of_its_buffer(dtype, kind):
+    flat = FlatParameters(unet(), dtype)
+    buffer = torch.zeros(len(flat.master), dtype=kind)
+    state = flat.state_dict(buffer)
+    for value in state.values():
+        assert value.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        value.fill_(1)
+    assert buffer.count_nonzero() == sum(value.numel() for value in state.values())
+    assert all(value.any() for value in flat.state_dict(buffer).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_goes_out_and_comes_back(dtype):
     """Padding is cropped on the way out and zero again on the way in, also of buffers that are no parameters."""
     flat, other = FlatParameters(unet(), dtype), FlatParameters(unet(), dtype)
@@ -103,8 +116,12 @@ def test_state_goes_out_and_comes_back(dtype):
 
 def test_a_state_of_another_network_is_refused():
     flat = FlatParameters(unet())
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    before = flat.master.clone()
+    with pytest.raises(RuntimeError, match=r"^size mismatch: .* has shape \[.*\], wanted \[.*\]$"):
         flat.load_state_dict(UNet(TINY).state_dict())
+    with pytest.raises(RuntimeError, match=r"^extra is not of this network$"):
+        flat.load_state_dict(flat.state_dict() | {"extra": before})
+    assert torch.equal(flat.master, before)
     assert next(flat.module.parameters()).data_ptr() == flat.compute.data_ptr(), "still a view of its buffer"
 
 
@@ -113,7 +130,7 @@ def test_release(average):
     network = unet()
     flat = FlatParameters(network, torch.bfloat16, average)
     wanted = flat.master if flat.average is None else flat.average.add_(1)
-    expected = flat.state_dict(wanted)
+    expected = copy.deepcopy(flat.state_dict(wanted))
     assert flat.release() is network
     wanted.zero_()
     for name, value in network.state_dict().items():
