@@ -80,7 +80,7 @@ def test_what_is_added_may_be_missing(r, rbias, device):
     check(layer_norm, tensors)
     x, weight, bias, r, rbias = tensors[:5]
     h = layer_norm(x, weight, bias, EPS, r=r, rbias=rbias)[0]
-    assert (h is x) == (r is None and rbias is None)
+    assert (h.data_ptr() == x.data_ptr()) == (r is None and rbias is None)
 
 
 @pytest.mark.parametrize("use", [("y",), ("h", "y")], ids="-".join)
@@ -154,9 +154,9 @@ def test_is_a_well_formed_custom_op(device):
 
 
 def test_bytes():
-    assert layer_norm_bytes(10, 2, added=False, backward=False) == 40
-    assert layer_norm_bytes(10, 2, added=True, backward=False) == 80
-    assert layer_norm_bytes(10, 2, added=True, backward=True) == 80
+    both, bias, none = {"r": True, "rbias": True}, {"r": False, "rbias": True}, {"r": False, "rbias": False}
+    assert [layer_norm_bytes(10, 2, **added, backward=False) for added in (both, bias, none)] == [80, 60, 40]
+    assert layer_norm_bytes(10, 2, **both, backward=True) == 80
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,12 @@ def test_refuses(change, message, device):
     given |= {name: f(given[name]) for name, f in change.items()}
     with pytest.raises(ValueError, match=message):
         layer_norm(**given, eps=EPS)
+
+
+def test_planted_bug_of_the_gradient_of_x_itself_is_found(tmp_path, device):
+    bug = mutated(MODULE.__file__, "layer_norm_bwd(dy, dh, x,", "layer_norm_bwd(dy, None, x,", tmp_path)
+    with pytest.raises(AssertionError):
+        check(bug.layer_norm, make(RAGGED, F32, device, r=False, rbias=False))
 
 
 @pytest.mark.parametrize(

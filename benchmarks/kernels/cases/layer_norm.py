@@ -29,12 +29,9 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
                 if not backward:
                     return call
                 h, y = call()
-                # of a sum that is new both gradients come
-                results, dy = (
-                    ((h, y), (torch.ones_like(h), torch.ones_like(y))) if added else ((y,), (torch.ones_like(y),))
-                )
+                gradients = (torch.ones_like(h), torch.ones_like(y))
                 leaves = [*inputs, *added.values()]
-                return lambda: torch.autograd.grad(results, leaves, dy, retain_graph=True)
+                return lambda: torch.autograd.grad((h, y), leaves, gradients, retain_graph=True)
 
             return make
 
@@ -46,7 +43,7 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
         name = f"{T}x{C} b{batch} {what} {'bwd' if backward else 'fwd'}"
         numel = batch * T * C
         return Case(
-            "layer_norm", name, providers, layer_norm_bytes(numel, dtype.itemsize, r or rbias, backward), numel=numel
+            "layer_norm", name, providers, layer_norm_bytes(numel, dtype.itemsize, r, rbias, backward), numel=numel
         )
 
     return [case(*level, *what, backward) for level in LEVELS for what in WHAT for backward in (False, True)]
