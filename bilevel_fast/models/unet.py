@@ -24,7 +24,16 @@ from torch.utils.checkpoint import checkpoint
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.ops.dispatch import attention, geglu, group_norm, group_norm_silu, layer_norm
+from bilevel_fast.ops.dispatch import (
+    Branch,
+    add_norm,
+    attention,
+    geglu,
+    group_norm_and_input,
+    group_norm_silu,
+    group_norm_silu_and_input,
+    linear,
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,8 @@ class ResNet(nn.Module):
         """x (B, C, H, W), skip (B, C_skip, H, W) or None, time = SiLU of the time embedding (B, 4 C_0)."""
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
-        h = self.conv1(group_norm_silu(x, self.norm1))
+        h, x = group_norm_silu_and_input(x, self.norm1)
+        h = self.conv1(h)
         h = self.conv2(group_norm_silu(h, self.norm2, self.pad, self.time_emb_proj(time)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -113,9 +123,9 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context, heads * head_dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, channels)])
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (B, T, C), context (B, S, D) -> (B, T, C)."""
-        return self.to_out[0](attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+    def forward(self, x: Tensor, context: Tensor) -> Tensor | Branch:
+        """x (B, T, C), context (B, S, D) -> (B, T, C), for `add_norm`."""
+        return linear(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads), self.to_out[0])
 
 
 class GEGLU(nn.Module):
@@ -142,13 +152,13 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
-Attend = Callable[[str, Attention, Tensor, Tensor], Tensor]
+Attend = Callable[[str, Attention, Tensor, Tensor], Tensor | Branch]
 """("attn1" or "attn2", module, x (B, T, C), context (B, S, D)) -> (B, T, C)"""
 Feed = Callable[[FeedForward, Tensor], Tensor]
 """(module, x (B, T, C)) -> (B, T, C)"""
 
 
-def _attend(_: str, module: nn.Module, x: Tensor, context: Tensor) -> Tensor:
+def _attend(_: str, module: nn.Module, x: Tensor, context: Tensor) -> Tensor | Branch:
     return module(x, context)
 
 
@@ -167,11 +177,12 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(channels, text_width, kept["attn2"], attn2.unit_size)
         self.ff = FeedForward(channels, kept["ff"] * ff.unit_size)
 
-    def forward(self, h: Tensor, text: Tensor, attend: Attend = _attend, feed: Feed = _feed) -> Tensor:
-        n = layer_norm(h, self.norm1)
-        h = h + attend("attn1", self.attn1, n, n)
-        h = h + attend("attn2", self.attn2, layer_norm(h, self.norm2), text)
-        return h + feed(self.ff, layer_norm(h, self.norm3))
+    def forward(self, h: Tensor | Branch, text: Tensor, attend: Attend = _attend, feed: Feed = _feed) -> Tensor:
+        """h (B, T, C), text (B, L, D) -> (B, T, C)."""
+        h, n = add_norm(None, h, self.norm1)
+        h, n = add_norm(h, attend("attn1", self.attn1, n, n), self.norm2)
+        h, n = add_norm(h, attend("attn2", self.attn2, n, text), self.norm3)
+        return h + feed(self.ff, n)
 
 
 class Transformer(nn.Module):
@@ -190,9 +201,8 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor, attend: Attend = _attend, feed: Feed = _feed) -> Tensor:
         """x (B, C, H, W), text (B, L, D) -> (B, C, H, W); `attend` and `feed` run the attentions and the FFN."""
-        h = group_norm(x, self.norm)
-        h = _to_tokens(h) if self.linear else _to_tokens(self.proj_in(h))
-        h = self.proj_in(h) if self.linear else h
+        h, x = group_norm_and_input(x, self.norm)
+        h = linear(_to_tokens(h), self.proj_in) if self.linear else _to_tokens(self.proj_in(h))
         h = self.transformer_blocks[0](h, text, attend, feed)
         h = self.proj_out(h) if self.linear else h
         h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)

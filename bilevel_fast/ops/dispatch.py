@@ -5,6 +5,7 @@ definition, the others agree with it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
@@ -16,6 +17,7 @@ import bilevel_kernels as triton_ops
 from bilevel_fast.ops.native import operators as native
 from bilevel_fast.ops.native.cuda import is_built
 from bilevel_fast.ops.providers import choose
+from bilevel_kernels.group_norm_silu import group_norm_silu_and_input as group_norm_with_input
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,26 +31,38 @@ def group_norm_silu(x: Tensor, norm: nn.GroupNorm, padding: int = 0, time: Tenso
         padding: Channels at the end that only align the storage.
         time: (B, C + padding), added to every pixel before the norm.
     """
-    return _group_norm(x, norm, padding, time, silu=True)
+    return _group_norm(x, norm, padding, time, silu=True)[0]
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """GroupNorm of x (B, C, H, W); as `group_norm_silu` without the SiLU."""
-    return _group_norm(x, norm, padding=0, time=None, silu=False)
+def group_norm_silu_and_input(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """SiLU(GroupNorm(x)), and x for the residual connection around it.
+
+    Go on with the second result instead of x: where a kernel can, backward then adds the gradients of both uses of x
+    while it computes the norm's. It is x, or shares its memory; leave it as it is.
+    """
+    return _group_norm(x, norm, padding=0, time=None, silu=True, again=True)
 
 
-def _group_norm(x: Tensor, norm: nn.GroupNorm, padding: int, time: Tensor | None, silu: bool) -> Tensor:
+def group_norm_and_input(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
+    """GroupNorm(x), and x; as `group_norm_silu_and_input` without the SiLU."""
+    return _group_norm(x, norm, padding=0, time=None, silu=False, again=True)
+
+
+def _group_norm(
+    x: Tensor, norm: nn.GroupNorm, padding: int, time: Tensor | None, silu: bool, again: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The norm, and what to go on with in place of x."""
     provider = choose("group_norm_silu", x.device, x.numel(), *_group_norm_providers(x, norm))
     if provider == "triton":
-        return triton_ops.group_norm_silu(
-            x, norm.weight, norm.bias, norm.num_groups, norm.eps, time=time, padding=padding, silu=silu
-        )
-    if time is not None:
-        x = x + time[:, :, None, None]
+        settings = (norm.weight, norm.bias, norm.num_groups, norm.eps)
+        if again:
+            return group_norm_with_input(x, *settings, time=time, padding=padding, silu=silu)
+        return triton_ops.group_norm_silu(x, *settings, time=time, padding=padding, silu=silu), x
+    h = x if time is None else x + time[:, :, None, None]
     if provider == "native":
-        return native.group_norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, padding, silu)[0]
-    y = norm(x[:, : norm.num_channels] if padding else x)
-    return F.pad(F.silu(y) if silu else y, (0, 0, 0, 0, 0, padding)) if padding else F.silu(y) if silu else y
+        return native.group_norm(h, norm.weight, norm.bias, norm.num_groups, norm.eps, padding, silu)[0], x
+    y = norm(h[:, : norm.num_channels] if padding else h)
+    return F.pad(F.silu(y) if silu else y, (0, 0, 0, 0, 0, padding)) if padding else F.silu(y) if silu else y, x
 
 
 def _group_norm_providers(x: Tensor, norm: nn.GroupNorm) -> list[str]:
@@ -67,15 +81,57 @@ def triton_runs(x: Tensor) -> bool:
     return x.dtype in _FLOATS and (x.is_cuda or x.is_meta or (x.device.type == "cpu" and triton_ops.INTERPRETED))
 
 
-def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm of x (..., C).
+@dataclass(frozen=True)
+class Branch:
+    """What a branch adds to its residual connection, but for the bias of its last layer.
+
+    Attributes:
+        value: (..., C), the last layer's product.
+        bias: (C,), still to be added.
+    """
+
+    value: Tensor
+    bias: Tensor
+
+    def whole(self) -> Tensor:
+        return self.value + self.bias
+
+
+def linear(x: Tensor, layer: nn.Module) -> Tensor | Branch:
+    """layer(x), for `add_norm` alone: a trained bias is left to it where its backward sums up that gradient anyway."""
+    able = (
+        (type(layer) is nn.Linear)
+        and (layer.bias is not None)
+        and torch.is_grad_enabled()
+        and layer.bias.requires_grad
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and _layer_norm_provider(x, x.numel() // layer.in_features * layer.out_features, layer.bias) == "triton"
+    )
+    return Branch(F.linear(x, layer.weight), layer.bias) if able else layer(x)
+
+
+def add_norm(x: Tensor | None, r: Tensor | Branch, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """The residual connection x + r, or r alone, and its LayerNorm: (..., C) each.
 
     On the CPU torch 2.11 adds up the gradients of a 16-bit gain and bias in 16 bits: off by a third after 4,096 rows.
     With the affine part by itself they are sums like any other, in fp32.
     """
-    if x.device.type == "cpu" and x.dtype != torch.float32:
-        return F.layer_norm(x, norm.normalized_shape, eps=norm.eps) * norm.weight + norm.bias
-    return norm(x)
+    value, rbias = (r.value, r.bias) if isinstance(r, Branch) else (r, None)
+    tensors = (value, norm.weight, norm.bias, *(t for t in (x, rbias) if t is not None))
+    if _layer_norm_provider(value, value.numel(), *tensors) == "triton":
+        first, second = (value, None) if x is None else (x, value)
+        return triton_ops.layer_norm(first, norm.weight, norm.bias, norm.eps, r=second, rbias=rbias)
+    r = r.whole() if isinstance(r, Branch) else r
+    h = r if x is None else x + r
+    if h.device.type == "cpu" and h.dtype != torch.float32:
+        return h, F.layer_norm(h, norm.normalized_shape, eps=norm.eps) * norm.weight + norm.bias
+    return h, norm(h)
+
+
+def _layer_norm_provider(x: Tensor, numel: int, *tensors: Tensor | None) -> str:
+    able = numel > 0 and x.dim() > 1 and triton_runs(x)
+    able = able and all(t is not None and t.is_contiguous() and t.dtype in (x.dtype, torch.float32) for t in tensors)
+    return choose("layer_norm", x.device, numel, *["triton"] * able)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

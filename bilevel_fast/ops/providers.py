@@ -1,11 +1,13 @@
-"""Which implementation runs an op: what won where it was measured, torch everywhere else.
+"""Which implementation runs an op: what won where it was measured, else what should win by the bytes that it moves.
 
 `providers.json` says so per architecture, op and size class; `python -m benchmarks.kernels.sweep --tune` writes it:
 
     {"cpu": {"group_norm_silu": {"small": "native", "medium": "native"}}}
 
-An architecture is `cpu` or `sm_90` and the like. What the table does not name runs on torch, and so does hardware that
-nobody has measured; but a mixture batch runs on Triton on any GPU: torch has no op that does several experts at once.
+An architecture is `cpu` or `sm_90` and the like. `projected` stands for GPUs from sm_80 on, op by op until one was
+measured there: the fused kernels that move fewer bytes than torch's own, which copy channels_last around GroupNorm.
+Attention is on torch there, whose backends are the fastest. What the table does not name runs on torch; but a mixture
+batch runs on Triton on any GPU: torch has no op that does several experts at once.
 `BILEVEL_FAST_OPS=torch` (or another provider) in the environment overrules the table, wherever that provider can take
 the inputs.
 """
@@ -24,7 +26,9 @@ VARIABLE = "BILEVEL_FAST_OPS"
 PROVIDERS = ("torch", "native", "triton", "cuda", "xformers")
 SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
 
-# architecture -> op -> size class -> provider
+PROJECTED = "projected"
+
+# architecture, or `projected` -> op -> size class -> provider
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
 
 
@@ -43,10 +47,20 @@ def choose(op: str, device: torch.device, numel: int, *able: str, default: str =
     """
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
-        wanted = TABLE.get(architecture(device), {}).get(op, {}).get(size_class(numel), default)
+        wanted = table(architecture(device)).get(op, {}).get(size_class(numel), default)
     elif wanted not in PROVIDERS:
         raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
     return wanted if wanted in able else "torch"
+
+
+def table(here: str) -> Mapping[str, Mapping[str, str]]:
+    """op -> size class -> provider on an architecture: what was measured there, and what is projected for the rest."""
+    return (TABLE.get(PROJECTED, {}) if is_projected(here) else {}) | TABLE.get(here, {})
+
+
+def is_projected(here: str) -> bool:
+    """Whether the projected defaults are those of an architecture, where nothing was measured: sm_80 and newer."""
+    return here.startswith("sm_") and int(here[3:]) >= 80
 
 
 @contextmanager
@@ -74,11 +88,16 @@ def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
     if wanted is not None:
         return [f"{VARIABLE}={wanted}: {missing[wanted]}; torch runs all ops instead"] if wanted in missing else []
     here = architecture(device)
-    if here in TABLE:
+    measured = TABLE.get(here, {})
+    guessed = ", ".join(sorted(set(table(here)) - set(measured)))
+    if guessed:
+        said = f"projected, not measured on {here}: triton runs {guessed}"
+    elif measured:
         return []
-    known = ", ".join(sorted(TABLE)) or "none"
-    return [f"no op was measured on {here} (only on {known}), torch runs them all; "
-            f"to measure: python -m benchmarks.kernels.sweep --device {device.type} --tune"]  # fmt: skip
+    else:
+        known = ", ".join(sorted(set(TABLE) - {PROJECTED})) or "none"
+        said = f"no op was measured on {here} (only on {known}), torch runs them all"
+    return [f"{said}; to measure: python -m benchmarks.kernels.sweep --device {device.type} --tune"]
 
 
 def size_class(numel: int) -> str:

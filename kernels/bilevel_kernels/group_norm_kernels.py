@@ -36,6 +36,15 @@ def _store(ptr, tile, pixel, channel, pixels, WRITE: tl.constexpr, ROW: tl.const
 
 
 @triton.jit
+def _plus_skip(dx, dskip_ptr, row, pixel, channel, pixels, READ: tl.constexpr):
+    """dx and the gradient that came to x another way; `row` elements lie between its pixels."""
+    if dskip_ptr is not None:
+        mask = (pixel < pixels)[:, None] & (channel < READ)[None, :]
+        dx += tl.load(dskip_ptr + pixel[:, None] * row + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    return dx
+
+
+@triton.jit
 def _silu(y, SILU: tl.constexpr):
     if SILU:
         y *= tl.sigmoid(y)
@@ -230,6 +239,8 @@ def gn_small_bwd_kernel(
     dtime_ptr,  # (B, C) or None
     dweight_ptr,  # (B, C) fp32, of each sample
     dbias_ptr,  # (B, C) fp32, of each sample
+    dskip_ptr,  # (B, HW, C) or None, of any distance between pixels
+    skip_row,
     HW,
     C: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -262,10 +273,13 @@ def gn_small_bwd_kernel(
         dout_ptr, x_ptr, time_ptr, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU
     )
     dx = (dy * w - c0 - xhat * c1) * rstd
-    _store(dx_ptr + first, dx, pixel, channel, HW, WIDTH, C)
     if dtime_ptr is not None:
         dtime = tl.sum(tl.where((pixel < HW)[:, None], dx, 0.0), axis=0)
         tl.store(dtime_ptr + row + channel, dtime.to(dtime_ptr.dtype.element_ty), mask=channel < WIDTH)
+    if dskip_ptr is not None:
+        dskip_ptr += b * HW * skip_row + g * WIDTH
+    dx = _plus_skip(dx, dskip_ptr, skip_row, pixel, channel, HW, WIDTH)
+    _store(dx_ptr + first, dx, pixel, channel, HW, WIDTH, C)
 
 
 @triton.jit
@@ -357,6 +371,8 @@ def gn_dx_kernel(
     c0_ptr,  # (B, G) fp32
     c1_ptr,  # (B, G) fp32
     dx_ptr,  # (B, HW, ROW)
+    dskip_ptr,  # (B, HW, ROW) or None, of any distance between pixels
+    skip_row,
     HW,
     C: tl.constexpr,
     ROW: tl.constexpr,
@@ -365,7 +381,7 @@ def gn_dx_kernel(
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b, _, first, pixels, pixel, channel = _place(HW, ROW, TILE, BLOCK_C, True)
+    b, k, first, pixels, pixel, channel = _place(HW, ROW, TILE, BLOCK_C, True)
     if time_ptr is not None:
         time_ptr += b * ROW
     groups = b * (C // WIDTH)
@@ -378,6 +394,9 @@ def gn_dx_kernel(
         dout_ptr, x_ptr, time_ptr, weight_ptr, bias_ptr, mean, rstd, pixel, channel, pixels, C, ROW, ROW, SILU
     )
     dx = (dy * _load_channels(weight_ptr, channel, C) - c0 - xhat * c1) * rstd
+    if dskip_ptr is not None:
+        dskip_ptr += (b * HW + k * TILE) * skip_row
+    dx = _plus_skip(dx, dskip_ptr, skip_row, pixel, channel, pixels, ROW)
     _store(dx_ptr + first, dx, pixel, channel, pixels, ROW, ROW)
 
 

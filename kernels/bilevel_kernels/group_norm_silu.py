@@ -4,19 +4,22 @@
     xhat = (h - mean) * rstd                   over the pixels and the W = C / G channels of a group
     y    = weight * xhat + bias                out = y * sigmoid(y), or y
     dx   = rstd * (weight * dy - mean(weight * dy) - xhat * mean(weight * dy * xhat)), dtime = sum of dx over pixels
+           and then, where x is used again behind the norm: dx + dskip, the gradient of that use
 
 Why fused  eager PyTorch copies channels_last to NCHW and back, and stores h, y and the cropped and padded copies;
-           here: nothing the size of x is stored but out, and backward recomputes y from x
+           here: nothing the size of x is stored but out, and backward recomputes y from x. A residual connection
+           around the norm gives x two gradients, which eager adds in a kernel of its own
 
 Shapes     x, out: (B, C + padding, H, W); time: (B, C + padding); weight, bias: (C,); mean, rstd: (B, G)
 Dtypes     x: fp32 | fp16 | bf16; weight, bias, time: that or fp32; arithmetic and mean, rstd in fp32
-Layout     x and out channels_last, time contiguous; anything else is refused
+Layout     x and out channels_last, time contiguous; anything else is refused. dskip: pixels of any distance (it may
+           be a part of the gradient of a concatenation); of another layout it is copied
            padding: not looked at in x and dout, zero in out, dx and dtime
 Numerics   variance from centred squares: those of a tile about the tile's mean, tiles joined by Chan's formula;
            sums of tiles are stored and added in a second pass: no atomics, the same bits every run
 Traffic    n elements in x. Least: forward 2n, backward 3n, as where a group fits one tile (backward reads that tile
            again, out of the L1 cache). Elsewhere 3n and 5n, less what the L2 cache still holds: the second reading
-           walks backwards. The sums of tiles add 16 to 24 bytes for each 128 elements
+           walks backwards. dskip is n more; the sums of tiles add 16 to 24 bytes for each 128 elements
 Source     arXiv:1803.08494; joining of tiles: Chan, Golub and LeVeque, "Updating formulae", 1979
 """
 
@@ -114,6 +117,7 @@ def group_norm_silu_bwd(
     groups: int,
     padding: int,
     silu: bool,
+    dskip: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dweight, dbias, dtime), dtime empty where there is no time."""
     B, ROW, H, W = x.shape
@@ -122,9 +126,10 @@ def group_norm_silu_bwd(
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dtime = None if time is None else torch.zeros_like(time)
     per_sample = [torch.empty(B, C, dtype=torch.float32, device=x.device) for _ in range(2)]
+    skip = (dskip, 0 if dskip is None else _pixel_stride(dskip))
     small = _small_config(x, padding, groups)
     if small:
-        kernels.gn_small_bwd_kernel[(groups, B)](*inputs, dx, dtime, *per_sample, HW, C=C, SILU=silu, **small)
+        kernels.gn_small_bwd_kernel[(groups, B)](*inputs, dx, dtime, *per_sample, *skip, HW, C=C, SILU=silu, **small)
     else:
         K, WIDTH = triton.cdiv(HW, TILE), C // groups
         BLOCK_W = triton.next_power_of_2(WIDTH)
@@ -138,7 +143,7 @@ def group_norm_silu_bwd(
         kernels.gn_means_kernel[(groups, B)](
             *sums, weight, rstd, c0, c1, dtime, *per_sample, HW, K, **sizes, BLOCK_W=BLOCK_W, BLOCK_K=BLOCK_K
         )
-        kernels.gn_dx_kernel[tiles](*inputs, c0, c1, dx, HW, **sizes, **config)
+        kernels.gn_dx_kernel[tiles](*inputs, c0, c1, dx, *skip, HW, **sizes, **config)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     grid = (triton.cdiv(C, BLOCK_C),)
     kernels.gn_affine_grads_kernel[grid](*per_sample, dweight, dbias, B, C=C, BLOCK_C=BLOCK_C, BLOCK_K=BLOCK_K)
@@ -155,7 +160,7 @@ def _(x, weight, bias, time, groups, eps, padding, silu):
 
 
 @group_norm_silu_bwd.register_fake
-def _(dout, x, weight, bias, time, mean, rstd, groups, padding, silu):
+def _(dout, x, weight, bias, time, mean, rstd, groups, padding, silu, dskip=None):
     dx = torch.empty_like(x, memory_format=torch.channels_last)
     dtime = x.new_empty(0) if time is None else torch.empty_like(time)
     return dx, torch.empty_like(weight), torch.empty_like(bias), dtime
@@ -177,6 +182,36 @@ def _backward(ctx, dout, _dmean, _drstd):
 group_norm_silu_fwd.register_autograd(_backward, setup_context=_setup)
 
 
+class _NormAndInput(torch.autograd.Function):
+    """out, and x once more: so the gradient of what else is done with x comes to the same backward."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, time, groups, eps, padding, silu):
+        out, mean, rstd = group_norm_silu_fwd(x, weight, bias, time, groups, eps, padding, silu)
+        ctx.groups, ctx.padding, ctx.silu = groups, padding, silu
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, time, mean, rstd)
+        return out, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dout, dskip):
+        x = ctx.saved_tensors[0]
+        dout = torch.zeros_like(x) if dout is None else dout.contiguous(memory_format=torch.channels_last)
+        if dskip is not None and not _pixel_stride(dskip):
+            dskip = dskip.contiguous(memory_format=torch.channels_last)
+        *grads, dtime = group_norm_silu_bwd(dout, *ctx.saved_tensors, ctx.groups, ctx.padding, ctx.silu, dskip)
+        return *grads, dtime if ctx.needs_input_grad[3] else None, None, None, None, None
+
+
+def _pixel_stride(x: Tensor) -> int:
+    """Elements from one pixel of x (B, C, H, W) to the next, where channels are neighbours; 0 if there is no such."""
+    B, C, H, W = x.shape
+    row = x.stride(3) if W > 1 else x.stride(2) if H > 1 else x.stride(0) if B > 1 else C
+    wanted = (H * W * row, 1, W * row, row)
+    fits = all(size == 1 or stride == want for size, stride, want in zip(x.shape, x.stride(), wanted, strict=True))
+    return row if fits and row >= C else 0
+
+
 # --- public ---------------------------------------------------------------------------------
 
 
@@ -191,7 +226,7 @@ def group_norm_silu(
     padding: int = 0,
     silu: bool = True,
 ) -> Tensor:
-    """SiLU of GroupNorm of `x + time`.
+    """SiLU of GroupNorm of `x + time`; `group_norm_silu_and_input` returns x as well.
 
     Args:
         x: (B, C + padding, H, W), channels_last.
@@ -208,6 +243,32 @@ def group_norm_silu(
     Raises:
         ValueError: A shape, dtype, device or layout is another one.
     """
+    _check(x, weight, bias, groups, time, padding)
+    return group_norm_silu_fwd(x, weight, bias, time, groups, eps, padding, silu)[0]
+
+
+def group_norm_silu_and_input(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    *,
+    time: Tensor | None = None,
+    padding: int = 0,
+    silu: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `group_norm_silu`, and x itself for the residual connection around it.
+
+    Whoever goes on with the second result instead of x spares autograd an add: backward takes the gradients of both in
+    one pass. It shares the memory of x and must not be written to.
+    """
+    _check(x, weight, bias, groups, time, padding)
+    out, again = _NormAndInput.apply(x, weight, bias, time, groups, eps, padding, silu)  # pyright: ignore[reportGeneralTypeIssues]
+    return out, again
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, time: Tensor | None, padding: int) -> None:
     if x.dim() != 4 or not x.numel():
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (B, C + padding, H, W) and at least one element")
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -230,7 +291,6 @@ def group_norm_silu(
             raise ValueError(f"{name}: on {t.device}, x is on {x.device}")
         if not t.is_contiguous():
             raise ValueError(f"{name}: strides {t.stride()} of shape {tuple(t.shape)} are not contiguous")
-    return group_norm_silu_fwd(x, weight, bias, time, groups, eps, padding, silu)[0]
 
 
 def group_norm_silu_bytes(elements: int, itemsize: int, backward: bool) -> int:

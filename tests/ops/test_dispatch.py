@@ -1,6 +1,7 @@
 """Ops through every provider that runs here: the same values, no graph break, and torch where nobody else can."""
 
 import copy
+from collections import Counter as Tally
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,18 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
-from bilevel_fast.ops.dispatch import attention, geglu, group_norm, group_norm_silu, layer_norm
+from bilevel_fast.ops.dispatch import (
+    Branch,
+    add_norm,
+    attention,
+    geglu,
+    group_norm_and_input,
+    group_norm_silu,
+    group_norm_silu_and_input,
+    linear,
+)
 from bilevel_fast.ops.native import GroupNorm, operators
+from bilevel_fast.profiling.cost import AsOnGPU, Counter
 
 # two levels are enough: every kind of module is in them
 TINY = replace(
@@ -51,11 +62,11 @@ def test_the_affine_gradients_of_a_layer_norm_are_added_in_fp32(device, dtype):
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     exact = copy.deepcopy(norm).double()
     exact(x.double()).backward(upstream.double())
-    layer_norm(x, norm).backward(upstream)
+    add_norm(None, x, norm)[1].backward(upstream)
     for mine, theirs in zip(norm.parameters(), exact.parameters(), strict=True):
         error = (mine.grad.double() - theirs.grad).norm() / theirs.grad.norm()
         assert error < (1e-5 if dtype == torch.float32 else 1e-2)
-    torch.testing.assert_close(layer_norm(x, norm).double(), exact(x.double()), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(add_norm(None, x, norm)[1].double(), exact(x.double()), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.usefixtures("native_is_an_error")
@@ -74,14 +85,14 @@ def test_the_affine_gradients_of_a_layer_norm_are_added_in_fp32(device, dtype):
 )
 def test_what_native_code_cannot_take_goes_to_torch(change):
     x, norm = change(*normalised())
-    assert group_norm(x, norm).shape == x.shape
+    assert group_norm_and_input(x, norm)[0].shape == x.shape
     assert group_norm_silu(x, norm).shape == x.shape
 
 
 @pytest.mark.usefixtures("native_is_an_error")
 def test_native_is_called_where_it_can_be(monkeypatch):
     monkeypatch.setenv("BILEVEL_FAST_OPS", "native")
-    for op in (group_norm, group_norm_silu):
+    for op in (group_norm_and_input, group_norm_silu):
         with pytest.raises(pytest.fail.Exception, match="native code was called"):
             op(*normalised())
 
@@ -129,6 +140,83 @@ def test_attention_and_geglu_by_hand(provider, monkeypatch):
     proj = nn.Linear(12, 16)
     value, gate = proj(q)[..., :8], proj(q)[..., 8:]
     torch.testing.assert_close(geglu(q, proj), value * F.gelu(gate), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("provider", ["torch", "native", "triton"])
+@pytest.mark.parametrize("op", [group_norm_silu_and_input, group_norm_and_input])
+def test_a_residual_connection_around_a_group_norm(op, provider, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    x, norm = normalised()
+    upstream = torch.randn_like(x)
+
+    def gradients(both):
+        leaf = x.clone().requires_grad_()
+        y, again = both(leaf)
+        return torch.autograd.grad(((y + 2.0 * again) * upstream).sum(), [leaf, norm.weight, norm.bias])
+
+    def by_hand(x):
+        return (F.silu(norm(x)) if op is group_norm_silu_and_input else norm(x)), x
+
+    for found, expected in zip(gradients(lambda x: op(x, norm)), gradients(by_hand), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("provider", ["torch", "triton"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_branch_and_the_norm_behind_it(alone, provider, monkeypatch):
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    layer, norm = nn.Linear(7, 12), nn.LayerNorm(12)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x, inner = torch.randn(2, 5, 12, requires_grad=True), torch.randn(2, 5, 7, requires_grad=True)
+    upstream = torch.randn(2, 2, 5, 12)
+    leaves = [inner, *layer.parameters(), *norm.parameters(), *([] if alone else [x])]
+
+    def gradients(h, y):
+        return torch.autograd.grad(h.mul(upstream[0]).sum() + y.mul(upstream[1]).sum(), leaves)
+
+    branch = linear(inner, layer)
+    assert isinstance(branch, Branch) == (provider == "triton")
+    expected = layer(inner) if alone else x + layer(inner)
+    h, y = add_norm(None if alone else x, branch, norm)
+    torch.testing.assert_close(h, expected, rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(gradients(h, y), gradients(expected, norm(expected)), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_that_nobody_trains_or_that_is_watched_is_not_left_for_later(monkeypatch):
+    """In a product it is added for free; hooks see what the layer says."""
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "triton")
+    layer, x = nn.Linear(7, 12), torch.randn(2, 5, 7)
+    assert isinstance(linear(x, layer), Branch)
+    with torch.no_grad():
+        assert torch.equal(linear(x, layer), layer(x))
+    seen = []
+    handle = layer.register_forward_hook(lambda *_: seen.append(1))
+    assert isinstance(linear(x, layer), torch.Tensor)
+    assert seen
+    handle.remove()
+    assert isinstance(linear(x, layer.requires_grad_(False)), torch.Tensor)
+
+
+@pytest.mark.parametrize("level", ["linear", "conv"])
+def test_backward_of_a_transformer_and_a_resnet_adds_no_gradients_of_residual_connections(level, monkeypatch):
+    """On meta: what is left of `add` are the sums of forward, and the gradients of q, k and v."""
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "triton")
+    config = replace(TINY, use_linear_projection=level == "linear")
+    with torch.device("meta"):
+        block = UNet(config).down_blocks[0].to(torch.bfloat16)
+        x = torch.randn(2, 16, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        time = torch.randn(2, 64, dtype=torch.bfloat16)
+        text = torch.randn(2, 5, config.cross_attention_dim, dtype=torch.bfloat16)
+        with AsOnGPU():
+            h = block.attend(0, block.resnet(0, x, None, time, None), text, None)
+        with Counter() as counter:
+            h.backward(torch.randn_like(h))
+    counts = Tally(cost.op for cost in counter.costs)
+    assert counts["aten::add"] <= 2  # attention takes its input thrice
+    assert not counts["aten::native_layer_norm_backward"] + counts["aten::clone"]
+    assert counts["aten::sum"] == (3 if level == "linear" else 2)  # of biases: time, ff, projection out
 
 
 def features(dtype=torch.float32):
@@ -236,7 +324,7 @@ def test_providers_are_asked_for_what_they_are_measured_on(monkeypatch):
     monkeypatch.setattr(ops, "choose", lambda op, *args: asked.add(op) or providers.choose(op, *args))
     unet, inputs = unet_and_inputs()
     unet(*inputs)
-    assert asked == {"group_norm_silu", "pruned_attention", "geglu"}
+    assert asked == {"group_norm_silu", "layer_norm", "pruned_attention", "geglu"}
     assert asked <= set(OPS)
 
 

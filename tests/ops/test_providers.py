@@ -4,12 +4,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.structures import structure
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
 from bilevel_fast.ops.providers import choose, notes
+from bilevel_fast.profiling.meta_steps import Steps
 
 CPU = torch.device("cpu")
+SHIPPED = providers.TABLE
 SMALL, MEDIUM, LARGE = (CPU, 8), (CPU, 2**20), (CPU, 2**22)
 
 
@@ -69,6 +72,32 @@ def test_hardware_that_nobody_measured_is_named(monkeypatch):
     )
 
 
+def on(card, monkeypatch):
+    monkeypatch.setattr(providers, "architecture", lambda _: card)
+    monkeypatch.setitem(providers.TABLE, "projected", {"op": {"small": "cuda"}, "new": {"small": "triton"}})
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    ("card", "op", "new"),
+    [("sm_80", "cuda", "triton"), ("sm_90", "triton", "triton"), ("sm_120", "cuda", "triton"),
+     ("sm_75", "torch", "torch"), ("cpu", "native", "torch")],
+)  # fmt: skip
+def test_new_cards_have_projected_defaults_until_they_are_measured(card, op, new, monkeypatch):
+    device = on(card, monkeypatch)
+    assert choose("op", device, 8, "native", "triton", "cuda") == op
+    assert choose("new", device, 8, "triton") == new
+
+
+def test_a_run_says_which_defaults_are_projected(monkeypatch):
+    assert notes(on("sm_90", monkeypatch), {}) == [
+        "projected, not measured on sm_90: triton runs new; "
+        "to measure: python -m benchmarks.kernels.sweep --device meta --tune"
+    ]
+    assert notes(on("cpu", monkeypatch), {}) == []
+    assert "(only on cpu, sm_90), torch runs them all" in notes(on("sm_75", monkeypatch), {})[0]
+
+
 def test_what_is_missing_on_a_cpu():
     assert set(ops.missing(CPU)) >= {"cuda", "xformers"}
     assert "native" not in ops.missing(CPU)
@@ -81,10 +110,23 @@ def test_size_classes():
     ]
 
 
+def test_a_step_on_a_new_card_copies_no_activation(monkeypatch):
+    """Torch's GroupNorm would: from channels_last and back."""
+    monkeypatch.setattr(providers, "TABLE", SHIPPED)
+    monkeypatch.setattr(providers, "architecture", lambda device: "sm_90" if device.type == "meta" else device.type)
+    steps = Steps(structure("0.80", tiny=True), 8, 7, 2, torch.device("meta"), torch.bfloat16)
+    costs = [cost for cost in steps.count(steps.lower) if cost.room in ("teacher", "student", "backward")]
+    copies = {cost.op for cost in costs if cost.kind == "copy" and cost.bytes > 2**14}
+    assert copies <= {"aten::cat"}, "only the skip connections are copied"
+    ours = {cost.op.removeprefix("bilevel_kernels::") for cost in costs if cost.op.startswith("bilevel_kernels")}
+    assert ours >= {f"{op}_{way}" for op in ("group_norm_silu", "layer_norm", "geglu") for way in ("fwd", "bwd")}
+    assert not any("pruned_attention" in op for op in ours)
+
+
 def test_the_shipped_table_is_well_formed():
     shipped = json.loads((Path(providers.__file__).parent / "providers.json").read_text())
     for architecture, table in shipped.items():
-        assert architecture == "cpu" or architecture.startswith("sm_")
+        assert architecture in ("cpu", "projected") or architecture.startswith("sm_")
         for sizes in table.values():
             assert set(sizes) <= {*providers.SIZES, "large"}
             assert set(sizes.values()) <= set(providers.PROVIDERS)
