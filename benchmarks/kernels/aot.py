@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -54,9 +54,9 @@ class Compiled:
     spills: int  # bytes of stack and local memory of a thread
     shared: int  # bytes of a block
     occupancy: float  # resident warps of the most that an SM holds
-    tensor_core: int  # instructions
-    wide_copies: int  # instructions that load or copy 16 bytes
-    double: int  # fp64 arithmetic instructions
+    tensor_core: int | None  # instructions; None where they were not counted
+    wide_copies: int | None  # instructions that load or copy 16 bytes
+    double: int | None  # fp64 arithmetic instructions
     sass: str
 
     @property
@@ -80,56 +80,78 @@ class _Target:
         return 0
 
 
+Wanted = Callable[[str, str], Literal["nothing", "resources", "instructions"]]  # of a kernel and its config
+
+
 @contextmanager
-def offline(sm: int) -> Iterator[list[Compiled]]:
-    """Launches in here are compiled for `sm`, not run; each new kernel is appended to the list."""
+def offline(sm: int, wanted: Wanted = lambda kernel, config: "instructions") -> Iterator[list[Compiled]]:
+    """Launches in here are compiled for `sm`, not run; each new kernel is appended to the list.
+
+    A launch of which `wanted` says "nothing" is not even compiled. One of which it says "resources" is not listed,
+    which can take longer than to compile it, and its instructions are not counted.
+    """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: this process interprets kernels and cannot compile them")
     found: dict[Any, Compiled] = {}
     rows: list[Compiled] = []
-    run, active = JITFunction.run, driver._active
+    run, build, active = JITFunction.run, JITFunction._do_compile, driver._active
+
+    def build_wanted(self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, *rest: Any) -> Any:
+        config = _config(self.arg_names, constants, options.num_warps, options.num_stages)
+        if wanted(self.__name__, config) == "nothing":
+            return None
+        return build(self, key, signature, device, constants, options, *rest)
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in found:
-            found[kernel.hash] = _read(kernel, sm)
+        if kernel is not None and kernel.hash not in found:
+            found[kernel.hash] = _read(kernel, sm, wanted)
             rows.append(found[kernel.hash])
         return kernel
 
     driver.set_active(_Target(sm))  # pyright: ignore[reportArgumentType]  # the three methods that compiling calls
-    JITFunction.run = compile_only
+    JITFunction.run, JITFunction._do_compile = compile_only, build_wanted
     try:
         yield rows
     finally:
-        JITFunction.run = run
+        JITFunction.run, JITFunction._do_compile = run, build
         driver._active = active  # `reset_active` would look for a driver, and there may be none
 
 
-def _read(kernel: Any, sm: int) -> Compiled:
+def _config(names: list[str], constants: dict[tuple[int, ...], Any], warps: int, stages: int) -> str:
+    named = {names[path[0]]: value for path, value in constants.items() if len(path) == 1}
+    shown = " ".join(f"{name}={value}" for name, value in named.items() if name.isupper())
+    return f"{shown} warps={warps} stages={stages}".strip()
+
+
+def _read(kernel: Any, sm: int, wanted: Wanted) -> Compiled:
+    meta = kernel.metadata
+    config = _config(kernel.src.fn.arg_names, kernel.src.constants, meta.num_warps, meta.num_stages)
+    counted = wanted(meta.name, config) == "instructions"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [tool, "-res-usage", "-sass", file.name]
+        command = [tool, "-res-usage", *["-sass"] * counted, file.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack, local = (
         int(found[1]) if (found := re.search(rf"\b{key}:(\d+)", sass)) else 0 for key in ("REG", "STACK", "LOCAL")
     )
-    meta = kernel.metadata
-    names = kernel.src.fn.arg_names
-    constants = {names[path[0]]: value for path, value in kernel.src.constants.items() if len(path) == 1}
-    config = " ".join(f"{name}={value}" for name, value in constants.items() if name.isupper())
+
+    def count(pattern: str) -> int | None:
+        return len(re.findall(pattern, sass)) if counted else None
+
     return Compiled(
         kernel=meta.name,
         sm=sm,
-        config=f"{config} warps={meta.num_warps} stages={meta.num_stages}".strip(),
+        config=config,
         registers=registers,
         spills=stack + local,
         shared=meta.shared,
         occupancy=_occupancy(CARDS[sm], meta.num_warps, registers, meta.shared),
-        tensor_core=len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\b", sass)),
-        wide_copies=len(re.findall(r"\b(?:LDG|LDGSTS)\.E\S*\.128|\bUTMALDG", sass)),
-        double=len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b|\.F64\b", sass)),
+        tensor_core=count(r"\b(?:HMMA|HGMMA|QGMMA)\b"),
+        wide_copies=count(r"\b(?:LDG|LDGSTS)\.E\S*\.128|\bUTMALDG"),
+        double=count(r"\bD(?:ADD|MUL|FMA|SETP)\b|\.F64\b"),
         sass=sass,
     )
 
@@ -146,10 +168,12 @@ def _occupancy(card: Card, warps: int, registers: int, shared: int) -> float:
     return blocks * warps / card.warps
 
 
-def compile_op(op: str, dtype: str, sm: int, skip: tuple[str, ...] = ()) -> list[tuple[str, Compiled]]:
+def compile_op(
+    op: str, dtype: str, sm: int, skip: tuple[str, ...] = (), wanted: Wanted = lambda kernel, config: "instructions"
+) -> list[tuple[str, Compiled]]:
     """(case, kernel) of every kernel that the benchmark cases of an op launch at batch 2; each kernel once.
 
-    Cases with one of the words of `skip` in their names are left out.
+    Cases with one of the words of `skip` in their names are left out, and kernels of which nothing is `wanted`.
     """
     import importlib
 
@@ -159,7 +183,7 @@ def compile_op(op: str, dtype: str, sm: int, skip: tuple[str, ...] = ()) -> list
         2, torch.device("cpu"), getattr(torch, dtype)
     )
     rows: list[tuple[str, Compiled]] = []
-    with offline(sm) as compiled:
+    with offline(sm, wanted) as compiled:
         for case in cases:
             if set(skip) & set(case.name.split()):
                 continue

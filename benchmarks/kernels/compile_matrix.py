@@ -3,6 +3,7 @@
     python -m benchmarks.kernels.compile_matrix            compile and print
     python -m benchmarks.kernels.compile_matrix --check    fails on a row worse than the committed table, or not in it
     python -m benchmarks.kernels.compile_matrix --write    replaces the committed table, or the rows of --op
+    python -m benchmarks.kernels.compile_matrix --check --one-card    what CI has time for
 
 The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units.
 A row is worse if it spills, needs more shared memory than the card has, computes in fp64, holds fewer warps on an SM
@@ -16,7 +17,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Literal
+from zlib import crc32
 
 from benchmarks import RESULTS
 from benchmarks.kernels.aot import CARDS, compile_op
@@ -40,27 +42,45 @@ class Settings:
     """Only this one."""
     check: bool = False
     """Compare with the committed table; exit with 1 if a row is worse."""
+    one_card: bool = False
+    """Compile each launch for one card only, which its name decides, so that all cards are seen. Count the instructions
+    of every fourth: to disassemble a kernel takes as long as to compile it."""
     write: bool = False
     """Replace the committed table, or the rows of `op` in it."""
     json: bool = False
     """One JSON object per row instead of text."""
 
 
-def compile_one(op: str, dtype: str, sm: int) -> list[Row]:
+def card_of(kernel: str, config: str) -> int:
+    """The card that stands for all where a launch is compiled for one only; the same on every machine."""
+    return list(CARDS)[_number(kernel, config) % len(CARDS)]
+
+
+def _number(kernel: str, config: str) -> int:
+    return crc32(f"{kernel} {config}".encode())
+
+
+def compile_one(op: str, dtype: str, sm: int, one_card: bool = False) -> list[Row]:
     """The rows of one op for one card. Runs in a process of its own."""
+
+    def wanted(kernel: str, config: str) -> Literal["nothing", "resources", "instructions"]:
+        if one_card and card_of(kernel, config) != sm:
+            return "nothing"
+        return "resources" if one_card and _number(kernel, config) // len(CARDS) % 4 else "instructions"
+
     rows = []
-    for case, kernel in compile_op(op, dtype, sm, DTYPES[dtype]):
+    for case, kernel in compile_op(op, dtype, sm, DTYPES[dtype], wanted):
         row = {"suite": "compile_matrix", "op": op, "dtype": dtype, "case": case, **asdict(kernel)}
         del row["sass"]
         rows.append({**row, "occupancy": round(kernel.occupancy, 3), "fits": kernel.fits})
     return rows
 
 
-def compile_all(ops: Iterable[str]) -> list[Row]:
+def compile_all(ops: Iterable[str], one_card: bool = False) -> list[Row]:
     """All rows, in a fixed order, compiled by as many processes as there are cores."""
     os.environ.pop("TRITON_INTERPRET", None)  # the processes inherit the environment
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_one, *job) for job in product(ops, DTYPES, CARDS)]
+        jobs = [pool.submit(compile_one, *job, one_card) for job in product(ops, DTYPES, CARDS)]
         return [row for job in jobs for row in job.result()]
 
 
@@ -77,7 +97,7 @@ def complaints(row: Row, committed: Row | None) -> list[str]:
         return [*found, "not in the table; --write adds it"]
     if row["occupancy"] < committed["occupancy"]:
         found.append(f"occupancy {row['occupancy']:.0%}, was {committed['occupancy']:.0%}")
-    lost = [what for what in ("tensor_core", "wide_copies") if committed[what] and not row[what]]
+    lost = [what for what in ("tensor_core", "wide_copies") if committed[what] and row[what] == 0]
     return found + [f"no {what} instructions, had {committed[what]}" for what in lost]
 
 
@@ -102,8 +122,8 @@ def load() -> list[Row]:
 def text(row: Row) -> str:
     return (
         f"sm_{row['sm']} {row['dtype']:8} {row['kernel']:36} {row['registers']:3} regs  {row['spills']:3} B spilled  "
-        f"{row['shared']:6} B shared  {row['occupancy']:4.0%} occupied  {row['tensor_core']:3} mma  "
-        f"{row['wide_copies']:3} x 16 B  {row['double']} f64  {row['case']}  {row['config']}"
+        f"{row['shared']:6} B shared  {row['occupancy']:4.0%} occupied  {row['tensor_core']} mma  "
+        f"{row['wide_copies']} x 16 B  {row['double']} f64  {row['case']}  {row['config']}"
     )
 
 
@@ -111,9 +131,13 @@ def main() -> None:
     settings = flags.parse(Settings, "benchmarks.kernels.compile_matrix", __doc__)
     if settings.op is not None and settings.op not in OPS:
         raise UserError(f"--op {settings.op}: no such op{nearest(settings.op, OPS)}")
+    if settings.one_card and settings.write:
+        raise UserError("--one-card --write: the table holds every launch on every card; leave one of them out")
     ops = OPS if settings.op is None else (settings.op,)
     table = [row for row in load() if row["op"] in ops] if settings.check else []
-    rows = compile_all(ops)
+    if settings.one_card:
+        table = [row for row in table if card_of(row["kernel"], row["config"]) == row["sm"]]
+    rows = compile_all(ops, settings.one_card)
     for row in rows if settings.json or not settings.check else []:
         print(json.dumps(row) if settings.json else text(row))
     if settings.write:
