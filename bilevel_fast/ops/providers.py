@@ -2,7 +2,7 @@
 
 `providers.json` says so per architecture, op and size class; `python -m benchmarks.kernels.sweep --tune` writes it:
 
-    {"cpu": {"group_norm_silu": {"small": "native", "medium": "native"}}}
+    {"cpu": {"group_norm_silu": {"small": "native", "medium": ["triton", "native", "torch"]}}}
 
 An architecture is `cpu` or `sm_90` and the like. What the table does not name runs on torch, and so does hardware that
 nobody has measured; but a mixture batch runs on Triton on any GPU: torch has no op that does several experts at once.
@@ -24,8 +24,10 @@ VARIABLE = "BILEVEL_FAST_OPS"
 PROVIDERS = ("torch", "native", "triton", "cuda", "xformers")
 SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
 
-# architecture -> op -> size class -> provider
-TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
+# architecture -> op -> size class -> provider, or several from the fastest on: the first that can take the inputs runs
+TABLE: dict[str, dict[str, dict[str, str | list[str]]]] = json.loads(
+    (Path(__file__).parent / "providers.json").read_text()
+)
 
 
 def choose(op: str, device: torch.device, numel: int, *able: str, default: str = "torch") -> str:
@@ -46,7 +48,8 @@ def choose(op: str, device: torch.device, numel: int, *able: str, default: str =
         wanted = TABLE.get(architecture(device), {}).get(op, {}).get(size_class(numel), default)
     elif wanted not in PROVIDERS:
         raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
-    return wanted if wanted in able else "torch"
+    ranking = [wanted] if isinstance(wanted, str) else wanted
+    return next((name for name in ranking if name in able or name == "torch"), "torch")
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
         return []
     known = ", ".join(sorted(TABLE)) or "none"
     return [f"no op was measured on {here} (only on {known}), torch runs them all; "
-            f"to measure: python -m benchmarks.kernels.sweep --device {device.type} --tune"]  # fmt: skip
+            "to measure: OUT=results bash benchmarks/gpu.sh"]  # fmt: skip
 
 
 def size_class(numel: int) -> str:
