@@ -101,16 +101,21 @@ def recorded(
     return lambda: (replay(), out)[1], True
 
 
+def evict(cache: torch.Tensor) -> torch.Tensor:
+    """Fill L2 with lines of `cache`, read and not written: dirty ones the next call would have to write back."""
+    return cache.sum()
+
+
 def interleaved_cuda(providers: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> dict[str, Timing]:
     """As `interleaved`, timed by the GPU itself, with an L2 cache that holds nothing of the call's."""
     names = list(providers)
-    cache = torch.empty(2**26, dtype=torch.float32, device="cuda")  # 256 MiB, more than any L2
+    cache = torch.zeros(2**26, dtype=torch.float32, device="cuda")  # 256 MiB, more than any L2
     spans: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
     for number in range(warmup + rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            cache.zero_()
+            evict(cache)
             start.record()
             providers[name]()
             end.record()

@@ -50,8 +50,9 @@ def summary() -> list[str]:
         doc = getdoc(import_module(f"bilevel_kernels.{op}")) or ""
         chosen = defaultdict(list)
         for architecture, table in TABLE.items():
-            for size, provider in table.get(op, {}).items():
-                chosen[architecture, provider].append(size)
+            for size, ranking in table.get(op, {}).items():
+                first = ranking if isinstance(ranking, str) else ranking[0]
+                chosen[architecture, first].append(size)
         runs = "; ".join(f"{arch}: {provider} ({', '.join(sizes)})" for (arch, provider), sizes in chosen.items())
         runs = NOT_IN_THE_TRAINER.get(op, runs or "torch everywhere")
         lines.append(f"| [`{op}`](bilevel_kernels/{op}.py) | {doc.splitlines()[0]} | {runs} |")

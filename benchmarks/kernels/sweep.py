@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.sweep --device cuda --out rows.jsonl    all ops; rows are appended as they are measured
     python -m benchmarks.kernels.sweep --op geglu                        one op, printed
-    python -m benchmarks.kernels.sweep --tune                            write what won to ops/providers.json
+    python -m benchmarks.kernels.sweep --tune --out rows.jsonl           rank those rows in ops/providers.json
 
 The rivals of a case are timed in one interleaved run: on a GPU with a cold L2 cache, and from a CUDA graph where the
 call can be captured, so that launch costs do not hide what the kernels do. The roofline is the larger of bytes over
@@ -12,19 +12,22 @@ On a GPU the shapes are those of SD 2.1 at 512 px; on the CPU those of the mini 
 
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from benchmarks.kernels.cases import OPS, Case
+from benchmarks.kernels.cases import TUNED, Case
 from benchmarks.kernels.tuning import tune
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, Unavailable, interleaved, interleaved_cuda, recorded
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.ops.providers import architecture
 
 Row = dict[str, Any]
 
@@ -37,16 +40,18 @@ class Settings:
     """Where to run."""
     op: str | None = None
     """Only this one."""
-    batch: tuple[int, ...] = (2, 16)
-    """Images."""
+    batch: tuple[int, ...] = (16, 2)
+    """Images; all ops at the first batch before any at the next."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of activations; bfloat16 on a GPU and float32 on the CPU if not given."""
     rounds: int = 20
     """Rounds that count."""
     out: Path | None = None
     """Append rows to this file as they are measured; what it holds already is not measured again."""
+    compile: bool = False
+    """Also time what torch.compile makes of the reference: some seconds of compiling a case."""
     tune: bool = False
-    """Write the winners to the table that `bilevel_fast.ops.providers` reads."""
+    """Measure nothing; rank the rows of `out` in the table that `bilevel_fast.ops.providers` reads."""
     json: bool = False
     """One JSON object per row instead of text."""
 
@@ -54,10 +59,10 @@ class Settings:
 def ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """Measured bytes per second of a copy and FLOPs per second of a matrix product."""
     cuda = device.type == "cuda"
-    source = torch.zeros(2**29 if cuda else 2**24, dtype=torch.float32, device=device)
+    source = torch.randn(2**29 if cuda else 2**24, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     n = 8192 if cuda else 1024
-    a, b = (torch.zeros(n, n, dtype=dtype, device=device) for _ in range(2))
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))  # zeros take less power, and less time
     calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
     best = {name: min(timing.seconds) for name, timing in _time(calls, 10, device).items()}
     return 2 * source.nbytes / best["copy"], 2 * n**3 / best["matmul"]
@@ -91,10 +96,9 @@ def measure(case: Case, rounds: int, device: torch.device, roof: tuple[float, fl
     return rows + [{**shared, "provider": name, "value": None, "why": why} for name, why in missing.items()]
 
 
-def all_cases(op: str, batches: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def all_cases(op: str, batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
     module = importlib.import_module(f"benchmarks.kernels.cases.{op if device.type == 'cuda' else 'native'}")
-    for batch in batches:
-        yield from (case for case in module.cases(batch, device, dtype) if case.op == op)
+    return [case for case in module.cases(batch, device, dtype) if case.op == op]
 
 
 def text(row: Row) -> str:
@@ -108,26 +112,39 @@ def text(row: Row) -> str:
 
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.kernels.sweep", __doc__)
-    if settings.op is not None and settings.op not in OPS:
-        raise UserError(f"--op {settings.op}: no such op{nearest(settings.op, OPS)}")
+    if settings.op is not None and settings.op not in TUNED:
+        raise UserError(f"--op {settings.op}: no such op{nearest(settings.op, TUNED)}")
+    rows = [json.loads(line) for line in _lines(settings.out)]
+    if settings.tune:
+        if not rows:
+            raise UserError(f"--tune: no rows in --out {settings.out}; measure first, with the same --out")
+        tune([row for row in rows if settings.op in (None, row["op"])])
+        return
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU")
     device = torch.device(settings.device)
     dtype = getattr(torch, settings.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    rows = [json.loads(line) for line in _lines(settings.out)]
-    done = {(row["op"], row["case"], row["dtype"]) for row in rows}
+    done = {(row["op"], row["case"], row["dtype"], row["provider"]) for row in rows}
+    settle_libraries(device)
     roof = ceilings(device, dtype)
     shared = {
         "dtype": str(dtype).removeprefix("torch."),
         "copy_gb_per_s": roof[0] / 1e9,
         "matmul_tflop_per_s": roof[1] / 1e12,
+        "architecture": architecture(device),
     }
+    if device.type == "cuda":
+        shared["l2_bytes"] = torch.cuda.get_device_properties(device).L2_cache_size
     shared |= describe(device)
-    for op in OPS if settings.op is None else (settings.op,):
-        for case in all_cases(op, settings.batch, device, dtype):
-            if (op, case.name, shared["dtype"]) in done:
+    ops = TUNED if settings.op is None else (settings.op,)
+    for batch, op in product(settings.batch, ops):
+        for case in all_cases(op, batch, device, dtype):
+            if not settings.compile:
+                case.providers.pop("compile", None)
+            wanted = {(op, case.name, shared["dtype"], provider) for provider in case.providers}
+            if wanted <= done:
                 continue
-            done.add((op, case.name, shared["dtype"]))
+            done |= wanted
             found = [{**row, **shared} for row in measure(case, settings.rounds, device, roof)]
             rows += found
             for row in found:
@@ -137,8 +154,6 @@ def main() -> None:
                     file.writelines(json.dumps(row) + "\n" for row in found)
     if not rows:
         raise UserError(f"nothing to measure: no implementation of {settings.op} but torch's runs on the {device.type}")
-    if settings.tune:
-        tune(rows, device)
 
 
 def _lines(path: Path | None) -> list[str]:

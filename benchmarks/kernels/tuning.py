@@ -1,4 +1,4 @@
-"""From measured rows to the table of `bilevel_fast.ops.providers`: who wins what."""
+"""From measured rows to the table of `bilevel_fast.ops.providers`: who wins what, and who comes next."""
 
 import json
 from collections import defaultdict
@@ -6,42 +6,57 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.ops import providers
 
 PATH = Path(providers.__file__).parent / "providers.json"
 MARGIN = 1.03  # how much faster than torch a provider must be to be taken instead: less is noise
 
+Row = dict[str, Any]
 
-def winners(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """op -> size class -> the provider with the least time, geometric mean over the cases of the class.
 
-    Only providers that `ops.dispatch` can call take part, and of those only the ones measured on every case of
-    the class; torch stays where nobody beats it by MARGIN.
+def rankings(rows: list[Row]) -> dict[str, dict[str, list[str]]]:
+    """op -> size class -> providers from the fastest on, ending with torch, which takes any input.
+
+    Only providers that `ops.dispatch` can call take part. Each is judged by how many times faster than torch it is, the
+    geometric mean over the cases of the class that both ran; who is not by MARGIN is not named.
     """
-    times: dict[tuple[str, str], dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    times: dict[tuple[str, str], dict[str, dict[tuple[str, str], float]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if row["provider"] in providers.PROVIDERS and row["value"] is not None:
-            times[row["op"], providers.size_class(row["numel"])][row["provider"]][row["case"]] = row["value"]
-    table: dict[str, dict[str, str]] = {}
+            case = row["case"], row["dtype"]
+            times[row["op"], providers.size_class(row["numel"])][row["provider"]][case] = row["value"]
+    table: dict[str, dict[str, list[str]]] = {}
     for (op, size), by_provider in sorted(times.items()):
-        if not (torch_times := by_provider.get("torch")):
+        if not (torch_times := by_provider.pop("torch", None)):
             continue
-        ratios = {
-            name: prod(torch_times[case] / t for case, t in found.items()) ** (1 / len(found))
-            for name, found in by_provider.items()
-            if found.keys() == torch_times.keys()
-        }
-        best = max(ratios, key=lambda name: ratios[name])
-        table.setdefault(op, {})[size] = best if ratios[best] >= MARGIN else "torch"
+        faster: dict[str, float] = {}
+        for name, found in by_provider.items():
+            if common := found.keys() & torch_times.keys():
+                faster[name] = prod(torch_times[case] / found[case] for case in common) ** (1 / len(common))
+        named = sorted((name for name in faster if faster[name] >= MARGIN), key=lambda name: -faster[name])
+        table.setdefault(op, {})[size] = [*named, "torch"]
     return table
 
 
-def tune(rows: list[dict[str, Any]], device: torch.device) -> None:
-    """Replace the rows' architecture, op by op, in the shipped table."""
-    table = json.loads(PATH.read_text())
-    table.setdefault(providers.architecture(device), {}).update(winners(rows))
+def tune(rows: list[Row]) -> None:
+    """Replace what the shipped table holds of the architectures and ops of the rows.
+
+    Raises:
+        UserError: No row tells anything.
+    """
+    table, written = json.loads(PATH.read_text()), []
+    for architecture in sorted({_architecture(row) for row in rows}):
+        found = rankings([row for row in rows if _architecture(row) == architecture])
+        table.setdefault(architecture, {}).update(found)
+        written += [f"{architecture} ({', '.join(found)})"] * bool(found)
+    if not written:
+        raise UserError("--tune: no case was measured with torch, which all others are judged by; measure first")
     write_atomic(PATH, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
-    print(f"{PATH.name}: {providers.architecture(device)} written")
+    print(f"{PATH.name}: {'; '.join(written)} written")
+
+
+def _architecture(row: Row) -> str:
+    """Rows of a CPU were written before rows said so."""
+    return row.get("architecture", "cpu")

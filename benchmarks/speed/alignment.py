@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, interleaved, interleaved_cuda, recorded
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.ops.randomness import Stream, normal
 
@@ -128,6 +129,7 @@ def convolution(numbers: Numbers, cin: int, cout: int, size: int, batch: int, di
 def measure(settings: Settings) -> Iterator[list[Row]]:
     """Rows of one level, position and direction after the other: `ms` of each width, and what padding does to it."""
     device = torch.device(settings.device)
+    settle_libraries(device)
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     machine = describe(device) | {

@@ -30,6 +30,7 @@ from benchmarks.speed.unet import make_inputs
 from benchmarks.speed.unet_providers import Inputs, bound, distance
 from benchmarks.structures import Model, model
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
@@ -96,6 +97,7 @@ def calls(unet: UNet, structures: tuple[Structure, ...], expert: Tensor, inputs:
 def measure(settings: Settings) -> Iterator[Row]:
     """`ms` of every provider, and how many times faster than each other one `mixed` is."""
     device, size = torch.device(settings.device), model(settings.tiny)
+    settle_libraries(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     machine = describe(device) | {"dtype": str(dtype).removeprefix("torch.")}
     torch.manual_seed(0)

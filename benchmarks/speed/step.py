@@ -18,6 +18,7 @@ ratio is the median over rounds. Rows are written as they come.
     host_syncs                times that a step waits for the GPU
 """
 
+import gc
 import json
 import math
 import warnings
@@ -37,6 +38,7 @@ from benchmarks.speed.ours import Rung, beside, ladder, ours, warm_up
 from benchmarks.speed.peers import Inputs, Peer
 from benchmarks.structures import Model, model, structure
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import LEVEL_STRIDE, Batch
 from bilevel_fast.models.macs import count
@@ -153,7 +155,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU")
     device = torch.device(settings.device)
-    torch.backends.cudnn.benchmark = True  # for all alike: shapes do not change
+    settle_libraries(device)
     size = model(tiny=settings.tiny or device.type == "cpu")
     kept = structure(settings.structure, tiny=size.name == "mini")
     if kept.config != size.config:
@@ -198,7 +200,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     timed = False
     for other in contenders(settings, inputs, device):
         try:
-            before = _allocated(device)
+            calls, before = None, _allocated(device)
             peer = other.build()
             check(other, warm_up(peer, other.rung_settings), losses)
             yield from once(other.provider, other.rung, peer, before)
@@ -214,7 +216,8 @@ def measure(settings: Settings) -> Iterator[Row]:
         except (RuntimeError, UserError, ImportError) as error:  # one that fails takes nobody along
             reason = str(error).strip().splitlines()[0]
             yield row("lower", other.provider, other.rung, "ms", None, "ms", reason=reason)
-        peer = None
+        peer = calls = None  # what times it holds it as well, and the next may need its memory
+        gc.collect()
         _empty(device)
 
 

@@ -40,6 +40,7 @@ from benchmarks.speed.unet_providers import PROVIDERS, Inputs, bound, distance, 
 from benchmarks.speed.unet_sites import site_rows
 from benchmarks.structures import NAMES, PLANNED, Model, model, structure
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.unet import UNet
@@ -182,6 +183,7 @@ def _value(metric: str, unit: str, timing: Timing | None, factor: float, reason:
 def measure(settings: Settings) -> Iterator[list[Row]]:
     """All rows of one batch size after the other; with `sites`, of one site."""
     device, size = torch.device(settings.device), model(settings.tiny)
+    settle_libraries(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     align = settings.align or (8 if device.type == "cuda" else 1)
     machine = describe(device) | {"dtype": str(dtype).removeprefix("torch.")}

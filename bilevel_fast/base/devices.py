@@ -86,3 +86,10 @@ def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def settle_libraries(device: torch.device) -> None:
+    """Torch's global switches as training and its benchmarks want them on a GPU; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes do not change
+        torch.set_float32_matmul_precision("high")

@@ -2,7 +2,7 @@
 
 `providers.json` says so per architecture, op and size class; `python -m benchmarks.kernels.sweep --tune` writes it:
 
-    {"cpu": {"group_norm_silu": {"small": "native", "medium": "native"}}}
+    {"cpu": {"group_norm_silu": {"small": "native", "medium": ["triton", "native", "torch"]}}}
 
 An architecture is `cpu` or `sm_90` and the like. `projected` stands for GPUs from sm_80 on, op by op until one was
 measured there: the fused kernels that move fewer bytes than torch's own, which copy channels_last around GroupNorm.
@@ -26,10 +26,17 @@ VARIABLE = "BILEVEL_FAST_OPS"
 PROVIDERS = ("torch", "native", "triton", "cuda", "xformers")
 SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
 
+<<<<<<< HEAD
 PROJECTED = "projected"
 
 # architecture, or `projected` -> op -> size class -> provider
 TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
+=======
+# architecture -> op -> size class -> provider, or several from the fastest on: the first that can take the inputs runs
+TABLE: dict[str, dict[str, dict[str, str | list[str]]]] = json.loads(
+    (Path(__file__).parent / "providers.json").read_text()
+)
+>>>>>>> h14-bench
 
 
 def choose(op: str, device: torch.device, numel: int, *able: str, default: str = "torch") -> str:
@@ -50,7 +57,8 @@ def choose(op: str, device: torch.device, numel: int, *able: str, default: str =
         wanted = table(architecture(device)).get(op, {}).get(size_class(numel), default)
     elif wanted not in PROVIDERS:
         raise UserError(f"{VARIABLE}={wanted} in the environment: no such provider{nearest(wanted, PROVIDERS)}")
-    return wanted if wanted in able else "torch"
+    ranking = [wanted] if isinstance(wanted, str) else wanted
+    return next((name for name in ranking if name in able or name == "torch"), "torch")
 
 
 def table(here: str) -> Mapping[str, Mapping[str, str]]:
@@ -94,10 +102,16 @@ def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
         said = f"projected, not measured on {here}: triton runs {guessed}"
     elif measured:
         return []
+<<<<<<< HEAD
     else:
         known = ", ".join(sorted(set(TABLE) - {PROJECTED})) or "none"
         said = f"no op was measured on {here} (only on {known}), torch runs them all"
     return [f"{said}; to measure: python -m benchmarks.kernels.sweep --device {device.type} --tune"]
+=======
+    known = ", ".join(sorted(TABLE)) or "none"
+    return [f"no op was measured on {here} (only on {known}), torch runs them all; "
+            "to measure: OUT=results bash benchmarks/gpu.sh"]  # fmt: skip
+>>>>>>> h14-bench
 
 
 def size_class(numel: int) -> str:

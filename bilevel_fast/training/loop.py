@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.ops.graphs import side_stream
 from bilevel_fast.training import checkpoint
@@ -159,9 +160,8 @@ def running(levels: Sequence[AnyLevel], device: torch.device) -> Iterator[None]:
         for level in levels:
             if isinstance(level, Level):
                 stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # those of a run are Loaders
+        settle_libraries(device)
         if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # shapes do not change
-            torch.set_float32_matmul_precision("high")
             stack.enter_context(side_stream(device))
         yield
 

@@ -39,6 +39,15 @@ def test_a_winner_that_cannot_take_the_input_is_torch():
     assert choose("op", *SMALL) == "torch"
 
 
+def test_of_a_ranking_the_first_that_can_take_the_input_runs(monkeypatch):
+    ranking = ["cuda", "triton", "torch", "native"]
+    monkeypatch.setattr(providers, "TABLE", {"cpu": {"op": {"small": ranking}}})
+    assert choose("op", *SMALL, "triton", "cuda") == "cuda"
+    assert choose("op", *SMALL, "triton", "native") == "triton"
+    assert choose("op", *SMALL, "native") == "torch"
+    assert choose("op", *SMALL) == "torch"
+
+
 def test_the_environment_overrules_the_table(monkeypatch):
     monkeypatch.setenv("BILEVEL_FAST_OPS", "torch")
     assert choose("op", *SMALL, "native") == "torch"
@@ -68,7 +77,7 @@ def test_hardware_that_nobody_measured_is_named(monkeypatch):
     (note,) = notes(torch.device("meta"), {})
     assert note == (
         "no op was measured on meta (only on cpu, sm_90), torch runs them all; "
-        "to measure: python -m benchmarks.kernels.sweep --device meta --tune"
+        "to measure: OUT=results bash benchmarks/gpu.sh"
     )
 
 
@@ -129,4 +138,5 @@ def test_the_shipped_table_is_well_formed():
         assert architecture in ("cpu", "projected") or architecture.startswith("sm_")
         for sizes in table.values():
             assert set(sizes) <= {*providers.SIZES, "large"}
-            assert set(sizes.values()) <= set(providers.PROVIDERS)
+            for ranking in sizes.values():
+                assert {ranking} if isinstance(ranking, str) else set(ranking) <= set(providers.PROVIDERS)

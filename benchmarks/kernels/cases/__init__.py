@@ -20,6 +20,9 @@ Provider = Callable[[], Callable[[], object]]
 OPS = tuple(op.__module__.rpartition(".")[2] for op in vars(bilevel_kernels).values() if isfunction(op))
 """The modules of the package's functions, in the order of its lines."""
 
+TUNED = (*OPS, "mixture")
+"""What is measured and ranked: a mixture's insides are several ops under one choice."""
+
 
 @dataclass(frozen=True)
 class Case:

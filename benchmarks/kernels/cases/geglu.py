@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from benchmarks.kernels.cases import Case, Provider, compiled
 from benchmarks.measure import Unavailable
@@ -22,7 +23,7 @@ def _liger(value: Tensor, gate: Tensor) -> Tensor:
 
 def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
     def case(T: int, F: int, label: str, kept: Kept | None, backward: bool) -> Case:
-        dropped = None if kept is None else ~kept.mask(F // kept.units, 1, device)
+        width = counts(kept, F, 1)[0]  # of those that have no list: their tensors are cut
 
         def tensor(*shape: int) -> Tensor:
             make = torch.empty if device.type == "cpu" else torch.randn
@@ -31,19 +32,34 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
         def timed(y: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
             if not backward:
                 return y
-            out, dy = y(), tensor(batch, T, F).detach()
+            out = y()
+            dy = torch.randn_like(out)
             return lambda: torch.autograd.grad(out, inputs, dy, retain_graph=True)
 
-        def provider(op: Callable[[Tensor, Tensor], Tensor]) -> Provider:
+        def provider(op: Callable[[Tensor, Tensor], Tensor], F: int) -> Provider:
             def make() -> Callable[[], object]:
                 x, bias = tensor(batch, T, 2 * F), tensor(2 * F)
                 return timed(lambda: op(x, bias), (x, bias))
 
             return make
 
-        def eager(x: Tensor, bias: Tensor) -> Tensor:
-            y = geglu_ref(x, bias)
-            return y if dropped is None else y.masked_fill(dropped, 0.0)
+        def trainer() -> Callable[[], object]:
+            """The product before adds the bias, in its epilogue; its gradient is a pass over that of x."""
+            x = tensor(batch, T, 2 * width)
+
+            def op() -> Tensor:
+                value, gate = x.chunk(2, dim=-1)
+                return value * gelu(gate)
+
+            if not backward:
+                return op
+
+            def gradients() -> object:
+                (dx,) = torch.autograd.grad(out, x, dout, retain_graph=True)
+                return dx, dx.sum((0, 1))
+
+            out, dout = op(), tensor(batch, T, width).detach()
+            return gradients
 
         def liger() -> Callable[[], object]:
             """The tanh approximation, without a bias, from two tensors instead of two halves of one: less work.
@@ -62,13 +78,13 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
             return timed(lambda: _liger(value, gate), (value, gate))
 
         providers = {
-            "triton": provider(lambda x, bias: geglu(x, bias, kept=kept)),
-            "torch": provider(eager),
-            "compile": compiled(lambda: provider(torch.compile(eager))(), device),
+            "triton": provider(lambda x, bias: geglu(x, bias, kept=kept), F),
+            "torch": trainer,
+            "compile": compiled(lambda: provider(torch.compile(geglu_ref), width)(), device),
             "liger (tanh)": liger,
         }
         rows = batch * T
-        moved = geglu_bytes(rows, F, counts(kept, F, 1)[0], dtype.itemsize, backward)
+        moved = geglu_bytes(rows, F, width, dtype.itemsize, backward)
         name = f"{T}x{F} b{batch} {label} {'bwd' if backward else 'fwd'}"
         return Case("geglu", name, providers, moved, numel=rows * 2 * F)
 

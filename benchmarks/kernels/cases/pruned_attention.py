@@ -1,7 +1,7 @@
 """SD 2.1's attention at 512 px: over its own tokens, and over 77 text tokens; heads of 64.
 
-`triton` works on dense projections with kept lists; the SDPA backends and xformers on the projections of the physically
-pruned model; `torch` is what gating code runs, all heads and a mask.
+`triton` works on dense projections with kept lists; all others on the projections of the physically pruned model.
+`torch` is what the trainer runs: SDPA, which chooses its backend.
 """
 
 import random
@@ -89,9 +89,8 @@ def _providers(
 
         return make
 
-    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = _sdpa(q, k, v, heads)
-        return out if kept is None else out * mask
+    def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _sdpa(q, k, v, count)
 
     def xformers() -> Callable[[], object]:
         try:
@@ -118,13 +117,12 @@ def _providers(
 
         return provider(call, count)
 
-    mask = None if kept is None else kept.mask(HEAD_DIM, batch, device)[:, None, :].to(dtype)
     return {
         "triton": provider(lambda q, k, v: pruned_attention(q, k, v, heads, kept=kept), heads),
-        "torch": provider(masked, heads),
+        "torch": provider(sliced, count),
         **{name: sdpa(backend) for name, backend in BACKENDS.items()},
         "xformers": xformers,
-        "compile": compiled(lambda: provider(torch.compile(masked), heads)(), device),
+        "compile": compiled(lambda: provider(torch.compile(sliced), count)(), device),
     }
 
 

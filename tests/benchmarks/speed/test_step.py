@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -104,6 +105,23 @@ def test_who_runs_out_of_memory_takes_nobody_along(monkeypatch):
     rows = list(step.measure(QUICK))
     assert [row["reason"] for row in rows if row["provider"] == "eager"] == [reason]
     assert any(row["provider"] == "released" and row["value"] for row in rows)
+
+
+def test_a_peer_is_gone_before_the_next_is_built(monkeypatch):
+    """On a GPU two of them would be 33 GiB beside ours. Their steps are what holds the memory."""
+    alive = []
+
+    def build(*_, **__):
+        assert [call() for call in alive] == [None] * len(alive)
+        peer = peers.Peer("small", lambda: torch.zeros(()), lambda: torch.zeros(()))
+        alive.extend(weakref.ref(call) for call in (peer.lower, peer.upper))
+        return peer
+
+    for name in ("released", "eager"):
+        monkeypatch.setattr(peers, name, build)
+    monkeypatch.setattr(step, "check", lambda *_: None)
+    assert all(row["value"] is not None for row in step.measure(QUICK))
+    assert len(alive) == 4
 
 
 def test_timings_in_other_units():
