@@ -26,17 +26,13 @@ VARIABLE = "BILEVEL_FAST_OPS"
 PROVIDERS = ("torch", "native", "triton", "cuda", "xformers")
 SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
 
-<<<<<<< HEAD
 PROJECTED = "projected"
 
-# architecture, or `projected` -> op -> size class -> provider
-TABLE: dict[str, dict[str, dict[str, str]]] = json.loads((Path(__file__).parent / "providers.json").read_text())
-=======
-# architecture -> op -> size class -> provider, or several from the fastest on: the first that can take the inputs runs
+# architecture, or `projected` -> op -> size class -> provider, or several from the fastest on: the first that can take
+# the inputs runs
 TABLE: dict[str, dict[str, dict[str, str | list[str]]]] = json.loads(
     (Path(__file__).parent / "providers.json").read_text()
 )
->>>>>>> h14-bench
 
 
 def choose(op: str, device: torch.device, numel: int, *able: str, default: str = "torch") -> str:
@@ -61,7 +57,7 @@ def choose(op: str, device: torch.device, numel: int, *able: str, default: str =
     return next((name for name in ranking if name in able or name == "torch"), "torch")
 
 
-def table(here: str) -> Mapping[str, Mapping[str, str]]:
+def table(here: str) -> Mapping[str, Mapping[str, str | list[str]]]:
     """op -> size class -> provider on an architecture: what was measured there, and what is projected for the rest."""
     return (TABLE.get(PROJECTED, {}) if is_projected(here) else {}) | TABLE.get(here, {})
 
@@ -102,16 +98,10 @@ def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
         said = f"projected, not measured on {here}: triton runs {guessed}"
     elif measured:
         return []
-<<<<<<< HEAD
     else:
         known = ", ".join(sorted(set(TABLE) - {PROJECTED})) or "none"
         said = f"no op was measured on {here} (only on {known}), torch runs them all"
-    return [f"{said}; to measure: python -m benchmarks.kernels.sweep --device {device.type} --tune"]
-=======
-    known = ", ".join(sorted(TABLE)) or "none"
-    return [f"no op was measured on {here} (only on {known}), torch runs them all; "
-            "to measure: OUT=results bash benchmarks/gpu.sh"]  # fmt: skip
->>>>>>> h14-bench
+    return [f"{said}; to measure: OUT=results bash benchmarks/gpu.sh"]
 
 
 def size_class(numel: int) -> str:
