@@ -59,7 +59,8 @@ class Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """Resolve `auto`, and refuse what is not there."""
+    """Resolve `auto`, and refuse what is not there. A GPU that is named becomes this thread's current one: Triton's
+    kernels, and libraries that are not told, launch there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -67,6 +68,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
