@@ -73,6 +73,14 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the networks compute in: for `auto`, bf16 on a GPU that has it in hardware (sm_80 and later), else fp32."""
+    if precision == "auto":
+        hardware = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if hardware else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers depend on, besides the flags."""
     cuda = device.type == "cuda"

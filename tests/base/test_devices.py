@@ -18,5 +18,5 @@ def test_a_gpu_that_is_named_becomes_the_current_one(monkeypatch, name, current)
 
 def test_what_is_not_there_is_refused_and_not_made_current(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: pytest.fail("made current"))
-    with pytest.raises(UserError, match="^--device cuda:99: "):
+    with pytest.raises(UserError, match=r"^--device cuda:99: "):
         pick_device("cuda:99")
