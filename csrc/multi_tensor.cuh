@@ -27,6 +27,24 @@ inline std::int64_t chunks(std::int64_t count, std::int64_t chunk) {
   return (count + chunk - 1) / chunk;
 }
 
+// The calling thread's current device while this lives; the one that it was comes back afterwards.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    error = cudaGetDevice(&before_);
+    if (error != cudaSuccess) before_ = device;
+    if (before_ != device) error = cudaSetDevice(device);
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+  cudaError_t error;
+
+ private:
+  int before_ = 0;
+};
+
 // Calls launch(table, stream) for up to kTensors tensors at a time.
 template <typename Tensor, typename Launch>
 void for_tables(const std::vector<Tensor>& tensors, std::int64_t chunk, cuda::Queue queue,
@@ -36,7 +54,8 @@ void for_tables(const std::vector<Tensor>& tensors, std::int64_t chunk, cuda::Qu
       throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
     }
   };
-  check(cudaSetDevice(queue.device));
+  const CurrentDevice current(queue.device);
+  check(current.error);
   for (std::size_t begin = 0; begin < tensors.size(); begin += kTensors) {
     Table<Tensor> table{};
     table.size = static_cast<int>(std::min<std::size_t>(kTensors, tensors.size() - begin));

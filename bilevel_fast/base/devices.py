@@ -59,7 +59,8 @@ class Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """Resolve `auto`, and refuse what is not there."""
+    """Resolve `auto`, and refuse what is not there. A GPU that is named becomes this thread's current one: Triton's
+    kernels, and libraries that are not told, launch there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -67,7 +68,17 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the networks compute in: for `auto`, bf16 on a GPU that has it in hardware (sm_80 and later), else fp32."""
+    if precision == "auto":
+        hardware = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if hardware else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from bilevel_fast.base.devices import compute_dtype as compute_dtype
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.blend import Shares, weights_of
@@ -131,14 +132,6 @@ def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
         *(100 * found["output/relative"], found["output/sqnr_db"], 100 * min(blocks), 100 * max(blocks)),
     )
     return Teacher(fp8)
-
-
-def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the networks compute in: for `auto`, bf16 on a GPU that has it in hardware (sm_80 and later), else fp32."""
-    if precision == "auto":
-        hardware = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return torch.bfloat16 if hardware else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
 def fit(

@@ -56,8 +56,8 @@ class ConceptsArgs:
     """Images drawn together."""
     shard: str | None = None
     """i/n: draw the i-th, from 0, of n parts. Whoever is last joins them. Default: what torchrun says, else all."""
-    precision: Precision = "fp32"
-    """What the UNet computes in."""
+    precision: Precision = "auto"
+    """What the UNet computes in: by default bf16 on a GPU that has it (sm_80 and later), else fp32."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 
@@ -74,8 +74,9 @@ def main(argv: Sequence[str]) -> None:
     folder = load_folder(args.model, device)
     if folder.structure is not None:
         _log.warning("%s is pruned; what is to be suppressed is what the dense teacher draws", args.model)
-    recipe = Recipe(args.steps, args.guidance, "pndm", args.seed, args.size, args.precision).of(folder)
+    recipe = Recipe(args.steps, args.guidance, "pndm", args.seed, args.size, args.precision).of(folder, device)
     assert recipe.guidance is not None
+    assert recipe.precision != "auto"
     subjects = read_subjects(args.subjects, folder.family.world)
     drawn = {path: bank_prompts(subjects, concept, held_out) for path, concept in places(args.out, concepts).items()}
     for path, (prompts, anchors) in drawn.items():

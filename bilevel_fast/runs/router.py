@@ -1,7 +1,7 @@
 """APTP from a dense model to a mixture folder, with checkpoints: train the router, then cut its experts.
 
-The run folder and the mixture folder are one. A run that was killed and resumed ends with the same bits as one that
-was not: batches, noise and gates follow from the step.
+The run folder and the mixture folder are one. A run that was killed and resumed ends, on a CPU, with the same bits as
+one that was not: batches, noise and gates follow from the step.
 
 Legend: B batch, N training prompts, K experts, D width of the prompt embedding.
 """

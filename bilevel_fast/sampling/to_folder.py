@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from bilevel_fast.base.devices import Ranks, pick_device
+from bilevel_fast.base.devices import Ranks, compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.weights import fingerprint
@@ -36,7 +36,7 @@ from bilevel_fast.sampling.prompts import Row
 from bilevel_fast.sampling.samplers import Method, guided, sample
 
 Format = Literal["png", "latents"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 _DECODED = 4  # images at a time: a VAE needs about 1 GB for one of 512 pixels
 _THREADS = 4
@@ -56,13 +56,14 @@ class Recipe:
     """Of all rows that have none of their own."""
     size: int | None = None
     """Height and width of the latents. Default: what the model was made for, but 64 (512 pixels) at most."""
-    precision: Precision = "fp32"
-    """What the UNet computes in; the text encoder and the VAE compute in fp32."""
+    precision: Precision = "auto"
+    """What the UNet computes in: by default bf16 on a GPU that has it (sm_80 and later), else fp32. The text encoder
+    and the VAE compute in fp32."""
     format: Format = "png"
     """PNG pictures, or latents as safetensors."""
 
-    def of(self, folder: ModelFolder) -> "Recipe":
-        """With the defaults filled in.
+    def of(self, folder: ModelFolder, device: torch.device) -> "Recipe":
+        """With the defaults filled in, for a model and a device to draw on: what is drawn says what it was drawn in.
 
         Raises:
             UserError: A value is none that this model can be sampled with.
@@ -82,7 +83,8 @@ class Recipe:
             raise UserError(f"seed is {self.seed}; it must be in [0, 2**64)")
         # a walk of nothing: refuses a method or a number of steps that this schedule does not have
         sample(lambda x, t: x, torch.zeros(1, 1, 1, 1), folder.schedule, self.steps, self.method)
-        return replace(self, guidance=guidance, size=size)
+        half = compute_dtype(self.precision, device) == torch.bfloat16
+        return replace(self, guidance=guidance, size=size, precision="bf16" if half else "fp32")
 
 
 def sample_folder(
@@ -126,7 +128,7 @@ def sample_folder(
     place = pick_device(ranks.device(device))
     painter = load(model, place)
     folder = painter.folder
-    recipe = recipe.of(folder)
+    recipe = recipe.of(folder, place)
     if folder.family.closed_vocabulary:
         folder.text_encoder.mask(
             [row.prompt for row in rows]

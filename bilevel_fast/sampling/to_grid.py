@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bilevel_fast.base.devices import pick_device
+from bilevel_fast.base.devices import compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.sampling.generate import generate
@@ -70,7 +70,8 @@ def draw_grid(model: Path, asked: GridFlags, load: Load = load_painter) -> Path:
     size = asked.size or folder.config.sample_size
     images: dict[tuple[int, int], Tensor] = {}
     for numbers, unet, call in painter.parts(prompts):
-        unet.to(place)
+        # who answers in its place does so in a precision of its own
+        unet.to(place, compute_dtype("auto", place) if call is None else torch.float32)
         for seed in seeds:
             latents = generate(
                 unet, folder.schedule, folder.text_encoder, [prompts[n] for n in numbers], [0] * len(numbers),

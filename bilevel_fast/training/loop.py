@@ -2,7 +2,8 @@
 
 What is trained is a `Trainee`: a student (`training.student`), or APTP's router (`runs.router`). Checkpoints lie
 between its steps, and what a step does follows from its number and the state before it: a run that was killed and
-resumed ends with the same bits as one that was not.
+resumed ends, on a CPU, with the same bits as one that was not. On a GPU libraries choose their algorithms anew, and
+some add in any order: there it is the same up to rounding.
 """
 
 import contextlib

@@ -16,6 +16,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def precision() -> str:
-    """How fp32 operands are multiplied: "tf32" where torch is told that it may, else "ieee"."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(dtype: torch.dtype = torch.float32, *, convolution: bool = False) -> str:
+    """How operands are multiplied: "tf32" for fp32 ones where torch is told that it may, else "ieee". Of convolutions
+    it is told by a flag of their own, which is set unless somebody clears it."""
+    allowed = torch.backends.cudnn.allow_tf32 if convolution else torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"

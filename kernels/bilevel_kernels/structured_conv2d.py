@@ -180,7 +180,7 @@ def _launch(
         MIRROR=mirror,
         VEC_C=vec(kept_c, c_a),
         VEC_N=vec(kept_n, c_o),
-        PRECISION=precision(),
+        PRECISION=precision(a.dtype, convolution=True),
         **options,
     )
 

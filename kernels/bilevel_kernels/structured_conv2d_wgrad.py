@@ -227,7 +227,7 @@ def _add(
         C_IN=c_in,
         SIZE=size,
         ADD=add and splits == 1,
-        PRECISION=precision(),
+        PRECISION=precision(x.dtype, convolution=True),
         **vecs,
         **options,
     )

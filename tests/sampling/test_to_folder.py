@@ -258,6 +258,21 @@ def test_a_gpu_records_the_unet(model, whole, torch_ops, tmp_path, monkeypatch):
     assert recorder.recorded == 1
 
 
+@pytest.mark.parametrize(
+    ("asked", "device", "capability", "wanted"),
+    [
+        ("auto", "cpu", None, "fp32"),
+        ("auto", "cuda", (7, 5), "fp32"),
+        ("auto", "cuda", (8, 0), "bf16"),
+        ("fp32", "cuda", (9, 0), "fp32"),
+        ("bf16", "cpu", None, "bf16"),
+    ],
+)
+def test_the_recipe_says_what_it_is_drawn_in(model, monkeypatch, asked, device, capability, wanted):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert Recipe(precision=asked).of(load_folder(model), torch.device(device)).precision == wanted
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_cuda_graph_draws_the_same(model, tmp_path, precision):

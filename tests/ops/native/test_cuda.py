@@ -98,6 +98,16 @@ def test_refuses_tensors_of_the_cpu():
         cuda.adamw_ema(SETTINGS, Trained(x, x, x), x, x[0], x[0])
 
 
+def test_the_current_device_is_left_as_it_was(built_for_cpu):
+    """Launches go to the queue's, which is another one."""
+    number = torch.ones(1)
+    tensors = [[x.data_ptr()] for x in torch.ones(4, 8)]
+    scalars = [number.data_ptr(), number.data_ptr(), None, None]
+    built_for_cpu.adamw_ema(*tensors, [], [], [8], 0.9, 0.99, 1e-8, 0.0, 0.0, *scalars)
+    assert built_for_cpu.library.device_of_launches() == 1
+    assert built_for_cpu.library.device_of_thread() == 0
+
+
 # --- what a GPU does with them: values are held in tests/ops/test_adamw_ema.py ----------------------------------------
 
 

@@ -2,6 +2,9 @@
 #include <vector>
 
 #include "cuda.hpp"
+#include "cuda_on_cpu.hpp"
+
+constexpr int kDevice = 1;  // not the current one
 
 extern "C" {
 
@@ -15,6 +18,9 @@ void adamw_ema_run(float** parameters, float** gradients, float** exp_avgs, floa
                        emas ? emas[i] : nullptr, copies ? copies[i] : nullptr, counts[i]});
   }
   adamw_ema::run_cuda(tensors, {settings[0], settings[1], settings[2], settings[3], settings[4]},
-                      {lr, number, clip, skip}, {});
+                      {lr, number, clip, skip}, {kDevice, nullptr});
 }
+
+int device_of_launches() { return launched_on; }
+int device_of_thread() { return current_device; }
 }

@@ -20,7 +20,15 @@
 using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr cudaError_t cudaSuccess = 0;
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline int current_device = 0, launched_on = -1;
+inline cudaError_t cudaSetDevice(int device) {
+  current_device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
@@ -35,6 +43,7 @@ inline void __syncthreads() { pthread_barrier_wait(&block_barrier); }
 // What `kernel<<<blocks, threads, ...>>>(...)` has become.
 template <typename Kernel>
 void launch(int blocks, int threads, const Kernel& kernel) {
+  launched_on = current_device;
   pthread_barrier_init(&block_barrier, nullptr, threads);
   std::vector<std::thread> workers;
   for (int t = 0; t < threads; ++t) {
