@@ -28,7 +28,7 @@ from bilevel_fast.models.weights import fingerprint
 from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
 from bilevel_fast.profiling.memory import describe, estimate
-from bilevel_fast.pruning import MacBudget, calibration_set, method
+from bilevel_fast.pruning import MacBudget, calibration_set, dense, method
 from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
 from bilevel_fast.runs.assemble import Materials, compute_dtype, fit, levels
@@ -195,12 +195,12 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
         if student.config != folder.config:
             raise UserError(f"{given} was not made from {folder.path}: their UNets differ")
         return student
-    dense = folder.unet()
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
     erased = world(config.world).erased_concepts(config.erase) if config.world else []
     source = image_source(folder, config.data, IMAGES, config.seed, erased)
     calibration = calibration_set(folder, source, seed=config.seed)
-    return dense.cut(method(config.prune.method)(dense, budget, calibration), align)
+    choose, teacher = method(config.prune.method), dense(config.prune.method, folder)
+    return teacher.cut(choose(teacher, budget, calibration), align)
 
 
 def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:
