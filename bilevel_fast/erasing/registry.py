@@ -71,6 +71,7 @@ class Kind:
         watched: Whether it shows a controller how far the student has come, and leaves lambda to it.
         ruled: Whether it weighs the two gradients by a rule of its own.
         masked: Whether it holds a mask over the student's parameters.
+        eager: Whether its steps cannot be recorded: `Eraser.eager` says why.
     """
 
     reads: tuple[str, ...] = ()
@@ -79,6 +80,7 @@ class Kind:
     watched: bool = False
     ruled: bool = False
     masked: bool = False
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         reads=("eta", "source", "esd"),
         source="start",
         watched=True,
+        eager=True,
     ),
     "salun": GradientKind(
         lambda upper, parts: SalUn(
@@ -128,7 +131,7 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         source="self",
         ruled=True,
     ),
-    "forget-me-not": GradientKind(lambda upper, parts: ForgetMeNot(parts.words())),
+    "forget-me-not": GradientKind(lambda upper, parts: ForgetMeNot(parts.words()), eager=True),
     "uce": EditKind(loop_edits.uce, reads=("uce",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
 }
@@ -148,13 +151,14 @@ def start(upper: Upper, student: UNet, dtype: torch.dtype) -> Start | None:
     return Start(student, dtype) if source_of(upper) == "start" else None
 
 
-def holds(upper: Upper) -> dict[str, bool]:
-    """What the upper level keeps in memory, as `profiling.memory.estimate` takes it."""
+def holds(upper: Upper, graphs: bool) -> dict[str, bool]:
+    """What the upper level keeps in memory, as `profiling.memory.estimate` takes it; `graphs`: steps are recorded."""
     kind, on = ERASERS[upper.eraser], upper.every > 0
     return {
         "upper": on and isinstance(kind, GradientKind),
         "start": on and source_of(upper) == "start",
         "mask": on and kind.masked,
+        "eager": on and graphs and kind.eager,
     }
 
 

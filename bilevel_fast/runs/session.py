@@ -254,7 +254,7 @@ def out_of_memory(config: TrainConfig, structure: Structure, folder: ModelFolder
         precision=precision,
         recompute=config.recompute,
         ema=config.ema is not None,
-        **erasers.holds(config.upper),
+        **erasers.holds(config.upper, config.graphs and device.type == "cuda"),
     )
     return UserError(f"{device} is out of memory; what was saved is whole\n{describe(wanted, card)}")
 
