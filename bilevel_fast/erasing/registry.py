@@ -72,6 +72,7 @@ class Kind:
         ruled: Whether it weighs the two gradients by a rule of its own.
         masked: Whether it holds a mask over the student's parameters.
         whole: Why a batch of it cannot be split into micro-batches; empty where its loss is a mean over images.
+        eager: Whether its steps cannot be recorded: `Eraser.eager` says why.
     """
 
     reads: tuple[str, ...] = ()
@@ -81,6 +82,7 @@ class Kind:
     ruled: bool = False
     masked: bool = False
     whole: str = ""
+    eager: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         reads=("eta", "source", "esd"),
         source="start",
         watched=True,
+        eager=True,
     ),
     "salun": GradientKind(
         lambda upper, parts: SalUn(
@@ -131,7 +134,9 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         ruled=True,
     ),
     "forget-me-not": GradientKind(
-        lambda upper, parts: ForgetMeNot(parts.words()), whole="forget-me-not takes one norm over all images of a batch"
+        lambda upper, parts: ForgetMeNot(parts.words()),
+        whole="forget-me-not takes one norm over all images of a batch",
+        eager=True,
     ),
     "uce": EditKind(loop_edits.uce, reads=("uce",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
@@ -152,13 +157,14 @@ def start(upper: Upper, student: UNet, dtype: torch.dtype) -> Start | None:
     return Start(student, dtype) if source_of(upper) == "start" else None
 
 
-def holds(upper: Upper) -> dict[str, bool]:
-    """What the upper level keeps in memory, as `profiling.memory.estimate` takes it."""
+def holds(upper: Upper, graphs: bool) -> dict[str, bool]:
+    """What the upper level keeps in memory, as `profiling.memory.estimate` takes it; `graphs`: steps are recorded."""
     kind, on = ERASERS[upper.eraser], upper.every > 0
     return {
         "upper": on and isinstance(kind, GradientKind),
         "start": on and source_of(upper) == "start",
         "mask": on and kind.masked,
+        "eager": on and graphs and kind.eager,
     }
 
 

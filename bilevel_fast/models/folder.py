@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json, sync_folder, write_atomic, write_json
+from bilevel_fast.base.files import read_json, replacing, sync_folder, write_json
+from bilevel_fast.base.tensors import write_tensors
 from bilevel_fast.models.architecture import UNetConfig
 from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.diffusion import Schedule
@@ -27,7 +27,7 @@ from bilevel_fast.models.family import Family, family_of
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.weights import PICKLES, check_names, find_weights, fingerprint, read_weights
+from bilevel_fast.models.weights import PICKLES, check_names, find_weights, fingerprint, mapped_weights
 
 UNET_STEM = "diffusion_pytorch_model"
 
@@ -45,9 +45,9 @@ class ModelFolder:
     vae: Autoencoder
     schedule: Schedule
 
-    def unet(self, align: int = 1) -> UNet:
+    def unet(self, align: int = 1, mapped: bool = False) -> UNet:
         """A fresh copy of the UNet, as `load_unet`."""
-        return load_unet(self.path, align)
+        return load_unet(self.path, align, mapped)
 
     @cached_property
     def vae_fingerprint(self) -> str:
@@ -88,12 +88,14 @@ def load_folder(
     return ModelFolder(path, family, config, structure, text_encoder, vae, schedule)
 
 
-def load_unet(path: Path | str, align: int = 1) -> UNet:
+def load_unet(path: Path | str, align: int = 1, mapped: bool = False) -> UNet:
     """Load the UNet of a model folder: fp32 on the CPU, in eval mode, its parameters trainable.
 
     Args:
         path: The model folder.
         align: As `UNet`.
+        mapped: Leave the weights in their file, in its dtype and its memory order: for who looks at them, or cuts
+            them, and computes nothing. Not with `align`.
 
     Raises:
         UserError: A file is missing or broken, or the weights do not fit the config and the structure; says which.
@@ -101,10 +103,17 @@ def load_unet(path: Path | str, align: int = 1) -> UNet:
     folder = Path(path) / "unet"
     config, structure = _read_architecture(folder)
     source = "the config without a structure.json" if structure is None else "the structure"
-    return read_unet(folder, config, structure, source, align)
+    return read_unet(folder, config, structure, source, align, mapped)
 
 
-def read_unet(folder: Path, config: UNetConfig, structure: Structure | None, source: str, align: int = 1) -> UNet:
+def read_unet(
+    folder: Path,
+    config: UNetConfig,
+    structure: Structure | None,
+    source: str,
+    align: int = 1,
+    mapped: bool = False,
+) -> UNet:
     """As `load_unet`, where something else than the folder says what the UNet keeps.
 
     Args:
@@ -113,20 +122,23 @@ def read_unet(folder: Path, config: UNetConfig, structure: Structure | None, sou
         structure: What is kept; None is everything.
         source: Who says so, for the message about weights that do not fit.
         align: As `UNet`.
+        mapped: As `load_unet`.
 
     Raises:
         UserError: A file is missing or broken, or the weights are not those of this structure; says which.
     """
     with torch.device("meta"):
         unet = UNet(config, structure, align)
-    weights, wanted = read_weights(folder, UNET_STEM), unet.state_dict()
+    weights, wanted = mapped_weights(folder, UNET_STEM), unet.state_dict()
     check_names(str(folder), weights, wanted)
     for name, tensor in weights.items():
         if tensor.shape != wanted[name].shape:
             came, asked = list(tensor.shape), list(wanted[name].shape)
             raise UserError(f"{folder}: {name} has shape {came}, {source} wants {asked}")
-    unet.load_state_dict(weights, assign=True)
-    unet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (missing in torch's stubs)
+    if mapped:
+        unet.load_state_dict(weights, assign=True)
+    else:
+        unet.fill(weights.items(), torch.device("cpu"))
     return unet.eval()
 
 
@@ -149,11 +161,11 @@ def write_unet(folder: Path, unet: UNet, dtype: torch.dtype = torch.float32) -> 
         dtype: To store the weights in.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().to("cpu", dtype).contiguous() for k, v in unet.state_dict().items()}
     write_json(folder / "config.json", unet.config.to_dict())
     if not unet.structure.is_dense:
         unet.structure.save(folder / "structure.json")
-    write_atomic(folder / f"{UNET_STEM}.safetensors", save(weights, metadata={"format": "pt"}))
+    with replacing(folder / f"{UNET_STEM}.safetensors") as file:
+        write_tensors(file, unet.state_dict(), dtype, {"format": "pt"})
 
 
 def save_student(

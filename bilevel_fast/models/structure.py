@@ -8,7 +8,7 @@ features keep the same shapes.
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json, write_atomic
-from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
+from bilevel_fast.models.architecture import Cut, Site, UNetConfig, Width, sites
 
 FORMAT, VERSION = "bilevel_fast.structure", 1  # of files, whatever this module is called
 
@@ -108,26 +108,32 @@ class Structure:
         Raises:
             UserError: A tensor is missing or has another size than the dense UNet's.
         """
-        out = dict(state)
+        return dict(self.sliced(state))
+
+    def sliced(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """As `slice`, tensor by tensor: who needs one at a time holds no more."""
+        cuts, gone = dict[str, list[tuple[Cut, Width, tuple[int, ...]]]](), set[str]()
         for site in sites(self.config):
-            prefix = site.name + "."
             if site.name in self.dropped:
-                out = {k: v for k, v in out.items() if not k.startswith(prefix)}
+                gone.update(name for name in state if name.startswith(f"{site.name}."))
                 continue
             for width in site.widths:
                 units = self.kept[site.name][width.name]
-                if len(units) == width.units:
-                    continue
-                for cut in width.cuts:
-                    key = prefix + cut.tensor
-                    if key not in out:
-                        raise UserError(f"weights: {key} is missing, wanted the dense UNet")
-                    size, wanted = out[key].shape[cut.axis], width.units * width.unit_size * cut.copies
-                    if size != wanted:
-                        raise UserError(f"weights: {key} has size {size} on axis {cut.axis}, the dense UNet {wanted}")
-                    index = channel_index(units, width, cut.copies)
-                    out[key] = out[key].index_select(cut.axis, index.to(out[key].device))
-        return out
+                for cut in width.cuts if len(units) < width.units else ():
+                    cuts.setdefault(f"{site.name}.{cut.tensor}", []).append((cut, width, units))
+        for name in cuts:
+            if name not in state:
+                raise UserError(f"weights: {name} is missing, wanted the dense UNet")
+        for name, tensor in state.items():
+            if name in gone:
+                continue
+            for cut, width, units in cuts.get(name, ()):
+                size, wanted = tensor.shape[cut.axis], width.units * width.unit_size * cut.copies
+                if size != wanted:
+                    raise UserError(f"weights: {name} has size {size} on axis {cut.axis}, the dense UNet {wanted}")
+                index = channel_index(units, width, cut.copies)
+                tensor = tensor.index_select(cut.axis, index.to(tensor.device))
+            yield name, tensor
 
     # --- file ---
 

@@ -11,7 +11,7 @@ Legend: B batch, C channels, H W latent size, T = H*W image tokens, L text token
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -389,9 +389,24 @@ class UNet(nn.Module):
         """A pruned copy of this dense UNet: the same weights, sliced; no memory is shared."""
         with torch.device("meta"):
             student = UNet(self.config, structure, align)
-        student.to_empty(device=self.conv_in.weight.device)
-        student.load_state_dict(structure.slice(self.state_dict()))
-        return student
+        return student.fill(structure.sliced(self.state_dict()), self.conv_in.weight.device)
+
+    @torch.no_grad()
+    def fill(self, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> "UNet":
+        """Turn a UNet on the meta device into one with weights, all of its state dict, and return it.
+
+        They are copied one by one as they come, whatever their dtype, device and memory format. Padding is zero.
+        """
+        self.to_empty(device=device)
+        for module in self.modules():
+            if isinstance(module, ResNet) and module.pad:
+                module._zero_padding()
+        places = self.state_dict()  # views of the parameters, without their padding
+        for name, weight in weights:
+            assert places[name].shape == weight.shape, name
+            places.pop(name).copy_(weight)
+        assert not places, f"{next(iter(places))} is missing"
+        return self
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, run: Sites | None = None) -> Prediction:
         """Predict from a noisy batch, in the dtype of the parameters.

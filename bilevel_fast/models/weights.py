@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, read_json, sha256
+from bilevel_fast.base.tensors import read_tensors
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
 DIGEST = 16  # hex digits of a fingerprint: enough to tell apart the models one person owns
@@ -68,11 +69,19 @@ def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
     Raises:
         UserError: As `find_weights`.
     """
+    # Copied: a tensor that is still mapped would change, or crash the process, with its file.
+    return {name: tensor.to(torch.float32, copy=True) for name, tensor in mapped_weights(folder, stem).items()}
+
+
+def mapped_weights(folder: Path, stem: str) -> dict[str, Tensor]:
+    """All tensors of a component, as and where they lie in its files: see `read_tensors`.
+
+    Raises:
+        UserError: As `find_weights`.
+    """
     weights: dict[str, Tensor] = {}
     for file in find_weights(folder, stem).files:
-        handle = open_safetensors(file)
-        # Copied: a tensor that is still mapped would change, or crash the process, with its file.
-        weights |= {name: handle.get_tensor(name).to(torch.float32, copy=True) for name in handle.keys()}  # noqa: SIM118
+        weights |= read_tensors(file)
     return weights
 
 

@@ -53,6 +53,8 @@ class Setting:
             this, and no other need: it is as if there were no upper level.
         start: Whether the eraser keeps a frozen copy of the student as the run starts, which computes.
         mask: Whether it keeps a byte for each parameter, as SalUn does.
+        eager: Whether its steps run as they are beside recorded lower steps: the memory of a CUDA graph serves nobody
+            else, so they have activations of their own.
         align: As `UNet`; the engine pads to 8 on a GPU.
     """
 
@@ -66,6 +68,7 @@ class Setting:
     align: int = 8
     start: bool = False
     mask: bool = False
+    eager: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,6 +90,8 @@ class Memory:
     ema: int
     eraser: int
     """Its frozen copy of the student, and its mask."""
+    eager: int
+    """The activations of upper steps that are not recorded, beside those of the lower ones."""
     teacher_weights: int
     teacher_activations: int
     """The teacher's answer to the lower batch, and the batch: kept for the upper level."""
@@ -94,11 +99,15 @@ class Memory:
     """What autograd keeps between forward and backward."""
     workspace: int
     """What else is alive at the peak: activations that come and go, a block that is recomputed, and `OUTSIDE`."""
+    host: int
+    """Not of the card and in none of its parts: pinned memory of the host that checkpoints are written from. A
+    checkpoint takes nothing on the device."""
 
     @property
     def parts(self) -> dict[str, int]:
         """The fields in bytes by name; they sum up to `total`."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("setting", "batch", "micro")}
+        own = ("setting", "batch", "micro", "host")
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     @property
     def total(self) -> int:
@@ -118,6 +127,7 @@ def estimate(
     start: bool = False,
     mask: bool = False,
     micro: int | None = None,
+    eager: bool = False,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
 
@@ -130,9 +140,8 @@ def estimate(
     """
     if batch < 1:
         raise UserError(f"batch is {batch}, wanted at least 1")
-    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align, start, mask)).at(
-        batch, micro
-    )
+    setting = Setting(structure, latent, text, precision, recompute, ema, upper, align, start, mask, eager)
+    return _line(setting).at(batch, micro)
 
 
 def largest_micro_batch(memory: Memory, bytes_of_card: int) -> int:
@@ -173,7 +182,7 @@ def describe(memory: Memory, bytes_of_card: int | None = None) -> str:
     parts_of = f" as micro-batches of {memory.micro}" if memory.micro < memory.batch else ""
     text = (
         f"batch {memory.batch}{parts_of} at latents of {setting.latent} x {setting.latent} ({how}) wants about "
-        f"{memory.total / _GIB:.1f} GiB\n({listed})"
+        f"{memory.total / _GIB:.1f} GiB\n({listed}); checkpoints pin {memory.host / _GIB:.1f} GiB of the host's"
     )
     if bytes_of_card is None:
         return text
@@ -252,11 +261,20 @@ class _Line:
             moments=2 * flat.master.nbytes * copies,
             ema=0 if flat.average is None else flat.average.nbytes,
             eraser=self._held(),
+            eager=peak * self.setting.eager,
             teacher_weights=sum(p.nbytes for p in self._fine_tuning.answers.teacher.unet.parameters()),
             teacher_activations=self._between(low.answered, high.answered, batch),
             student_activations=kept,
             workspace=max(peak, updating) - kept + OUTSIDE,
+            host=self._pinned(),
         )
+
+    def _pinned(self) -> int:
+        """By `training.saver.Pinned`: masters, moments, average and mask, each rounded up to a power of two."""
+        flat, copies = self._flat, 1 + self.setting.upper
+        sizes = [flat.master.nbytes] * (1 + 2 * copies + self.setting.ema)
+        sizes += [flat.master.numel()] * self.setting.mask
+        return sum(1 << (size - 1).bit_length() for size in sizes)
 
     @staticmethod
     def _between(few: int, many: int, images: int) -> int:

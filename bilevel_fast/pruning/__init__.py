@@ -7,8 +7,10 @@ A method may try the teacher on the batches of `calibration_set`. CONTRIBUTING.m
 """
 
 from collections.abc import Callable, Iterable
+from inspect import Parameter, signature
 
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.bk_sdm import FIXED, TINY, bk_sdm_base, bk_sdm_small
@@ -33,6 +35,7 @@ __all__ = [
     "MacBudget",
     "Method",
     "calibration_set",
+    "dense",
     "described",
     "method",
     "read_latencies",
@@ -66,6 +69,15 @@ def method(name: str, besides: Iterable[str] = ()) -> Method:
     if name not in METHODS:
         raise UserError(f"no pruning method {name!r}{nearest(name, (*METHODS, *besides))}")
     return METHODS[name]
+
+
+def dense(name: str, folder: ModelFolder) -> UNet:
+    """The dense UNet as that method needs it: in memory where it is tried on batches, otherwise still in its file.
+
+    A method whose `calibration` has a default does without trying.
+    """
+    tried = signature(METHODS[name]).parameters["calibration"].default is Parameter.empty
+    return folder.unet(mapped=not tried)
 
 
 def described() -> dict[str, str]:

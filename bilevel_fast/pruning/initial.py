@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, uniform
@@ -18,15 +18,13 @@ def reinitialise(student: UNet, seed: int) -> UNet:
     their biases too, norms 1 and 0. The numbers depend on the seed, the shapes and the place of each tensor in the
     state dict, not on the weights that were there.
     """
-    fresh: dict[str, Tensor] = {}
-    state = student.state_dict()  # without padding: the fan-in is that of the channels which are there
+    state = student.state_dict()  # views without padding: the fan-in is that of the channels which are there
     for number, (name, old) in enumerate(state.items()):
         owner, _, kind = name.rpartition(".")
         if isinstance(student.get_submodule(owner), nn.GroupNorm | nn.LayerNorm):
-            fresh[name] = torch.full_like(old, kind == "weight")
+            old.fill_(kind == "weight")
             continue
         bound = 1 / math.sqrt(state[f"{owner}.weight"][0].numel())
         drawn = uniform(seed, Stream.INITIAL, [FIRST + number], tuple(old.shape))[0]
-        fresh[name] = (2 * bound * drawn - bound).to(old)
-    student.load_state_dict(fresh)
+        old.copy_(2 * bound * drawn - bound)
     return student

@@ -47,8 +47,9 @@ def unit_importance(choice: Choice, state: Mapping[str, Tensor]) -> Tensor:
     total = torch.full((choice.width.units,), torch.finfo(torch.float64).tiny, dtype=torch.float64)
     for cut in choice.width.cuts:
         name = f"{choice.site.name}.{cut.tensor}"
-        weight = state[name].double().movedim(cut.axis, 0)
-        total += weight.reshape(cut.copies, choice.width.units, -1).square().sum(dim=(0, 2)).cpu()
+        weight = state[name].unflatten(cut.axis, (cut.copies, choice.width.units, choice.width.unit_size))
+        # unit by unit: a whole tensor in fp64, and its squares, would be four times what it is
+        total += torch.stack([unit.double().square().sum() for unit in weight.unbind(cut.axis + 1)]).cpu()
         if not total.isfinite().all():
             raise UserError(f"teacher: {name} holds numbers that are not finite")
     return total

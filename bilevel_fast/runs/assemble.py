@@ -67,7 +67,7 @@ def levels(
     student.recompute = config.recompute
     suppress = materials.concepts is not None and upper.every > 0
     start = erasers.start(upper, student, dtype) if suppress else None
-    micro = _fitting(config, student, materials, dtype).micro_batches(free_bytes(device))
+    micro = _fitting(config, student, materials, device).micro_batches(free_bytes(device))
     split = micro[0] < lower.batch or (suppress and micro[1] < upper.batch)
     if split:
         _log.info(
@@ -117,8 +117,10 @@ def levels(
     return (first, second) if controller is None else controller.take(first, second)
 
 
-def _fitting(config: TrainConfig, student: UNet, materials: Materials, dtype: torch.dtype) -> Fitting:
-    return Fitting(config, student.structure, materials.data.latent_shape[-1], materials.text_encoder.length, dtype)
+def _fitting(config: TrainConfig, student: UNet, materials: Materials, device: torch.device) -> Fitting:
+    dtype, graphs = compute_dtype(config.precision, device), config.graphs and device.type == "cuda"
+    latent, text = materials.data.latent_shape[-1], materials.text_encoder.length
+    return Fitting(config, student.structure, latent, text, dtype, graphs)
 
 
 def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
@@ -154,8 +156,7 @@ def fit(
     try:
         return _fit(config, student, materials, places, stop, device)
     except torch.OutOfMemoryError as error:
-        dtype = compute_dtype(config.precision, device)
-        raise _fitting(config, student, materials, dtype).out_of_memory(device) from error
+        raise _fitting(config, student, materials, device).out_of_memory(device) from error
 
 
 def _fit(

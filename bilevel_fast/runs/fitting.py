@@ -24,6 +24,7 @@ class Fitting:
         latent: Height and width of the latents.
         text: Text tokens.
         dtype: What the networks compute in.
+        graphs: Whether steps are recorded as CUDA graphs.
     """
 
     config: TrainConfig
@@ -31,6 +32,7 @@ class Fitting:
     latent: int
     text: int
     dtype: torch.dtype
+    graphs: bool = False
 
     def wanted(self, batch: int, micro: int | None = None) -> Memory:
         """What a training takes whose steps of both levels are of so many images."""
@@ -44,7 +46,7 @@ class Fitting:
             recompute=config.recompute,
             ema=config.ema is not None,
             micro=micro,
-            **erasers.holds(config.upper),
+            **erasers.holds(config.upper, self.graphs),
         )
 
     def micro_batches(self, card: int | None) -> tuple[int, int]:

@@ -152,7 +152,7 @@ def _make_student(
     out: Path, folder: ModelFolder, structure: Structure, source: str, weights: Path | None, latent: int, text: int
 ) -> None:
     if weights is None:
-        unet, whose = folder.unet().cut(structure), f"the teacher's, {folder.path}"
+        unet, whose = folder.unet(mapped=True).cut(structure), f"the teacher's, {folder.path}"
     else:
         unet, whose = read_unet(weights / "unet", folder.config, structure, source), str(weights / "unet")
     save_student(out, folder, unet)

@@ -16,6 +16,7 @@ from bilevel_fast.pruning import (
     LatencyBudget,
     MacBudget,
     calibration_set,
+    dense,
     described,
     method,
     read_latencies,
@@ -96,14 +97,14 @@ def prune(args: Args) -> None:
     prices = budget.prices(folder.config)
     source = image_source(folder, args.data, args.images, args.seed)
     calibration = calibration_set(folder, source, images=args.images, batch=args.batch, seed=args.seed, device=device)
-    teacher = folder.unet().to(device).requires_grad_(False)
+    teacher = dense(args.method, folder).to(device).requires_grad_(False)
     structure = choose(teacher, budget, calibration)
     student = teacher.cut(structure)
     if args.random_init:
         reinitialise(student, args.seed)
     save_student(args.out, folder, student)
 
-    dense, left = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
+    whole, left = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
     limit = f", fixed by {args.method}" if args.budget is None and args.method in FIXED else f", budget {ratio:g}"
     print(picture(structure, prices))
     print(f"\nlatents {latent}x{latent}, {text} text tokens")
@@ -113,8 +114,8 @@ def prune(args: Args) -> None:
         print(f"time        {change}: {taken / prices.dense:.4f}{limit}")
         print(f"            of the sites alone, by {args.latency}: {timed.settings}")
         limit = ""
-    print(f"MACs        {dense.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G: {left.ratio:.4f}{limit}")
-    print(f"parameters  {dense.params:,} -> {left.params:,}")
+    print(f"MACs        {whole.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G: {left.ratio:.4f}{limit}")
+    print(f"parameters  {whole.params:,} -> {left.params:,}")
     if args.random_init:
         print(f"weights     random, seed {args.seed}")
     print(f"written     {args.out}")

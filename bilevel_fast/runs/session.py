@@ -27,7 +27,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import fingerprint
 from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
-from bilevel_fast.pruning import MacBudget, calibration_set, method
+from bilevel_fast.pruning import MacBudget, calibration_set, dense, method
 from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
 from bilevel_fast.runs.assemble import Materials, compute_dtype, fit, levels
@@ -205,14 +205,14 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
             raise UserError(f"{given} was not made from {folder.path}: their UNets differ")
         return student
     device = pick_device(config.device)
-    dense = folder.unet().to(device)
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
     erased = world(config.world).erased_concepts(config.erase) if config.world else []
     dtype = compute_dtype(config.precision, device)
     source = image_source(folder, config.data, IMAGES, config.seed, erased, device, dtype)
     calibration = calibration_set(folder, source, seed=config.seed, device=device)
-    structure = method(config.prune.method)(dense, budget, calibration)
-    return dense.cpu().cut(structure, align)
+    choose, teacher = method(config.prune.method), dense(config.prune.method, folder).to(device)
+    structure = choose(teacher, budget, calibration)
+    return teacher.cpu().cut(structure, align)
 
 
 def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:

@@ -298,14 +298,20 @@ def test_refused(flags, message):
     [
         (Upper(), {"upper"}),
         (Upper(eraser="salun"), {"upper", "mask"}),
-        (Upper(eraser="esd"), {"upper", "start"}),
-        (Upper(eraser="esd", source="teacher"), {"upper"}),
+        (Upper(eraser="esd"), {"upper", "start", "eager"}),
+        (Upper(eraser="esd", source="teacher"), {"upper", "eager"}),
         (Upper(eraser="uce"), set()),
         (Upper(every=0, eraser="esd"), set()),
     ],
 )
 def test_what_an_eraser_holds_in_memory(upper, held):
-    assert {name for name, held in erasers.holds(upper).items() if held} == held
+    assert {name for name, held in erasers.holds(upper, graphs=True).items() if held} == held
+    assert not erasers.holds(upper, graphs=False)["eager"]
+
+
+@pytest.mark.parametrize("name", [n for n, k in erasers.ERASERS.items() if isinstance(k, erasers.GradientKind)])
+def test_who_is_eager_says_why(name):
+    assert bool(make(Upper(eraser=name))[0].eager) == erasers.ERASERS[name].eager
 
 
 def test_a_command_for_every_edit():

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from bilevel_fast.base.files import write_json
-from bilevel_fast.models.architecture import MINI
+from bilevel_fast.models.architecture import MINI, UNetConfig
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import MINI_INDEX
 from bilevel_fast.models.folder import write_unet
@@ -17,12 +17,12 @@ from bilevel_fast.worlds.mini.world import WORDS
 TINY = replace(MINI, sample_size=8, block_out_channels=(16, 32, 32), num_heads=(2, 4, 4), norm_num_groups=8)
 
 
-def make_mini_folder(path: Path, seed: int = 0) -> Path:
+def make_mini_folder(path: Path, seed: int = 0, config: UNetConfig = TINY) -> Path:
     """Write a model folder and return its path; the same seed writes the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        write_unet(path / "unet", UNet(TINY))
-        MiniTextEncoder(WordTokenizer(WORDS), width=TINY.cross_attention_dim).save(path)
+        write_unet(path / "unet", UNet(config))
+        MiniTextEncoder(WordTokenizer(WORDS), width=config.cross_attention_dim).save(path)
     PixelUnshuffleVAE().save(path / "vae")
     (path / "scheduler").mkdir()
     write_json(path / "scheduler" / "scheduler_config.json", Schedule.sd().to_dict())

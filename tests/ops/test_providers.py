@@ -100,8 +100,7 @@ def test_new_cards_have_projected_defaults_until_they_are_measured(card, op, new
 
 def test_a_run_says_which_defaults_are_projected(monkeypatch):
     assert notes(on("sm_90", monkeypatch), {}) == [
-        "projected, not measured on sm_90: triton runs new; "
-        "to measure: OUT=results bash benchmarks/gpu.sh"
+        "projected, not measured on sm_90: triton runs new; to measure: OUT=results bash benchmarks/gpu.sh"
     ]
     assert notes(on("cpu", monkeypatch), {}) == []
     assert "(only on cpu, sm_90), torch runs them all" in notes(on("sm_75", monkeypatch), {})[0]

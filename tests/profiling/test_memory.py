@@ -1,5 +1,6 @@
 """`profiling.memory`: parts against what is really allocated, activations against hooks, and the largest batch."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.references import Start
@@ -30,6 +32,7 @@ from bilevel_fast.profiling.memory import (
 from bilevel_fast.training.losses import fine_tuning_loss
 from bilevel_fast.training.optim import AdamW
 from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.training.saver import Pinned
 
 PRUNED = Structure.uniform(MINI, 0.6)
 SIZES = (MINI.sample_size, 12)
@@ -144,7 +147,7 @@ def test_more_takes_more():
     assert estimate(PRUNED, 2 * SIZES[0], 12, 64).student_activations > 4 * 0.9 * base.student_activations
     assert base.total == sum(base.parts.values())
     assert set(base.parts) == {
-        "weights", "gradients", "moments", "ema", "eraser", "teacher_weights", "teacher_activations",
+        "weights", "gradients", "moments", "ema", "eraser", "eager", "teacher_weights", "teacher_activations",
         "student_activations", "workspace",
     }  # fmt: skip
 
@@ -159,6 +162,26 @@ def test_what_an_eraser_holds():
     mask = SalUn(copy, flat, torch.ones_like(flat.master, dtype=torch.bool)).still
     assert mini(4, start=True, mask=True).eraser == size + mask.nbytes
     assert mini(4).eraser == 0
+
+
+def test_checkpoints_pin_memory_of_the_host_and_take_none_of_the_card():
+    flat = FlatParameters(UNet(MINI, PRUNED, 8), torch.bfloat16, average=True)
+    rules = [AdamW(flat), AdamW(flat)]
+    state = [flat.state_dict(), flat.state_dict(flat.average), *(rule.state_dict() for rule in rules)]
+    mask = flat.state_dict(torch.ones_like(flat.master, dtype=torch.bool))
+    (snapshot := Pinned(torch.device("cpu")))([t for t in tree_leaves((state, mask)) if t.dim()])
+    memory = mini(4, ema=True, mask=True)
+    assert memory.host == sum(2 ** math.ceil(math.log2(b.nbytes)) for b in snapshot._buffers)
+    assert memory.total == sum(memory.parts.values())
+    assert "host" not in memory.parts
+    assert f"checkpoints pin {memory.host / 2**30:.1f} GiB of the host's" in describe(memory)
+
+
+def test_upper_steps_that_are_not_recorded_have_activations_of_their_own():
+    counted = _Line(Setting(PRUNED, *SIZES))._count(61)
+    memory = mini(61, eager=True)
+    assert memory.eager == memory.total - mini(61).total == max(counted.learning, counted.teaching)
+    assert mini(61).eager == 0
 
 
 @pytest.mark.parametrize("recompute", [False, True])
