@@ -34,6 +34,7 @@ from bilevel_fast.ops.dispatch import (
     group_norm_silu_and_input,
     linear,
 )
+from bilevel_fast.ops.products import lay_together, products
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,20 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor | Branch:
         """x (B, T, C), context (B, S, D) -> (B, T, C), for `add_norm`."""
-        return linear(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads), self.to_out[0])
+        if context is x:
+            q, k, v = products(x, self.to_q, self.to_k, self.to_v)
+        else:
+            q, (k, v) = self.to_q(x), products(context, self.to_k, self.to_v)
+        return linear(attention(q, k, v, self.heads), self.to_out[0])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
+        super()._apply(fn, recurse)
+        if self.to_q.weight.device.type != "cpu":
+            together = [self.to_k, self.to_v]
+            if self.to_q.in_features == self.to_k.in_features:
+                together.insert(0, self.to_q)
+            lay_together(*together)
+        return self
 
 
 class GEGLU(nn.Module):

@@ -5,6 +5,7 @@ definition, the others agree with it.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -12,6 +13,7 @@ from importlib import import_module
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel_kernels as triton_ops
 from bilevel_fast.ops.native import operators as native
@@ -151,8 +153,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
     if provider == "xformers":
         return import_module("xformers.ops").memory_efficient_attention(q, k, v).flatten(-2)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    with _backends(q.device):
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(-2)
+
+
+def _backends(device: torch.device) -> AbstractContextManager[None]:
+    """cuDNN first on sm_90 and newer: torch's FlashAttention 2 was made for the cards before.
+
+    Which cards have it and which shapes it takes, torch knows; the others follow.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return nullcontext()
+    order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+    return sdpa_kernel(list(order), set_priority=True)
 
 
 @cache

@@ -48,7 +48,7 @@ def choose(op: str, device: torch.device, numel: int, *able: str, default: str =
     Raises:
         UserError: The environment names a provider that there is not.
     """
-    wanted = os.environ.get(VARIABLE)
+    wanted = asked_for()
     if wanted is None:
         wanted = table(architecture(device)).get(op, {}).get(size_class(numel), default)
     elif wanted not in PROVIDERS:
@@ -65,6 +65,11 @@ def table(here: str) -> Mapping[str, Mapping[str, str | list[str]]]:
 def is_projected(here: str) -> bool:
     """Whether the projected defaults are those of an architecture, where nothing was measured: sm_80 and newer."""
     return here.startswith("sm_") and int(here[3:]) >= 80
+
+
+def asked_for() -> str | None:
+    """The provider that the environment names."""
+    return os.environ.get(VARIABLE)
 
 
 @contextmanager
@@ -88,7 +93,7 @@ def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
         device: Where the run is.
         missing: Why a provider cannot run here, by name; those that can are not in it.
     """
-    wanted = os.environ.get(VARIABLE)
+    wanted = asked_for()
     if wanted is not None:
         return [f"{VARIABLE}={wanted}: {missing[wanted]}; torch runs all ops instead"] if wanted in missing else []
     here = architecture(device)

@@ -8,13 +8,15 @@ Why fused  heads are addressed where they lie: no gather, no copy, no (T, S) mat
 
 Shapes     q: (B, T, N D); k, v: (B, S, N D) -> out: (B, T, N D); lse: (B, N, T) fp32, in powers of two
 Dtypes     fp32 | fp16 | bf16, the same of all; softmax and sums in fp32; p and ds rounded to it before products
-Layout     contiguous
+Layout     contiguous; or q, k and v are thirds of one (B, T, 3 N D), or k and v halves of one (B, S, 2 N D), as one
+           product makes them, and so are their gradients then
 Numerics   online softmax; one pass over k for dq, one over q for dk and dv: no atomics, the same bits every run
 Traffic    k and v once for every BLOCK_M queries; results are filled with zeros first where heads are dropped
 Source     FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,9 +67,9 @@ def _head(
 
 @triton.jit
 def _pruned_attention_fwd_kernel(
-    q_ptr,  # (B, T, HEADS * D)
-    k_ptr,  # (B, S, HEADS * D)
-    v_ptr,  # (B, S, HEADS * D)
+    q_ptr,  # (B, T, HEADS * D), rows of Q_ROW
+    k_ptr,  # (B, S, HEADS * D), rows of KV_ROW
+    v_ptr,  # (B, S, HEADS * D), rows of KV_ROW
     out_ptr,  # (B, T, HEADS * D)
     lse_ptr,  # (B, HEADS, T) fp32
     list_ptr,  # (E, L) int32 or None, as the next two
@@ -78,6 +80,8 @@ def _pruned_attention_fwd_kernel(
     S: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    KV_ROW: tl.constexpr,
     L: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -88,7 +92,7 @@ def _pruned_attention_fwd_kernel(
     if there:
         b = tl.program_id(2).to(tl.int64)
         t, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        q_offs = b * T * (HEADS * D) + t[:, None] * (HEADS * D) + head * D + d[None, :]
+        q_offs = b * T * Q_ROW + t[:, None] * Q_ROW + head * D + d[None, :]
         q_mask = (t < T)[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + q_offs, mask=q_mask, other=0.0)
         most = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -96,7 +100,7 @@ def _pruned_attention_fwd_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, S, BLOCK_N):
             s = start + tl.arange(0, BLOCK_N)
-            kv_offs = b * S * (HEADS * D) + s[:, None] * (HEADS * D) + head * D + d[None, :]
+            kv_offs = b * S * KV_ROW + s[:, None] * KV_ROW + head * D + d[None, :]
             kv_mask = (s < S)[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + kv_offs, mask=kv_mask, other=0.0)
             v = tl.load(v_ptr + kv_offs, mask=kv_mask, other=0.0)
@@ -108,20 +112,21 @@ def _pruned_attention_fwd_kernel(
             total = total * shrink + tl.sum(p, axis=1)
             acc = dot(p.to(v.dtype), v, acc * shrink[:, None], PRECISION)
             most = more
-        tl.store(out_ptr + q_offs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
+        offs = b * T * (HEADS * D) + t[:, None] * (HEADS * D) + head * D + d[None, :]
+        tl.store(out_ptr + offs, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_mask)
         tl.store(lse_ptr + (b * HEADS + head) * T + t, most + tl.log2(total), mask=t < T)
 
 
 @triton.jit
 def _pruned_attention_dq_kernel(
     dout_ptr,  # (B, T, HEADS * D)
-    q_ptr,  # (B, T, HEADS * D)
-    k_ptr,  # (B, S, HEADS * D)
-    v_ptr,  # (B, S, HEADS * D)
+    q_ptr,  # (B, T, HEADS * D), rows of Q_ROW
+    k_ptr,  # (B, S, HEADS * D), rows of KV_ROW
+    v_ptr,  # (B, S, HEADS * D), rows of KV_ROW
     out_ptr,  # (B, T, HEADS * D)
     lse_ptr,  # (B, HEADS, T) fp32
     delta_ptr,  # (B, HEADS, T) fp32: rowsum(dout out), written here for the other kernel
-    dq_ptr,  # (B, T, HEADS * D)
+    dq_ptr,  # (B, T, HEADS * D), rows of Q_ROW
     list_ptr,  # (E, L) int32 or None, as the next two
     count_ptr,  # (E,) int32
     row_ptr,  # (B,) int32
@@ -131,6 +136,8 @@ def _pruned_attention_dq_kernel(
     S: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    KV_ROW: tl.constexpr,
     L: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -141,11 +148,12 @@ def _pruned_attention_dq_kernel(
     if there:
         b = tl.program_id(2).to(tl.int64)
         t, d = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        q_offs = b * T * (HEADS * D) + t[:, None] * (HEADS * D) + head * D + d[None, :]
+        q_offs = b * T * Q_ROW + t[:, None] * Q_ROW + head * D + d[None, :]
         q_mask = (t < T)[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + q_offs, mask=q_mask, other=0.0)
-        dout = tl.load(dout_ptr + q_offs, mask=q_mask, other=0.0)
-        out = tl.load(out_ptr + q_offs, mask=q_mask, other=0.0)
+        offs = b * T * (HEADS * D) + t[:, None] * (HEADS * D) + head * D + d[None, :]
+        dout = tl.load(dout_ptr + offs, mask=q_mask, other=0.0)
+        out = tl.load(out_ptr + offs, mask=q_mask, other=0.0)
         row_offs = (b * HEADS + head) * T + t
         delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
         tl.store(delta_ptr + row_offs, delta, mask=t < T)
@@ -153,7 +161,7 @@ def _pruned_attention_dq_kernel(
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for start in range(0, S, BLOCK_N):
             s = start + tl.arange(0, BLOCK_N)
-            kv_offs = b * S * (HEADS * D) + s[:, None] * (HEADS * D) + head * D + d[None, :]
+            kv_offs = b * S * KV_ROW + s[:, None] * KV_ROW + head * D + d[None, :]
             kv_mask = (s < S)[:, None] & (d < D)[None, :]
             k = tl.load(k_ptr + kv_offs, mask=kv_mask, other=0.0)
             v = tl.load(v_ptr + kv_offs, mask=kv_mask, other=0.0)
@@ -168,13 +176,13 @@ def _pruned_attention_dq_kernel(
 @triton.jit
 def _pruned_attention_dkv_kernel(
     dout_ptr,  # (B, T, HEADS * D)
-    q_ptr,  # (B, T, HEADS * D)
-    k_ptr,  # (B, S, HEADS * D)
-    v_ptr,  # (B, S, HEADS * D)
+    q_ptr,  # (B, T, HEADS * D), rows of Q_ROW
+    k_ptr,  # (B, S, HEADS * D), rows of KV_ROW
+    v_ptr,  # (B, S, HEADS * D), rows of KV_ROW
     lse_ptr,  # (B, HEADS, T) fp32
     delta_ptr,  # (B, HEADS, T) fp32
-    dk_ptr,  # (B, S, HEADS * D)
-    dv_ptr,  # (B, S, HEADS * D)
+    dk_ptr,  # (B, S, HEADS * D), rows of KV_ROW
+    dv_ptr,  # (B, S, HEADS * D), rows of KV_ROW
     list_ptr,  # (E, L) int32 or None, as the next two
     count_ptr,  # (E,) int32
     row_ptr,  # (B,) int32
@@ -184,6 +192,8 @@ def _pruned_attention_dkv_kernel(
     S: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
+    Q_ROW: tl.constexpr,
+    KV_ROW: tl.constexpr,
     L: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -194,7 +204,7 @@ def _pruned_attention_dkv_kernel(
     if there:
         b = tl.program_id(2).to(tl.int64)
         s, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-        kv_offs = b * S * (HEADS * D) + s[:, None] * (HEADS * D) + head * D + d[None, :]
+        kv_offs = b * S * KV_ROW + s[:, None] * KV_ROW + head * D + d[None, :]
         kv_mask = (s < S)[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + kv_offs, mask=kv_mask, other=0.0)
         v = tl.load(v_ptr + kv_offs, mask=kv_mask, other=0.0)
@@ -202,10 +212,11 @@ def _pruned_attention_dkv_kernel(
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         for start in range(0, T, BLOCK_M):
             t = start + tl.arange(0, BLOCK_M)
-            q_offs = b * T * (HEADS * D) + t[:, None] * (HEADS * D) + head * D + d[None, :]
+            q_offs = b * T * Q_ROW + t[:, None] * Q_ROW + head * D + d[None, :]
             q_mask = (t < T)[:, None] & (d < D)[None, :]
             q = tl.load(q_ptr + q_offs, mask=q_mask, other=0.0)
-            dout = tl.load(dout_ptr + q_offs, mask=q_mask, other=0.0)
+            offs = b * T * (HEADS * D) + t[:, None] * (HEADS * D) + head * D + d[None, :]
+            dout = tl.load(dout_ptr + offs, mask=q_mask, other=0.0)
             row_offs = (b * HEADS + head) * T + t
             lse = tl.load(lse_ptr + row_offs, mask=t < T, other=0.0)
             delta = tl.load(delta_ptr + row_offs, mask=t < T, other=0.0)
@@ -226,6 +237,8 @@ def config(queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> d
     """Tiles of queries by keys."""
     if dtype == torch.float32:  # ieee fp32 products run on the CUDA cores, in registers
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
+    if head_dim > 128 and backward:  # 99 KiB of shared memory are all that a block has on sm_86 and sm_89
+        return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if head_dim > 64:  # a row of 128 or 256: as much shared memory in fewer rows
         return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     if queries <= 64 or backward:  # 8 x 8 latents have no more; backward holds two more tiles in registers
@@ -239,6 +252,7 @@ def _constants(q: Tensor, k: Tensor, heads: int, kept: Kept | None, backward: bo
     partial = kept is not None and not kept.is_everything
     index = kept.index(1, q.shape[0], q.device) if partial else None
     constants = {"T": q.shape[1], "S": k.shape[1], "HEADS": heads, "D": head_dim}
+    constants |= {"Q_ROW": q.stride(1), "KV_ROW": k.stride(1)}
     constants |= {"L": index.channels.shape[1] if index else 0, "PRECISION": precision()}
     constants |= {
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
@@ -264,9 +278,11 @@ def pruned_attention_fwd(
 def pruned_attention_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, heads: int, scale: float, kept: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv); where inputs lie side by side, so do these: the first holds its neighbours, which are empty."""
     pointers, constants, most = _constants(q, k, heads, decoded(tuple(kept)), backward=True)
     make = torch.zeros if kept else torch.empty
-    dq, dk, dv = (make(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    whole = _gradients(q, k, v, make)
+    dq, dk, dv = _parts(whole, q.shape[2])
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     scales = (scale, scale * math.log2(math.e))
     grids = (
@@ -274,7 +290,24 @@ def pruned_attention_bwd(
     )
     _pruned_attention_dq_kernel[next(grids)](dout, q, k, v, out, lse, delta, dq, *pointers, *scales, **constants)
     _pruned_attention_dkv_kernel[next(grids)](dout, q, k, v, lse, delta, dk, dv, *pointers, *scales, **constants)
-    return dq, dk, dv
+    return whole
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor, make: Callable[..., Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for dq, dk and dv, laid out as q, k and v are; empty where an earlier one holds it as well."""
+    inner = q.shape[2]
+    side_by_side = [q.stride(1) // inner, k.stride(1) // inner]
+    sizes = (3, 0, 0) if side_by_side == [3, 3] else (1, 2, 0) if side_by_side == [1, 2] else (1, 1, 1)
+    found = (
+        make((*x.shape[:2], n * inner) if n else (0,), dtype=q.dtype, device=q.device)
+        for x, n in zip((q, k, v), sizes, strict=True)
+    )
+    return tuple(found)  # pyright: ignore[reportReturnType]
+
+
+def _parts(whole: Sequence[Tensor], inner: int) -> list[Tensor]:
+    """dq, dk and dv within what `_gradients` made."""
+    return [part for held in whole if held.numel() for part in held.split(inner, dim=-1)]
 
 
 # --- autograd -------------------------------------------------------------------------------
@@ -282,12 +315,12 @@ def pruned_attention_bwd(
 
 @pruned_attention_fwd.register_fake
 def _(q, k, v, heads, scale, kept):
-    return torch.empty_like(q), q.new_empty((q.shape[0], heads, q.shape[1]), dtype=torch.float32)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], heads, q.shape[1]), dtype=torch.float32)
 
 
 @pruned_attention_bwd.register_fake
 def _(dout, q, k, v, out, lse, heads, scale, kept):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return _gradients(q, k, v, torch.empty)
 
 
 def _setup(ctx, inputs, output):
@@ -298,8 +331,8 @@ def _setup(ctx, inputs, output):
 
 
 def _backward(ctx, dout, _dlse):
-    gradients = pruned_attention_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.kept)
-    return *gradients, None, None, None
+    whole = pruned_attention_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.heads, ctx.scale, ctx.kept)
+    return *_parts(whole, dout.shape[2]), None, None, None
 
 
 pruned_attention_fwd.register_autograd(_backward, setup_context=_setup)
@@ -314,8 +347,8 @@ def pruned_attention(
     """softmax(scale q k^T) v for the kept heads; the others come out as zeros, and so do their gradients.
 
     Args:
-        q: (B, T, heads * D) contiguous, D up to 256.
-        k, v: (B, S, heads * D) contiguous.
+        q: (B, T, heads * D), D up to 256.
+        k, v: (B, S, heads * D). All contiguous, or parts of one product as the file says.
         heads: Heads of the dense projections.
         kept: Which of them are computed; all if None.
         scale: 1 / sqrt(D) if None.
@@ -333,14 +366,16 @@ def pruned_attention(
             raise ValueError(f"{name}: {x.dtype} is none of float32, float16 and bfloat16")
         if (x.dtype, x.device) != (q.dtype, q.device):
             raise ValueError(f"{name}: {x.dtype} on {x.device}, q is {q.dtype} on {q.device}")
-        if x.shape[1] * x.shape[2] >= 2**31:
+        if x.shape[1] * max(x.shape[2], x.stride(1)) >= 2**31:
             raise ValueError(f"{name}: a sample of {tuple(x.shape)} has 2**31 elements or more")
-        if not x.is_contiguous():
+        if not any(_has_rows(x, n * x.shape[2]) for n in ((1, 3) if name == "q" else (1, 2, 3))):
             raise ValueError(f"{name}: strides {x.stride()} of shape {tuple(x.shape)} are not contiguous")
     if k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2]:
         raise ValueError(f"k: shape {tuple(k.shape)} does not fit q {tuple(q.shape)}")
     if v.shape != k.shape:
         raise ValueError(f"v: shape {tuple(v.shape)}, k has {tuple(k.shape)}")
+    if v.stride(1) != k.stride(1) or (3 * k.shape[2] in (q.stride(1), k.stride(1)) and q.stride(1) != k.stride(1)):
+        raise ValueError(f"strides of q {q.stride()}, k {k.stride()} and v {v.stride()} do not fit each other")
     if heads < 1 or q.shape[-1] % heads or q.shape[-1] // heads > 256:
         raise ValueError(f"heads: {heads} of {q.shape[-1]} channels; they must divide them, into 256 each at most")
     if kept is not None and kept.units != heads:
@@ -351,6 +386,10 @@ def pruned_attention(
         kept = None
     scale = (q.shape[-1] // heads) ** -0.5 if scale is None else scale
     return pruned_attention_fwd(q, k, v, heads, scale, kept.encoded() if kept else [])[0]
+
+
+def _has_rows(x: Tensor, row: int) -> bool:
+    return x.stride() == (x.shape[1] * row, row, 1) or (row == x.shape[2] and x.is_contiguous())
 
 
 def pruned_attention_flops(queries: int, keys: int, channels: int, backward: bool) -> int:

@@ -98,6 +98,27 @@ def test_what_is_bad_is_seen(tmp_path):
         assert line.count("'narrow'") == line.count("('narrow', False, False, False)") == 1
 
 
+ATTENTION = """
+import torch
+from benchmarks.kernels.aot import offline
+from bilevel_kernels.pruned_attention import pruned_attention
+
+for D in (40, 80, 128, 160, 256):
+    with offline(86) as rows:
+        leaves = [torch.empty(2, 64, 2 * D, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+        out = pruned_attention(*leaves, 2)
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+    print([(D, r.kernel, r.shared) for r in rows if not r.fits], len(rows))
+"""
+
+
+@pytest.mark.slow
+def test_attention_of_every_head_dimension_fits_the_least_shared_memory():
+    """SD 1.x has heads of 40, 80 and 160; a block of sm_86 has 99 KiB."""
+    done = compiling("-c", ATTENTION)
+    assert done.stdout.split("\n")[:-1] == ["[] 3"] * 5, done.stdout + done.stderr[-4000:]
+
+
 def test_offline_needs_the_interpreter_off():
     done = compiling("-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
                      "from benchmarks.kernels.aot import offline\nwith offline(80): pass")  # fmt: skip

@@ -63,6 +63,51 @@ def test_shapes(shape, dtype, device):
     assert_all_no_worse(op.pruned_attention, problem(device, dtype, shape), LISTS["mixed"])
 
 
+def beside(tensors):
+    """The same values as `problem`, q, k and v where one product puts them: thirds of one tensor, or k and v halves."""
+    q, k, v, dout = tensors
+    parts = [q, k, v] if q.shape == k.shape else [k, v]
+    whole = torch.cat(parts, -1)
+    return [*([q] if len(parts) == 2 else []), *whole.split(q.shape[-1], -1), dout]
+
+
+def run_beside(fn, tensors, kept):
+    """As `run`, with leaves that lie side by side."""
+    *inputs, dout = beside(tensors)
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = fn(*leaves, HEADS, kept=kept)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("kept", ["dense", "mixed"])
+@pytest.mark.parametrize("shape", ["text", "two tiles each way"])
+def test_parts_of_one_product(shape, kept, device):
+    """The same bits as apart, and gradients that lie side by side as the inputs do."""
+    tensors = problem(device, shape=SHAPES[shape])
+    apart, found = run(op.pruned_attention, tensors, LISTS[kept]), run_beside(op.pruned_attention, tensors, LISTS[kept])
+    assert all(torch.equal(one, other) for one, other in zip(found, apart, strict=True))
+    first, *others = found[1:] if shape != "text" else found[2:]
+    for i, other in enumerate(others, 1):
+        assert other.data_ptr() == first.data_ptr() + i * first.shape[-1] * first.itemsize
+        assert other.stride() == first.stride()
+
+
+@pytest.mark.parametrize(
+    ("shape", "old", "new"),
+    [
+        ("text", "kv_offs = b * S * KV_ROW + s[:, None] * KV_ROW + head * D + d[None, :]\n        kv_mask",
+         "kv_offs = b * S * HEADS * D + s[:, None] * KV_ROW + head * D + d[None, :]\n        kv_mask"),
+        ("two tiles each way", "constants |= {\"Q_ROW\": q.stride(1),", "constants |= {\"Q_ROW\": q.shape[2],"),
+        ("two tiles each way", "*_parts(whole, dout.shape[2]), None", "*_parts(whole, dout.shape[2])[::-1], None"),
+    ],
+)  # fmt: skip
+def test_planted_bug_of_parts_is_found(shape, old, new, tmp_path, device):
+    bug = mutated(op.__file__, old, new, tmp_path)
+    tensors = problem(device, shape=SHAPES[shape])
+    apart, found = run(op.pruned_attention, tensors, None), run_beside(bug.pruned_attention, tensors, None)
+    assert not all(torch.equal(one, other) for one, other in zip(found, apart, strict=True))
+
+
 def test_scale(device):
     assert_all_no_worse(op.pruned_attention, problem(device), None, scale=0.7)
 
@@ -196,6 +241,8 @@ def test_notices_keys_past_the_last_in_dq(tmp_path):
         (lambda q, k, v, _: (q[:, :1].expand(3, 2**25, 64), k, v, HEADS), r"q: a sample of .* has 2\*\*31 elements"),
         (lambda q, k, v, _: (q, k[:1], v[:1], HEADS), r"k: shape \(1, 77, 64\) does not fit q \(3, 37, 64\)"),
         (lambda q, k, v, _: (q, k, v[:, 1:].contiguous(), HEADS), r"v: shape \(3, 76, 64\), k has \(3, 77, 64\)"),
+        (lambda q, k, v, _: (q, torch.cat([k, k], -1)[..., :64], v, HEADS), "strides of q .* do not fit each other"),
+        (lambda q, k, v, _: (q, *torch.cat([k, k, v], -1).split(64, -1)[1:], HEADS), "strides of q .* do not fit"),
         (lambda q, k, v, _: (q, k, v, 5), "heads: 5 of 64 channels"),
         (lambda q, k, v, _: (q, k, v, 0), "heads: 0 of 64 channels"),
         (lambda q, k, v, _: (q, k, v, HEADS, Kept.same(5, [1])), "kept: lists of 5 units, there are 4 heads"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.structure import Structure
@@ -140,6 +141,17 @@ def test_attention_and_geglu_by_hand(provider, monkeypatch):
     proj = nn.Linear(12, 16)
     value, gate = proj(q)[..., :8], proj(q)[..., 8:]
     torch.testing.assert_close(geglu(q, proj), value * F.gelu(gate), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("capability", "first"), [((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_attention_is_cudnn_first_on_new_cards(capability, first, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    before = torch._C._get_sdp_priority_order()
+    with ops._backends(torch.device("cuda")):
+        order = torch._C._get_sdp_priority_order()
+    assert (order[0] == SDPBackend.CUDNN_ATTENTION.value) == first
+    assert set(order) == set(before)
+    assert torch._C._get_sdp_priority_order() == before
 
 
 @pytest.mark.parametrize("provider", ["torch", "native", "triton"])
