@@ -5,9 +5,10 @@ speed/      what a clock says: step, unet, train, data, alignment, mixture, agai
 kernels/    each op alone: sweep (against its rivals), tuning, once (for sanitizers), aot and compile_matrix (what a
             compiler makes of it), page (kernels/README.md); cases/ has one file per op
 quality/    what students of the mini world are worth: frontier, controller, methods, aptp, planner, precision
-pages/      readme (the README's tables), reproduced, compare (two files of rows), bench_check (against the baseline)
+pages/      readme (the README's tables), reproduced, compare (two files of rows), bench_check (against the
+            baseline), verdict
 shared      measure (interleaved timing), rows, machine, cards, structures
-on a GPU    gpu.sh, gpu_kernels.sh
+on a GPU    gpu.sh, all of it in nine minutes; pages/verdict holds what it found against the goals
 results/    rows: one JSON object each, committed by the machine that made them
 """
 

@@ -80,6 +80,8 @@ class _Target:
         return 0
 
 
+TENSOR_CORE = r"\b(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b"  # from sm_80, sm_90 and sm_100 on
+
 Wanted = Callable[[str, str], Literal["nothing", "resources", "instructions"]]  # of a kernel and its config
 
 
@@ -149,7 +151,7 @@ def _read(kernel: Any, sm: int, wanted: Wanted) -> Compiled:
         spills=stack + local,
         shared=meta.shared,
         occupancy=_occupancy(CARDS[sm], meta.num_warps, registers, meta.shared),
-        tensor_core=count(r"\b(?:HMMA|HGMMA|QGMMA)\b"),
+        tensor_core=count(TENSOR_CORE),
         wide_copies=count(r"\b(?:LDG|LDGSTS)\.E\S*\.128|\bUTMALDG"),
         double=count(r"\bD(?:ADD|MUL|FMA|SETP)\b|\.F64\b"),
         sass=sass,

@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels.compile_matrix            compile and print
     python -m benchmarks.kernels.compile_matrix --check    fails on a row worse than the committed table, or not in it
-    python -m benchmarks.kernels.compile_matrix --write    replaces the committed table, or the rows of --op
+    python -m benchmarks.kernels.compile_matrix --write    replaces this triton's rows in the table, or those of --op
     python -m benchmarks.kernels.compile_matrix --check --one-card    what CI has time for
 
 The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units.
@@ -20,6 +20,8 @@ from multiprocessing import get_context
 from typing import Any, Literal
 from zlib import crc32
 
+import triton
+
 from benchmarks import RESULTS
 from benchmarks.kernels.aot import CARDS, compile_op
 from benchmarks.kernels.cases import OPS
@@ -29,6 +31,7 @@ from bilevel_fast.base.errors import UserError, nearest
 TABLE = RESULTS / "compile_matrix.jsonl"
 # Of each dtype, the kept ratios left out: between dense and 0.55, 0.80 shows nothing new.
 DTYPES = {"bfloat16": ("0.80",), "float32": ("0.80", "0.55")}
+VERSION = triton.__version__  # other compilers make other code: each has rows of its own
 KEY = ("op", "dtype", "sm", "kernel", "case", "config")
 
 Row = dict[str, Any]
@@ -46,7 +49,7 @@ class Settings:
     """Compile each launch for one card only, which its name decides, so that all cards are seen. Count the instructions
     of every fourth: to disassemble a kernel takes as long as to compile it."""
     write: bool = False
-    """Replace the committed table, or the rows of `op` in it."""
+    """Replace the rows of this triton in the committed table, or those of `op` among them."""
     json: bool = False
     """One JSON object per row instead of text."""
 
@@ -70,7 +73,7 @@ def compile_one(op: str, dtype: str, sm: int, one_card: bool = False) -> list[Ro
 
     rows = []
     for case, kernel in compile_op(op, dtype, sm, DTYPES[dtype], wanted):
-        row = {"suite": "compile_matrix", "op": op, "dtype": dtype, "case": case, **asdict(kernel)}
+        row = {"suite": "compile_matrix", "triton": VERSION, "op": op, "dtype": dtype, "case": case, **asdict(kernel)}
         del row["sass"]
         rows.append({**row, "occupancy": round(kernel.occupancy, 3), "fits": kernel.fits})
     return rows
@@ -113,10 +116,33 @@ def check(rows: list[Row], table: list[Row]) -> list[str]:
     return lines + [f"{' '.join(map(str, k))}: in the table, but no longer compiled" for k in sorted(gone, key=str)]
 
 
+def version(row: Row) -> str:
+    """Of the triton that compiled it; the first rows did not say."""
+    return row.get("triton", "3.6.0")
+
+
 def load() -> list[Row]:
-    if not TABLE.exists():
-        raise UserError(f"{TABLE}: no committed table; --write makes one")
-    return [json.loads(line) for line in TABLE.read_text().splitlines()]
+    """The committed rows of the triton that is here.
+
+    Raises:
+        UserError: There are none.
+    """
+    table = load_all()
+    rows = [row for row in table if version(row) == VERSION]
+    if not rows:
+        known = ", ".join(sorted({version(row) for row in table})) or "none"
+        raise UserError(f"{TABLE}: no rows of triton {VERSION}, only of {known}; --write adds them")
+    return rows
+
+
+def load_all() -> list[Row]:
+    return [json.loads(line) for line in TABLE.read_text().splitlines()] if TABLE.exists() else []
+
+
+def replaced(table: list[Row], rows: list[Row], ops: Iterable[str]) -> list[Row]:
+    """The table with `rows` in place of all that this triton made of `ops`; one triton after the other."""
+    others = [row for row in table if version(row) != VERSION or row["op"] not in ops]
+    return sorted(others + rows, key=lambda row: (version(row), OPS.index(row["op"])))
 
 
 def text(row: Row) -> str:
@@ -141,8 +167,7 @@ def main() -> None:
     for row in rows if settings.json or not settings.check else []:
         print(json.dumps(row) if settings.json else text(row))
     if settings.write:
-        others = [] if settings.op is None else [row for row in load() if row["op"] != settings.op]
-        table = sorted(others + rows, key=lambda row: OPS.index(row["op"]))
+        table = replaced([row for row in load_all() if row["op"] in OPS], rows, ops)
         TABLE.write_text("".join(json.dumps(row) + "\n" for row in table))
     if settings.check:
         lines = check(rows, table)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.kernels.cases import TUNED, Case
-from benchmarks.kernels.tuning import tune
+from benchmarks.kernels.tuning import PATH, tune
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, Unavailable, interleaved, interleaved_cuda, recorded
 from bilevel_fast.base import errors, flags
@@ -52,6 +52,8 @@ class Settings:
     """Also time what torch.compile makes of the reference: some seconds of compiling a case."""
     tune: bool = False
     """Measure nothing; rank the rows of `out` in the table that `bilevel_fast.ops.providers` reads."""
+    table: Path = PATH
+    """The table to rank them in."""
     json: bool = False
     """One JSON object per row instead of text."""
 
@@ -84,7 +86,13 @@ def measure(case: Case, rounds: int, device: torch.device, roof: tuple[float, fl
             missing[name] = str(error)
         except torch.OutOfMemoryError:
             missing[name] = "does not fit the memory"
-    timings = _time(calls, rounds, device) if calls else {}
+        except Exception as error:  # one that fails takes nobody along; a GPU that it broke fails the others as well
+            missing[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    try:
+        timings = _time(calls, rounds, device) if calls else {}
+    except RuntimeError as error:
+        missing |= dict.fromkeys(calls, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
+        timings = {}
     least = max(case.bytes / roof[0], case.flops / roof[1])
     shared = {"suite": "kernels", "op": case.op, "case": case.name, "numel": case.numel, "metric": "us", "unit": "us"}
     rows: list[Row] = [
@@ -118,7 +126,7 @@ def main() -> None:
     if settings.tune:
         if not rows:
             raise UserError(f"--tune: no rows in --out {settings.out}; measure first, with the same --out")
-        tune([row for row in rows if settings.op in (None, row["op"])])
+        tune([row for row in rows if settings.op in (None, row["op"])], settings.table)
         return
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no GPU")
@@ -152,8 +160,22 @@ def main() -> None:
             if settings.out is not None:
                 with settings.out.open("a") as file:
                     file.writelines(json.dumps(row) + "\n" for row in found)
+            if device.type == "cuda":
+                _still_works(device)
     if not rows:
         raise UserError(f"nothing to measure: no implementation of {settings.op} but torch's runs on the {device.type}")
+
+
+def _still_works(device: torch.device) -> None:
+    """A kernel that reads what is not its own breaks the GPU for the whole process.
+
+    Raises:
+        UserError: It did.
+    """
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError as error:
+        raise UserError(f"the GPU is lost to this process; start again: {str(error).splitlines()[0]}") from error
 
 
 def _lines(path: Path | None) -> list[str]:

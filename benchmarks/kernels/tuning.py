@@ -40,21 +40,22 @@ def rankings(rows: list[Row]) -> dict[str, dict[str, list[str]]]:
     return table
 
 
-def tune(rows: list[Row]) -> None:
-    """Replace what the shipped table holds of the architectures and ops of the rows.
+def tune(rows: list[Row], path: Path = PATH) -> None:
+    """Replace what a table, the shipped one, holds of the architectures, ops and size classes of the rows.
 
     Raises:
         UserError: No row tells anything.
     """
-    table, written = json.loads(PATH.read_text()), []
+    table, written = json.loads(path.read_text()), []
     for architecture in sorted({_architecture(row) for row in rows}):
         found = rankings([row for row in rows if _architecture(row) == architecture])
-        table.setdefault(architecture, {}).update(found)
+        for op, sizes in found.items():
+            table.setdefault(architecture, {}).setdefault(op, {}).update(sizes)
         written += [f"{architecture} ({', '.join(found)})"] * bool(found)
     if not written:
         raise UserError("--tune: no case was measured with torch, which all others are judged by; measure first")
-    write_atomic(PATH, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
-    print(f"{PATH.name}: {'; '.join(written)} written")
+    write_atomic(path, (json.dumps(table, indent=2, sort_keys=True) + "\n").encode())
+    print(f"{path.name}: {'; '.join(written)} written")
 
 
 def _architecture(row: Row) -> str:

@@ -200,7 +200,7 @@ def measure(settings: Settings) -> Iterator[Row]:
     timed = False
     for other in contenders(settings, inputs, device):
         try:
-            calls, before = None, _allocated(device)
+            before = _allocated(device)
             peer = other.build()
             check(other, warm_up(peer, other.rung_settings), losses)
             yield from once(other.provider, other.rung, peer, before)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks.kernels import aot
-from benchmarks.kernels.compile_matrix import KEY, card_of, check, complaints
+from benchmarks.kernels.compile_matrix import KEY, VERSION, card_of, check, complaints, replaced, version
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {
@@ -164,5 +165,27 @@ def test_occupancy_is_that_of_the_programming_guide():
 
 def test_the_committed_table_has_each_row_once():
     rows = [json.loads(line) for line in (ROOT / "benchmarks/results/compile_matrix.jsonl").read_text().splitlines()]
-    assert len({tuple(row[name] for name in KEY) for row in rows}) == len(rows)
+    assert len({(version(row), *(row[name] for name in KEY)) for row in rows}) == len(rows)
     assert {row["sm"] for row in rows} == set(aot.CARDS)
+
+
+def test_each_triton_has_rows_of_its_own():
+    """Written anew, those of another one stay as they are, and so do those of other ops."""
+    first, norm = {**GOOD, "op": "geglu"}, {**GOOD, "op": "group_norm_silu"}
+    here = {"triton": VERSION}
+    other = {**first, "triton": "0.1.0"}
+    table = [other, {**norm, **here}, {**first, **here, "spills": 8}]
+    assert replaced(table, [{**first, **here}], ["geglu"]) == [other, {**norm, **here}, {**first, **here}]
+    assert version(first) == "3.6.0", "rows that do not say"
+
+
+def test_tensor_core_instructions_have_other_names_on_each_card():
+    """As cuobjdump writes them on sm_80, sm_90 and sm_100."""
+    for name in (
+        "HMMA.16816.F32.BF16 R4,",
+        "HGMMA.64x128x16.F32.BF16 R24,",
+        "UTCHMMA gdesc[UR4],",
+        "UTCQMMA gdesc[UR4],",
+    ):
+        assert re.search(aot.TENSOR_CORE, f"        /*0010*/   {name}"), name
+    assert not re.search(aot.TENSOR_CORE, "IMAD.MOV.U32 R1, FFMA UTCBAR")

@@ -61,19 +61,18 @@ def test_classes_are_apart():
     assert tuning.rankings(rows) == {"geglu": {"small": ["torch"], "large": ["triton", "torch"]}}
 
 
-def test_tune_replaces_what_was_measured(tmp_path, monkeypatch):
+def test_tune_replaces_what_was_measured(tmp_path):
     path = tmp_path / "providers.json"
     path.write_text(json.dumps({"sm_90": {"geglu": {"small": "triton"}}, "cpu": {"geglu": {"small": "native"}}}))
-    monkeypatch.setattr(tuning, "PATH", path)
     rows = [row("feature_kd", "a", "torch", 2.0), row("feature_kd", "a", "native", 1.0)]
-    tuning.tune([*rows, *(row("geglu", "a", name, 1.0, architecture="sm_80") for name in ("torch", "triton"))])
+    tuning.tune([*rows, *(row("geglu", "a", name, 1.0, architecture="sm_80") for name in ("torch", "triton"))], path)
     assert json.loads(path.read_text()) == {
         "sm_90": {"geglu": {"small": "triton"}},
         "cpu": {"geglu": {"small": "native"}, "feature_kd": {"small": ["native", "torch"]}},
         "sm_80": {"geglu": {"small": ["torch"]}},
     }
     with pytest.raises(UserError, match="no case was measured with torch"):
-        tuning.tune([row("feature_kd", "a", "native", 1.0)])
+        tuning.tune([row("feature_kd", "a", "native", 1.0)], path)
 
 
 def test_whatever_the_engine_chooses_can_be_tuned():
