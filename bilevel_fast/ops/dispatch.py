@@ -101,15 +101,15 @@ class Branch:
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor | Branch:
     """layer(x), for `add_norm` alone: a trained bias is left to it where its backward sums up that gradient anyway."""
-    able = (
-        (type(layer) is nn.Linear)
-        and (layer.bias is not None)
-        and torch.is_grad_enabled()
-        and layer.bias.requires_grad
-        and not (layer._forward_hooks or layer._forward_pre_hooks)
-        and _layer_norm_provider(x, x.numel() // layer.in_features * layer.out_features, layer.bias) == "triton"
-    )
-    return Branch(F.linear(x, layer.weight), layer.bias) if able else layer(x)
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x)
+    bias: Tensor | None = layer.bias
+    numel = x.numel() // layer.in_features * layer.out_features
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+        return layer(x)
+    if _layer_norm_provider(x, numel, bias) != "triton":
+        return layer(x)
+    return Branch(F.linear(x, layer.weight), bias)
 
 
 def add_norm(x: Tensor | None, r: Tensor | Branch, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).flatten(-2)
 
 
-def _backends(device: torch.device) -> AbstractContextManager[None]:
+def _backends(device: torch.device) -> AbstractContextManager[object]:
     """cuDNN first on sm_90 and newer: torch's FlashAttention 2 was made for the cards before.
 
     Which cards have it and which shapes it takes, torch knows; the others follow.
