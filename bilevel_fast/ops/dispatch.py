@@ -109,7 +109,10 @@ def linear(x: Tensor, layer: nn.Module) -> Tensor | Branch:
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and _layer_norm_provider(x, x.numel() // layer.in_features * layer.out_features, layer.bias) == "triton"
     )
-    return Branch(F.linear(x, layer.weight), layer.bias) if able else layer(x)
+    if not able:
+        return layer(x)
+    assert isinstance(layer, nn.Linear)
+    return Branch(F.linear(x, layer.weight), layer.bias)
 
 
 def add_norm(x: Tensor | None, r: Tensor | Branch, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
@@ -158,7 +161,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return out.transpose(1, 2).flatten(-2)
 
 
-def _backends(device: torch.device) -> AbstractContextManager[None]:
+def _backends(device: torch.device) -> AbstractContextManager[object]:
     """cuDNN first on sm_90 and newer: torch's FlashAttention 2 was made for the cards before.
 
     Which cards have it and which shapes it takes, torch knows; the others follow.
