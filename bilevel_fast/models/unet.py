@@ -134,7 +134,8 @@ class Attention(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Attention":
         super()._apply(fn, recurse)
-        if self.to_q.weight.device.type != "cpu":
+        plain = all(type(layer) is nn.Linear for layer in (self.to_q, self.to_k, self.to_v))  # others in fp8
+        if plain and self.to_q.weight.device.type != "cpu":
             together = [self.to_k, self.to_v]
             if self.to_q.in_features == self.to_k.in_features:
                 together.insert(0, self.to_q)
