@@ -65,14 +65,14 @@ def levels(
     schedule = materials.schedule.to(device)
     student.recompute = config.recompute
     suppress = materials.concepts is not None and upper.every > 0
-    start = erasers.start(upper, student, dtype) if suppress else None
-    micro = _fitting(config, student, materials, dtype).micro_batches(free_bytes(device))
+    micro = _fitting(config, student, materials, dtype).micro_batches(free_bytes(device, student, materials.teacher))
     split = micro[0] < lower.batch or (suppress and micro[1] < upper.batch)
     if split:
         _log.info(
             "computing %d of %d lower and %d of %d upper images at once",
             *(micro[0], lower.batch, micro[1], upper.batch),
         )
+    start = erasers.start(upper, student, dtype) if suppress else None
     flat = FlatParameters(student, dtype, average=config.ema is not None, summed=split)
     make = partial(AdamW, decay=config.ema or 0.0)
     optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)

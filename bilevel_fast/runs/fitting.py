@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing import registry as erasers
@@ -97,8 +98,13 @@ class Fitting:
         return UserError(f"{device} is out of memory; what was saved is whole\n{text}")
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """What this process may take on a GPU: what is free, and what it holds already; None elsewhere."""
+def free_bytes(device: torch.device, *counted: nn.Module) -> int | None:
+    """What the memory model may hand out on a GPU; None elsewhere.
+
+    That is what nothing holds, and what `counted` holds there: models that it counts itself.
+    """
     if device.type != "cuda":
         return None
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    held = sum(p.nbytes for module in counted for p in module.parameters() if p.device.type == device.type)
+    return torch.cuda.mem_get_info(device)[0] + unused + held

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI
@@ -75,6 +76,15 @@ def test_losses_over_whole_batches_are_not_split(eraser):
 
 def test_a_cpu_has_no_limit():
     assert free_bytes(torch.device("cpu")) is None
+
+
+def test_what_the_model_counts_itself_is_free(monkeypatch):
+    """16 bytes free, 8 of 12 reserved ones unused, and a module of 4 numbers there: none of it is counted twice."""
+    for name, value in {"mem_get_info": (16, 32), "memory_reserved": 12, "memory_allocated": 4}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    with FakeTensorMode():
+        there, here = (torch.nn.Linear(4, 1, bias=False, device=device) for device in ("cuda", "cpu"))
+        assert free_bytes(torch.device("cuda"), there, here) == 16 + 8 + 16
 
 
 def test_a_run_in_parts_ends_where_the_run_ends(tmp_path):
