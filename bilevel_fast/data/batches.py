@@ -118,7 +118,8 @@ class Batches:
         if self.anchor == "none":
             return None
         if self.anchor == "null":
-            return self._states.null.expand(len(positions), -1, -1)
+            # rows of their own: nothing can write to those of an expanded tensor, such as a copy to pinned memory
+            return self._states.null.repeat(len(positions), 1, 1)
         return self._states([self.source.anchor(position) or "" for position in positions])
 
 

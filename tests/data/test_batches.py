@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.batch import LEVEL_STRIDE
+from bilevel_fast.data.batch import LEVEL_STRIDE, TENSORS
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.cache import Index
 from bilevel_fast.data.sources import MemorySource, exact_moments
@@ -27,7 +27,7 @@ class Spelling:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         self.encoded.append(list(prompts))
         codes = [[ord(letter) for letter in prompt.ljust(self.length)] for prompt in prompts]
-        return torch.tensor(codes, dtype=torch.float32)[..., None].expand(-1, -1, self.width)
+        return torch.tensor(codes, dtype=torch.float32)[..., None].repeat(1, 1, self.width)
 
 
 def read(states: Tensor) -> list[str]:
@@ -127,6 +127,19 @@ def test_anchors():
     phrase = Batches(concepts(), Spelling(), 4, seed=0, anchor="phrase")(2)
     assert read(phrase.text) == [f"star {i} by X" for i in positions(phrase)]
     assert read(phrase.anchor) == [f"star {i}" for i in positions(phrase)]
+
+
+@pytest.mark.parametrize("level", [0, 1])
+@pytest.mark.parametrize("anchor", ["none", "null", "phrase"])
+@pytest.mark.parametrize("max_states", [0, 1024], ids=["each batch", "a table"])
+def test_every_tensor_owns_its_memory(anchor, level, max_states):
+    """A loader pins them, and torch writes to no tensor whose elements share memory."""
+    batch = Batches(concepts(), Spelling(), 4, seed=0, level=level, anchor=anchor, max_states=max_states)(1)
+    tensors = {name: getattr(batch.drawn(0, 10), name) for name in TENSORS}
+    assert (tensors["anchor"] is None) == (anchor == "none")
+    for name, x in tensors.items():
+        assert x is None or torch._debug_has_internal_overlap(x) == 0, name
+        assert x is None or torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x).equal(x), name
 
 
 def test_levels_share_no_random_numbers():
