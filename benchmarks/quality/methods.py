@@ -86,7 +86,7 @@ def held_out(folder: ModelFolder, teacher: UNet, batches: int = 4) -> list[Answe
     source = mini.drawn_source(folder, [], 216, HELD_OUT)
     drawn = Batches(source, folder.text_encoder, 32, HELD_OUT)
     answers = Answers(Teacher(teacher), folder.schedule, HELD_OUT)
-    return [answers(drawn(n)) for n in range(batches)]
+    return [answers.ask(drawn(n)) for n in range(batches)]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from bilevel_fast.base.devices import compute_dtype as compute_dtype
+from bilevel_fast.base.devices import compute_dtype
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.blend import Shares, weights_of
@@ -154,27 +154,16 @@ def fit(
             does not fit the student, or the device is out of memory.
     """
     try:
-        return _fit(config, student, materials, places, stop, device)
+        lower, upper = levels(config, student, materials, device)
+        training = StudentTraining(lower, upper, config.upper.every, device, config.graphs)
+        settings = LoopSettings(
+            config.lower.steps, config.lower.batch, config.log_every, config.checkpoint_every, config.max_bad_steps
+        )
+        with running([level for level in (lower, upper) if level is not None], device):
+            progress = run(training, settings, places, stop)
+            if isinstance(upper, Editing) and config.lower.steps % config.upper.every:
+                descend(upper, config.lower.steps // config.upper.every)  # what the last lower steps have moved back
+            lower.optimizer.flat.release()
+        return progress
     except torch.OutOfMemoryError as error:
         raise _fitting(config, student, materials, device).out_of_memory(device) from error
-
-
-def _fit(
-    config: TrainConfig,
-    student: UNet,
-    materials: Materials,
-    places: Places,
-    stop: GracefulStop,
-    device: torch.device,
-) -> Progress:
-    lower, upper = levels(config, student, materials, device)
-    training = StudentTraining(lower, upper, config.upper.every, device, config.graphs)
-    settings = LoopSettings(
-        config.lower.steps, config.lower.batch, config.log_every, config.checkpoint_every, config.max_bad_steps
-    )
-    with running([level for level in (lower, upper) if level is not None], device):
-        progress = run(training, settings, places, stop)
-        if isinstance(upper, Editing) and config.lower.steps % config.upper.every:
-            descend(upper, config.lower.steps // config.upper.every)  # what the last lower steps have moved back
-        lower.optimizer.flat.release()
-    return progress

@@ -64,9 +64,14 @@ class Fitting:
         why = erasers.whole(upper)
         if why and upper.micro_batch not in ("auto", upper.batch):
             raise UserError(f"--upper.micro-batch is {upper.micro_batch}: wanted {upper.batch} or auto, as {why}")
-        if why or not upper.every:
+        if why or not self._descends:
             return sizes
         return sizes[0], self._size("upper", upper.batch, upper.micro_batch, card)
+
+    @property
+    def _descends(self) -> bool:
+        """Whether upper steps compute a loss of images; edits of weights do not."""
+        return erasers.holds(self.config.upper, self.graphs)["upper"]
 
     def _size(self, level: str, batch: int, given: MicroBatch, card: int | None) -> int:
         if given != "auto":
@@ -93,7 +98,7 @@ class Fitting:
     def out_of_memory(self, device: torch.device) -> UserError:
         """What the memory model says about a run that did not fit, and about what would."""
         lower, upper = self.config.lower, self.config.upper
-        level = upper if upper.every and upper.batch > lower.batch else lower
+        level = upper if self._descends and upper.batch > lower.batch else lower
         micro = None if level.micro_batch == "auto" else level.micro_batch
         card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         text = describe(self.wanted(level.batch, micro), card)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bilevel_fast.base.devices import pick_device
+from bilevel_fast.base.devices import compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_json
 from bilevel_fast.data.cache import Cache
@@ -30,7 +30,7 @@ from bilevel_fast.ops import providers
 from bilevel_fast.pruning import MacBudget, calibration_set, dense, method
 from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
-from bilevel_fast.runs.assemble import Materials, compute_dtype, fit, levels
+from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png

@@ -43,10 +43,8 @@ class Answers:
 
     def __init__(self, teacher: Teacher, schedule: Schedule, seed: int, snr_gamma: float | None = 5.0):
         self.teacher, self.schedule, self.seed, self.snr_gamma = teacher, schedule, seed, snr_gamma
-        self.keeps, self.last = False, ()
-
-    keeps: bool
-    last: tuple[Answered, ...]
+        self.keeps = False
+        self.last: tuple[Answered, ...] = ()
 
     def __call__(self, parts: Sequence[Batch]) -> Iterator[Answered]:
         """What the teacher says about each part of a lower batch, when it is asked for."""

@@ -6,7 +6,7 @@ from typing import Literal
 from bilevel_fast.base.errors import UserError, in_range
 
 MicroBatch = int | Literal["auto"]
-"""Images of a batch that are computed at once; auto leaves it to the memory model (`runs.micro_batches`)."""
+"""Images of a batch that are computed at once; auto leaves it to the memory model (`runs.fitting`)."""
 
 
 def check_micro_batch(level: str, micro: MicroBatch, batch: int) -> None:

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bilevel_fast.base.devices import compute_dtype
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import METHODS
-from bilevel_fast.runs.assemble import compute_dtype, fit, levels
+from bilevel_fast.runs.assemble import fit, levels
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training.loop import Places

@@ -74,6 +74,11 @@ def test_losses_over_whole_batches_are_not_split(eraser):
         fitting(with_upper(config, micro_batch=2)).micro_batches(None)
 
 
+def test_an_edit_has_no_upper_batch():
+    plan = fitting(with_upper(PAPER, eraser="uce"))
+    assert plan.micro_batches(plan.wanted(64, 4).total) == (4, 64)
+
+
 def test_a_cpu_has_no_limit():
     assert free_bytes(torch.device("cpu")) is None
 
