@@ -47,14 +47,19 @@ bench-check: $(VENV)/.installed-test
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
 
-# Editable, for the reason in CONTRIBUTING.md. Done again only when something that decides the result has changed.
+# Editable, for the reason in CONTRIBUTING.md. Done again only when something that decides the result has changed. Python
+# compiles the modules that are imported, instead of pip all of them.
 $(VENV)/.installed-core: $(BUILD_FILES) | $(BIN)/pip
-	$(BIN)/pip install --quiet -e .
+	$(BIN)/pip install --quiet --no-compile -e .
 	@touch $@
 
-$(VENV)/.installed-%: $(BUILD_FILES) | $(BIN)/pip
-	$(BIN)/pip install --quiet -e '.[$*]'
-	@touch $@
+$(VENV)/.installed-test: $(BUILD_FILES) | $(BIN)/pip
+	$(BIN)/pip install --quiet --no-compile -e '.[test]'
+	@touch $(VENV)/.installed-core $@
+
+$(VENV)/.installed-dev: $(BUILD_FILES) | $(BIN)/pip
+	$(BIN)/pip install --quiet --no-compile -e '.[dev]'
+	@touch $(VENV)/.installed-core $(VENV)/.installed-test $@
 
 $(BIN)/pip:
 	@command -v $(PYTHON) >/dev/null || \

@@ -16,8 +16,8 @@ from bilevel_fast.sampling.image_folder import ImageFolder
 from bilevel_fast.sampling.prompts import Row
 from bilevel_fast.sampling.to_folder import sample_folder
 from drawing import BATCH, RECIPE, ROWS
+from forked import processes
 from mini_folder import make_mini_folder
-from saving import processes
 
 
 @pytest.fixture(scope="module")
