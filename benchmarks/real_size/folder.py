@@ -33,6 +33,17 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 CAPTIONS = ("a red star in a garden", "a blue house by the sea", "a photo of an old ship", "two children and a dog")
 """Of the pictures."""
 PROMPTS = ("a red star", "a house in a garden")
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 @dataclass(frozen=True)
@@ -77,14 +88,12 @@ class Settings:
     """Small widths."""
 
 
-def make(path: Path, size: Size) -> dict[str, int]:
-    """Write the model folder; the parameters of each network by name. The same weights every time.
+def networks(size: Size) -> dict[str, tuple[Any, str]]:
+    """UNet, VAE and text encoder by the name of their folder, on the meta device, and the stem of their files.
 
     Raises:
-        UserError: `path` exists, or diffusers, transformers or open_clip is not installed.
+        UserError: diffusers or transformers is not installed.
     """
-    if path.exists():
-        raise UserError(f"{path} exists already; delete it or choose another folder")
     diffusers, transformers = require("diffusers", "sd"), require("transformers", "sd")
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel(use_linear_projection=True, **size.unet)
@@ -95,35 +104,40 @@ def make(path: Path, size: Size) -> dict[str, int]:
         text = transformers.CLIPTextModel(
             transformers.CLIPTextConfig(
                 vocab_size=TOKENS, hidden_act="gelu", projection_dim=512, bos_token_id=0, eos_token_id=2,
-                pad_token_id=1, dtype="float16", **size.text,
+                pad_token_id=1, **size.text,
             )
         )  # fmt: skip
-    unet.save_config(path / "unet")
-    vae.save_config(path / "vae")
-    text.config.save_pretrained(path / "text_encoder")
-    write_vocabulary(path / "tokenizer")
-    diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="v_prediction",
-    ).save_pretrained(path / "scheduler")  # fmt: skip
-    networks = {
-        "unet": (unet, "diffusion_pytorch_model"),
-        "vae": (vae, "diffusion_pytorch_model"),
-        "text_encoder": (text, "model"),
-    }
-    for number, (name, (network, stem)) in enumerate(networks.items()):
+    stem = "diffusion_pytorch_model"
+    return {"unet": (unet, stem), "vae": (vae, stem), "text_encoder": (text, "model")}
+
+
+def make(path: Path, size: Size) -> dict[str, int]:
+    """Write the model folder; the parameters of each network by name. The same weights every time.
+
+    Raises:
+        UserError: `path` exists, or diffusers, transformers or open_clip is not installed.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists already; delete it or choose another folder")
+    found = networks(size)
+    for number, (name, (network, stem)) in enumerate(found.items()):
+        if name == "text_encoder":
+            network.config.save_pretrained(path / name)
+        else:
+            network.save_config(path / name)
         weights = dict(drawn(network, torch.Generator().manual_seed(number)))
         if name == "text_encoder":  # as published: an older transformers wrote it
             weights = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in weights.items()}
             weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
         with replacing(path / name / f"{stem}.fp16.safetensors") as file:
             write_tensors(file, weights, metadata={"format": "pt"})
-    index = {"scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-             "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-             "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None],
-             "feature_extractor": [None, None]}  # fmt: skip
-    write_json(path / "model_index.json", {"_class_name": "StableDiffusionPipeline", **index})
-    return {name: sum(p.numel() for p in network.parameters()) for name, (network, _) in networks.items()}
+    write_vocabulary(path / "tokenizer")
+    require("diffusers", "sd").DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type="v_prediction",
+    ).save_pretrained(path / "scheduler")  # fmt: skip
+    write_json(path / "model_index.json", INDEX)
+    return {name: sum(p.numel() for p in network.parameters()) for name, (network, _) in found.items()}
 
 
 def drawn(network: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:

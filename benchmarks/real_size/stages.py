@@ -86,7 +86,7 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
     def prune(method: str, budget: str, seconds: float, gib: float, *more: str, keep: bool = False) -> Stage:
         limit = ("--budget", budget) if budget else ()
         command = ("bilevel_fast.prune", method, *limit, "--teacher", "sd21", "--out", method, *more)
-        needs, drop = (("folder", "images") if more else ("folder",)), (() if keep else (method,))
+        needs, drop = (("folder", "prepare images") if more else ("folder",)), (() if keep else (method,))
         return Stage(
             f"prune {method}", command, (method,), checks.pruned(method, float(budget or 1)), seconds, gib, needs, drop
         )
