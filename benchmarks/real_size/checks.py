@@ -22,6 +22,14 @@ from bilevel_fast.models.structure import Structure
 LATENT, TEXT = 64, 77
 """At which MACs are counted: 512 pixels."""
 
+STEPS = 4
+"""Lower steps of the training; two upper ones among them."""
+HALF = STEPS // 2
+"""The training is killed once its checkpoint of this step is there."""
+STUDENT = "uniform"
+"""Which student is trained and edited: of random weights, magnitudes keep half as many parameters again for the same
+MACs, and training those holds more than 20 GiB."""
+
 Row = dict[str, Any]
 Check = Callable[[Path, Mapping[str, Row]], Row]
 
@@ -94,8 +102,6 @@ def pruned(name: str, budget: float) -> Check:
 
 def trained(out: Path, rows: Mapping[str, Row]) -> Row:
     """Killed once and resumed: all steps, once each; finite weights, and not those that it began with."""
-    from benchmarks.real_size.stages import HALF, STEPS
-
     run, log = out / "run", (out / "logs" / "train.log").read_text(encoding="utf-8", errors="replace")
     if f"resuming after lower step {HALF}," not in log:
         raise UserError(f"{out / 'logs' / 'train.log'} does not say that the training went on after step {HALF}")
@@ -104,7 +110,7 @@ def trained(out: Path, rows: Mapping[str, Row]) -> Row:
     lines = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     expect("the number of images, step by step", [line["images"] for line in lines], [*range(1, STEPS + 1)])
     params = finite(unet_file(run / "student"))
-    moved, tensors = changed(unet_file(out / "magnitude"), unet_file(run / "student"))
+    moved, tensors = changed(unet_file(out / STUDENT), unet_file(run / "student"))
     if moved < tensors / 2:
         raise UserError(f"training moved {moved} of {tensors} tensors")
     return {"lower_steps": STEPS, "upper_steps": 2, "params": params, "moved": moved, "tensors": tensors}
@@ -121,7 +127,7 @@ def erased(out: Path, rows: Mapping[str, Row]) -> Row:
     """Keys and values of the cross-attentions moved, and nothing else."""
     finite(unet_file(out / "erased"))
     expect("the number of recorded edits", len(read_json(out / "erased" / "erased.json")["edits"]), 1)
-    old, new = read_tensors(unet_file(out / "magnitude")), read_tensors(unet_file(out / "erased"))
+    old, new = read_tensors(unet_file(out / STUDENT)), read_tensors(unet_file(out / "erased"))
     moved = {name for name in old if not old[name].equal(new[name])}
     wanted = {name for name in old if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))}
     if not moved or moved - wanted:

@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real_size import checks
+from benchmarks.real_size.checks import HALF, STEPS, STUDENT
 
 PHRASE = "in the style of monet"
-STEPS = 4
-"""Lower steps of the training; two upper ones among them."""
-HALF = STEPS // 2
-"""The training is killed once its checkpoint of this step is there."""
 TRAIN = (
-    *("bilevel_fast.train", "--preset", "paper", "--teacher", "sd21", "--student", "magnitude"),
+    *("bilevel_fast.train", "--preset", "paper", "--teacher", "sd21", "--student", STUDENT),
     *("--data", "cache", "--concepts", "bank", "--out", "run", "--lower.steps", str(STEPS), "--upper.every", str(HALF)),
     *("--lower.batch", "1", "--upper.batch", "1", "--lower.warmup", "0", "--upper.warmup", "0"),
     *("--checkpoint-every", str(HALF), "--log-every", "1"),
@@ -109,20 +106,20 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
              "--count", "2", "--steps", "2", "--batch", "2", "--size", latent, "--out", "bank"),
             ("bank",), checks.cache("bank", 2, scale.latent), 120, 8, ("folder",),
         ),
-        prune("magnitude", "0.55", 120, 6, keep=True),
-        prune("uniform", "0.80", 90, 7),
+        prune("magnitude", "0.80", 120, 7),
+        prune(STUDENT, "0.55", 90, 6, keep=True),
         prune("bk-sdm-small", "", 90, 6),
         prune("diff-pruning", "0.80", 400, 16, "--data", "cache", "--images", "2", "--batch", "1"),
         Stage(
             "train", TRAIN, ("run",), checks.trained, 500, 19,
-            ("prepare images", "prepare concepts", "prune magnitude"), ("run/checkpoints",), half_way,
+            ("prepare images", "prepare concepts", f"prune {STUDENT}"), ("run/checkpoints",), half_way,
         ),
         Stage("memory model", ("benchmarks.real_size.memory", "memory.json"), ("memory.json",),
               checks.memory(scale.within), 60, 4, ("train",)),
         Stage(
             "erase uce",
-            ("bilevel_fast.erase", "uce", "--model", "magnitude", "--erase", PHRASE, "--out", "erased"),
-            ("erased",), checks.erased, 90, 6, ("prune magnitude",), ("erased",),
+            ("bilevel_fast.erase", "uce", "--model", STUDENT, "--erase", PHRASE, "--out", "erased"),
+            ("erased",), checks.erased, 90, 6, (f"prune {STUDENT}",), ("erased",),
         ),
         Stage(
             "sample",
