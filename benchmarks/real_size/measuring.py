@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-EVERY = 0.02
+EVERY = 0.005
 """Seconds between two looks."""
 
 

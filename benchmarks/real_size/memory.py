@@ -16,16 +16,17 @@ from typing import Annotated
 import torch
 import tyro
 
+import bilevel_fast.runs.session  # noqa: F401  # all that a training imports
 from benchmarks.real_size.measuring import status
 from benchmarks.real_size.stages import TRAIN
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_json
 from bilevel_fast.data.cache import Cache
+from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.profiling.memory import OUTSIDE
 from bilevel_fast.runs.fitting import Fitting
-from bilevel_fast.runs.session import load_folder
 from bilevel_fast.train import parse
 
 

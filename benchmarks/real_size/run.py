@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 from benchmarks import ROOT
@@ -90,7 +91,7 @@ def _run(
     if stage.kill is not None:
         kill = stage.kill
         sessions.append(runner(stage.command, kill=lambda: kill(out), **settings))
-        if not kill(out):
+        if sessions[0].code != -SIGKILL or not kill(out):
             return Done(stage.name, None, f"ended with {sessions[0].code} before it could be killed: {_last(log)}")
     command = (*stage.command, *("--resume",) * bool(sessions))
     sessions.append(runner(command, **settings))
