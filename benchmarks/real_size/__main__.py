@@ -62,7 +62,6 @@ def main() -> None:
     if has < scale.disk and not settings.only:
         wanted = f"wanted {scale.disk / 1e9:.0f}: choose another --out"
         raise UserError(f"{settings.out} has {has / 1e9:.0f} GB of disk, {wanted}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process of the stage does not outlive us
     machine, rows = describe(torch.device("cpu")), list[dict[str, Any]]()
 
     def say(done: Done) -> None:
@@ -80,4 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process of the stage does not outlive us
     raise SystemExit(errors.run(main))
