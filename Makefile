@@ -18,11 +18,11 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench bench-check clean
+.PHONY: help train test lint bench bench-check real-size clean
 
 help:
 	@sed -n '1,3s/^# *//p' Makefile
-	@echo "other targets: lint, bench (SUITE=$(SUITE)), bench-check, clean"
+	@echo "other targets: lint, bench (SUITE=$(SUITE)), bench-check, real-size, clean"
 
 train: $(VENV)/.installed-core
 	$(BIN)/python -m bilevel_fast.train $(ARGS)
@@ -43,6 +43,10 @@ bench: $(VENV)/.installed-test
 # Fails if MACs, launches, compiled kernels or the CPU step's ratio are worse than benchmarks/results/baseline.jsonl.
 bench-check: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.pages.bench_check $(ARGS)
+
+# Every command at the size of Stable Diffusion 2.1, on random weights: 40 minutes, 20 GiB of memory. Killed, it goes on.
+real-size: $(VENV)/.installed-test
+	$(BIN)/python -m benchmarks.real_size $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -65,7 +65,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
         with GracefulStop() as stop:
             teacher = folder.unet().requires_grad_(False)
             materials = gather(config, folder, teacher, erased, place.path)
-            trained = {name: _train(name, config, folder, start, materials, place, stop, device) for name in names}
+            trained = {
+                # nobody wants the start after the last one, and at the size of SD 2.1 it is gigabytes
+                name: _train(name, config, folder, start, name == names[-1], materials, place, stop, device)
+                for name in names
+            }
         summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
         if config.world:
@@ -232,17 +236,21 @@ def _train(
     config: TrainConfig,
     folder: ModelFolder,
     start: UNet,
+    last: bool,
     materials: Materials,
     place: RunFolder,
     stop: GracefulStop,
     device: torch.device,
 ) -> tuple[UNet, Progress]:
-    """Train `student` or its twin `distilled` from `start`, or read it if an earlier session finished it."""
+    """Train `student` or its twin `distilled` from `start`, or read it if an earlier session finished it.
+
+    It is a copy of `start` that is trained, but for the last one.
+    """
     out, places = place.path / name, _places(place, name)
     if out.exists():
         saved = latest(places.checkpoints)
         return load_unet(out).to(device), Progress(**saved.state) if saved else Progress()
-    student = copy.deepcopy(start).to(device)
+    student = (start if last else copy.deepcopy(start)).to(device)
     _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
     if name == "distilled":
         materials = replace(materials, concepts=None)

@@ -56,6 +56,7 @@ def test_what_does_not_depend_on_the_batch_is_what_the_engine_allocates(precisio
     assert flat.average is not None
     assert memory.ema == allocated(flat.average)
     assert memory.teacher_weights == allocated(*UNet(MINI).to(dtype).parameters())
+    assert mini(4, precision=precision, ema=True, align=align, second=False).gradients == memory.gradients // 2
     single = mini(4, precision=precision, upper=False, align=align)
     assert (single.gradients, single.moments, single.ema) == (memory.gradients // 2, memory.moments // 2, 0)
 

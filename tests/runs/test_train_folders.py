@@ -4,11 +4,13 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs import session
 from bilevel_fast.train import main
 from commands import run_command
 
@@ -32,7 +34,11 @@ def train(world: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
     return run_command(main, *command, *STEPS, *flags)
 
 
-def test_bilevel_on_sd_folders(world, tmp_path):
+def test_bilevel_on_sd_folders(world, tmp_path, monkeypatch):
+    def refuse(start):
+        raise AssertionError("a second copy of the only student: gigabytes, for a real one")
+
+    monkeypatch.setattr(session, "copy", SimpleNamespace(deepcopy=refuse))
     out = tmp_path / "run"
     result = train(world, "--preset", "paper", "--lower.warmup", "0", "--upper.warmup", "0", "--out", out)
     assert result.returncode == 0, result.stderr
