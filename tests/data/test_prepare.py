@@ -169,11 +169,6 @@ def test_a_tar_that_was_cut_short_is_refused(tars, size):
         commands.make(commands.TarArgs(tars=str(tars / "*.tar"), out=tars / "cache", **SETTINGS))
 
 
-def test_no_tars(tmp_path):
-    with pytest.raises(UserError, match="no tars"):
-        commands.make(commands.TarArgs(tars=str(tmp_path / "*.tar"), out=tmp_path / "cache", **SETTINGS))
-
-
 @pytest.fixture
 def sound(folder, tmp_path) -> Path:
     commands.make(commands.FolderArgs(root=folder, out=tmp_path / "cache", **SETTINGS | {"batch": 1, "per_file": 1}))
