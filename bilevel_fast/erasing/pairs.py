@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.text_encoder import TextEncoder, indistinct
 from bilevel_fast.sampling.prompt_table import read_table
 from bilevel_fast.sampling.prompts import same_text
 
@@ -107,7 +107,8 @@ def check(pairs: Sequence[Pair], preserve: Sequence[str], encoder: TextEncoder) 
     """Refuse what cannot be carried out.
 
     Raises:
-        UserError: A text to erase is its own guide, is there twice, should also be preserved, or has no tokens.
+        UserError: A text to erase is its own guide, or to the text encoder the same; is there twice, should also be
+            preserved, or has no tokens.
     """
     seen: set[str] = set()
     kept = set(map(same_text, preserve))
@@ -123,6 +124,11 @@ def check(pairs: Sequence[Pair], preserve: Sequence[str], encoder: TextEncoder) 
     for pair, last in zip(pairs, last_words(encoder, [pair.erase for pair in pairs]), strict=True):
         if last < 1:
             raise UserError(f"erase {pair.erase!r} has no tokens for the text encoder; wanted a word that it knows")
+    for row in indistinct(encoder, [pair.erase for pair in pairs], [pair.guide for pair in pairs]):
+        raise UserError(
+            f"erase {pairs[row].erase!r} and its guide {pairs[row].guide!r} are the same to the text encoder; wanted "
+            f"texts that differ within its {encoder.length} tokens"
+        )
 
 
 def last_words(encoder: TextEncoder, texts: Sequence[str]) -> list[int]:
