@@ -53,12 +53,18 @@ class Listing:
         path = self.folder / entry.file
         try:
             if not path.is_file():
-                raise Unusable("not a file" if path.exists() else "missing")
+                raise Unusable("not a file" if path.exists() else self._missing(entry.file))
             return path.read_bytes()
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):  # others may pass: not the file's fault
                 raise Unusable(os.strerror(error.errno)) from None
             raise
+
+    def _missing(self, file: str) -> str:
+        first, _, rest = file.partition("/")
+        if rest and first == self.folder.resolve().name and (self.folder / rest).is_file():
+            return f"missing: file_name begins with the folder's own name {first!r}"
+        return "missing"
 
 
 def coco(root: Path, split: str) -> Listing:
