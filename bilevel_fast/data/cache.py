@@ -107,7 +107,7 @@ class Index:
         """
         ours, theirs = _settings(self), _settings(found)
         for name in ours | theirs:
-            if ours.get(name) != theirs.get(name) and not same_component(str(ours.get(name)), str(theirs.get(name))):
+            if not same_component(ours.get(name), theirs.get(name)):
                 raise UserError(
                     f"{folder} holds a cache made with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
                     "delete it or choose another folder"

@@ -168,12 +168,15 @@ def fingerprint(folder: Path) -> str:
     return found
 
 
-def same_component(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same component. Those of the past counted all weights in its folder."""
-    for new, old in ((one, other), (other, one)):
-        if new in _WITH_COPIES and new != old and _digest(_WITH_COPIES[new], ()) == old:
-            return True
-    return one == other
+def same_component(one: Any, other: Any) -> bool:
+    """Whether two fingerprints are of the same component. Those of the past counted all weights in its folder.
+
+    Other values are the same if they are equal.
+    """
+    if one == other or not (isinstance(one, str) and isinstance(other, str)):
+        return one == other
+    pairs = ((one, other), (other, one))
+    return any(new in _WITH_COPIES and _digest(_WITH_COPIES[new], ()) == old for new, old in pairs)
 
 
 def _digest(folder: Path, unread: Collection[str]) -> str:

@@ -234,7 +234,7 @@ def _same(ours: Any, theirs: Any) -> bool:
     """Whether two values of a recipe say the same; fingerprints do so in two ways."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return ours.keys() == theirs.keys() and all(_same(ours[name], theirs[name]) for name in ours)
-    return ours == theirs or (isinstance(ours, str) and isinstance(theirs, str) and same_component(ours, theirs))
+    return same_component(ours, theirs)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

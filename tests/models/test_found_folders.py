@@ -77,7 +77,8 @@ def test_a_number_that_is_none_ends_every_command(tmp_path, command):
         sample.main: ["--prompts", "a red star", "--model", model, "--out", out.with_suffix(".png"), "--device", "cpu"],
     }.items():
         code, _, err = command(main, *arguments)
-        assert (code, err) == (2, f"error: {model / UNET}: {name} is not finite: its numbers go from nan to nan\n")
+        assert code == 2
+        assert err.endswith(f"error: {model / UNET}: {name} is not finite: its numbers go from nan to nan\n")
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

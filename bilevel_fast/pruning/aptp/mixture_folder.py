@@ -130,7 +130,7 @@ class Mixture:
         if folder.config != self.config:
             raise UserError(f"{folder.path} is another base model than that of {self.path}: the UNets' configs differ")
         came = fingerprint(folder.path / "unet")
-        if not same_component(came, str(self.teacher["unet"])):
+        if not same_component(came, self.teacher["unet"]):
             wanted = self.teacher["unet"]
             raise UserError(
                 f"{folder.path} is another base model than that of {self.path}: its UNet is {came}, not {wanted}"
