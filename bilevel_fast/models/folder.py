@@ -233,6 +233,7 @@ def _at(error: OSError, aside: Path, path: Path) -> OSError:
     number, why, file = error.errno, error.strerror, error.filename
     if isinstance(error, shutil.Error):  # what copying a folder makes of all that went wrong
         number, (_, file, why) = errno.EIO, error.args[0][0]
+        why = re.sub(r"^\[Errno \d+\] ", "", why)
     name = os.path.relpath(file or aside, aside)
     return OSError(number, f"{why}; nothing was written", str(file) if name.startswith("..") else str(path / name))
 
