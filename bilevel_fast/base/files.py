@@ -23,6 +23,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
+    except OSError as error:  # a full disk names no file
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from error
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -74,9 +76,19 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError as error:
+        if path.exists():  # it says the same of a file that may not be read
+            raise UserError(f"{path} cannot be read: {_why(path)}") from error
         raise UserError(f"{path} is missing") from error
     except SafetensorError as error:
         raise UserError(f"{path} is cut short or not a safetensors file: {error}") from error
+
+
+def _why(path: Path) -> str:
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        return str(error.strerror)
+    return "the reader of safetensors does not find it"
 
 
 def sha256(path: Path) -> str:

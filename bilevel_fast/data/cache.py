@@ -29,6 +29,7 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, read_json, sha256
 from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.weights import same_component
 
 FORMAT, VERSION = "bilevel_fast.cache", 2
 READABLE = (1, VERSION)
@@ -106,7 +107,7 @@ class Index:
         """
         ours, theirs = _settings(self), _settings(found)
         for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
+            if not same_component(ours.get(name), theirs.get(name)):
                 raise UserError(
                     f"{folder} holds a cache made with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
                     "delete it or choose another folder"
@@ -203,6 +204,10 @@ class Cache:
         for row, (index, view) in enumerate(zip(indices, views, strict=True)):
             shard, local = self._locate(int(index))
             out[row] = self._moments[shard][local, int(view)]
+        if not out.isfinite().all():
+            row = int((~out.flatten(1).isfinite().all(1)).nonzero()[0])
+            shard, local = self._locate(int(indices[row]))
+            raise UserError(f"{self.path / self.index.shards[shard].file}: latents of sample {local} are not finite")
         return out
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -282,7 +287,7 @@ def check_latents(path: Path, shape: tuple[int, int, int], made_by: str, config:
     stride = 2 ** (len(config.block_out_channels) - 1)
     if height % stride or width % stride:
         raise UserError(f"{path}: latents of {height}x{width} are no multiple of the UNet's stride {stride}")
-    if vae != made_by:
+    if not same_component(vae, made_by):
         raise UserError(f"{path}: latents of VAE {made_by}, the model has VAE {vae}")
 
 

@@ -53,12 +53,18 @@ class Listing:
         path = self.folder / entry.file
         try:
             if not path.is_file():
-                raise Unusable("not a file" if path.exists() else "missing")
+                raise Unusable("not a file" if path.exists() else self._missing(entry.file))
             return path.read_bytes()
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):  # others may pass: not the file's fault
                 raise Unusable(os.strerror(error.errno)) from None
             raise
+
+    def _missing(self, file: str) -> str:
+        first, _, rest = file.partition("/")
+        if rest and first == self.folder.resolve().name and (self.folder / rest).is_file():
+            return f"missing: file_name begins with the folder's own name {first!r}"
+        return "missing"
 
 
 def coco(root: Path, split: str) -> Listing:
@@ -94,9 +100,9 @@ def coco(root: Path, split: str) -> Listing:
         row = row if isinstance(row, dict) else {}
         key, file = row.get("id"), row.get("file_name")
         if type(key) is not int or not 0 <= key < MAX_KEY:
-            odd.append(ListedImage(0, _shown(file), (), f"its id is {key!r}, wanted a whole number"))
+            odd.append(ListedImage(0, shown(file), (), f"its id is {key!r}, wanted a whole number"))
         elif key in entries:
-            odd.append(ListedImage(0, _shown(file), (), f"its id {key} stands for {entries[key].file} already"))
+            odd.append(ListedImage(0, shown(file), (), f"its id {key} stands for {entries[key].file} already"))
         else:
             found = [text for _, text in sorted(captions.pop(key, []), key=lambda pair: pair[0])]
             entries[key] = _entry(key, file, found)
@@ -151,7 +157,7 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
 
 def _entry(key: int, file: Any, texts: Iterable[Any]) -> ListedImage:
     """An entry with its good captions; what is wrong with it, or with the others, is written down."""
-    entry = with_captions(ListedImage(key, _shown(file), ()), texts)
+    entry = with_captions(ListedImage(key, shown(file), ()), texts)
     problem = path_problem(file)
     return replace(entry, problem=problem) if problem else entry
 
@@ -166,8 +172,8 @@ def with_captions(entry: ListedImage, texts: Iterable[Any]) -> ListedImage:
             refused.append((repr(text), "not a text"))
         elif not caption:
             refused.append((text, "empty"))
-        elif _shown(caption) != caption:
-            refused.append((_shown(caption), "not valid Unicode"))
+        elif shown(caption) != caption:
+            refused.append((shown(caption), "not valid Unicode"))
         elif caption in good:
             refused.append((caption, "duplicate"))
         else:
@@ -180,7 +186,7 @@ def path_problem(file: Any) -> str | None:
     """Why a listed name is not one of a file below the folder of images; None if it is."""
     if not isinstance(file, str) or not file:
         return f"file_name is {file!r}, wanted a text"
-    if "\0" in file or _shown(file) != file:
+    if "\0" in file or shown(file) != file:
         return "file_name is not valid Unicode"
     for path in (PurePosixPath(file), PureWindowsPath(file)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
@@ -188,6 +194,6 @@ def path_problem(file: Any) -> str | None:
     return None
 
 
-def _shown(text: Any) -> str:
+def shown(text: Any) -> str:
     """As text that any file can hold: JSON may name half of a surrogate pair."""
     return str(text).encode(errors="backslashreplace").decode()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic, write_json
 from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Index, LeftOut, Shard
+
+_SHOWN = 3  # reasons in a message
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class CacheWriter:
         if self.entries > self.index.entries:
             self._write()
         if self.part.count == 1 and not self.samples:
-            raise UserError(f"{self.path}: there are no samples to write")
+            raise _nothing(self.path, self._report)
         write_json(self.path / (self.part.prefix + INDEX), self.index.to_dict())
         (self.path / (self.part.prefix + PARTIAL)).unlink(missing_ok=True)
         return join(self.path, self.part.count, self.index)
@@ -214,6 +217,22 @@ def read_report(path: Path) -> list[str]:
         raise UserError(f"{path} is missing") from error
 
 
+def reasons(report: Sequence[str]) -> "Counter[str]":
+    """How often each reason is given in the lines of a `dropped.jsonl`."""
+    lines = [json.loads(line) for line in report]
+    return Counter(("caption: " if "caption" in line else "") + line["reason"] for line in lines)
+
+
+def _nothing(path: Path, report: Sequence[str]) -> UserError:
+    """That nothing is left, and why: what was left out, its first one by name, and the most frequent reasons."""
+    if not report:
+        return UserError(f"{path}: there are no samples to write: the source is empty")
+    found = reasons(report).most_common(_SHOWN)
+    why = "; ".join(f"{count} x {reason}" for reason, count in found)
+    first = json.loads(report[0])["file"]
+    return UserError(f"{path}: there are no samples to write; all were left out, the first is {first}: {why}")
+
+
 def finished(path: Path, index: Index, part: Part) -> bool:
     """Whether a part was finished by an earlier process; what that one had no time to clear away goes.
 
@@ -246,14 +265,14 @@ def join(path: Path, parts: int, made: Index) -> Cache | None:
         found = [Index.load(path / (prefix + INDEX)) for prefix in prefixes]
         for index in found:
             made.check_same_making(index, path)
-        if not any(index.samples for index in found):
-            raise UserError(f"{path}: there are no samples to write")
         report = [
             line
             for prefix, index in zip(prefixes, found, strict=True)
             if index.dropped.lines
             for line in read_report(path / (prefix + DROPPED))
         ]
+        if not any(index.samples for index in found):
+            raise _nothing(path, report)
         dropped = LeftOut(
             sum(index.dropped.pairs for index in found),
             sum(index.dropped.captions for index in found),

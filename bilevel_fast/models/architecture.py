@@ -8,6 +8,7 @@ vector (arXiv:2406.12042): block by block (down, mid, up), first the ResNets of 
     Transformer  3 width vectors:  attn1 (self-attention heads), attn2 (cross-attention heads), ff (FFN groups)
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -112,31 +113,33 @@ class UNetConfig:
                 raise UserError(f"{source}: {field}={fields[field]!r} is not supported, wanted {allowed[0]!r}")
         for field, allowed in _BLOCK_TYPES.items():
             value = fields.get(field, allowed[0] if field == "mid_block_type" else ())
+            if field != "mid_block_type" and not isinstance(value, list | tuple):
+                raise UserError(f"{source}: {field} is {value!r}, wanted a list of {allowed}")
             for kind in value if isinstance(value, list | tuple) else (value,):
                 if kind not in allowed:
                     raise UserError(f"{source}: {field} has {kind!r}, supported are {allowed}")
         try:
-            levels = len(fields["block_out_channels"])
-            heads = fields.get("num_attention_heads") or fields["attention_head_dim"]
+            heads = "attention_head_dim" if fields.get("num_attention_heads") is None else "num_attention_heads"
+            widths = _wholes(source, fields, "block_out_channels")
             return cls(
-                sample_size=int(fields["sample_size"]),
-                in_channels=int(fields["in_channels"]),
-                out_channels=int(fields["out_channels"]),
-                block_out_channels=tuple(fields["block_out_channels"]),
+                sample_size=_whole(source, fields, "sample_size"),
+                in_channels=_whole(source, fields, "in_channels"),
+                out_channels=_whole(source, fields, "out_channels"),
+                block_out_channels=widths,
                 down_block_types=tuple(fields["down_block_types"]),
                 up_block_types=tuple(fields["up_block_types"]),
-                num_heads=(heads,) * levels if isinstance(heads, int) else tuple(heads),
-                cross_attention_dim=int(fields["cross_attention_dim"]),
+                num_heads=_wholes(source, fields, heads)
+                if isinstance(fields[heads], list | tuple)
+                else (_whole(source, fields, heads),) * len(widths),
+                cross_attention_dim=_whole(source, fields, "cross_attention_dim"),
                 mid_block_type=fields.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
-                layers_per_block=int(fields.get("layers_per_block", 2)),
-                norm_num_groups=int(fields.get("norm_num_groups", 32)),
-                norm_eps=float(fields.get("norm_eps", 1e-5)),
+                layers_per_block=_whole(source, {"layers_per_block": 2, **fields}, "layers_per_block"),
+                norm_num_groups=_whole(source, {"norm_num_groups": 32, **fields}, "norm_num_groups"),
+                norm_eps=_positive(source, {"norm_eps": 1e-5, **fields}, "norm_eps"),
                 use_linear_projection=bool(fields.get("use_linear_projection", False)),
             )
         except KeyError as error:
             raise UserError(f"{source}: field {error} is missing") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{source}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a diffusers `config.json`; `from_dict` reads them back, and so does diffusers."""
@@ -149,6 +152,29 @@ class UNetConfig:
         """Read `folder/config.json`."""
         path = folder / "config.json"
         return cls.from_dict(read_json(path), str(path))
+
+
+def _whole(source: str, fields: Mapping[str, Any], name: str) -> int:
+    value = fields[name]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) is not int or value < 1:
+        raise UserError(f"{source}: {name} is {value!r}, wanted one whole number of at least 1")
+    return value
+
+
+def _wholes(source: str, fields: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    value = fields[name]
+    if not isinstance(value, list | tuple) or not value or not all(type(n) is int and n >= 1 for n in value):
+        raise UserError(f"{source}: {name} is {value!r}, wanted a list of whole numbers of at least 1")
+    return tuple(value)
+
+
+def _positive(source: str, fields: Mapping[str, Any], name: str) -> float:
+    value = fields[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"{source}: {name} is {value!r}, wanted a number above 0")
+    return float(value)
 
 
 SD21 = UNetConfig(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import read_json
-from bilevel_fast.models.weights import check_report, find_weights, load_pretrained
+from bilevel_fast.models.weights import check_report, find_weights, load_pretrained, mapped_weights
 
 
 class Autoencoder(Protocol):
@@ -59,6 +59,7 @@ class KLAutoencoder:
             if config.get(field) is not None:
                 raise UserError(f"{folder / 'config.json'}: {field}={config[field]!r} is not supported, wanted null")
         variant = find_weights(folder, "diffusion_pytorch_model").variant
+        mapped_weights(folder, "diffusion_pytorch_model")  # diffusers takes numbers that are none
         model, report = load_pretrained(
             diffusers.AutoencoderKL,
             folder,

@@ -7,7 +7,10 @@
 The mini world's models have the same layout with components of their own. Weights are safetensors only.
 """
 
+import errno
+import fnmatch
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -152,16 +155,22 @@ def _read_architecture(folder: Path) -> tuple[UNetConfig, Structure | None]:
     return config, None if structure.is_dense else structure
 
 
-def write_unet(folder: Path, unet: UNet, dtype: torch.dtype = torch.float32) -> None:
+def write_unet(
+    folder: Path, unet: UNet, dtype: torch.dtype = torch.float32, config: Mapping[str, Any] | None = None
+) -> None:
     """Write the `unet/` of a model folder: config.json, weights without padding, structure.json if it is pruned.
 
     Args:
         folder: The `unet/` folder itself; made if missing.
         unet: On any device.
         dtype: To store the weights in.
+        config: The config.json that the UNet was made by. It says more than we read (`upcast_attention`), and others
+            read it: it is written as it is, unless it describes another UNet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", unet.config.to_dict())
+    if config is None or UNetConfig.from_dict(config) != unet.config:
+        config = unet.config.to_dict()
+    write_json(folder / "config.json", dict(config))
     if not unet.structure.is_dense:
         unet.structure.save(folder / "structure.json")
     with replacing(folder / f"{UNET_STEM}.safetensors") as file:
@@ -189,6 +198,7 @@ def save_student(
 
     Raises:
         UserError: The path exists and is not to be, or not to be lightly, replaced.
+        OSError: It cannot be written; what was there is there, and nothing else.
     """
     path = Path(path)
     if path.exists():
@@ -201,13 +211,31 @@ def save_student(
     for leftover in (aside, old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    _write_student(aside, source, unet, notes or {})
-    if path.exists():
-        path.rename(old)
-    aside.rename(path)
+    try:
+        _write_student(aside, source, unet, notes or {})
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)  # of the size of a model: a full disk would stay full
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if isinstance(error, OSError):
+            raise _at(error, aside, path) from error
+        raise
     sync_folder(path.parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _at(error: OSError, aside: Path, path: Path) -> OSError:
+    """An error with the name of the file as it would have been; what is aside is gone by then."""
+    number, why, file = error.errno, error.strerror, error.filename
+    if isinstance(error, shutil.Error):  # what copying a folder makes of all that went wrong
+        number, (_, file, why) = errno.EIO, error.args[0][0]
+        why = re.sub(r"^\[Errno \d+\] ", "", why)
+    name = os.path.relpath(file or aside, aside)
+    return OSError(number, f"{why}; nothing was written", str(file) if name.startswith("..") else str(path / name))
 
 
 def _is_student(path: Path) -> bool:
@@ -219,12 +247,19 @@ def _write_student(aside: Path, source: ModelFolder, unet: UNet, notes: Mapping[
     aside.mkdir()
     for part in source.path.iterdir():
         if part.is_dir() and part.name in index and part.name != "unet":
-            shutil.copytree(part, aside / part.name, copy_function=_copy, ignore=shutil.ignore_patterns(*PICKLES))
-    write_unet(aside / "unet", unet)
+            shutil.copytree(part, aside / part.name, copy_function=_copy, ignore=_left_behind)
+    write_unet(aside / "unet", unet, config=read_json(source.path / "unet" / "config.json"))
     unet.structure.save(aside / "unet" / "structure.json")  # a student has one even if nothing is pruned
     for name, content in notes.items():
         write_json(aside / name, content)
     write_json(aside / "model_index.json", index)
+
+
+def _left_behind(_: str, names: list[str]) -> set[str]:
+    """Pickles of weights that lie beside them as safetensors. A component that has nothing else would be lost."""
+    if not any(re.fullmatch(r"[^.]+\.safetensors(\.index\.json)?", name) for name in names):  # of no variant
+        return set()
+    return {name for pattern in (*PICKLES, "*.bin.index.json") for name in fnmatch.filter(names, pattern)}
 
 
 def _copy(source: str, target: str) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import read_json
-from bilevel_fast.models.weights import check_report, find_weights, load_pretrained
+from bilevel_fast.models.weights import check_report, find_weights, load_pretrained, mapped_weights
+
+_AT_A_TIME = 64
 
 
 class TextEncoder(Protocol):
@@ -36,6 +38,23 @@ class TextEncoder(Protocol):
     def mask(self, prompts: Sequence[str]) -> Tensor:
         """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
         ...
+
+
+def indistinct(encoder: TextEncoder, texts: Sequence[str], others: Sequence[str]) -> list[int]:
+    """Which of some pairs of texts have the same states to the bit: to the model they are one text.
+
+    So it is where they differ behind the last token that is read, or in what a tokenizer drops. Texts of different
+    lengths are not encoded for it.
+    """
+    found: list[int] = []
+    for start in range(0, len(texts), _AT_A_TIME):
+        stop = min(start + _AT_A_TIME, len(texts))
+        equal = (encoder.mask(texts[start:stop]) == encoder.mask(others[start:stop])).all(1).nonzero().flatten()
+        rows = [start + row for row in equal.tolist()]
+        if rows:
+            one, other = (encoder.encode([side[row] for row in rows]) for side in (texts, others))
+            found += [row for row, a, b in zip(rows, one, other, strict=True) if torch.equal(a, b)]
+    return found
 
 
 class ClipTextEncoder:
@@ -65,6 +84,7 @@ class ClipTextEncoder:
         part, words = folder / "text_encoder", folder / "tokenizer"
         read_json(part / "config.json")
         variant = find_weights(part, "model").variant
+        mapped_weights(part, "model")  # transformers takes numbers that are none
         if not (words / "tokenizer.json").is_file():
             for name in ("vocab.json", "merges.txt"):
                 if not (words / name).is_file():

@@ -20,6 +20,7 @@ from bilevel_fast.data.blend import Blend
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing.phrases import clashes_of, held, pairs_of, phrases, plain
+from bilevel_fast.models.weights import same_component
 
 RECORD = "concepts.json"
 _FORMAT, _VERSION = "bilevel_fast.concepts", 1
@@ -85,7 +86,7 @@ def check_teacher(history: History, fingerprint: str) -> None:
     Raises:
         UserError: It is another one.
     """
-    if history.teacher != fingerprint:
+    if not same_component(history.teacher, fingerprint):
         raise UserError(
             f"--resume-concepts {history.run} had the teacher {history.teacher}, this is {fingerprint}; wanted the same"
         )

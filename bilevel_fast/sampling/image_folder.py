@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, read_json, write_atomic, write_json
+from bilevel_fast.models.weights import same_component
 from bilevel_fast.sampling.prompts import Row
 
 FORMAT, VERSION = "bilevel_fast.images", 1
@@ -194,7 +195,7 @@ class ImageWriter:
         settings = _read_settings(self.path)
         theirs, ours = settings["recipe"], json.loads(json.dumps(dict(recipe)))
         for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
+            if not _same(ours.get(name), theirs.get(name)):
                 raise UserError(
                     f"{self.path} holds images made with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
                     "delete it or choose another folder"
@@ -227,6 +228,13 @@ def _seed(row: Row, seed: int) -> int:
 
 def _line(entry: DrawnImage) -> str:
     return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a recipe say the same; fingerprints do so in two ways."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[name], theirs[name]) for name in ours)
+    return same_component(ours, theirs)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -4,10 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.data.dali import Decoder
+from bilevel_fast.data.pictures import Framing, upright_size
 from bilevel_fast.metrics.images import Pictures, batches, open_rgb, read_rgb
+from coco_folder import encoded, turned
 from measuring import doodle, image_folder
 
 
@@ -89,6 +93,74 @@ def test_every_kind_becomes_rgb(tmp_path):
         assert read_rgb(path).shape == (64, 64, 3)
     Image.fromarray(color).save(tmp_path / "exact.png")
     np.testing.assert_array_equal(read_rgb(tmp_path / "exact.png"), color)
+
+
+def kinds() -> dict[str, bytes]:
+    """Pictures of 64x64 that decoders may read otherwise than each other, as files."""
+    rng = np.random.default_rng(0)
+    color = rng.integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    smooth = Image.fromarray(color[..., :3]).resize((8, 8)).resize((64, 64), Image.Resampling.BICUBIC)
+    return {
+        "16 bits.png": encoded(Image.fromarray(rng.integers(0, 65536, (64, 64), dtype=np.uint16)), "PNG"),
+        "alpha.png": encoded(Image.fromarray(color), "PNG"),
+        "grey and alpha.png": encoded(Image.fromarray(color).convert("LA"), "PNG"),
+        "palette.png": encoded(smooth.quantize(16), "PNG"),
+        "bits.png": encoded(smooth.convert("1"), "PNG"),
+        "grey.jpg": encoded(smooth.convert("L")),
+        "cmyk.jpg": encoded(smooth.convert("CMYK"), quality=95),
+        "turned.jpg": encoded(smooth, exif=turned(6), subsampling=0),
+        "mirrored.jpg": encoded(smooth, exif=turned(5), subsampling=0),
+        "plain.webp": encoded(smooth, "WEBP", lossless=True),
+        "plain.bmp": encoded(smooth, "BMP"),
+    }
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize("name", kinds())
+def test_metrics_see_what_prepare_sees(tmp_path, name):
+    """Pictures of 16 bits, with alpha or an EXIF orientation: `evaluate` decodes them as `prepare` does."""
+    pytest.importorskip("nvidia.dali")
+    data, framing = kinds()[name], Framing(64, 0, False, "center")
+    decoder = Decoder(64, 1, 1, "cpu", torch.device("cpu"), 1)
+    (pixels,), (reason,) = decoder([data], [framing.cut([0], [0], [upright_size(data, name)])])
+    assert reason is None
+    theirs = ((pixels[0] + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    (tmp_path / name).write_bytes(data)
+    off = np.abs(read_rgb(tmp_path / name).astype(int) - theirs)
+    assert off.max() <= (1 if name.endswith(".jpg") else 0)
+    assert theirs.std() > 10
+
+
+@pytest.mark.situation
+def test_another_kind_than_its_name_says(tmp_path):
+    """A PNG named .jpg: refused by `evaluate`, as `prepare` leaves it out."""
+    (tmp_path / "a.jpg").write_bytes(kinds()["alpha.png"])
+    with pytest.raises(UserError, match=r"a\.jpg is no whole picture: is PNG, its name says JPEG"):
+        open_rgb(tmp_path / "a.jpg")
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize(("name", "kind"), [("deep/x.png", "PNG"), ("x.gif", "GIF"), ("x.TIFF", "TIFF")])
+def test_pictures_that_would_be_left_out(tmp_path, name, kind):
+    """Pictures in folders of their own, or of kinds that are not read: refused, instead of measured without them."""
+    doodle(1).save(tmp_path / "7.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(encoded(doodle(2), kind))
+    with pytest.raises(UserError, match=rf"1 of 2 pictures would be left out: {name}; wanted all of them in"):
+        Pictures.open(tmp_path)
+
+
+@pytest.mark.situation
+def test_bitmaps_count(tmp_path):
+    """A folder of .bmp and .jpe beside .png: all are measured; other files are named as left out."""
+    doodle(1).save(tmp_path / "1.bmp")
+    doodle(2).save(tmp_path / "2.jpe", "JPEG")
+    doodle(3).save(tmp_path / "3.png")
+    (tmp_path / "captions.txt").write_text("a star")
+    (tmp_path / "._3.png").write_bytes(b"of a Mac")
+    found = Pictures.open(tmp_path)
+    assert set(found.files) == {"1", "2", "3"}
+    assert found.notes == [f"1 files of {tmp_path} are no pictures and are left out: captions.txt"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 50])

@@ -20,7 +20,7 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import read_json, sha256
 from bilevel_fast.models.text_encoder import TextEncoder
-from bilevel_fast.models.weights import DIGEST, check_report, find_weights, load_pretrained
+from bilevel_fast.models.weights import DIGEST, check_report, find_weights, load_pretrained, mapped_weights
 
 CHUNK = 64  # captions encoded at once
 
@@ -116,6 +116,7 @@ class MpnetPrompts:
             raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}, wanted 'mpnet'")
         pooled = _check_modules(folder)
         files = find_weights(folder, "model").files
+        mapped_weights(folder, "model")  # transformers takes numbers that are none
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
             raise UserError(f"{folder / 'tokenizer.json'} is missing, and so is vocab.txt")
         transformers = require("transformers", "sd")

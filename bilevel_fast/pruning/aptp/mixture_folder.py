@@ -28,7 +28,7 @@ from bilevel_fast.models.folder import ModelFolder, load_folder, save_student
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.vector import layout
-from bilevel_fast.models.weights import check_names, fingerprint
+from bilevel_fast.models.weights import check_names, fingerprint, same_component
 from bilevel_fast.pruning.aptp.encoders import PromptEncoder, encode_all, open_encoder
 from bilevel_fast.pruning.aptp.router import Router
 from bilevel_fast.pruning.budget import MacBudget
@@ -130,7 +130,7 @@ class Mixture:
         if folder.config != self.config:
             raise UserError(f"{folder.path} is another base model than that of {self.path}: the UNets' configs differ")
         came = fingerprint(folder.path / "unet")
-        if came != self.teacher["unet"]:
+        if not same_component(came, self.teacher["unet"]):
             wanted = self.teacher["unet"]
             raise UserError(
                 f"{folder.path} is another base model than that of {self.path}: its UNet is {came}, not {wanted}"

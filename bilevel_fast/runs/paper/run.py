@@ -20,6 +20,7 @@ from bilevel_fast.base.devices import machine, pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.runs.paper import report
 from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
 from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, TableRow
@@ -28,6 +29,7 @@ from bilevel_fast.runs.paper.settings import Full, Rows
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.run_folder import RunFolder
+from bilevel_fast.worlds.mini import TEACHER
 
 _log = logging.getLogger(__name__)
 ROWS = "rows.jsonl"
@@ -55,7 +57,9 @@ def reproduce(
     volatile = tuple(f"run.{field}" for field in (*VOLATILE, "seed", "erase"))
     there, device = (out / "config.json").exists(), pick_device(config.device)
     same = json.loads(json.dumps(asked, default=str))
-    with RunFolder.open(out, same, resume=there, volatile=volatile) as place, GracefulStop() as stop:
+    settings_of = {"run": config} | ({"full": full} if full else {})
+    known = inputs(settings_of, {"run.teacher": TEACHER}, but=("run.out",))
+    with RunFolder.open(out, same, resume=there, volatile=volatile, inputs=known) as place, GracefulStop() as stop:
         if full is None:
             concepts, benches = config.erase, mini_benches(config, settings, place.path, device, stop)
         else:

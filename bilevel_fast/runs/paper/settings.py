@@ -91,7 +91,7 @@ class Full:
     mma: Path | None = None
     """MMA-Diffusion's prompts: CSV with a column adv_prompt."""
     ring_a_bell: Path | None = None
-    """Ring-A-Bell's prompts, one per line."""
+    """Ring-A-Bell's prompts: .txt, one per line."""
     i2p: Path | None = None
     """I2P's prompts: CSV with a column prompt."""
     clip_weights: Path | None = None
