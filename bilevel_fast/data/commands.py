@@ -1,7 +1,6 @@
 """`python -m bilevel_fast.prepare coco`, `folder` and `webdataset`."""
 
 import glob
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +11,9 @@ import torch
 
 from bilevel_fast.base import flags
 from bilevel_fast.base.devices import pick_device
-from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.errors import UserError, in_range
+from bilevel_fast.base.files import read_json_lines
+from bilevel_fast.base.limits import SIDE
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, Source, encode, latent_shape
@@ -184,8 +185,8 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
 
 def _model(args: Making, device: torch.device) -> tuple[ModelFolder, tuple[int, int, int]]:
     """The model folder, and the shape of its latents at the resolution that is asked for."""
-    if args.resolution < 1 or not 1 <= args.views <= MAX_VIEWS:
-        raise UserError(f"--resolution is {args.resolution} and --views is {args.views}; both must be positive")
+    in_range("--resolution", args.resolution, f">= 1 and <= {SIDE}", 1 <= args.resolution <= SIDE)
+    in_range("--views", args.views, f">= 1 and <= {MAX_VIEWS}", 1 <= args.views <= MAX_VIEWS)
     folder = load_folder(args.model, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     shape = latent_shape(folder.vae, args.resolution)
     if args.resolution % shape[1]:
@@ -201,8 +202,8 @@ def _model(args: Making, device: torch.device) -> tuple[ModelFolder, tuple[int, 
 
 def reasons(report: Path) -> "Counter[str]":
     """How often each reason is given in a `dropped.jsonl`; numbers in it do not tell reasons apart."""
-    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    return Counter(("caption: " if "caption" in line else "") + line["reason"] for line in lines)
+    lines = (line for _, line in read_json_lines(report))
+    return Counter(("caption: " if "caption" in line else "") + str(line.get("reason")) for line in lines)
 
 
 class _Bar:

@@ -24,6 +24,8 @@ _SUFFIXES = {
     ".webp": "WEBP",
     ".bmp": "BMP",
 }
+FORMATS = tuple(dict.fromkeys(_SUFFIXES.values()))
+"""What pictures are opened as, whatever they are named: other decoders of PIL run programs, as that of EPS does."""
 _ORIENTATION = 0x0112  # EXIF; from 5 on, height and width change places
 
 
@@ -49,7 +51,7 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
     if wanted is None:
         raise Unusable(f"its name does not end in one of {', '.join(_SUFFIXES)}")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind, (width, height) = image.format, image.size
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except Image.UnidentifiedImageError:

@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import write_atomic, write_json
+from bilevel_fast.base.files import sweep, write_atomic, write_json
 from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Index, LeftOut, Shard
 
 
@@ -78,6 +78,7 @@ class CacheWriter:
         self._report: list[str] = []
         self._reported = LeftOut()
         self.path.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
         for name in (INDEX, part.prefix + INDEX):
             if (self.path / name).exists():
                 what = "cache" if name == INDEX else f"{part.prefix.removesuffix('-')} of a cache"

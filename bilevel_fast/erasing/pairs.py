@@ -80,6 +80,13 @@ def read_pairs(path: Path) -> tuple[Pair, ...]:
     except UnicodeDecodeError as error:
         raise UserError(f"pair file {path} is not UTF-8: {error}") from error
     rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        return _pairs(path, rows)
+    except csv.Error as error:
+        raise UserError(f"pair file {path}, line {rows.line_num} is no table: {error}") from error
+
+
+def _pairs(path: Path, rows: "csv.DictReader[str]") -> tuple[Pair, ...]:
     columns = rows.fieldnames or []
     for column in _COLUMNS:
         if column not in columns:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.data.pictures import FORMATS
 from bilevel_fast.sampling.image_folder import INDEX, DrawnImage, ImageFolder
 
 if TYPE_CHECKING:  # imported where it is used: the engine runs without it
@@ -92,10 +93,10 @@ def open_rgb(path: Path) -> "Image.Image":
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.format == "PNG":
                 image.verify()  # check sums of all chunks, which decoding skips
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")  # decodes all of it: a truncated file shows here
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error

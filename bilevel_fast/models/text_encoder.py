@@ -13,7 +13,15 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import read_json
-from bilevel_fast.models.weights import check_report, find_weights, load_pretrained
+from bilevel_fast.base.limits import CHANNELS, LAYERS, MEMBERS, TOKENS
+from bilevel_fast.models.weights import check_counts, check_report, find_weights, load_pretrained
+
+_MOST = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"), CHANNELS),
+    "num_hidden_layers": LAYERS,
+    "max_position_embeddings": TOKENS,
+    "vocab_size": MEMBERS,
+}
 
 
 class TextEncoder(Protocol):
@@ -63,7 +71,7 @@ class ClipTextEncoder:
         transformers = require("transformers", "sd")
         transformers.utils.logging.disable_progress_bar()  # loading takes a second; the training has the terminal
         part, words = folder / "text_encoder", folder / "tokenizer"
-        read_json(part / "config.json")
+        check_counts(part, read_json(part / "config.json"), _MOST)
         variant = find_weights(part, "model").variant
         if not (words / "tokenizer.json").is_file():
             for name in ("vocab.json", "merges.txt"):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json, write_atomic
+from bilevel_fast.base.files import read_json, sweep, write_atomic
 
 _CONFIG, _LOCK = "config.json", ".lock"
 _ABSENT = object()
@@ -53,6 +53,7 @@ class RunFolder:
             if not (path / _LOCK).exists():
                 _refuse_content(path)  # Before the lock: a folder of somebody else's does not even get that file.
         with _locked(path):
+            sweep(path)
             if resume:
                 _check_same(run.config, config, volatile)
             else:
