@@ -181,7 +181,7 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_tables_and_json(name):
     """A config, an index, captions or a table is damaged, or made to mislead: read, or refused in one line."""
-    fuzz(*READERS[name])
+    fuzz(*READERS[name], refuses=name != "metadata")  # of which bad lines are dropped, and said
 
 
 def tensors(folder: Path) -> Path:
@@ -280,5 +280,4 @@ def test_statistics_of_a_run():
         JsonLines(path, 2).close()
         assert all(json.loads(line)["step"] <= 2 for line in path.read_bytes().splitlines())
 
-    with pytest.raises(AssertionError, match="nothing is refused"):  # a bad line is dropped, not refused
-        fuzz(text("stats.jsonl", lines(rows)), read)
+    fuzz(text("stats.jsonl", lines(rows)), read, refuses=False)

@@ -170,9 +170,11 @@ def load_plain(path: Path, allowed: Sequence[Any] = (), mmap: bool = False) -> A
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: one line about a bad file is enough
             return torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
-    except (pickle.UnpicklingError, OSError):
+    except pickle.UnpicklingError:
         raise
     except Exception as error:  # a damaged file makes torch and zipfile raise anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise Damaged(str(error).partition("\n")[0] or type(error).__name__) from error
 
 

@@ -213,9 +213,11 @@ def _read_npz(path: Path) -> Moments:
             if not {"mu", "sigma"} <= set(held):
                 raise UserError(f"statistics {path} lack 'mu' or 'sigma': wanted clean-fid's layout")
             mean, covariance = held["mu"], held["sigma"]
-    except (UserError, OSError):
+    except UserError:
         raise
     except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise UserError(f"statistics {path} are cut short or no .npz of numbers: {error}") from error
     if mean.ndim != 1 or covariance.shape != mean.shape * 2 or mean.dtype.kind != "f" or covariance.dtype.kind != "f":
         raise UserError(f"statistics {path}: 'mu' {mean.shape} and 'sigma' {covariance.shape} do not fit")

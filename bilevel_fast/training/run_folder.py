@@ -137,7 +137,10 @@ def _refuse_content(path: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     # Append mode: opening must not wipe the holder's name. The file is never deleted: a process that has
     # opened the deleted one and a process that makes a new one would both get their lock.
-    with (path / _LOCK).open("a+") as file:
+    if (path / _LOCK).is_symlink():
+        raise UserError(f"{path / _LOCK} is a link, and would be written through; delete it")
+    number = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(number, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bilevel_fast.base.devices import machine, pick_device
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json_lines, write_atomic
+from bilevel_fast.base.files import read_file, read_json_lines, write_atomic
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.paper import report
@@ -115,10 +115,10 @@ def read(path: Path) -> list[Measured]:
     """Rows measured so far; a last line that a kill cut short is taken out of the file."""
     if not path.exists():
         return []
-    whole, newline, torn = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, newline, torn = read_file(path).rpartition(b"\n")
     if torn:
         _log.warning("%s: its last line was cut short, that row is measured again", path)
-        write_atomic(path, (whole + newline).encode())
+        write_atomic(path, whole + newline)
     found = [row for _, row in read_json_lines(path)]
     for number, row in enumerate(found, start=1):
         if missing := [name for name in ("row", "label", "concepts", "seed", "step", "numbers") if name not in row]:
