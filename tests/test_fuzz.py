@@ -251,9 +251,10 @@ def test_pictures(kind):
     fuzz(make, lambda p: upright_size(p.read_bytes(), p.name), Unusable)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "manifest.json"]
-)
+CHECKPOINT = ["model.safetensors", "optimizer.safetensors", "optimizer.json", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINT)
 def test_checkpoints(name):
     """A file of a checkpoint is damaged, and its manifest says that it should be so: read, or called damaged."""
 

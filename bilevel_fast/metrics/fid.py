@@ -212,7 +212,7 @@ def _read_npz(path: Path) -> Moments:
         with np.load(path, allow_pickle=False) as held:
             if not {"mu", "sigma"} <= set(held):
                 raise UserError(f"statistics {path} lack 'mu' or 'sigma': wanted clean-fid's layout")
-            mean, covariance = held["mu"], held["sigma"]
+            mean, covariance = (np.asarray(held[name]) for name in ("mu", "sigma"))
     except UserError:
         raise
     except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise anything
