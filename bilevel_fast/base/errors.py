@@ -50,14 +50,14 @@ def check_finite(settings: object, prefix: str = "--") -> None:
     """Refuse a setting that is infinite or not a number, anywhere in a dataclass: no range of ours has room for one.
 
     Raises:
-        UserError: Names the flag: `--lower.lr is inf: wanted a finite number`.
+        UserError: Names the flag: `--lower.lr is inf: wanted finite`.
     """
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value, flag = getattr(settings, field.name), prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):
             check_finite(value, f"{flag}.")
         for number in value if isinstance(value, tuple) else (value,):
-            in_range(flag, number, "a finite number", not isinstance(number, float) or math.isfinite(number))
+            in_range(flag, number, "finite", not isinstance(number, float) or math.isfinite(number))
 
 
 def require(module: str, extra: str) -> ModuleType:
