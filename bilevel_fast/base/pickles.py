@@ -9,6 +9,7 @@ are refused, and so are tensors that reach beyond their storage (torch looks at 
 """
 
 import io
+import itertools
 import pickle
 import warnings
 import zipfile
@@ -28,7 +29,7 @@ _STORAGES = {
     "UntypedStorage": torch.uint8, "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
     "QUInt8Storage": torch.uint8, "QInt8Storage": torch.int8, "QInt32Storage": torch.int32,
 }  # fmt: skip
-_DEEPEST = 200
+_DEEPEST, _MODULES = 200, 2**16
 
 
 class Damaged(ValueError):
@@ -182,9 +183,11 @@ def _script_state(root: Any, archive: _Archive) -> dict[str, Tensor]:
     """Tensors that a module and its modules hold, by dotted name: parameters, buffers and plain attributes."""
     state: dict[str, Tensor] = {}
     copied: dict[str, Tensor] = {}
+    visits = itertools.count()
 
     def walk(held: Any, prefix: str, depth: int) -> None:
-        if depth > _DEEPEST:
+        # the same module may stand in many places, and so in more than there is time for
+        if depth > _DEEPEST or next(visits) > _MODULES:
             raise ValueError("its modules are nested too deeply")
         fields = held.state if isinstance(held, _StandIn) else None
         if not isinstance(fields, Mapping):
