@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import (
+    clip,
     is_name,
-    open_safetensors,
     parse_json,
     read_file,
     read_json,
@@ -33,6 +33,7 @@ from bilevel_fast.base.files import (
     write_atomic,
     write_json,
 )
+from bilevel_fast.base.tensors import read_tensors
 from bilevel_fast.sampling.prompts import Row
 
 FORMAT, VERSION = "bilevel_fast.images", 1
@@ -93,7 +94,10 @@ class ImageFolder:
         path = self.path_of(id)
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is an image; wanted a folder made with format 'latents'")
-        return open_safetensors(path).get_tensor("latents")
+        tensors = read_tensors(path)
+        if "latents" not in tensors:
+            raise UserError(f"{path} holds {clip(sorted(tensors))}, wanted 'latents'")
+        return tensors["latents"].clone()
 
 
 class ImageWriter:
