@@ -33,6 +33,8 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module.partition(".")[0])
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+            if not isinstance(node.args[0], ast.Constant):
+                continue
             found.add(node.args[0].value.partition(".")[0])
     return found - set(sys.stdlib_module_names) - {"bilevel_fast", "bilevel_kernels"}
 

@@ -1,6 +1,5 @@
 """Images and captions of webdataset tars, read in order by DALI's reader."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bilevel_fast.base.errors import UserError, require
+from bilevel_fast.base.files import parse_json
 from bilevel_fast.data.listing import ListedImage, with_captions
 from bilevel_fast.data.writer import Part
 
@@ -111,7 +111,7 @@ def _text(component: Any) -> list[Any]:
 
 def _field(component: Any, name: str) -> list[Any]:
     try:
-        found = json.loads(_bytes(component))[name]
+        found = parse_json(_bytes(component), "", surrogates=True)[name]
     except (ValueError, TypeError, KeyError):
         return []
     return found if isinstance(found, list) else [found]
