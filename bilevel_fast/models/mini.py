@@ -170,11 +170,12 @@ class MiniTextEncoder(nn.Module):
         tokenizer = WordTokenizer.load(folder / "tokenizer")
         try:
             where = f"{part / 'config.json'}: "
+            layers = whole(config["layers"], f"{where}layers", 1, LAYERS)
             width, heads = (whole(config[name], where + name, 1, CHANNELS) for name in ("width", "heads"))
             if width % heads:
                 raise UserError(f"{where}width {width} is no multiple of heads {heads}")
             with torch.device("meta"):  # nothing is made room for before the weights are known to fit
-                encoder = cls(tokenizer, width, whole(config["layers"], f"{where}layers", 1, LAYERS), heads)
+                encoder = cls(tokenizer, width, layers, heads)
             check_names(str(part), weights, encoder.state_dict())
             encoder.load_state_dict(weights, assign=True)
         except KeyError as error:
