@@ -21,6 +21,7 @@ from bilevel_fast.base.errors import UserError
 
 EXAMPLES = int(os.environ.get("FUZZ", "300"))
 """Inputs per reader; `make fuzz` sets it to 10,000."""
+_AT_ONCE = 20  # inputs to an example of hypothesis, which takes longer to draw it than a reader to read it
 _ROOM = 2**31  # bytes of address space that a reader may ask for, on top of what there is
 
 _SURPRISES: tuple[Any, ...] = (
@@ -157,10 +158,7 @@ def fuzz(
         read(path)  # what is good is taken
         refused: list[str] = []
 
-        @seed(0)
-        @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        @given(st.integers(0, 2**64 - 1))
-        def attempt(number: int) -> None:
+        def try_one(number: int) -> None:
             path.write_bytes(mutated(good, random.Random(number)))
             try:
                 with watched(Path(name)):
@@ -168,6 +166,15 @@ def fuzz(
             except allowed as error:
                 refused.append(str(error))
             assert all(map(str.isprintable, refused[-1:]))  # so of one line
+
+        @seed(0)
+        @settings(
+            max_examples=-(-EXAMPLES // _AT_ONCE), deadline=None, database=None, suppress_health_check=[*HealthCheck]
+        )
+        @given(st.integers(0, 2**64 - 1))
+        def attempt(number: int) -> None:
+            for following in range(_AT_ONCE):
+                try_one(number + following)
 
         attempt()
         assert not refuses or len(refused) > EXAMPLES / 20, "the mutations do not reach the reader"
