@@ -18,11 +18,11 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help train test lint bench bench-check real-size clean
+.PHONY: help train test fuzz lint bench bench-check real-size clean
 
 help:
 	@sed -n '1,3s/^# *//p' Makefile
-	@echo "other targets: lint, bench (SUITE=$(SUITE)), bench-check, real-size, clean"
+	@echo "other targets: fuzz, lint, bench (SUITE=$(SUITE)), bench-check, real-size, clean"
 
 train: $(VENV)/.installed-core
 	$(BIN)/python -m bilevel_fast.train $(ARGS)
@@ -30,6 +30,10 @@ train: $(VENV)/.installed-core
 # One process a core with one thread each: most tests are too small to share. JOBS=0 runs them in this process.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(ARGS)
+
+# 10,000 damaged and hostile files per reader; `make test` tries 300.
+fuzz: $(VENV)/.installed-test
+	FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

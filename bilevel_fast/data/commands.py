@@ -10,7 +10,8 @@ import torch
 
 from bilevel_fast.base import flags
 from bilevel_fast.base.devices import pick_device
-from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.errors import UserError, in_range
+from bilevel_fast.base.limits import SIDE
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, Source, encode, latent_shape
@@ -189,8 +190,8 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
 
 def _model(args: Making, device: torch.device) -> tuple[ModelFolder, tuple[int, int, int]]:
     """The model folder, and the shape of its latents at the resolution that is asked for."""
-    if args.resolution < 1 or not 1 <= args.views <= MAX_VIEWS:
-        raise UserError(f"--resolution is {args.resolution} and --views is {args.views}; both must be positive")
+    in_range("--resolution", args.resolution, f">= 1 and <= {SIDE}", 1 <= args.resolution <= SIDE)
+    in_range("--views", args.views, f">= 1 and <= {MAX_VIEWS}", 1 <= args.views <= MAX_VIEWS)
     folder = load_folder(args.model, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     shape = latent_shape(folder.vae, args.resolution)
     if args.resolution % shape[1]:

@@ -5,7 +5,6 @@ captions and nothing moves up in its place.
 """
 
 import errno
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.base.files import read_json
+from bilevel_fast.base.files import parse_json, read_file, read_json
 from bilevel_fast.data.pictures import MAX_KEY, Unusable
 
 SPLITS = ("train2017", "val2017", "train2014", "val2014")
@@ -82,7 +81,7 @@ def coco(root: Path, split: str) -> Listing:
     folders = [folder for folder in (root / split, root / "images" / split) if folder.is_dir()]
     if not folders:
         raise UserError(f"no images: neither {root / split} nor {root / 'images' / split} is a folder")
-    fields = read_json(annotations)
+    fields = read_json(annotations, surrogates=True)
     for name in ("images", "annotations"):
         if not isinstance(fields.get(name), list):
             raise UserError(f"{annotations}: wanted a list {name!r}, as in COCO's captions")
@@ -122,10 +121,10 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
         UserError: The file is missing, empty, not UTF-8, or no line of it has the caption field.
     """
     path = root / "metadata.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} is missing; it wants lines of file_name and {caption_field}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; it wants lines of file_name and {caption_field}") from error
+        lines = read_file(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
     captions: dict[str, list[Any]] = {}
@@ -136,7 +135,9 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, "", surrogates=True)
+            if not isinstance(row, dict):
+                raise TypeError
             fields |= set(row)
             file, text = row["file_name"], row[caption_field]
         except (ValueError, TypeError, KeyError):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from bilevel_fast.base.limits import PIXELS
 from bilevel_fast.ops.randomness import Stream, uniform
 
 if TYPE_CHECKING:  # imported where it is used: the engine runs without it
@@ -30,6 +31,8 @@ SUFFIXES = {
     ".webp": "WEBP",
     ".bmp": "BMP",
 }
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+"""What pictures are opened as, whatever they are named: other decoders of PIL run programs, as that of EPS does."""
 _ORIENTATION = 0x0112  # EXIF; from 5 on, height and width change places
 
 
@@ -45,7 +48,7 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
         name: Its name, whose ending must say what it is.
 
     Raises:
-        Unusable: It is empty, cut short, no image, or of another kind than its name says.
+        Unusable: It is empty, cut short, no image, too large, or of another kind than its name says.
     """
     from PIL import Image
 
@@ -55,7 +58,7 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
     if wanted is None:
         raise Unusable(f"its name does not end in one of {', '.join(SUFFIXES)}")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind, (width, height) = image.format, image.size
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except Image.UnidentifiedImageError:
@@ -65,6 +68,8 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
     kind = "JPEG" if kind == "MPO" else kind  # what cameras write: a JPEG with more JPEGs behind it
     if kind != wanted:
         raise Unusable(f"is {kind}, its name says {wanted}")
+    if width * height > PIXELS:
+        raise Unusable(f"has {width}x{height} pixels, wanted at most {PIXELS} in all")
     if not _is_whole(data, wanted):
         raise Unusable(f"cut short: the end of the {wanted} is missing")
     return (width, height) if turned else (height, width)
@@ -87,10 +92,10 @@ def decode_rgb(data: bytes, name: str) -> "Image.Image":
 
     upright_size(data, name)
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.format == "PNG":
                 image.verify()  # check sums of all chunks, which decoding skips
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
                 eight = np.round(np.asarray(upright).astype(np.float64) / 257)

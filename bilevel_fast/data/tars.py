@@ -6,7 +6,6 @@ webdataset has it. Tars may be joined (`cat a.tar b.tar`): no sample goes on in 
 
 import glob
 import itertools
-import json
 import re
 import tarfile
 from bisect import bisect_right
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import parse_json
 from bilevel_fast.data.listing import ListedImage, shown, with_captions
 
 IMAGES = ("jpg", "jpeg", "jpe", "png", "webp", "bmp")
@@ -178,8 +178,8 @@ def _bytes(file: BinaryIO, member: Member) -> bytes:
 def _captions(data: bytes, name: str) -> tuple[list[Any], str]:
     """What the field of a sample's JSON holds; or why it holds nothing."""
     try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError):
+        fields = parse_json(data.decode("utf-8-sig"), "", surrogates=True)
+    except ValueError:
         return [], "its .json is not JSON"
     if not isinstance(fields, dict) or name not in fields:
         return [], f"its .json has no {name!r}"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import read_file
 from bilevel_fast.data.pictures import SUFFIXES, Unusable, decode_rgb
 from bilevel_fast.sampling.image_folder import INDEX, DrawnImage, ImageFolder
 
@@ -123,9 +124,7 @@ def open_rgb(path: Path) -> "Image.Image":
         UserError: It is missing, cut short, no picture, or another kind than its name says.
     """
     try:
-        return decode_rgb(path.read_bytes(), path.name)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
+        return decode_rgb(read_file(path), path.name)
     except Unusable as reason:
         raise UserError(f"{path} is no whole picture: {reason}") from None
 

@@ -13,9 +13,16 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import read_json
-from bilevel_fast.models.weights import check_report, find_weights, load_pretrained, mapped_weights
+from bilevel_fast.base.limits import CHANNELS, LAYERS, MEMBERS, TOKENS
+from bilevel_fast.models.weights import check_counts, check_report, find_weights, load_pretrained, mapped_weights
 
 _AT_A_TIME = 64
+_MOST = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"), CHANNELS),
+    "num_hidden_layers": LAYERS,
+    "max_position_embeddings": TOKENS,
+    "vocab_size": MEMBERS,
+}
 
 
 class TextEncoder(Protocol):
@@ -82,7 +89,7 @@ class ClipTextEncoder:
         transformers = require("transformers", "sd")
         transformers.utils.logging.disable_progress_bar()  # loading takes a second; the training has the terminal
         part, words = folder / "text_encoder", folder / "tokenizer"
-        read_json(part / "config.json")
+        check_counts(part, read_json(part / "config.json"), _MOST)
         variant = find_weights(part, "model").variant
         mapped_weights(part, "model")  # transformers takes numbers that are none
         if not (words / "tokenizer.json").is_file():

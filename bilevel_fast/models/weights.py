@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import open_safetensors, read_json, sha256
+from bilevel_fast.base.files import clip, is_name, open_safetensors, read_json, sha256, whole
+from bilevel_fast.base.limits import LEVELS
 from bilevel_fast.base.tensors import read_tensors
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth", "*.pkl")
@@ -59,11 +60,10 @@ def _shards(index: Path) -> tuple[Path, ...]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: weight_map is missing")
-    files = sorted(set(names.values()), key=str)
-    for name in files:
-        if type(name) is not str or Path(name).name != name:
-            raise UserError(f"{index}: {name!r} is not the name of a file beside it")
-    return tuple(index.with_name(name) for name in files)
+    for name in names.values():
+        if not is_name(name):
+            raise UserError(f"{index}: {clip(name)} is not the name of a file beside it")
+    return tuple(index.with_name(name) for name in sorted(set(names.values())))
 
 
 def read_weights(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -133,6 +133,25 @@ def load_pretrained(cls: Any, folder: Path, **settings: Any) -> Any:
         return cls.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as error:  # a bad file makes these libraries raise anything
         raise UserError(f"{folder}: {' '.join(str(error).split())}") from error
+
+
+def check_counts(folder: Path, config: Mapping[str, Any], most: Mapping[str, int]) -> None:
+    """Refuse numbers of a config that nobody can build: the libraries that read it would try.
+
+    Args:
+        folder: Of the component, for the message.
+        config: Its config.json.
+        most: The largest value of each field that is looked at; each may be a list of such, of at most `LEVELS`.
+
+    Raises:
+        UserError: One is no whole number, below 1 or above that.
+    """
+    for field, limit in most.items():
+        value, where = config.get(field), f"{folder / 'config.json'}: {field}"
+        if isinstance(value, list) and len(value) > LEVELS:
+            raise UserError(f"{where} has {len(value)} entries, wanted at most {LEVELS}")
+        for number in value if isinstance(value, list) else [] if value is None else [value]:
+            whole(number, where, 1, limit)
 
 
 def check_report(folder: Path, report: Mapping[str, Any]) -> None:

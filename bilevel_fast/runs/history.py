@@ -71,9 +71,11 @@ def read(run: Path) -> History:
         found = f"{fields.get('format')!r}, version {fields.get('version')!r}"
         raise UserError(f"{path} is {found}; this release reads {_FORMAT!r}, version {_VERSION}")
     try:
+        if any(type(c["bank"]) is not str or "\0" in c["bank"] for c in fields["concepts"]):
+            raise TypeError("a bank is no path")
         concepts = tuple(Erased(str(c["name"]), str(run / c["bank"]), float(c["weight"])) for c in fields["concepts"])
         history = History(run, str(fields["teacher"]), concepts)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} does not hold what a record of concepts holds ({error})") from error
     if not concepts or not all(0 < concept.weight < float("inf") for concept in concepts):
         raise UserError(f"{path} names no concept, or one without a positive weight")

@@ -37,6 +37,7 @@ from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
+from bilevel_fast.sampling.samplers import check_walks
 from bilevel_fast.training.checkpoint import GracefulStop, latest
 from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.loop import Places, Progress
@@ -162,9 +163,12 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
 def check_world(config: TrainConfig, folder: ModelFolder) -> None:
     """Refuse a run on a built-in world with another's model.
 
+    And settings of sampling that this model cannot be sampled with: the judge comes when the training is over.
+
     Raises:
         UserError: Says so.
     """
+    check_walks(folder.schedule, config.upper.walks() | (config.world_settings.walks() if config.world else {}))
     if config.world not in (None, folder.family.world):
         raise UserError(f"{config.teacher} is no model of the {config.world} world; --data and --concepts are missing")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json, write_atomic
+from bilevel_fast.base.files import read_json, sweep, write_atomic
 
 _CONFIG, _INPUTS, _LOCK = "config.json", "inputs.json", ".lock"
 _ABSENT = object()
@@ -61,6 +61,7 @@ class RunFolder:
             if not (path / _LOCK).exists():
                 _refuse_content(path)  # Before the lock: a folder of somebody else's does not even get that file.
         with _locked(path):
+            sweep(path)
             if resume:
                 known = _check_inputs(path, config, inputs or {})
                 _check_same(run.config, config, (*volatile, *known))
@@ -147,7 +148,10 @@ def _refuse_content(path: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     # Append mode: opening must not wipe the holder's name. The file is never deleted: a process that has
     # opened the deleted one and a process that makes a new one would both get their lock.
-    with (path / _LOCK).open("a+") as file:
+    if (path / _LOCK).is_symlink():
+        raise UserError(f"{path / _LOCK} is a link, and would be written through; delete it")
+    number = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(number, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

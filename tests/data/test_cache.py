@@ -208,8 +208,8 @@ def test_open_names_a_wrong_field_of_the_index(tmp_path, field, value, message):
         ('{"captions": ["a"]}\n', "has 1 lines for 3 samples"),
         ('{"captions": ["a"]}\n{"captions": []}\n{"captions": ["a"]}\n', "line 2: wanted 'captions'"),
         ('{"captions": ["a"]}\n{"captions": "a"}\n{"captions": ["a"]}\n', "line 2: wanted 'captions'"),
-        ('{"captions": ["a"]}\n{"captions": ["a"]}\n["a"]\n', "line 3: wanted 'captions'"),
-        ('{"captions": ["a"]}\n{"captions": ["a"\n', "not JSON lines"),
+        ('{"captions": ["a"]}\n{"captions": ["a"]}\n["a"]\n', "line 3: wanted a JSON object, found list"),
+        ('{"captions": ["a"]}\n{"captions": ["a"\n', "line 2 is not JSON"),
     ],
 )
 def test_bad_captions_are_named_by_line(tmp_path, text, message):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.dali import Decoder
-from bilevel_fast.data.pictures import Framing, upright_size
+from bilevel_fast.data.pictures import Framing, Unusable, upright_size
 from bilevel_fast.metrics.images import Pictures, batches, open_rgb, read_rgb
 from coco_folder import encoded, turned
 from measuring import doodle, image_folder
@@ -169,3 +169,17 @@ def test_batches_keep_the_order(tmp_path, size):
     found = list(batches(files, lambda file: int(file.name), size, "numbers"))
     assert [n for part in found for n in part] == list(range(7))
     assert [len(part) for part in found[:-1]] == [min(size, 7)] * (len(found) - 1)
+
+
+@pytest.mark.situation
+def test_an_eps_named_png_starts_no_ghostscript(tmp_path, monkeypatch):
+    """A picture is an EPS with another name: refused, and the program that would draw it is not called."""
+    called = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **_: called.append(args))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is no whole picture"):
+        open_rgb(tmp_path / "a.png")
+    with pytest.raises(Unusable, match="not an image"):
+        upright_size((tmp_path / "a.png").read_bytes(), "a.png")
+    assert not called

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, read_json, sha256, write_atomic, write_json
+from bilevel_fast.base.tensors import read_tensors
 from bilevel_fast.models.architecture import UNetConfig
 from bilevel_fast.models.folder import ModelFolder, load_folder, save_student
 from bilevel_fast.models.structure import Structure
@@ -208,7 +209,7 @@ def _read_router(file: Path, config: UNetConfig, experts: int, base: str, digest
     came = (handle.metadata() or {}).get("unet")
     if came != base:
         raise UserError(f"{file} is a router for another base model: its UNet is {came}, the mixture's {base}")
-    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
     entries, centre = layout(config).size, tensors.get(_CENTRE, torch.empty(0))
     width = centre.numel()
     wanted = {
