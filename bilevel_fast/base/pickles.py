@@ -16,6 +16,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,10 @@ def load_plain(path: Path, allowed: Sequence[Any] = (), mmap: bool = False) -> A
                 if archive.is_script:
                     return _script_state(_Reader(archive).load(), archive)
                 _check_names(archive.read("data.pkl"))
+        else:
+            with path.open("rb") as file, _unless_damaged():
+                for _ in range(4):  # magic number, protocol, machine, what was saved
+                    _check_names(file)
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: one line about a bad file is enough
             return torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
@@ -183,7 +188,18 @@ def load_plain(path: Path, allowed: Sequence[Any] = (), mmap: bool = False) -> A
         raise Damaged(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
-def _check_names(data: bytes) -> None:
+@contextmanager
+def _unless_damaged() -> Any:
+    """Torch has the better word for what is no pickle."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (ValueError, IndexError):
+        pass
+
+
+def _check_names(data: Any) -> None:
     """Refuse a pickle with a name that cannot be one: torch takes minutes to word its refusal of a very long one."""
     for code, value, _ in pickletools.genops(data):
         if code.name in ("GLOBAL", "INST") and not _NAME.fullmatch(value):
