@@ -11,9 +11,12 @@ are refused, and so are tensors that reach beyond their storage (torch looks at 
 import io
 import itertools
 import pickle
+import pickletools
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ _STORAGES = {
     "QUInt8Storage": torch.uint8, "QInt8Storage": torch.int8, "QInt32Storage": torch.int32,
 }  # fmt: skip
 _DEEPEST, _MODULES = 200, 2**16
+_NAME, _LONGEST_TEXT = re.compile(r"[\w.]{1,200} [\w.]{1,200}"), 2**13
 
 
 class Damaged(ValueError):
@@ -168,6 +172,11 @@ def load_plain(path: Path, allowed: Sequence[Any] = (), mmap: bool = False) -> A
             with _Archive(path) as archive:
                 if archive.is_script:
                     return _script_state(_Reader(archive).load(), archive)
+                _check_names(archive.read("data.pkl"))
+        else:
+            with path.open("rb") as file, _unless_damaged():
+                for _ in range(4):  # magic number, protocol, machine, what was saved
+                    _check_names(file)
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: one line about a bad file is enough
             return torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
@@ -177,6 +186,26 @@ def load_plain(path: Path, allowed: Sequence[Any] = (), mmap: bool = False) -> A
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise Damaged(str(error).partition("\n")[0] or type(error).__name__) from error
+
+
+@contextmanager
+def _unless_damaged() -> Any:
+    """Torch has the better word for what is no pickle."""
+    try:
+        yield
+    except Damaged:
+        raise
+    except (ValueError, IndexError):
+        pass
+
+
+def _check_names(data: Any) -> None:
+    """Refuse a pickle with a name that cannot be one: torch takes minutes to word its refusal of a very long one."""
+    for code, value, _ in pickletools.genops(data):
+        if code.name in ("GLOBAL", "INST") and not _NAME.fullmatch(value):
+            raise Damaged("it names a class that cannot be one")
+        if isinstance(value, str) and len(value) > _LONGEST_TEXT:
+            raise Damaged(f"it has a text of {len(value)} characters")
 
 
 def _script_state(root: Any, archive: _Archive) -> dict[str, Tensor]:
