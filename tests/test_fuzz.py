@@ -5,7 +5,9 @@ a header merely claims. `make fuzz` tries 10,000 files per reader.
 """
 
 import hashlib
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from bilevel_fast.data.cache import INDEX, Cache, Index
 from bilevel_fast.data.listing import coco, metadata_folder
 from bilevel_fast.data.pictures import Unusable, upright_size
 from bilevel_fast.data.stream import ImageIndex, read_list
+from bilevel_fast.data.tars import Tars
 from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.erasing.pairs import read_pairs
 from bilevel_fast.metrics.checkpoints import read_checkpoint, tensors_of
@@ -64,6 +67,20 @@ def text(name: str, content: str):
 def mini(name: str):
     """What writes a mini model folder and mutates one file of it."""
     return lambda folder: make_mini_folder(folder / "model") / name
+
+
+def tar(folder: Path) -> Path:
+    with tarfile.open(folder / "a.tar", "w", format=tarfile.PAX_FORMAT) as made:
+        for name, data in (("猫.jpg", b"1"), ("猫.json", b'{"caption": ["a cat"]}'), ("b.jpg", b"2"), ("b.txt", b"b")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            made.addfile(info, io.BytesIO(data))
+    return folder / "a.tar"
+
+
+def read_tar(path: Path) -> None:
+    tars = Tars([path], "caption")
+    tars.read(range(len(tars)))
 
 
 def captions(folder: Path) -> Path:
@@ -157,6 +174,7 @@ READERS = {
         text("metadata.jsonl", lines({"file_name": f"{n}.jpg", "text": ["a", "b"]} for n in (1, 2))),
         lambda p: metadata_folder(p.parent),
     ),
+    "tar": (tar, read_tar),
     "prompts": (text("p.csv", 'id,prompt,evaluation_seed\n1,a star,3\n2,"a, b",4\n'), read_rows),
     "prompt lines": (text("p.txt", "a star\na ring\n"), read_rows),
     "prompt set": (text("p.csv", "case_number,prompt,evaluation_seed,artist\n1,a,3,x\n2,b,4,y\n"), read_prompt_set),

@@ -1,6 +1,7 @@
 """Folders of pictures by id, and what is said about broken ones."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -169,6 +170,22 @@ def test_batches_keep_the_order(tmp_path, size):
     found = list(batches(files, lambda file: int(file.name), size, "numbers"))
     assert [n for part in found for n in part] == list(range(7))
     assert [len(part) for part in found[:-1]] == [min(size, 7)] * (len(found) - 1)
+
+
+@pytest.mark.situation
+def test_a_picture_of_too_many_pixels(tmp_path):
+    """A small file that would be 144 million pixels: refused by its header, and nothing is decoded."""
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is no whole picture: has 12000x12000 pixels, wanted at most 1342"):
+        open_rgb(tmp_path / "a.png")
+
+
+@pytest.mark.situation
+def test_a_pipe_named_png(tmp_path):
+    """A pipe among the pictures of a folder: refused by name, and not waited for."""
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is no regular file"):
+        open_rgb(Pictures.open(tmp_path).files["a"])
 
 
 @pytest.mark.situation
