@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import read_file
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,11 @@ def read_text(path: Path, what: str = "prompt file") -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
-        UserError: It is missing or not UTF-8.
+        UserError: It is missing, no regular file, too large, or not UTF-8.
     """
+    if not path.exists():
+        raise UserError(f"{what} {path} does not exist")
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{what} {path} does not exist") from error
+        return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{what} {path} is not UTF-8: {error.reason} at byte {error.start}") from error

@@ -27,15 +27,21 @@ UNET = [
     ("in_channels", True, "in_channels is True, wanted"),
     ("attention_head_dim", 0, "attention_head_dim is 0, wanted"),
     ("attention_head_dim", [5, 10, 20, -20], "attention_head_dim is -20, wanted"),
+    ("attention_head_dim", None, "attention_head_dim is None, wanted"),
+    ("num_attention_heads", 0, "num_attention_heads is 0, wanted a whole number from 1 to 65536"),
     ("attention_head_dim", "DELETE", "field 'attention_head_dim' is missing"),
     ("block_out_channels", [], r"block_out_channels is \[\], wanted a list of 1 to 16"),
     ("block_out_channels", 320, "block_out_channels is 320, wanted a list"),
     ("block_out_channels", [320] * 1000, "wanted a list of 1 to 16"),
     ("block_out_channels", [320, 640, 1280, 10**12], "block_out_channels is 1000000000000, wanted"),
+    ("block_out_channels", [320, "640", 1280, 1280], "block_out_channels is '640', wanted a whole number"),
+    ("cross_attention_dim", [32, 32], r"cross_attention_dim is \[32, 32\], wanted"),
     ("cross_attention_dim", 10**30, "cross_attention_dim is 1000000000000000000000000000000, wanted"),
     ("norm_eps", float("nan"), "norm_eps is nan, wanted a number > 0 and < 1"),
     ("norm_eps", 0, "norm_eps is 0, wanted"),
-    ("down_block_types", 3, "down_block_types is 3, wanted a list of"),
+    ("norm_eps", "1e-5", "norm_eps is '1e-5', wanted"),
+    ("down_block_types", 3, r"down_block_types is 3, wanted a list of \('CrossAttnDownBlock2D', 'DownBlock2D'\)"),
+    ("down_block_types", None, "down_block_types is None, wanted a list of"),
 ]
 
 

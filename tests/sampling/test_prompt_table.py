@@ -1,6 +1,7 @@
 """Prompt files as people write them: every command reads the same, and what is ambiguous is refused with its line."""
 
 import json
+import os
 import re
 
 import pytest
@@ -76,6 +77,13 @@ def test_other_suffixes(tmp_path, reader, name):
     (tmp_path / name).write_text("prompt\ta\n")
     wanted = r"wanted \.csv \(a table with a header\), \.json \(COCO's captions\) or \.txt \(a prompt per line\)"
     assert re.search(rf"{name} ends in '\.\w+'; {wanted}", refusal(reader, tmp_path / name))
+
+
+@reader
+def test_a_pipe(tmp_path, reader):
+    """A pipe, which can be read once only, as a prompt file: refused by name, and not waited for."""
+    os.mkfifo(tmp_path / "a.csv")
+    assert refusal(reader, tmp_path / "a.csv") == f"{tmp_path / 'a.csv'} is no regular file"
 
 
 @reader
