@@ -5,7 +5,7 @@ python -m benchmarks.real_size.pipeline run/student student.png --side 256
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -35,10 +35,11 @@ def main() -> None:
     settings = flags.parse(Settings, "benchmarks.real_size.pipeline", __doc__)
     pipeline = load_pipeline(settings.model)
     pipeline.set_progress_bar_config(disable=True)
-    (image,) = pipeline(
+    drawn: Any = pipeline(
         "a red star", height=settings.side, width=settings.side, num_inference_steps=settings.steps, output_type="np",
         generator=torch.Generator().manual_seed(0),
-    ).images  # fmt: skip
+    )  # fmt: skip
+    image = np.asarray(drawn.images[0])
     if not np.isfinite(image).all():
         raise UserError(f"{settings.model} draws numbers that are not finite")
     Image.fromarray((255 * image).round().astype(np.uint8)).save(settings.out)

@@ -202,7 +202,7 @@ def _unless_damaged() -> Any:
 def _check_names(data: Any) -> None:
     """Refuse a pickle with a name that cannot be one: torch takes minutes to word its refusal of a very long one."""
     for code, value, _ in pickletools.genops(data):
-        if code.name in ("GLOBAL", "INST") and not _NAME.fullmatch(value):
+        if code.name in ("GLOBAL", "INST") and not _NAME.fullmatch(str(value)):
             raise Damaged("it names a class that cannot be one")
         if isinstance(value, str) and len(value) > _LONGEST_TEXT:
             raise Damaged(f"it has a text of {len(value)} characters")

@@ -216,7 +216,7 @@ def _archive(path: Path, file: BinaryIO, start: int, content: Content) -> int:
     try:
         tar = tarfile.TarFile(fileobj=file, encoding="utf-8", errors="surrogateescape")  # pax names are read as such
         while (info := tar.next()) is not None:
-            tar.members = []  # it would keep them all
+            tar.members = []  # it would keep them all  # pyright: ignore[reportAttributeAccessIssue]
             if info.size < 0:
                 raise UserError(f"{path} is damaged: {shown(info.name)} has {info.size} bytes")
             if info.isdir():

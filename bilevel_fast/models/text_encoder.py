@@ -57,7 +57,7 @@ def indistinct(encoder: TextEncoder, texts: Sequence[str], others: Sequence[str]
     for start in range(0, len(texts), _AT_A_TIME):
         stop = min(start + _AT_A_TIME, len(texts))
         equal = (encoder.mask(texts[start:stop]) == encoder.mask(others[start:stop])).all(1).nonzero().flatten()
-        rows = [start + row for row in equal.tolist()]
+        rows: list[int] = [start + row for row in equal.tolist()]
         if rows:
             one, other = (encoder.encode([side[row] for row in rows]) for side in (texts, others))
             found += [row for row, a, b in zip(rows, one, other, strict=True) if torch.equal(a, b)]

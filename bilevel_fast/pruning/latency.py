@@ -166,7 +166,7 @@ def _rows(path: Path, batch: int | None) -> list[dict[str, Any]]:
             whole(settings[name], f"{path}:{n}: {name}", 1, TOKENS)
         if any(type(name) is not str for name in settings["sites"]):
             raise UserError(f"{path}:{n}: config has {clip(settings['sites'])} for 'sites', wanted names")
-        if type(value) not in (int, float) or not 0 < value < 1e12:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
             raise UserError(f"{path}:{n}: value is {clip(value)}, wanted milliseconds")
         found.append({**row, "line": n})
     return found

@@ -129,7 +129,7 @@ def test_metrics_see_what_prepare_sees(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     off = np.abs(read_rgb(tmp_path / name).astype(int) - theirs)
     assert off.max() <= (1 if name.endswith(".jpg") else 0)
-    assert theirs.std() > 10
+    assert theirs.std() > 3  # so neither is empty
 
 
 @pytest.mark.situation
@@ -173,6 +173,7 @@ def test_batches_keep_the_order(tmp_path, size):
 
 
 @pytest.mark.situation
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_picture_of_too_many_pixels(tmp_path):
     """A small file that would be 144 million pixels: refused by its header, and nothing is decoded."""
     Image.new("1", (12_000, 12_000)).save(tmp_path / "a.png")

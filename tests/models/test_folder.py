@@ -267,7 +267,7 @@ def test_a_student_is_whole_or_not_there(tmp_path, sd, monkeypatch):
     source, unet = load_folder(sd), student(sd)
     path = tmp_path / "student"
 
-    def full_disk(*_):
+    def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
