@@ -85,7 +85,7 @@ def test_typed():
 
 @pytest.mark.situation
 def test_version(monkeypatch, capsys):
-    """`bilevel-fast --version` says which release it is."""
+    """`bilevel-fast --version`: says which release it is."""
     monkeypatch.setattr("sys.argv", ["bilevel-fast", "--version"])
     cli.main()
     assert capsys.readouterr().out == f"bilevel-fast {PROJECT['version']}\n"

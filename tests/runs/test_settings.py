@@ -127,7 +127,7 @@ def test_reproduce_looks_at_the_steps_of_its_judges_first(tmp_path):
 @pytest.mark.situation
 @pytest.mark.parametrize("module", [probe, pretrain])
 def test_help_does_not_train(module, monkeypatch, capsys):
-    """`--help` of the commands that make the shipped weights says what they do, and trains and writes nothing."""
+    """`--help` of the commands that make the shipped weights: says what they do, trains and writes nothing."""
     monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("it trains"))
     monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
     with pytest.raises(SystemExit) as end:
