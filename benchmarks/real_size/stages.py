@@ -109,9 +109,9 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
         prune("magnitude", "0.80", 120, 7),
         prune(STUDENT, "0.55", 90, 6, keep=True),
         prune("bk-sdm-small", "", 90, 6),
-        prune("diff-pruning", "0.80", 400, 16, "--data", "cache", "--images", "2", "--batch", "1"),
+        prune("diff-pruning", "0.80", 600, 16, "--data", "cache", "--images", "2", "--batch", "1"),
         Stage(
-            "train", TRAIN, ("run",), checks.trained, 500, 19,
+            "train", TRAIN, ("run",), checks.trained, 500, 20,
             ("prepare images", "prepare concepts", f"prune {STUDENT}"), ("run/checkpoints",), half_way,
         ),
         Stage("memory model", ("benchmarks.real_size.memory", "memory.json"), ("memory.json",),
