@@ -92,13 +92,13 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
         Stage(
             "folder",
             ("benchmarks.real_size.folder", "sd21", *tiny),
-            ("sd21", "images", "prompts.txt"), checks.folder, 150, 4,
+            ("sd21", "images", "prompts.txt"), checks.folder, 100, 4,
         ),
         Stage(
             "prepare images",
             ("bilevel_fast.prepare", "folder", "--root", "images", "--model", "sd21", "--out", "cache",
              "--resolution", pixels, "--batch", "2", "--per-file", "2"),
-            ("cache",), checks.cache("cache", 4, scale.latent), 90, 5, ("folder",),
+            ("cache",), checks.cache("cache", 4, scale.latent), 60, 5, ("folder",),
         ),
         Stage(
             "prepare concepts",
@@ -106,16 +106,16 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
              "--count", "2", "--steps", "2", "--batch", "2", "--size", latent, "--out", "bank"),
             ("bank",), checks.cache("bank", 2, scale.latent), 120, 8, ("folder",),
         ),
-        prune("magnitude", "0.80", 120, 7),
-        prune(STUDENT, "0.55", 90, 6, keep=True),
-        prune("bk-sdm-small", "", 90, 6),
+        prune("magnitude", "0.80", 90, 7),
+        prune(STUDENT, "0.55", 70, 6, keep=True),
+        prune("bk-sdm-small", "", 70, 6),
         prune("diff-pruning", "0.80", 600, 16, "--data", "cache", "--images", "2", "--batch", "1"),
         Stage(
             "train", TRAIN, ("run",), checks.trained, 500, 20,
             ("prepare images", "prepare concepts", f"prune {STUDENT}"), ("run/checkpoints",), half_way,
         ),
         Stage("memory model", ("benchmarks.real_size.memory", "memory.json"), ("memory.json",),
-              checks.memory(scale.within), 60, 4, ("train",)),
+              checks.memory(scale.within), 40, 4, ("train",)),
         Stage(
             "erase uce",
             ("bilevel_fast.erase", "uce", "--model", STUDENT, "--erase", PHRASE, "--out", "erased"),
@@ -131,7 +131,7 @@ def stages(scale: Scale) -> tuple[Stage, ...]:
             "evaluate",
             ("bilevel_fast.evaluate", "--suite", "nsfw", "--images", "drawn", "--prompts", "prompts.txt",
              "--out", "eval.json"),
-            ("eval.json", "eval.md"), checks.evaluated, 60, 3, ("sample",),
+            ("eval.json", "eval.md"), checks.evaluated, 30, 3, ("sample",),
         ),
         Stage(
             "diffusers",
