@@ -135,12 +135,16 @@ def read_file(path: Path, most: int = JSON_BYTES) -> bytes:
         UserError: It is missing, no regular file (a pipe would be waited for), or larger.
         OSError: It may not be read.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
+    _check_regular(path)
     with path.open("rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise UserError(f"{path} has {size} bytes, wanted at most {most}")
         return file.read(most)
+
+
+def _check_regular(path: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
 
 
 def parse_json(data: bytes | str, where: str, surrogates: bool = False) -> Any:
@@ -168,7 +172,7 @@ def parse_json(data: bytes | str, where: str, surrogates: bool = False) -> Any:
         inner = [each for each in values if isinstance(each, dict | list)]
     if inner:
         raise UserError(f"{where} is nested too deeply, wanted at most {NESTING} brackets within each other")
-    if not surrogates and (b"\\u" in data if isinstance(data, bytes) else True):
+    if not surrogates and (isinstance(data, str) or b"\\u" in data):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
@@ -197,8 +201,7 @@ def read_json_lines(path: Path, surrogates: bool = False) -> Iterator[tuple[int,
     Raises:
         UserError: As `read_json`, of the line; it is named.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is {'no regular file' if os.path.lexists(path) else 'missing'}")
+    _check_regular(path)
     with path.open("rb") as file:
         for number in itertools.count(1):
             line = file.readline(LINE_BYTES + 1)

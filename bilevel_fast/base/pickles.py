@@ -16,7 +16,6 @@ import re
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -174,9 +173,14 @@ def load_plain(path: Path, allowed: Sequence[Any] = (), mmap: bool = False) -> A
                     return _script_state(_Reader(archive).load(), archive)
                 _check_names(archive.read("data.pkl"))
         else:
-            with path.open("rb") as file, _unless_damaged():
-                for _ in range(4):  # magic number, protocol, machine, what was saved
-                    _check_names(file)
+            with path.open("rb") as file:
+                try:
+                    for _ in range(4):  # magic number, protocol, machine, what was saved
+                        _check_names(file)
+                except Damaged:
+                    raise
+                except (ValueError, IndexError):
+                    pass  # no pickle: torch, which is asked next, has the better word for it
         with torch.serialization.safe_globals(list(allowed)), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle's protocol: one line about a bad file is enough
             return torch.load(path, map_location="cpu", mmap=mmap and zipped, weights_only=True)
@@ -186,17 +190,6 @@ def load_plain(path: Path, allowed: Sequence[Any] = (), mmap: bool = False) -> A
         if isinstance(error, OSError) and error.filename is not None:
             raise
         raise Damaged(str(error).partition("\n")[0] or type(error).__name__) from error
-
-
-@contextmanager
-def _unless_damaged() -> Any:
-    """Torch has the better word for what is no pickle."""
-    try:
-        yield
-    except Damaged:
-        raise
-    except (ValueError, IndexError):
-        pass
 
 
 def _check_names(data: Any) -> None:
