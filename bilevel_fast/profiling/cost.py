@@ -21,7 +21,7 @@ No card does; within `AsOnGPU`, attention is FlashAttention there, and layouts a
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from math import prod
@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bilevel_kernels
+from bilevel_fast.profiling import meta_memo
 from bilevel_fast.training import phases
 
 KINDS = ("conv", "linear", "attention", "norm", "pointwise", "optimizer", "copy", "other")
@@ -146,7 +147,16 @@ class AsOnGPU(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _as_cudnn(func, args, func(*args, **(kwargs or {})))
+        return self._run(func, args, kwargs or {})[0]
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, meta_memo.Remembered | None]:
+        """The result, and where such a call is remembered."""
+        key = meta_memo.key(func, args, kwargs)
+        found = None if key is None else meta_memo.recall(key)
+        if found is not None:
+            return found.again(), found
+        out = _as_cudnn(func, args, func(*args, **kwargs))
+        return out, None if key is None else meta_memo.remember(key, out)
 
 
 class Counter(AsOnGPU):
@@ -173,10 +183,17 @@ class Counter(AsOnGPU):
             with self:  # inference mode leaves such an op whole
                 on_meta = func is _SDPA and args[0].device.type == "meta"
                 return (_attention if on_meta else partial(_composite, func))(*args, **kwargs)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        cost = _cost(func, args, kwargs, out)
+        out, remembered = self._run(func, args, kwargs)
+        if func.is_view:
+            return out
+        if remembered is None:
+            cost = _cost(func, args, kwargs, out)
+        elif remembered.cost == ():
+            cost = remembered.cost = _cost(func, args, kwargs, out)
+        else:
+            cost = remembered.cost
         if cost is not None:
-            self.costs.append(cost)
+            self.costs.append(replace(cost, room=phases.current()))
         return out
 
 
