@@ -16,6 +16,8 @@ BUILD_FILES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 export PIP_CONSTRAINT       := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where it is set, every process would compile torch, diffusers and transformers anew: a start takes three times as long.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help train test fuzz lint bench bench-check real-size clean

@@ -43,7 +43,7 @@ def diff_pruning(teacher: UNet, budget: Budget, calibration: Calibration) -> Str
         UserError: The calibration set is empty, the budget too small, or a loss or gradient is not finite.
     """
     choices(teacher.config, budget)  # refuses what is too little before the time that importances take
-    return spend(teacher.config, budget, taylor_importance(teacher, calibration), objective="sum")
+    return spend(teacher.config, budget, taylor_importance(teacher, calibration, levels=LEVELS), objective="sum")
 
 
 def taylor_importance(

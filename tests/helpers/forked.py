@@ -9,6 +9,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ class Started:
         name: An entry point of the package.
         arguments: As a user types them.
         log: The file that gets standard output and standard error.
+        environment: Variables that the process has besides those of the server.
     """
 
-    def __init__(self, name: str, *arguments: Any, log: Path):
+    def __init__(self, name: str, *arguments: Any, log: Path, environment: Mapping[str, str] | None = None):
         self.log = log
         log.touch()
-        self._process = processes.Process(target=_run, args=(name, [str(argument) for argument in arguments], log))
+        words = [str(argument) for argument in arguments]
+        self._process = processes.Process(target=_run, args=(name, words, log, dict(environment or {})))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -54,7 +57,8 @@ class Started:
         return self._process.exitcode
 
 
-def _run(name: str, arguments: list[str], log: Path) -> None:
+def _run(name: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     with log.open("ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

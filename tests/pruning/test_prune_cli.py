@@ -12,15 +12,11 @@ from bilevel_fast.models.architecture import MINI, sites
 from bilevel_fast.models.folder import load_folder, load_unet
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.pruning import FIXED, METHODS, MacBudget, bk_sdm, learned, reinitialise
+from bilevel_fast.pruning import FIXED, METHODS, MacBudget, bk_sdm, reinitialise
 from bilevel_fast.pruning.picture import picture
 from mini_folder import TINY
 
-
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """What is looked at here does not need well learned gates."""
-    monkeypatch.setattr(learned, "STEPS", 6)
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 FEW = ("--images", 4, "--batch", 2)

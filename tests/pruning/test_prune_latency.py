@@ -16,6 +16,8 @@ from bilevel_fast.pruning.latency import SiteLatency
 from mini_folder import TINY
 from planning import MICRO, timed_row
 
+pytestmark = pytest.mark.usefixtures("few_steps")
+
 FEW = ("--images", 4, "--batch", 2)
 BY_MACS_ONLY = ("gates",)
 

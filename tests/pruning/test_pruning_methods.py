@@ -7,17 +7,14 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21, sites
 from bilevel_fast.models.macs import count, site_costs
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.pruning import METHODS, CalibrationSet, learned, method
+from bilevel_fast.pruning import METHODS, CalibrationSet, method
 from mini_folder import TINY
 from tiny_teacher import DENSE, LATENT, TEXT, budget, make_calibration, make_teacher
 
 # --- all methods ---
 
 
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch):
-    """What is looked at here does not need well learned gates."""
-    monkeypatch.setattr(learned, "STEPS", 6)
+pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.mark.parametrize("share", [0.8, 0.55])

@@ -3,8 +3,6 @@
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,6 +17,7 @@ from bilevel_fast.models.folder import load_folder
 from bilevel_fast.ops.graphs import WARMUP
 from bilevel_fast.runs.prepare_concepts import bank_prompts, places
 from bilevel_fast.runs.subjects import read_subjects
+from forked import Started
 from mini_folder import make_mini_folder
 from replay import on_the_cpu
 from sd_folder import make_sd_folder
@@ -104,15 +103,13 @@ def test_torchrun_says_which_part(run, monkeypatch, tmp_path):
 def test_kills_change_nothing(whole, teacher, files, tmp_path):
     """SIGKILL after the first shard of 8, then on to the end."""
     out = tmp_path / "bank"
-    command = [sys.executable, "-m", "bilevel_fast.prepare", "concepts", "--model", teacher, "--out", out, *files]
-    command = [*map(str, command), *SETTINGS]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    arguments = ("concepts", "--model", teacher, "--out", out, *files, *SETTINGS)
+    process = Started("prepare", *arguments, log=tmp_path / "log")
     while not (out / "index.partial.json").exists():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.runs(), process.said()
         time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL)
+    process.send(signal.SIGKILL)
+    assert process.wait() in (0, -signal.SIGKILL)
     (out / ".shard-00001.safetensors.tmp").write_bytes(b"half")
     drawn = []
     prompts, anchors = bank_prompts(read_subjects(str(files[1]), "mini"), Concept(STYLE), [f"a blue ring {STYLE}"])

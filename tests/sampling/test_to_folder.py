@@ -1,10 +1,7 @@
 """Many prompts to a folder: the images that `generate` draws, and the same bits by whom and in how many pieces ever."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -35,7 +32,7 @@ from bilevel_fast.sampling.samplers import guided
 from bilevel_fast.sampling.samplers import sample as walk
 from bilevel_fast.sampling.to_folder import Recipe, noise_index, sample_folder
 from drawing import BATCH, CAPTIONS, RECIPE, ROWS
-from forked import processes
+from forked import Started, processes
 from mini_folder import TINY, make_mini_folder
 from replay import on_the_cpu
 from sd_folder import make_sd_folder
@@ -131,15 +128,14 @@ def test_two_processes_fill_one_folder(model, whole, tmp_path):
     """As torchrun starts them: the same folder to the bit, index and settings with it."""
     table = tmp_path / "prompts.csv"
     table.write_text("id,prompt\n" + "".join(f"{row.id},{row.prompt}\n" for row in ROWS))
-    command = [sys.executable, "-m", "bilevel_fast.sample", "--prompts-file", table, "--folder", tmp_path / "images"]
-    command += ["--model", model, "--steps", "3", "--seeds", "7", "--batch", "2", "--device", "cpu"]
+    flags = ("--prompts-file", table, "--folder", tmp_path / "images", "--model", model, "--steps", 3, "--seeds", 7)
     started = []
     for rank in ("0", "1"):
-        variables = {**os.environ, "RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-        started.append(subprocess.Popen(list(map(str, command)), env=variables, stdout=subprocess.PIPE, text=True))
-    said = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    assert any("5 of 5 images" in text for text in said)
+        place = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank}
+        log = tmp_path / f"log{rank}"
+        started.append(Started("sample", *flags, "--batch", 2, "--device", "cpu", log=log, environment=place))
+    assert [process.wait() for process in started] == [0, 0]
+    assert any("5 of 5 images" in process.said() for process in started)
     assert drawing.content(tmp_path / "images") == drawing.content(whole.path)
 
 

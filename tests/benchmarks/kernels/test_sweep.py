@@ -3,8 +3,6 @@
 import ast
 import importlib
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from benchmarks.kernels.page import measured, page
 from benchmarks.measure import Unavailable, evict
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.profiling.cost import Counter
+from commands import run_command
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -157,9 +156,7 @@ def test_rivals_are_timed_together_and_the_missing_say_why():
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels.sweep", *arguments], cwd=ROOT, capture_output=True, text=True
-    )
+    return run_command(kernels.main, *arguments)
 
 
 def test_rows_are_appended_once(tmp_path):

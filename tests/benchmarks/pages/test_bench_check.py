@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -20,6 +19,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.phases import phase
+from commands import run_command
 
 WORKFLOW = ROOT / ".github" / "workflows" / "bench.yml"
 
@@ -297,12 +297,7 @@ def test_the_workflow_is_one():
 
 
 def test_bad_flags_are_one_line():
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.pages.bench_check", "--onyl", "macs"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = run_command(bench_check.main, "--onyl", "macs")
     assert (done.returncode, done.stderr) == (
         2,
         "error: there is no flag '--onyl'; did you mean '--only' or '--rounds' or '--out'?\n",

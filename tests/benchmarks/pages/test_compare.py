@@ -1,15 +1,13 @@
 """What benchmarks.pages.compare calls worse, what it leaves alone, and what it refuses to compare."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from benchmarks import ROOT
-from benchmarks.pages.compare import compare, direction, failed, table
+from benchmarks.pages.compare import compare, direction, failed, main, table
 from benchmarks.rows import config_text, parse, read
 from bilevel_fast.base.errors import UserError
+from commands import run_command
 
 
 def row(value, metric="ms", case="lower", **more):
@@ -181,12 +179,7 @@ def test_rows_without_a_metric_are_kept_by_read_and_left_out_of_the_comparison(t
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.pages.compare", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    return run_command(main, *arguments)
 
 
 def test_the_command_prints_a_table_and_fails_on_a_worse_row(tmp_path):

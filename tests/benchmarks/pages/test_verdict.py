@@ -1,13 +1,11 @@
 """The page that ends a run on a GPU: what is met, what is not, and what was not measured."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from benchmarks import ROOT
-from benchmarks.pages.verdict import GOALS, page
+from benchmarks.pages.verdict import GOALS, main, page
+from commands import run_command
 
 CONFIG = {"structure": "0.80", "batch": 16, "rung": "graphs"}
 
@@ -67,8 +65,7 @@ def test_kernels_and_phases():
 
 def test_command_line(tmp_path):
     def run(folder):
-        command = [sys.executable, "-m", "benchmarks.pages.verdict", "--folder", str(folder)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return run_command(main, "--folder", folder)
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(row("images_per_second", 151.0)) + "\n")
     assert "| 151 | met |" in run(tmp_path).stdout

@@ -1,8 +1,6 @@
 """bf16 against fp32: every class is found, the rows say what was compared, and a gap is seen."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,6 +10,7 @@ from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import preset
 from bilevel_fast.training import losses
+from commands import run_command
 
 SMOKE = preset("smoke")
 
@@ -53,12 +52,11 @@ def test_the_table_is_judged_by_what_seeds_do(bf16, broken):
 
 
 def test_command_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.quality.precision"]
-    empty = subprocess.run([*command, "report", "--out", tmp_path / "no"], capture_output=True, text=True, check=False)
+    empty = run_command(precision.main, "report", "--out", tmp_path / "no")
     assert empty.returncode == 2
     assert "has no rows; run: python -m benchmarks.quality.precision gradients" in empty.stderr
     row = {"case": "gradient lower norm", "metric": "cosine", "value": 0.9}
     (tmp_path / "rows").write_text(json.dumps(row) + "\n")
-    bad = subprocess.run([*command, "report", "--out", tmp_path / "rows"], capture_output=True, text=True, check=False)
+    bad = run_command(precision.main, "report", "--out", tmp_path / "rows")
     assert bad.returncode == 1
     assert "gradient lower norm: 0.90000 < 0.995" in bad.stderr

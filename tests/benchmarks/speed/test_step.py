@@ -2,22 +2,32 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 import weakref
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks.measure import Timing
+from benchmarks import cards
+from benchmarks.measure import Timing, interleaved
 from benchmarks.speed import peers, step
 from benchmarks.speed.ours import beside, ladder, ours, warm_up
 from benchmarks.structures import model, structure
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.macs import count
+from commands import run_command
 
 CPU = torch.device("cpu")
-QUICK = step.Settings(batch=1, rounds=3, structure="planned-0.55")
+QUICK = step.Settings(batch=1, rounds=2, structure="planned-0.55")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_warm_up():
+    """Times are not looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "interleaved", partial(interleaved, warmup=0))
+        patch.setattr(cards, "this_machine", partial(cards.this_machine, seconds=0.05))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -150,14 +160,14 @@ def test_no_gpu_is_one_line():
 
 def test_command_line(tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "benchmarks.speed.step", "--batch", "1", "--rounds", "2", "--peers", "released"]
-    result = subprocess.run([*command, "--json", "--out", out, "--check"], capture_output=True, text=True, check=False)
+    flags = ("--batch", 1, "--rounds", 2, "--peers", "released", "--json", "--out", out, "--check")
+    result = run_command(step.main, *flags)
     assert result.returncode in (0, 1), result.stderr  # 1 if ours was slower in these two rounds
     printed = [json.loads(line) for line in result.stdout.splitlines()]
     assert printed == [json.loads(line) for line in out.read_text().splitlines()]
     ratio = next(r["value"] for r in printed if r["metric"] == "times_faster_than_released" and r["case"] == "lower")
     assert (result.returncode == 1) == (ratio < 1)
-    typo = subprocess.run([*command[:3], "--bath", "1"], capture_output=True, text=True, check=False)
+    typo = run_command(step.main, "--bath", 1)
     assert typo.returncode == 2
     assert "there is no flag '--bath'; did you mean '--batch'" in typo.stderr
 
