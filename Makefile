@@ -29,7 +29,7 @@ train: $(VENV)/.installed-core
 
 # One process a core with one thread each: most tests are too small to share. JOBS=0 runs them in this process.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not faults" -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

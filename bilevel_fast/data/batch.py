@@ -1,8 +1,9 @@
 """What a training step starts from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bilevel_fast.ops.randomness import Stream, integers, normal
@@ -52,6 +53,16 @@ class Batch:
     def _rows(self, start: int, end: int) -> "Batch":
         part = self.map(lambda x: x[start:end])
         return replace(part, index=self.index[start:end], captions=self.captions[start:end])
+
+    @classmethod
+    def join(cls, parts: "Sequence[Batch]") -> "Batch":
+        """One batch of several, in order, before noise and timesteps are drawn; itself if there is one."""
+        first, *others = parts
+        if not others:
+            return first
+        fields = {name: [getattr(part, name) for part in parts] for name in ("latents", "text", "anchor", "index")}
+        joined = {name: None if found[0] is None else torch.cat(found) for name, found in fields.items()}
+        return cls(**joined, captions=tuple(caption for part in parts for caption in part.captions))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """With every tensor but `index` replaced by `function` of it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, read_json, sha256
@@ -149,3 +149,12 @@ def fingerprint(folder: Path) -> str:
         else:
             digest.update(bytes.fromhex(sha256(path)))
     return digest.hexdigest()[:DIGEST]
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 of names and values of a state dict, wherever it lies; one copy to the host."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

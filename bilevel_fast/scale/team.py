@@ -1,0 +1,233 @@
+"""The ranks of a run: what they give each other, agree on and wait for.
+
+    with Team.join(Ranks.from_environment(), "auto") as team:
+        ...
+
+A rank that leaves with an error says so to the others, which end then, too: one line, by whom it concerns. One that is
+killed or stopped is missed after `watch.LIMIT` seconds. Tensors travel as bytes, over gloo on CPUs and NCCL on GPUs.
+
+This is the only module that makes process groups.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bilevel_fast.base.devices import ONE, Ranks
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.scale.watch import LIMIT, PATIENCE, Watch
+
+T = TypeVar("T")
+
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+_START = timedelta(minutes=5)  # for all ranks to be there
+_NEVER = timedelta(days=1)  # collectives wait as long as the others live, which is `Watch`'s to say
+
+
+class Team:
+    """One rank among all. `Team()` is a process alone: it has no process group, and every call is its own answer.
+
+    Attributes:
+        ranks: Which one, of how many.
+        launched: Whether torchrun started it.
+    """
+
+    def __init__(self, ranks: Ranks = ONE):
+        self.ranks, self.rank, self.world = ranks, ranks.rank, ranks.world
+        self.launched = ranks.local is not None
+        self._watch: Watch | None = None
+        self._store: Any = None
+        self._asked = 0
+        self._pending: tuple[Any, Tensor] | None = None
+
+    @classmethod
+    def join(cls, ranks: Ranks) -> Self:
+        """Meet the others, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say.
+
+        Raises:
+            UserError: They did not come.
+        """
+        team = cls(ranks)
+        if ranks.world == 1:
+            return team
+        if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(_OWN_STORE) != "1":
+            # restarted processes would read what the dead ones have left there (pytorch #135712)
+            raise UserError(f"torchrun has --max-restarts, and {_OWN_STORE} is not 1: no restart would succeed; set it")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            store, rank, world = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=_START))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_NEVER)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"rank {ranks.rank} of {ranks.world} did not meet the others: {str(error).splitlines()[0]}"
+            ) from error
+        team._store = dist.PrefixStore("bilevel_fast", store)
+        name = f"{os.uname().nodename} process {os.getpid()}"
+        names = [str(found) for found in team._told(name)]
+        team._watch = Watch(team._store, team.rank, team.world, names)
+        team._watch.beat()
+        team._told(None)  # all have beaten
+        team._watch.start()
+        return team
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._watch is None:
+            return
+        if error is None or (isinstance(error, SystemExit) and error.code != 2):
+            self._leave()
+        elif isinstance(error, UserError):
+            self._watch.say("failed", str(error))
+            if self.rank:
+                self._left_to_the_first(str(error))
+        else:
+            if isinstance(error, RuntimeError):
+                time.sleep(LIMIT + 2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile
+            self._watch.say("failed", repr(error))
+
+    def _leave(self) -> None:
+        assert self._watch is not None
+        if self._pending is not None:
+            self._pending[0].wait()
+        self._watch.say("done")
+        while self.rank == 0 and not all(self._watch.heard()):  # it may hold the store
+            time.sleep(0.05)
+        self._watch.stop()
+        dist.destroy_process_group()
+
+    def _left_to_the_first(self, message: str) -> None:
+        """End without a word if rank 0 says the same."""
+        assert self._watch is not None
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            heard = self._watch.heard()[0]
+            if heard is not None:
+                if heard[1] == message:
+                    raise SystemExit(2)
+                break
+            time.sleep(0.05)
+        raise UserError(f"rank {self.rank}: {message}")
+
+    # ---- tensors
+
+    def exchange(self, out: Tensor, x: Tensor) -> None:
+        """Part r of `x` goes to rank r; `out` is what came, in the order of ranks. Both (world n,), of one dtype."""
+        if self.world == 1:
+            out.copy_(x)
+        else:
+            dist.all_to_all_single(out.view(torch.uint8), x.view(torch.uint8))
+
+    def gather(self, out: Tensor, x: Tensor) -> None:
+        """`out` (world n,) becomes everybody's `x` (n,), in the order of ranks."""
+        if self.world == 1:
+            out.copy_(x)
+        else:
+            dist.all_gather_into_tensor(out.view(torch.uint8), x.view(torch.uint8))
+
+    def add_up(self, out: Tensor, x: Tensor) -> None:
+        """`out` (n,) becomes the sum of part r of everybody's `x` (world n,), in the dtype of both, in any order."""
+        if self.world == 1:
+            out.copy_(x)
+        else:
+            dist.reduce_scatter_tensor(out, x)
+
+    # ---- agreements
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` was up somewhere at the call before this one, the same on all ranks: nobody waits for it.
+
+        Alone it is the flag of this call.
+        """
+        if self.world == 1:
+            return flag
+        said = False
+        if self._pending is not None:
+            work, up = self._pending
+            work.wait()
+            said = bool(up.item())
+        up = torch.tensor([int(flag)])
+        self._pending = dist.all_reduce(up, dist.ReduceOp.MAX, async_op=True), up
+        return said
+
+    def first(self, call: Callable[[], T]) -> T:
+        """What `call`, which rank 0 alone makes, has returned: of JSON. If it raises there, all ranks end."""
+        if self.world == 1:
+            return call()
+        key = self._next_key()
+        if self.rank == 0:
+            found = call()
+            self._store.set(key, json.dumps(found))
+            return found
+        self._wait_for(key)
+        return json.loads(self._store.get(key))
+
+    def in_turn(self, call: Callable[[], T]) -> T:
+        """`call` by rank 0, and when it has returned, by all others: what the first has made, these find."""
+        if self.rank == 0:
+            found = call()
+            self.first(lambda: None)
+            return found
+        self.first(lambda: None)
+        return call()
+
+    def least(self, number: int) -> int:
+        """The least of everybody's numbers."""
+        return min(self._told(number))
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Go on if all ranks say the same.
+
+        Args:
+            facts: JSON values, by what they are.
+
+        Raises:
+            UserError: On all ranks the same: who says what about what.
+        """
+        told = self._told(dict(facts))
+        for rank, other in enumerate(told):
+            for name in told[0] | other:
+                ours, theirs = (json.dumps(said.get(name, "absent")) for said in (told[0], other))
+                if ours != theirs:
+                    raise UserError(
+                        f"rank {rank} differs from rank 0 in {name}: {theirs}, wanted {ours}; start all ranks alike"
+                    )
+
+    def _told(self, value: Any) -> list[Any]:
+        """Everybody's JSON values, by rank."""
+        if self.world == 1:
+            return [value]
+        key = self._next_key()
+        keys = [f"{key}/{rank}" for rank in range(self.world)]
+        self._store.set(keys[self.rank], json.dumps(value))
+        for other in keys:
+            self._wait_for(other)
+        return [json.loads(found) for found in self._store.multi_get(keys)]
+
+    def _next_key(self) -> str:
+        self._asked += 1
+        return f"said/{self._asked}"
+
+    def _wait_for(self, key: str) -> None:
+        """Asked again and again: a store that waits would not let the watch through."""
+        until = time.monotonic() + _START.total_seconds()
+        while not self._store.check([key]):
+            if self._watch is None and time.monotonic() > until:
+                raise UserError(f"rank {self.rank} of {self.world} has waited {_START} for the others")
+            time.sleep(0.02)
+
+
+ALONE = Team()
+"""The only process of its run."""
