@@ -49,7 +49,8 @@ class AdamW:
         Args:
             lr, skip, clip: () fp32, on the device. Where `skip` is 1, no bit of anything changes.
         """
-        provider = choose("adamw_ema", lr.device, self.flat.master.numel(), *self._able())
+        # by all elements and not by this rank's: implementations differ in their last bits
+        provider = choose("adamw_ema", lr.device, self.flat.size, *self._able())
         {"native": self._native, "cuda": self._cuda, "triton": self._triton}.get(provider, self._torch)(lr, skip, clip)
         self.done += 1 - skip
 

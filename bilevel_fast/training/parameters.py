@@ -39,6 +39,7 @@ class FlatParameters:
         ValueError: A parameter is frozen, has gaps or is not fp32, or the dtype is another one.
 
     Attributes:
+        size: N.
         ranks: Processes that share a batch, each of which holds (m,) of all N rows of masters, gradient and average.
             Here it is one, and m is N; `scale` has the others.
         rows: (m,) of `compute` that an optimizer step writes; the masters if fp32.
@@ -50,13 +51,13 @@ class FlatParameters:
     def __init__(
         self, module: nn.Module, dtype: torch.dtype = torch.float32, average: bool = False, summed: bool = False
     ):
-        size, device = self._lay_out(module, dtype), next(module.parameters()).device
-        self.master = torch.zeros(size, device=device)
+        self.size, device = self._lay_out(module, dtype), next(module.parameters()).device
+        self.master = torch.zeros(self.size, device=device)
         for name, view in self.views(self.master).items():
             view.copy_(module.get_parameter(name).detach())
         self.average = self.master.clone() if average else None
         self.compute = self.master if dtype == torch.float32 else self.master.to(dtype)
-        self.gradient = torch.zeros(size, dtype=torch.float32 if summed else dtype, device=device)
+        self.gradient = torch.zeros(self.size, dtype=torch.float32 if summed else dtype, device=device)
         self.rows = self.compute
         self._point_at(self.compute)
         self._taken = [(module.get_parameter(name), view) for name, view in self.views(self.gradient).items()]
