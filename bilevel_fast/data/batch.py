@@ -60,9 +60,14 @@ class Batch:
         first, *others = parts
         if not others:
             return first
-        fields = {name: [getattr(part, name) for part in parts] for name in ("latents", "text", "anchor", "index")}
-        joined = {name: None if found[0] is None else torch.cat(found) for name, found in fields.items()}
-        return cls(**joined, captions=tuple(caption for part in parts for caption in part.captions))
+        anchors = [part.anchor for part in parts if part.anchor is not None]
+        return cls(
+            torch.cat([part.latents for part in parts]),
+            torch.cat([part.text for part in parts]),
+            torch.cat(anchors) if anchors else None,
+            torch.cat([part.index for part in parts]),
+            captions=tuple(caption for part in parts for caption in part.captions),
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """With every tensor but `index` replaced by `function` of it."""

@@ -81,13 +81,13 @@ def levels(
         _log.info("computing %d of %d lower and %d of %d upper images at once", micro[0], leaf[0], micro[1], leaf[1])
     start = erasers.start(upper, student, dtype) if suppress else None
     flat = _flat(config, student, dtype, split, team)
-    shared = {"leaves": leaves, "ranks": team.ranks}
+    draw = partial(Batches, leaves=leaves, ranks=team.ranks)
     make = partial(AdamW, decay=config.ema or 0.0)
     optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)
     loader = partial(Loader, device=device, seed=config.seed, timesteps=schedule.num_train_timesteps)
     encoder = materials.text_encoder
 
-    batches = Batches(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond, **shared)
+    batches = draw(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
     if answers is None:
         teacher = Teacher.of(materials.teacher, device, dtype)
         answers = Answers(teacher, schedule, config.seed, lower.snr_gamma)
@@ -104,7 +104,7 @@ def levels(
             flat, materials.data, materials.concepts, encoder, schedule, config.seed, materials.guidance
         )
         return first, Editing(kind.make(upper, ground))
-    batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor, **shared)
+    batches = draw(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)
     with loader(batches) as ahead:
         look = partial(salient, student, answers, flat, ahead, micro=micro[1])

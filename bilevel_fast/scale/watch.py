@@ -84,7 +84,8 @@ class Watch:
     def heard(self) -> list[tuple[str, str] | None]:
         """What each rank has said for good: (`done` or `failed`, reason), or None."""
         words = self.store.multi_get([_key(rank) for rank in range(self.world)])
-        return [tuple(json.loads(word)) if word.startswith(b"[") else None for word in words]
+        said = [json.loads(word) if word.startswith(b"[") else None for word in words]
+        return [None if found is None else (found[0], found[1]) for found in said]
 
     def look(self) -> None:
         """Compare what all say with what they said before, and end the process if one of them is gone."""

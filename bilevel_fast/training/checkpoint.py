@@ -142,7 +142,8 @@ def latest_of_all(folder: Path, team: Team) -> Checkpoint | None:
         found = latest(folder)
         team.first(lambda: None if found is None else [found.path.name, found.step])
         return found
-    if (named := team.first(lambda: ["", 0])) is None:
+    named: Any = team.first(lambda: None)
+    if named is None:
         return None
     name, step = named
     try:
