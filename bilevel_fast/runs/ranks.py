@@ -4,7 +4,8 @@ import contextlib
 import hashlib
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import DIGEST, digest_of
 from bilevel_fast.runs.assemble import Materials
 from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.scale.team import Team
 from bilevel_fast.training.run_folder import RunFolder, flatten
 
@@ -61,8 +63,12 @@ def source_digest(source: LatentSource) -> str:
 
 
 @contextlib.contextmanager
-def run_folder(config: TrainConfig, volatile: tuple[str, ...], team: Team) -> Iterator[RunFolder]:
+def run_folder(
+    config: TrainConfig, volatile: tuple[str, ...], defaults: Mapping[str, Path], team: Team
+) -> Iterator[RunFolder]:
     """The run's folder, which the first rank opens, holds and writes to; the others read what it writes.
+
+    `volatile` and `defaults` are those of `RunFolder.open` and `inputs`.
 
     Raises:
         UserError: As `RunFolder.open`.
@@ -70,7 +76,10 @@ def run_folder(config: TrainConfig, volatile: tuple[str, ...], team: Team) -> It
     with contextlib.ExitStack() as stack:
         place = RunFolder(config.out)
         if team.rank == 0:
-            opening = RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=volatile)
+            known = inputs(config, defaults)
+            opening = RunFolder.open(
+                config.out, config.to_dict(), resume=config.resume, volatile=volatile, inputs=known
+            )
             place = stack.enter_context(opening)
         team.first(lambda: None)
         yield place
