@@ -11,19 +11,21 @@ This is the only module that makes process groups.
 
 import json
 import os
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from bilevel_fast.base.devices import ONE, Ranks
-from bilevel_fast.base.errors import UserError
-from bilevel_fast.scale.watch import LIMIT, PATIENCE, Watch
+from bilevel_fast.base.errors import UserError, describe
+from bilevel_fast.scale.watch import EVERY, LIMIT, PATIENCE, Watch
 
 T = TypeVar("T")
 
@@ -89,14 +91,8 @@ class Team:
             return
         if error is None or (isinstance(error, SystemExit) and error.code != 2):
             self._leave()
-        elif isinstance(error, UserError):
-            self._watch.say("failed", str(error))
-            if self.rank:
-                self._left_to_the_first(str(error))
         else:
-            if isinstance(error, RuntimeError):
-                time.sleep(LIMIT + 2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile
-            self._watch.say("failed", repr(error))
+            self._fail(error)
 
     def _leave(self) -> None:
         assert self._watch is not None
@@ -108,18 +104,39 @@ class Team:
         self._watch.stop()
         dist.destroy_process_group()
 
-    def _left_to_the_first(self, message: str) -> None:
-        """End without a word if rank 0 says the same."""
+    def _fail(self, error: BaseException) -> NoReturn:
+        """Say why, unless the first rank says the same, and end the process: its group cannot be left in good order."""
         assert self._watch is not None
-        until = time.monotonic() + PATIENCE
+        if isinstance(error, RuntimeError):
+            time.sleep(LIMIT + 2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile
+        known = isinstance(error, UserError | OSError | KeyboardInterrupt)
+        message, code = describe(error)
+        if not known:
+            traceback.print_exception(error)
+        if self.rank == 0:
+            if known:
+                print(f"error: {message}", file=sys.stderr, flush=True)
+            self._watch.say("failed", message)
+            self._heard(lambda said: all(word is not None for word in said), 2 * EVERY)  # it may hold the store
+        else:
+            self._watch.say("failed", message)
+            # torchrun ends all others as soon as one has ended: the first has said it before it says that it failed
+            if known and not self._heard(lambda said: said[0] == ("failed", message), PATIENCE):
+                print(f"error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    def _heard(self, enough: Callable[[list[tuple[str, str] | None]], bool], seconds: float) -> bool:
+        """Wait until all have said `enough`; whether they have."""
+        assert self._watch is not None
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
-            heard = self._watch.heard()[0]
-            if heard is not None:
-                if heard[1] == message:
-                    raise SystemExit(2)
-                break
+            try:
+                if enough(self._watch.heard()):
+                    return True
+            except RuntimeError:  # the store is gone
+                return False
             time.sleep(0.05)
-        raise UserError(f"rank {self.rank}: {message}")
+        return False
 
     # ---- tensors
 

@@ -94,7 +94,9 @@ class Watch:
             words = self.store.multi_get([_key(rank) for rank in range(self.world)])
         except RuntimeError:
             self._lost += 1
-            if self._lost * EVERY >= PATIENCE:
+            if self._last[0].startswith(b'["failed'):
+                self._end(None)
+            elif self._lost * EVERY >= PATIENCE:
                 self._end(f"rank 0, on {self.names[0]}, is gone, or the process that started it; go on with --resume")
             return
         now, self._lost = self._clock(), 0

@@ -8,12 +8,16 @@ import copy
 import dataclasses
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import load_file
@@ -21,45 +25,79 @@ from safetensors.torch import load_file
 from bilevel_fast.base import errors
 from bilevel_fast.base.devices import Ranks
 from bilevel_fast.data.sources import MemorySource
+from bilevel_fast.erasing.registry import ERASERS, EditKind
+from bilevel_fast.erasing.settings import Upper
+from bilevel_fast.erasing.subsets import NAMES
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.runs.assemble import Materials, fit
+from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.session import gather, initial_student
+from bilevel_fast.scale import rows
 from bilevel_fast.scale.team import Team
 from bilevel_fast.train import parse
 from bilevel_fast.training.loop import Places
-from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.materials import erased_concepts
+from forked import Started
+from mini_folder import TINY, make_mini_folder
 
-COMMON = ["--preset", "smoke", "--scale.leaves", "4", "--log-every", "1", "--checkpoint-every", "1000"]
-BRIEF = ["--upper.every", "1", "--lower.warmup", "0", "--upper.warmup", "0"]
+COMMON = [
+    *["--preset", "smoke", "--log-every", "1", "--checkpoint-every", "1000"],
+    *["--scale.leaves", "4", "--lower.batch", "4", "--upper.batch", "4"],
+]
+EDITED = ["--scale.leaves", "2", "--lower.batch", "2", "--lower.warmup", "0", "--upper.every", "1", "--ema", "0.9"]
+BRIEF = [*EDITED, "--upper.batch", "2", "--upper.warmup", "0"]
+"""For two ranks: all is there after a single step."""
+SMALLER = {
+    "esd": ["--upper.esd.steps", "4"],
+    "salun": ["--upper.salun.batches", "1"],
+    "concept-prune": [
+        *["--upper.concept-prune.prompts", "1", "--upper.concept-prune.steps", "2"],
+        *["--upper.concept-prune.guidance", "1"],
+    ],
+}
+
+
+def choices() -> dict[str, list[str]]:
+    """Every eraser, and for each setting of the upper level that is a choice, every one of its values."""
+    found = {
+        name: [*(EDITED if isinstance(kind, EditKind) else BRIEF), "--upper.eraser", name, *SMALLER.get(name, [])]
+        for name, kind in ERASERS.items()
+    }
+    for name, hint in get_type_hints(Upper).items():
+        reader = next((eraser for eraser, kind in ERASERS.items() if name in kind.reads), "guidance")
+        flag, default = f"--upper.{name.replace('_', '-')}", getattr(Upper(), name)
+        values = NAMES if name == "subset" else get_args(hint) if get_origin(hint) is Literal else ()
+        for value in values:
+            if value != default:
+                found[f"{name}-{value}"] = [*found[reader], flag, value]
+        if hint is bool:
+            found[name] = [*found[reader], flag]
+    return found
+
+
 CASES = {
     # 20 bilevel steps: 20 lower ones and 5 upper ones
     "bilevel": ["--ema", "0.9", "--clip-norm", "1.0"],
-    "anchor-kd": [*BRIEF, "--upper.eraser", "anchor-kd", "--upper.penalty-norm", "raw", "--upper.penalty", "3"],
-    "concept-ablation": [*BRIEF, "--upper.eraser", "concept-ablation"],
-    "esd": [*BRIEF, "--upper.eraser", "esd", "--upper.esd.steps", "4", "--upper.controller.enabled"],
-    "salun": [*BRIEF, "--upper.eraser", "salun", "--upper.salun.batches", "1"],
-    "erasediff": [*BRIEF, "--upper.eraser", "erasediff"],
-    "forget-me-not": [*BRIEF, "--upper.eraser", "forget-me-not"],
-    "surgery": [*BRIEF, "--upper.surgery", "--upper.subset", "esd-x"],
+    "ring": ["--scale.reduction", "ring", "--upper.every", "2"],
+    "poisoned": ["--upper.every", "2"],
+    **choices(),
     "controller": [*BRIEF, "--upper.controller.enabled", "--erase", "pointillism", "waves", "--precision", "bf16"],
     "micro": [
-        *BRIEF,
-        *["--lower.batch", "8", "--upper.batch", "8", "--lower.micro-batch", "1", "--upper.micro-batch", "1"],
+        *[*BRIEF, "--lower.batch", "8", "--upper.batch", "8", "--lower.micro-batch", "2", "--upper.micro-batch", "1"],
+        "--recompute",
     ],
-    "uce": ["--upper.every", "1", "--upper.eraser", "uce", "--ema", "0.9"],
-    "concept-prune": [
-        *["--upper.every", "1", "--upper.eraser", "concept-prune", "--upper.concept-prune.prompts", "1"],
-        *["--upper.concept-prune.steps", "2", "--upper.concept-prune.guidance", "1"],
-    ],
-    "poisoned": ["--upper.every", "2"],
-    "ring": ["--scale.reduction", "ring"],
 }
 ENDING = {"spoilt": ["--max-bad-steps", "2"]}
 """Ends with an error."""
-STEPS = {"bilevel": 20, "poisoned": 6, "ring": 6}
+STEPS = {"bilevel": 20, "poisoned": 4, "ring": 4, "controller": 2}
 POISONED = {"poisoned": 6, "spoilt": 64}
 """How many of the 64 images are not finite: some steps see one of them, on the rank that has it; or all do."""
+
+
+def teacher(root: Path) -> Path:
+    """A small one, of random weights; made by whoever comes first."""
+    config = dataclasses.replace(TINY, sample_size=16)
+    return root / "teacher" if (root / "teacher").exists() else make_mini_folder(root / "teacher", config=config)
 
 
 class Poisoned(MemorySource):
@@ -74,16 +112,23 @@ class Poisoned(MemorySource):
 
 
 class World:
-    """The mini world in a folder that all teams share: whoever comes first draws its banks."""
+    """The mini world in a folder that all teams share: whoever comes first draws its banks.
+
+    The student has several buckets on any number of ranks, and the last is a part of one.
+    """
 
     def __init__(self, root: Path, team: Team):
-        self.root, self.team, self.folder = root, team, load_folder(TEACHER)
-        self.teacher, self.student = self.folder.unet(), initial_student(parse(COMMON), self.folder, 1)
+        rows.BUCKET = 2
+        self.root, self.team, self.folder = root, team, load_folder(team.in_turn(lambda: teacher(root)))
+        self.teacher, self.student = self.folder.unet(), initial_student(self.config(), self.folder, 1)
         self.found: dict[Path, Materials] = {}
+
+    def config(self, *flags: str) -> TrainConfig:
+        return parse([*COMMON, "--teacher", str(self.folder.path), *flags])
 
     def train(self, case: str, steps: int, out: Path) -> None:
         """From the last checkpoint in `out` to step `steps`."""
-        config = parse([*COMMON, *(CASES | ENDING)[case]])
+        config = self.config(*(CASES | ENDING)[case])
         config = dataclasses.replace(config, lower=dataclasses.replace(config.lower, steps=steps))
         images = config.upper.eraser == "concept-ablation"
         banks = self.root / "banks" / f"{len(config.erase)}-{'anchor' if images else 'prompt'}"
@@ -108,7 +153,7 @@ def work(team: Team, root: Path, jobs: list[str]) -> None:
     for job in jobs:
         case, steps, name = (*job.split(":"), "", "")[:3]
         start = time.monotonic()
-        world.train(case, int(steps or STEPS.get(case, 2)), root / (name or f"{case}-{team.world}"))
+        world.train(case, int(steps or STEPS.get(case, 1)), root / (name or f"{case}-{team.world}"))
         if team.rank == 0:
             print(job, f"{time.monotonic() - start:.1f} s", flush=True)
 
@@ -126,6 +171,64 @@ def masters(out: Path) -> torch.Tensor:
     """Of the newest checkpoint, one after the other, fp64."""
     (newest,) = sorted((out / "checkpoints").glob("step-*"))[-1:]
     return torch.cat([value.double().flatten() for _, value in sorted(load_file(newest / "model.safetensors").items())])
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Crew:
+    """`python -m bilevel_fast.NAME ARGUMENTS` in so many ranks, without torchrun: forked from the tests' server.
+
+    Args:
+        count: How many.
+        name, arguments, package: See `Started`.
+        log: The file that gets what all of them say.
+        own: Of some ranks, arguments that the others do not get.
+        environment: Variables that all find set.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        name: str,
+        *arguments: Any,
+        log: Path,
+        own: Mapping[int, Sequence[str]] | None = None,
+        environment: Mapping[str, str] | None = None,
+        package: str = "bilevel_fast.",
+    ):
+        self.log, port = log, free_port()
+        common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(count), **(environment or {})}
+        self.ranks = [
+            Started(
+                *(name, *arguments, *(own or {}).get(rank, ())),
+                log=log,
+                environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **common},
+                package=package,
+            )
+            for rank in range(count)
+        ]
+
+    def runs(self) -> bool:
+        return all(rank.runs() for rank in self.ranks)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait(self, seconds: float = 120) -> list[int]:
+        """Exit codes, by rank; those that are not gone in time are killed."""
+        deadline = time.monotonic() + seconds
+        try:
+            return [rank.wait(max(deadline - time.monotonic(), 0)) for rank in self.ranks]
+        except AssertionError:
+            raise AssertionError(f"ranks have not ended after {seconds} s:\n{self.said()}") from None
+        finally:
+            for rank in self.ranks:
+                rank.send(signal.SIGKILL)
 
 
 def torchrun(

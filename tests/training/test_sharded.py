@@ -175,6 +175,7 @@ def test_a_released_network_has_parameters_of_its_own():
         flat.average.add_(1)
         return flat.release()
 
+    start = unet().state_dict()
     for network in together(2, work):
         for name, value in network.state_dict().items():
-            assert torch.equal(value, unet().state_dict()[name] + 1)
+            assert torch.equal(value, start[name] + 1)
