@@ -2,7 +2,8 @@
 
 python -m bilevel_fast.train                            the built-in mini world, end to end
 python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
-torchrun --standalone --nproc-per-node 8 -m bilevel_fast.train --scale.leaves 8 ...    on 8 GPUs: docs/scale.md
+torchrun --standalone --nproc-per-node 8 -m bilevel_fast.train --scale.leaves 8 ...    on 8 GPUs, which nobody has
+    tried yet: docs/scale.md says what is tested, and what is not supported
 """
 
 import json

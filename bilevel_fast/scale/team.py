@@ -4,7 +4,7 @@
         ...
 
 A rank that leaves with an error says so to the others, which end then, too: one line, by whom it concerns. One that is
-killed or stopped is missed after `watch.LIMIT` seconds. Tensors travel as bytes, over gloo on CPUs and NCCL on GPUs.
+killed or stopped is missed after seconds (`watch`). Tensors travel as bytes, over gloo on CPUs and NCCL on GPUs.
 
 This is the only module that makes process groups.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from bilevel_fast.base.devices import ONE, Ranks
 from bilevel_fast.base.errors import UserError, describe
-from bilevel_fast.scale.watch import EVERY, LIMIT, PATIENCE, Watch
+from bilevel_fast.scale.watch import EVERY, PATIENCE, Watch
 
 T = TypeVar("T")
 
@@ -61,25 +61,41 @@ class Team:
         team = cls(ranks)
         if ranks.world == 1:
             return team
+        try:
+            team._meet()
+        except UserError:
+            if ranks.local:  # the first one of this machine says it
+                time.sleep(PATIENCE)
+                raise SystemExit(2) from None
+            raise
+        return team
+
+    def _meet(self) -> None:
+        ranks = self.ranks
         if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(_OWN_STORE) != "1":
             # restarted processes would read what the dead ones have left there (pytorch #135712)
             raise UserError(f"torchrun has --max-restarts, and {_OWN_STORE} is not 1: no restart would succeed; set it")
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+        if not host:
+            raise UserError("MASTER_ADDR is not set; wanted the machine of rank 0, as torchrun says it")
+        if not port.isdecimal():
+            raise UserError(f"MASTER_PORT is {port!r}, wanted a number")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
             store, rank, world = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=_START))
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_NEVER)
         except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
             raise UserError(
-                f"rank {ranks.rank} of {ranks.world} did not meet the others: {str(error).splitlines()[0]}"
+                f"rank {ranks.rank} of {ranks.world} did not meet the others at {host}:{port}: {reason}"
             ) from error
-        team._store = dist.PrefixStore("bilevel_fast", store)
+        self._store = dist.PrefixStore("bilevel_fast", store)
         name = f"{os.uname().nodename} process {os.getpid()}"
-        names = [str(found) for found in team._told(name)]
-        team._watch = Watch(team._store, team.rank, team.world, names)
-        team._watch.beat()
-        team._told(None)  # all have beaten
-        team._watch.start()
-        return team
+        names = [str(found) for found in self._told(name)]
+        self._watch = Watch(self._store, self.rank, self.world, names)
+        self._watch.beat()
+        self._told(None)  # all have beaten
+        self._watch.start()
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +124,8 @@ class Team:
         """Say why, unless the first rank says the same, and end the process: its group cannot be left in good order."""
         assert self._watch is not None
         if isinstance(error, RuntimeError):
-            time.sleep(LIMIT + 2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile
+            self._watch.hurry()
+            time.sleep(2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile
         known = isinstance(error, UserError | OSError | KeyboardInterrupt)
         message, code = describe(error)
         if not known:

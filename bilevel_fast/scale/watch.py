@@ -2,9 +2,10 @@
 
 Every rank keeps a word in the store that all of them share: a number that goes up every second while it lives, `done`
 when it has left in good order, `failed` and a reason when it ends with an error. A rank whose number stands still for
-`LIMIT` seconds is killed, stopped, or cut off. A collective that waits for it would wait for ever, or raise something
-that does not say for whom. So the thread says it, in one line, by the lowest rank that is still there, and ends the
-process: nothing is left to save but what the next start reads from the last checkpoint.
+`LIMIT` seconds is killed, stopped, or cut off; `PATIENCE` seconds are enough for one whose own collective has failed. A
+collective that waits for it would wait for ever, or raise something that does not say for whom. So the thread says it,
+in one line, by the lowest rank that is still there, and ends the process: nothing is left to save but what the next
+start reads from the last checkpoint.
 """
 
 import json
@@ -57,7 +58,7 @@ class Watch:
     ):
         self.store, self.rank, self.world, self.names = store, rank, world, names
         self._clock, self._end = clock, end
-        self._beats, self._word = 0, ""
+        self._beats, self._word, self._limit = 0, "", LIMIT
         self._last: list[bytes] = [b""] * world
         self._since, self._lost = [clock()] * world, 0
         self._stopped = threading.Event()
@@ -70,6 +71,10 @@ class Watch:
         self._stopped.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    def hurry(self) -> None:
+        """A collective has failed: that is not a rank that is only slow."""
+        self._limit = PATIENCE
 
     def beat(self) -> None:
         """Say that this rank lives, or what it has said last."""
@@ -107,7 +112,8 @@ class Watch:
         failed = [word.startswith(b'["failed') for word in self._last]
         done = [word.startswith(b'["done') for word in self._last]
         gone = [
-            r != self.rank and not done[r] and silent[r] > (PATIENCE if failed[r] else LIMIT) for r in range(self.world)
+            r != self.rank and not done[r] and silent[r] > (PATIENCE if failed[r] else self._limit)
+            for r in range(self.world)
         ]
         if not any(gone):
             return

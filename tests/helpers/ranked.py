@@ -6,6 +6,7 @@ python -m torch.distributed.run --standalone --nproc-per-node 2 tests/helpers/ra
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors.torch import load_file
@@ -89,6 +90,8 @@ CASES = {
 }
 ENDING = {"spoilt": ["--max-bad-steps", "2"]}
 """Ends with an error."""
+UNREADABLE = "unreadable"
+"""A job that one rank cannot do, and the others wait for."""
 STEPS = {"bilevel": 20, "poisoned": 4, "ring": 4, "controller": 2}
 POISONED = {"poisoned": 6, "spoilt": 64}
 """How many of the 64 images are not finite: some steps see one of them, on the rank that has it; or all do."""
@@ -151,6 +154,10 @@ def work(team: Team, root: Path, jobs: list[str]) -> None:
     """Train every `case:steps:name` of `jobs` in `root/name`."""
     world = World(root, team)
     for job in jobs:
+        if job == UNREADABLE:
+            if team.rank == 1:
+                raise OSError(errno.EIO, os.strerror(errno.EIO), "latents.bin")
+            team.first(lambda: time.sleep(60))
         case, steps, name = (*job.split(":"), "", "")[:3]
         start = time.monotonic()
         world.train(case, int(steps or STEPS.get(case, 1)), root / (name or f"{case}-{team.world}"))
@@ -190,6 +197,8 @@ class Crew:
         environment: Variables that all find set.
     """
 
+    begun: ClassVar[list["Crew"]] = []
+
     def __init__(
         self,
         count: int,
@@ -201,6 +210,7 @@ class Crew:
         package: str = "bilevel_fast.",
     ):
         self.log, port = log, free_port()
+        self.begun.append(self)
         common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         common |= {"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(count), **(environment or {})}
         self.ranks = [
@@ -227,7 +237,12 @@ class Crew:
         except AssertionError:
             raise AssertionError(f"ranks have not ended after {seconds} s:\n{self.said()}") from None
         finally:
-            for rank in self.ranks:
+            self.end()
+
+    def end(self) -> None:
+        """Nobody is left."""
+        for rank in self.ranks:
+            if rank.runs():
                 rank.send(signal.SIGKILL)
 
 
@@ -245,10 +260,11 @@ def torchrun(
     return subprocess.CompletedProcess(process.args, process.returncode, out, "")
 
 
-def start(count: int, *command: object, no_python: bool = False) -> subprocess.Popen[str]:
+def start(count: int, *command: object, no_python: bool = False, restarts: int = 0) -> subprocess.Popen[str]:
     agent = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    agent += ["--max-restarts", str(restarts)]
     words = [*agent, *(["--no-python"] if no_python else []), *map(str, command)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1"} | ({"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if restarts else {})
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 

@@ -54,6 +54,28 @@ def test_a_silent_rank_ends_all_others_and_one_of_them_names_it(gone):
     assert ranks.ended[min(others)][1], "the lowest that is left"
 
 
+def test_whose_collective_has_failed_waits_less_for_the_one_that_is_gone():
+    ranks = Ranks()
+    ranks.run(5)
+    for rank in (0, 2, 3):
+        ranks.watches[rank].hurry()
+    ranks.run(PATIENCE + 3, silent=[1])
+    assert set(ranks.ended) == {0, 2, 3}
+    assert all(PATIENCE < when - 5 <= PATIENCE + 2 * EVERY for when, _ in ranks.ended.values())
+    assert "rank 1, on node0 process 101, is gone" in ranks.ended[0][1]
+
+
+def test_who_hosts_the_store_and_fails_is_not_said_to_be_gone():
+    """Rank 0 has said why, and its store goes with it."""
+    ranks = Ranks()
+    ranks.watches[0].say("failed", "the disk is full")
+    ranks.run(EVERY, silent=[0])
+    ranks.words = None
+    ranks.run(PATIENCE + 1, silent=[0])
+    assert set(ranks.ended) == {1, 2, 3}
+    assert [line for _, line in ranks.ended.values()] == [None] * 3
+
+
 def test_who_has_left_in_good_order_is_not_missed():
     ranks = Ranks()
     ranks.watches[2].say("done")
