@@ -23,6 +23,4 @@ def alone(command: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(_WAIT)
         raise SystemExit(2)
-    raise UserError(
-        f"{world} processes of {command} were started, wanted 1: it shares no work; start it without torchrun"
-    )
+    raise UserError(f"{world} processes of {command} were started, wanted 1: they would not share work")

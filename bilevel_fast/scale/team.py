@@ -111,9 +111,14 @@ class Team:
             self._fail(error)
 
     def _leave(self) -> None:
+        """When rank 0 has done all there is to do; with an error if that went wrong: it has said why."""
         assert self._watch is not None
         if self._pending is not None:
             self._pending[0].wait()
+        while self.rank and (said := self._watch.heard()[0]) != ("done", ""):
+            if said is not None:
+                os._exit(2)
+            time.sleep(0.1)
         self._watch.say("done")
         while self.rank == 0 and not all(self._watch.heard()):  # it may hold the store
             time.sleep(0.05)
@@ -134,21 +139,21 @@ class Team:
             if known:
                 print(f"error: {message}", file=sys.stderr, flush=True)
             self._watch.say("failed", message)
-            self._heard(lambda said: all(word is not None for word in said), 2 * EVERY)  # it may hold the store
+            time.sleep(2 * EVERY)  # it may hold the store: the others read there that they need not say the same
         else:
             self._watch.say("failed", message)
             # torchrun ends all others as soon as one has ended: the first has said it before it says that it failed
-            if known and not self._heard(lambda said: said[0] == ("failed", message), PATIENCE):
+            if known and not self._first_says(message):
                 print(f"error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
         os._exit(code)
 
-    def _heard(self, enough: Callable[[list[tuple[str, str] | None]], bool], seconds: float) -> bool:
-        """Wait until all have said `enough`; whether they have."""
+    def _first_says(self, message: str) -> bool:
+        """Whether rank 0 fails with this message, too, and soon."""
         assert self._watch is not None
-        until = time.monotonic() + seconds
+        until = time.monotonic() + PATIENCE
         while time.monotonic() < until:
             try:
-                if enough(self._watch.heard()):
+                if self._watch.heard()[0] == ("failed", message):
                     return True
             except RuntimeError:  # the store is gone
                 return False

@@ -89,9 +89,9 @@ def test_ranks_agree_on_weights_and_data():
         source = MemorySource(torch.cat([latents, latents], dim=2), captions)
         with torch.no_grad():
             if change == "the teacher's weights":
-                next(teacher.parameters()).view(-1)[-1] += 1
+                next(teacher.parameters())[-1, -1, -1, -1] += 1
             elif change == "the student's first weights":
-                next(student.parameters()).view(-1)[-1] += 1
+                next(student.parameters())[-1, -1, -1, -1] += 1
         if change == "the lower level's data":
             source = MemorySource(torch.cat([latents, latents + 1], dim=2), captions)
         return facts.trained_with(student, SimpleNamespace(teacher=teacher, data=source, concepts=None))
