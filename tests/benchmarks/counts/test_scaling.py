@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from benchmarks import ROOT
 from benchmarks.counts import scaling
 from bilevel_fast.scale.rows import BUCKET, ROW
 
@@ -35,3 +36,9 @@ def test_the_command(command):
     assert out.startswith("projection: SD 2.1 0.80")
     assert len(out.splitlines()) == 2 + len(found)
     assert command(scaling.main, "--batch", 0)[0] == 2
+
+
+def test_the_tables_in_the_docs_are_what_the_command_says(command):
+    text = (ROOT / "docs" / "scale.md").read_text()
+    for batch in (8, 64):
+        assert f"```\n{command(scaling.main, '--batch', batch)[1]}```\n" in text
