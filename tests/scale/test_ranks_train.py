@@ -14,45 +14,40 @@ from ranked import Crew
 AT_FOUR = ("bilevel", "ring")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """All cases by one rank and by two, two of them by four; and 20 steps that 4, 2, 1 and 4 ranks take in turn."""
-    root = tmp_path_factory.mktemp("trained")
+@pytest.mark.slow
+def test_weights_moments_and_records_do_not_know_the_number_of_ranks(tmp_path):
+    """All cases by one rank and by two, two of them by four; and 20 steps that 4, 2, 1 and 4 ranks take in turn.
+
+    One test, as workers that share the tests out would all train what it looks at.
+    """
 
     def four(*jobs: str) -> None:
-        crew = Crew(4, "ranked", root, *jobs, log=root / "four.log", package="")
-        assert crew.wait() == [0] * 4, crew.said()
+        crew = Crew(4, "ranked", tmp_path, *jobs, log=tmp_path / "four.log", package="")
+        assert crew.wait(240) == [0] * 4, crew.said()
 
     four(*AT_FOUR, "bilevel:5:passed-on")
-    done = ranked.torchrun(2, ranked.__file__, root, *ranked.CASES, "bilevel:10:passed-on")
+    done = ranked.torchrun(2, ranked.__file__, tmp_path, *ranked.CASES, "bilevel:10:passed-on")
     assert done.returncode == 0, done.stdout
-    ranked.work(ALONE, root, [*ranked.CASES, "bilevel:15:passed-on"])
+    ranked.work(ALONE, tmp_path, [*ranked.CASES, "bilevel:15:passed-on"])
     four("bilevel:20:passed-on")
-    return root
+
+    alone = {case: ranked.outcome(tmp_path / f"{case}-1") for case in ranked.CASES if case != "ring"}
+    for case, wanted in alone.items():
+        assert len(wanted["said"]) == ranked.STEPS.get(case, 1), case
+        assert ranked.outcome(tmp_path / f"{case}-2") == wanted, case
+    assert ranked.outcome(tmp_path / "bilevel-4") == alone["bilevel"]
+    assert ranked.outcome(tmp_path / "passed-on") == alone["bilevel"]
+    skipped = [bool(row["nonfinite"]) for row in alone["poisoned"]["said"]]
+    assert any(skipped)
+    assert not all(skipped)
+    assert ranked.masters(tmp_path / "poisoned-2").isfinite().all()
+    assert_off_by_rounding(*(tmp_path / f"ring-{world}" for world in (1, 2, 4)))
 
 
-@pytest.mark.parametrize("case", [case for case in ranked.CASES if case != "ring"])
-def test_weights_moments_and_records_do_not_know_the_number_of_ranks(trained, case):
-    alone = ranked.outcome(trained / f"{case}-1")
-    assert len(alone["said"]) == ranked.STEPS.get(case, 1)
-    for world in (2, 4) if case in AT_FOUR else (2,):
-        assert ranked.outcome(trained / f"{case}-{world}") == alone
-    if case == "poisoned":
-        skipped = [bool(row["nonfinite"]) for row in alone["said"]]
-        assert any(skipped)
-        assert not all(skipped)
-        assert ranked.masters(trained / "poisoned-2").isfinite().all()
-
-
-def test_a_run_is_passed_on_from_4_to_2_to_1_to_4_ranks(trained):
-    assert ranked.outcome(trained / "passed-on") == ranked.outcome(trained / "bilevel-1")
-
-
-def test_the_librarys_order_of_sums_is_off_by_rounding(trained):
-    alone, two, four = (ranked.masters(trained / f"ring-{world}") for world in (1, 2, 4))
-    for other in (two, four):
-        assert (other - alone).norm() <= 1e-6 * alone.norm()
-    first, *others = (ranked.outcome(trained / f"ring-{world}")["said"] for world in (1, 2, 4))
-    for said in others:
-        for row, other in zip(first, said, strict=True):
-            assert other["lower/loss"] == pytest.approx(row["lower/loss"], rel=1e-6)
+def assert_off_by_rounding(alone: Path, *others: Path) -> None:
+    """The library's own order of sums."""
+    weights, said = ranked.masters(alone), ranked.outcome(alone)["said"]
+    for other in others:
+        assert (ranked.masters(other) - weights).norm() <= 1e-6 * weights.norm()
+        for row, its in zip(said, ranked.outcome(other)["said"], strict=True):
+            assert its["lower/loss"] == pytest.approx(row["lower/loss"], rel=1e-6)
