@@ -31,7 +31,7 @@ train: $(VENV)/.installed-core
 
 # One process a core with one thread each: most tests are too small to share. JOBS=0 runs them in this process.
 test: $(VENV)/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(JOBS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not faults" -n $(JOBS) --dist worksteal $(ARGS)
 
 # 10,000 damaged and hostile files per reader; `make test` tries 300.
 fuzz: $(VENV)/.installed-test

@@ -10,11 +10,13 @@ concept-prune  zeros feed-forward weights that work for the concept (arXiv:2405.
 import sys
 
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.runs.erase_model import EDITS, erase
 
 
 def main() -> None:
+    alone("bilevel_fast.erase")
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(f"{__doc__}\nuce --help and concept-prune --help say more")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
@@ -56,6 +57,7 @@ def judge_models(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
+    alone("bilevel_fast.evaluate")
     config = flags.parse(EvaluateConfig, "bilevel_fast.evaluate", __doc__)
     if config.suite == "mini":
         rows = judge_models(config)

@@ -6,8 +6,8 @@ python -m bilevel_fast.prepare webdataset --tars '*.tar' --model sd21/ --out CAC
 python -m bilevel_fast.prepare check CACHE                                          every byte, every number
 python -m bilevel_fast.prepare concepts ...                                         the bank that --concepts reads
 
-Killed, it goes on with the same command. On n machines, --shard 0/n to n-1/n make one cache. What cannot be used is
-left out with its captions and named in CACHE/dropped.jsonl.
+Killed, it goes on with the same command. On n machines, --shard 0/n to n-1/n make one cache, and so do the processes
+of torchrun. What cannot be used is left out with its captions and named in CACHE/dropped.jsonl.
 """
 
 import sys

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.runs.config import TrainConfig, preset
 
@@ -67,6 +68,7 @@ def _defaults(name: str, **changes: Any) -> ProfileConfig:
 
 
 def main() -> None:
+    alone("bilevel_fast.profile")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     config = parse(sys.argv[1:])
     if config.dry_run:

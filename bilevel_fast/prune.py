@@ -3,12 +3,14 @@
 import sys
 
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.alone import alone
 from bilevel_fast.pruning import method
 from bilevel_fast.runs.prune_aptp import COMMANDS
 from bilevel_fast.runs.prune_method import Args, prune
 
 
 def main() -> None:
+    alone("bilevel_fast.prune")
     first = next(iter(sys.argv[1:]), "")
     if first in COMMANDS:
         COMMANDS[first](sys.argv[2:])

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 import tyro
 
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.runs.paper.experiments import EXPERIMENTS
@@ -76,6 +77,7 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def main() -> None:
+    alone("bilevel_fast.reproduce")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     args = parse(sys.argv[1:])
     from bilevel_fast.runs.paper.run import reproduce

@@ -2,12 +2,15 @@
 
 python -m bilevel_fast.train                            the built-in mini world, end to end
 python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
+torchrun --standalone --nproc-per-node 8 -m bilevel_fast.train --scale.leaves 8 ...    on 8 GPUs, which nobody has
+    tried yet: docs/scale.md says what is tested, and what is not supported
 """
 
 import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.tables import table
@@ -39,14 +42,31 @@ def main() -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     # after parsing: --help and a typo should not wait for torch
+    from bilevel_fast.base.devices import Ranks
+    from bilevel_fast.runs.ranks import started_with
     from bilevel_fast.runs.session import run
+    from bilevel_fast.scale.team import Team
     from bilevel_fast.training.loop import Interrupted
+    from bilevel_fast.training.run_folder import RunFolder
 
-    try:
-        summary = run(config)
-    except Interrupted as interrupted:
-        print(f"{interrupted}; go on with --resume --out {config.out}", file=sys.stderr)
-        raise SystemExit(130) from None
+    ranks = Ranks.from_environment()
+    if ranks.rank:
+        logging.disable()  # the first rank says what there is to say
+    if ranks.restarts and RunFolder(config.out).config.is_file():
+        config = replace(config, resume=True)  # the same command, for the second time
+    with Team.join(ranks) as team:
+        if team.world > 1:
+            team.agree(started_with(config))
+        ranks.leaves(config.scale.leaves)
+        try:
+            summary = run(replace(config, device=ranks.device(config.device)), team)
+        except Interrupted as interrupted:
+            if team.rank == 0:
+                print(f"{interrupted}; go on with --resume --out {config.out}", file=sys.stderr)
+            # torchrun starts all processes again if one of them does not end with 0
+            raise SystemExit(0 if team.launched else 130) from None
+    if team.rank:
+        return
     macs = summary["macs"]
     print(
         f"\n{macs['dense_g']:.3f} -> {macs['student_g']:.3f} GMAC ({macs['ratio']:.3f}), "

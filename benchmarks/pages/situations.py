@@ -26,6 +26,7 @@ AREAS = {
     "pruning": "Pruning",
     "training": "Training",
     "runs": "Runs and their settings",
+    "scale": "Several processes and machines",
     "base": "Any file",
     "": "Installation, and everything that is read",
 }

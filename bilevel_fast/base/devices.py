@@ -22,6 +22,8 @@ class Ranks:
     world: int = 1
     local: int | None = None
     """Among the processes of this machine; None if nobody said."""
+    restarts: int = 0
+    """How often torchrun has started these processes again."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world:
@@ -35,7 +37,7 @@ class Ranks:
             UserError: One is no number, RANK and WORLD_SIZE are not both there, or there is no such rank.
         """
         found: dict[str, int] = {}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT"):
             if name in variables:
                 try:
                     found[name] = int(variables[name])
@@ -43,11 +45,25 @@ class Ranks:
                     raise UserError(f"{name} is {variables[name]!r}, wanted a number") from error
         if ("RANK" in found) != ("WORLD_SIZE" in found):
             raise UserError("only one of RANK and WORLD_SIZE is set; wanted both, as torchrun sets them, or neither")
-        return cls(found.get("RANK", 0), found.get("WORLD_SIZE", 1), found.get("LOCAL_RANK"))
+        restarts = found.get("TORCHELASTIC_RESTART_COUNT", 0)
+        return cls(found.get("RANK", 0), found.get("WORLD_SIZE", 1), found.get("LOCAL_RANK"), restarts)
 
     def share(self, rows: Sequence[_T]) -> Sequence[_T]:
         """Rows rank, rank + world, ...: all ranks together have each row once."""
         return rows[self.rank :: self.world]
+
+    def leaves(self, count: int) -> range:
+        """Which of the `count` equal parts of a batch are this process's: as many as everybody's, side by side.
+
+        Raises:
+            UserError: So many processes cannot share them evenly.
+        """
+        each, left = divmod(count, self.world)
+        if left or not each:
+            raise UserError(
+                f"--scale.leaves is {count}: wanted a multiple of {self.world}, the processes that share a batch"
+            )
+        return range(self.rank * each, (self.rank + 1) * each)
 
     def device(self, name: str) -> str:
         """`auto` of several processes on one machine is a GPU each."""
@@ -56,6 +72,10 @@ class Ranks:
         if name == "auto" and self.local is not None and torch.cuda.is_available():
             return f"cuda:{self.local}"
         return name
+
+
+ONE = Ranks()
+"""The only process."""
 
 
 def pick_device(name: str) -> torch.device:

@@ -75,18 +75,25 @@ def require(module: str, extra: str) -> ModuleType:
         raise UserError(f"{module} is not installed; run: pip install 'bilevel-fast[{extra}]'") from error
 
 
+def describe(error: BaseException) -> tuple[str, int]:
+    """What a command that ends with an error says, and its exit code: 2 after a user error, 1 when the system refuses,
+    130 when interrupted; 1, too, after a mistake of ours."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", 1
+    return repr(error), 1
+
+
 def run(main: Callable[[], None]) -> int:
-    """Run an entry point: 0 if it ends well, 2 after a user error, 1 when the system refuses, 130 when interrupted."""
+    """Run an entry point: 0 if it ends well, otherwise what `describe` says."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        message, code = describe(error)
+        print(message if isinstance(error, KeyboardInterrupt) else f"error: {message}", file=sys.stderr)
+        return code
     return 0

@@ -1,8 +1,9 @@
 """What a training step starts from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bilevel_fast.ops.randomness import Stream, integers, normal
@@ -52,6 +53,21 @@ class Batch:
     def _rows(self, start: int, end: int) -> "Batch":
         part = self.map(lambda x: x[start:end])
         return replace(part, index=self.index[start:end], captions=self.captions[start:end])
+
+    @classmethod
+    def join(cls, parts: "Sequence[Batch]") -> "Batch":
+        """One batch of several, in order, before noise and timesteps are drawn; itself if there is one."""
+        first, *others = parts
+        if not others:
+            return first
+        anchors = [part.anchor for part in parts if part.anchor is not None]
+        return cls(
+            torch.cat([part.latents for part in parts]),
+            torch.cat([part.text for part in parts]),
+            torch.cat(anchors) if anchors else None,
+            torch.cat([part.index for part in parts]),
+            captions=tuple(caption for part in parts for caption in part.captions),
+        )
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """With every tensor but `index` replaced by `function` of it."""

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bilevel_fast.base.devices import ONE, Ranks
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.data.batch import LEVEL_STRIDE, Batch
 from bilevel_fast.data.blend import Shares, parts_of, weights_of
@@ -44,6 +45,8 @@ class Batches:
         p_uncond: float = 0.0,
         anchor: Anchor = "none",
         max_states: int = 1024,
+        leaves: int = 1,
+        ranks: Ranks = ONE,
     ) -> None:
         """Set up; reads captions, no latents.
 
@@ -56,6 +59,8 @@ class Batches:
             p_uncond: Probability that a caption is replaced by the null prompt.
             anchor: What `Batch.anchor` holds: nothing, the null prompt, or the caption without the concept.
             max_states: A source with at most so many different captions is encoded once, at the first batch.
+            leaves: Equal parts that B consists of, each made by itself: its bits do not know who makes the others.
+            ranks: Which of the parts are made here.
 
         Raises:
             UserError: A setting is out of range, or the source has no captions without the concept.
@@ -73,14 +78,19 @@ class Batches:
             raise UserError("anchor 'phrase' wants a bank of concepts; the source has captions only")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.p_uncond, self.anchor = p_uncond, anchor
+        self._leaf_size, self._leaves = batch_size // leaves, ranks.leaves(leaves)
         self._offset = level * LEVEL_STRIDE
         self._states = _TextStates(text_encoder, source, batch_size, max_states)
         self._shares, self._lengths = Shares(weights_of(source)), [len(part) for part in parts_of(source)]
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
 
     def __call__(self, step: int) -> Batch:
-        """The batch of a step."""
-        samples = range(step * self.batch_size, (step + 1) * self.batch_size)
+        """The batch of a step, or those of its parts that are made here."""
+        return Batch.join([self._leaf(step, leaf) for leaf in self._leaves])
+
+    def _leaf(self, step: int, leaf: int) -> Batch:
+        start = step * self.batch_size + leaf * self._leaf_size
+        samples = range(start, start + self._leaf_size)
         index = torch.as_tensor(samples, dtype=torch.int64) + self._offset
         positions = [self._position(sample) for sample in samples]
         captions = self._captions(positions, index)

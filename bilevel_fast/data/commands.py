@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from bilevel_fast.base import flags
-from bilevel_fast.base.devices import pick_device
+from bilevel_fast.base.devices import Ranks, pick_device
 from bilevel_fast.base.errors import UserError, in_range
 from bilevel_fast.base.limits import SIDE
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Index, LeftOut
@@ -46,8 +46,8 @@ class Making:
     latents: bool = True
     """With --no-latents every image is looked at and the list of those that are fine is written, nothing else: `train`
     on it decodes (DALI) and encodes (VAE) images as it goes, with crops that never repeat."""
-    shard: str = "0/1"
-    """i/n: make the i-th, from 0, of n equal parts. Whoever is last joins them."""
+    shard: str | None = None
+    """i/n: make the i-th, from 0, of n equal parts. Whoever is last joins them. Default: torchrun's part, else all."""
     dtype: Literal["float16", "float32"] = "float16"
     """Of the latents in the cache."""
     batch: int = 16
@@ -126,7 +126,8 @@ def images(name: str, argv: Sequence[str]) -> None:
         return
     cache = make(args)
     if cache is None:
-        print(f"{args.out}: part {args.shard} is finished, others are not")
+        part = _part(args)
+        print(f"{args.out}: part {part.number}/{part.count} is finished, others are not")
         return
     print(f"{args.out}: {len(cache)} images, {cache.views} views each; VAE {cache.index.vae}")
     _say_what_is_missing(args.out, cache.index.dropped)
@@ -139,13 +140,20 @@ def _say_what_is_missing(out: Path, dropped: LeftOut) -> None:
             print(f"  {count:>8}  {reason}")
 
 
+def _part(args: CocoArgs | FolderArgs | TarArgs) -> Part:
+    if args.shard is not None:
+        return Part.parse(args.shard)
+    ranks = Ranks.from_environment()
+    return Part(ranks.rank, ranks.world)
+
+
 def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
     """Make the cache; None if other parts of it are to be made.
 
     Raises:
         UserError: Bad input of any kind.
     """
-    part, device = Part.parse(args.shard), pick_device(args.device)
+    part, device = _part(args), pick_device(Ranks.from_environment().device(args.device))
     backend = pick_backend(args.backend, device)
     source = args.source()
     folder, shape = _model(args, device)
@@ -176,7 +184,7 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
     """
     device = pick_device(args.device)
     source = args.source()
-    if not isinstance(source, Files) or args.shard != "0/1":
+    if not isinstance(source, Files) or _part(args).count != 1:
         raise UserError("--no-latents lists files of a folder, all at once; tars and --shard make a cache of latents")
     folder, shape = _model(args, device)
     framing = Framing(args.resolution, args.seed, args.flip, args.crop)

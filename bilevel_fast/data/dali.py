@@ -40,8 +40,8 @@ def pick_backend(name: str, device: torch.device) -> Backend:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
+    """CPU cores that this process may run on; its share of them where torchrun has started several side by side."""
+    return max(len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
 
 
 class Decoder:

@@ -40,6 +40,7 @@ from bilevel_fast.erasing.registry import reach
 from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.training.levels import Level, Pace
 from bilevel_fast.training.losses import Loss
+from bilevel_fast.training.parameters import FlatParameters
 
 LEAST, MOST = 0.1, 100.0
 """Between these lambda stays: below and above, one of the two gradients is as good as alone."""
@@ -66,6 +67,8 @@ class Controller(Pace):
         device: Of the student.
         concepts: How many there are.
         shows: Which of them upper sample n of the run shows.
+        flat: The student's parameters, if other processes share them.
+        leaves: Equal parts of an upper batch, and which of them this process sees.
 
     Attributes:
         penalty: () fp32, lambda of the next upper step.
@@ -81,6 +84,8 @@ class Controller(Pace):
         device: torch.device,
         concepts: int = 1,
         shows: Callable[[int], int] = lambda sample: 0,
+        flat: FlatParameters | None = None,
+        leaves: tuple[int, range] = (1, range(1)),
     ):
         self.settings, self.first, self.every = upper.controller, upper.every, upper.every
         # where the target is at the anchor, nobody gets there
@@ -90,9 +95,13 @@ class Controller(Pace):
         self.lower = torch.zeros(6, device=device)
         # progress of each concept: weighted sums of numerator and denominator
         self.way = torch.zeros(concepts, 2, device=device)
-        self.shows, self.batch = shows, upper.batch
-        # which concept each row of the next upper batch shows
-        self.concepts = torch.zeros(upper.batch, dtype=torch.int64, device=device)
+        self.shows, self.batch, self.flat = shows, upper.batch, flat
+        size = upper.batch // leaves[0]
+        self.rows = range(leaves[1].start * size, leaves[1].stop * size)
+        # which concept each row that is seen of the next upper batch shows
+        self.concepts = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
+        # progress of the leaves so far of this step, (concepts, 2) each
+        self.parts, self.seen = len(leaves[1]), list[Tensor]()
         self.penalty = torch.tensor(min(max(upper.penalty, LEAST), MOST), device=device)
         self.stopped = torch.zeros((), device=device)
 
@@ -126,19 +135,28 @@ class Controller(Pace):
         self.lower.copy_(torch.where(loss.isfinite(), new, self.lower))
 
     def watch(self, out: Tensor, concept: Tensor, target: Tensor, reach: float, order: Tensor | None = None) -> None:
-        """Take in an upper step's progress.
+        """Take in an upper step's progress, of one leaf of its batch after the other.
 
         Args:
             out: (B, C, H, W) the student's answer to the concept.
             concept: The teacher's, of the same shape.
             target: What the eraser wants instead.
             reach: Where the target lies, in distances from concept to anchor: 1 + eta.
-            order: (B,) which row of the batch each of these is; None where they are in its order.
+            order: (B,) which row of the leaf each of these is; None where they are in its order.
         """
         gone, way = (x.detach().float() - concept.float() for x in (out, target))
         rows = torch.stack([reach * (gone * way).flatten(1).sum(1), way.square().flatten(1).sum(1)], dim=1)
-        concepts = self.concepts if order is None else self.concepts[order]
-        new = KEPT * self.way + (1 - KEPT) * torch.zeros_like(self.way).index_add_(0, concepts, rows)
+        concepts = self.concepts[len(self.seen) * len(out) :][: len(out)]
+        concepts = concepts if order is None else concepts[order]
+        self.seen.append(torch.zeros_like(self.way).index_add_(0, concepts, rows))
+        if len(self.seen) < self.parts:
+            return
+        if self.flat is None:
+            (found,) = self.seen
+        else:
+            found = self.flat.everywhere(torch.stack(self.seen)).sum(0)
+        self.seen.clear()
+        new = KEPT * self.way + (1 - KEPT) * found
         self.way.copy_(torch.where(new.isfinite().all(), new, self.way))
 
     @property
@@ -178,7 +196,7 @@ class Controller(Pace):
         self.last, number = step + 1, self.upper_steps
         self.upper_steps += 1
         if len(self.way) > 1:  # before the step, which may be a CUDA graph: its rows lie where they always do
-            samples = range(number * self.batch, (number + 1) * self.batch)
+            samples = [number * self.batch + row for row in self.rows]
             self.concepts.copy_(torch.tensor([self.shows(sample) for sample in samples]), non_blocking=True)
         return number
 

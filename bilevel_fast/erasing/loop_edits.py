@@ -157,10 +157,7 @@ class _OnMatrices(Edit):
 
     def __init__(self, flat: FlatParameters, names: list[str], about: str):
         assert isinstance(flat.module, UNet)
-        kept = (flat.master,) if flat.average is None else (flat.master, flat.average)
-        self.buffers = [{name: flat.views(buffer)[name] for name in names} for buffer in kept]
-        self.masters = self.buffers[0]
-        self.computing = {} if flat.compute is flat.master else flat.views(flat.compute)
+        self.flat, self.names = flat, names
         skipped = transformers(flat.module.structure)[1]
         _log.info("upper level: an edit of %d matrices, %s", len(names), about)
         for site in skipped:
@@ -173,11 +170,11 @@ class _OnMatrices(Edit):
     @torch.no_grad()
     def apply(self) -> Terms:
         """The edit; says how far the masters moved, as a norm and as a share of what they are now, () fp32."""
-        squares = [[self.change(name, w) for name, w in buffer.items()] for buffer in self.buffers]
-        for name, w in self.masters.items() if self.computing else ():
-            self.computing[name].copy_(w)
-        moved = torch.stack(squares[0]).sum().sqrt().float()
-        norm = torch.stack([w.square().sum() for w in self.masters.values()]).sum().sqrt()
+        with self.flat.whole() as buffers:
+            found = [self.flat.views(buffer, self.names) for buffer in buffers]
+            squares = [[self.change(name, w) for name, w in matrices.items()] for matrices in found]
+            moved = torch.stack(squares[0]).sum().sqrt().float()
+            norm = torch.stack([w.square().sum() for w in found[0].values()]).sum().sqrt()
         return {"edit_moved": moved, "edit_share": moved / norm}
 
 
@@ -233,7 +230,8 @@ class PruneMasks(_OnMatrices):
         super().__init__(flat, names, about)
         self.find, self.every = find, every
         # in place from here on: a CUDA graph looks where they lie
-        self.masks = {name: w == 0 for name, w in self.masters.items()}
+        with flat.whole() as (masters, *_):
+            self.masks = {name: w == 0 for name, w in flat.views(masters, names).items()}
         self.zero = {name: mask.clone() for name, mask in self.masks.items()}
         self.found = False
 

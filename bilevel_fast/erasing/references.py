@@ -9,7 +9,6 @@ distilled student, that copy knows little: `teacher` is then the better source.
 """
 
 import copy
-import hashlib
 import logging
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.models.weights import digest_of
 from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.training.upper import Eraser
@@ -41,7 +41,7 @@ class Start(Teacher):
     """
 
     def __init__(self, student: UNet, dtype: torch.dtype):
-        self.digest = _digest(student)
+        self.digest = digest_of(student)
         super().__init__(copy.deepcopy(student).to(dtype))
         size = sum(p.numel() * p.element_size() for p in self.unet.parameters())
         _log.info("upper level: a frozen copy of the student as it starts takes %.1f MiB", size / 2**20)
@@ -78,12 +78,3 @@ class Sourced(Eraser):
                 "the eraser's source is the student as the run started, and that is another one now: was --student or "
                 "the teacher replaced? Start a new run in another --out"
             )
-
-
-def _digest(unet: UNet) -> str:
-    """SHA-256 of names and values of a state dict; one copy to the host, before the first step."""
-    digest = hashlib.sha256()
-    for name, value in unet.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()

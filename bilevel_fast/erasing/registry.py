@@ -186,7 +186,8 @@ def holder(flat: FlatParameters, which: str) -> Callable[[], object]:
     """
     assert isinstance(flat.module, UNet)
     moved = subset(flat.module, which)
-    views = [view for name, view in flat.views(flat.gradient).items() if name not in moved]
+    still = {name for name, _ in flat.module.named_parameters()} - moved
+    views = flat.gradients(sorted(still))
     if not views:
         return lambda: None
     return partial(torch._foreach_zero_, views)  # pyright: ignore[reportPrivateImportUsage]  # one launch

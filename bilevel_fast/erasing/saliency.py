@@ -32,7 +32,7 @@ from bilevel_fast.erasing.references import Sourced
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss, suppression_loss
 from bilevel_fast.training.lower import Answers, descend
-from bilevel_fast.training.parameters import FlatParameters, dot
+from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
 
@@ -61,7 +61,7 @@ class SalUn(Relabel):
     Args:
         source: See `Relabel`.
         flat: The student's parameters.
-        salient: (N,) bool, which of them move, in the order of `flat`.
+        salient: (m,) bool, which of them move, in the order of `flat`.
     """
 
     def __init__(self, source: Teacher, flat: FlatParameters, salient: Tensor):
@@ -88,7 +88,7 @@ def salient(
     share: float,
     micro: int | None = None,
 ) -> Tensor:
-    """SalUn's mask (N,) bool: the `share` of the parameters with the largest |gradient| of L_f over `count` batches.
+    """SalUn's mask (m,) bool: the `share` of the parameters with the largest |gradient| of L_f over `count` batches.
 
     Parameters that tie with the last of them move as well. Overwrites the gradient; reads the device.
 
@@ -107,10 +107,10 @@ def salient(
         total += flat.gradient
     every = sum(value.numel() for value in student.state_dict().values())  # without padding, whose gradient is zero
     kept = max(1, round(share * every))
-    threshold = total.abs_().kthvalue(len(total) - kept + 1).values
-    mask = total >= threshold
+    everyone = flat.gathered(total.abs_())
+    mask = everyone >= everyone.kthvalue(len(everyone) - kept + 1).values
     _log.info("SalUn: %d of %d parameters move, by the gradient of %d concept batches", int(mask.sum()), every, count)
-    return mask
+    return flat.own(mask)
 
 
 class EraseDiff(Relabel):
@@ -128,6 +128,6 @@ class EraseDiff(Relabel):
         self.rule = self._constrain
 
     def _constrain(self, suppression: Tensor, flat: FlatParameters) -> None:
-        square = dot(suppression, suppression).clamp(min=torch.finfo(torch.float32).tiny)
-        factor = (self.barrier - dot(suppression, flat.gradient) / square).clamp(min=0)
+        square = flat.dot(suppression, suppression).clamp(min=torch.finfo(torch.float32).tiny)
+        factor = (self.barrier - flat.dot(suppression, flat.gradient) / square).clamp(min=0)
         flat.gradient.addcmul_(suppression, factor.to(flat.gradient.dtype))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import clip, is_name, open_safetensors, read_json, sha256, whole
@@ -239,3 +239,12 @@ def _read_names(folder: Path, stem: str) -> set[str]:
     if (folder / index).is_file():
         return {index, *(path.name for path in _shards(folder / index))}
     return {half} if (folder / half).is_file() else set()
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 of names and values of a state dict, wherever it lies; one copy to the host."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

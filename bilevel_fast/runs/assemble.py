@@ -27,12 +27,14 @@ from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.fitting import Fitting, free_bytes
+from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.levels import AnyLevel, Editing, Level, descend
 from bilevel_fast.training.loop import LoopSettings, Places, Progress, run, running
 from bilevel_fast.training.lower import Answers, FineTuning
 from bilevel_fast.training.optim import AdamW, LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.training.sharded import ShardedParameters
 from bilevel_fast.training.student import StudentTraining
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.training.upper import Suppression
@@ -54,33 +56,38 @@ class Materials:
 
 
 def levels(
-    config: TrainConfig, student: UNet, materials: Materials, device: torch.device, answers: Answers | None = None
+    config: TrainConfig,
+    student: UNet,
+    materials: Materials,
+    device: torch.device,
+    answers: Answers | None = None,
+    team: Team = ALONE,
 ) -> tuple[Level, AnyLevel | None]:
     """Both levels over one set of student parameters; no upper one without concepts or with `upper.every` 0.
 
     The student's parameters move into flat buffers, in the precision of the configuration. The teacher is frozen, and
     otherwise as it was: where it lies elsewhere or has another dtype, a copy of it teaches. `answers` may be shared by
-    students that are trained side by side.
+    students that are trained side by side. The ranks of `team` share batches and parameters.
     """
     lower, upper, dtype = config.lower, config.upper, compute_dtype(config.precision, device)
     schedule = materials.schedule.to(device)
     student.recompute = config.recompute
     suppress = materials.concepts is not None and upper.every > 0
     micro = _fitting(config, student, materials, device).micro_batches(free_bytes(device, student, materials.teacher))
-    split = micro[0] < lower.batch or (suppress and micro[1] < upper.batch)
+    micro, leaves = (team.least(micro[0]), team.least(micro[1])), config.scale.leaves
+    leaf = (lower.batch // leaves, upper.batch // leaves)
+    split = micro[0] < leaf[0] or (suppress and micro[1] < leaf[1])
     if split:
-        _log.info(
-            "computing %d of %d lower and %d of %d upper images at once",
-            *(micro[0], lower.batch, micro[1], upper.batch),
-        )
+        _log.info("computing %d of %d lower and %d of %d upper images at once", micro[0], leaf[0], micro[1], leaf[1])
     start = erasers.start(upper, student, dtype) if suppress else None
-    flat = FlatParameters(student, dtype, average=config.ema is not None, summed=split)
+    flat = _flat(config, student, dtype, split, team)
+    draw = partial(Batches, leaves=leaves, ranks=team.ranks)
     make = partial(AdamW, decay=config.ema or 0.0)
     optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)
     loader = partial(Loader, device=device, seed=config.seed, timesteps=schedule.num_train_timesteps)
     encoder = materials.text_encoder
 
-    batches = Batches(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
+    batches = draw(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
     if answers is None:
         teacher = Teacher.of(materials.teacher, device, dtype)
         answers = Answers(teacher, schedule, config.seed, lower.snr_gamma)
@@ -97,7 +104,7 @@ def levels(
             flat, materials.data, materials.concepts, encoder, schedule, config.seed, materials.guidance
         )
         return first, Editing(kind.make(upper, ground))
-    batches = Batches(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
+    batches = draw(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)
     with loader(batches) as ahead:
         look = partial(salient, student, answers, flat, ahead, micro=micro[1])
@@ -107,7 +114,11 @@ def levels(
     controller = None
     if upper.controller.enabled:
         shares = Shares(weights_of(materials.concepts))
-        controller = Controller(upper, lower.steps, device, len(shares.weights), lambda sample: shares(sample)[0])
+        together = flat if leaves > 1 else None
+        controller = Controller(
+            *(upper, lower.steps, device, len(shares.weights), lambda sample: shares(sample)[0], together),
+            (leaves, team.ranks.leaves(leaves)),
+        )
     penalty = upper.penalty if controller is None else controller.penalty
     suppression = Suppression(
         fine_tuning, eraser, penalty, upper.penalty_norm, hold=hold, surgery=upper.surgery, micro=micro[1]
@@ -115,6 +126,15 @@ def levels(
     making = optimizer(lr=upper.lr, warmup=upper.warmup)
     second = Level("upper", loader(batches), suppression, making, eraser=eraser)
     return (first, second) if controller is None else controller.take(first, second)
+
+
+def _flat(config: TrainConfig, student: UNet, dtype: torch.dtype, split: bool, team: Team) -> FlatParameters:
+    average, scale = config.ema is not None, config.scale
+    if team.world == 1 and scale.leaves == 1:
+        return FlatParameters(student, dtype, average, summed=split)
+    return ShardedParameters(
+        student, dtype, average, summed=split, team=team, leaves=scale.leaves, reduction=scale.reduction
+    )
 
 
 def _fitting(config: TrainConfig, student: UNet, materials: Materials, device: torch.device) -> Fitting:
@@ -143,6 +163,7 @@ def fit(
     places: Places,
     stop: GracefulStop,
     device: torch.device,
+    team: Team = ALONE,
 ) -> Progress:
     """Train `student` in place up to `config.lower.steps`, from its latest checkpoint if there is one.
 
@@ -154,13 +175,16 @@ def fit(
             does not fit the student, or the device is out of memory.
     """
     try:
-        lower, upper = levels(config, student, materials, device)
-        training = StudentTraining(lower, upper, config.upper.every, device, config.graphs)
+        lower, upper = levels(config, student, materials, device, team=team)
+        graphs = config.graphs and team.world == 1
+        if config.graphs != graphs and device.type == "cuda":
+            _log.info("no CUDA graphs: %d processes train together", team.world)
+        training = StudentTraining(lower, upper, config.upper.every, device, graphs)
         settings = LoopSettings(
             config.lower.steps, config.lower.batch, config.log_every, config.checkpoint_every, config.max_bad_steps
         )
         with running([level for level in (lower, upper) if level is not None], device):
-            progress = run(training, settings, places, stop)
+            progress = run(training, settings, places, stop, team)
             if isinstance(upper, Editing) and config.lower.steps % config.upper.every:
                 descend(upper, config.lower.steps // config.upper.every)  # what the last lower steps have moved back
             lower.optimizer.flat.release()

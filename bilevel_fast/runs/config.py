@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from bilevel_fast.base.errors import UserError, check_finite, in_range, nearest
 from bilevel_fast.erasing.settings import ControllerSettings, Upper
+from bilevel_fast.scale.settings import Scale
 from bilevel_fast.training.settings import LossWeights, MicroBatch, check_micro_batch
 from bilevel_fast.worlds.mini.settings import Mini
 
@@ -92,6 +93,7 @@ class TrainConfig:
     lower: Lower = field(default_factory=Lower)
     upper: Upper = field(default_factory=Upper)
     prune: Prune = field(default_factory=Prune)
+    scale: Scale = field(default_factory=Scale)
     mini: Mini = field(default_factory=Mini)
     clip_norm: float | None = None
     """Gradients are scaled down to this norm; None does not clip."""
@@ -156,6 +158,14 @@ class TrainConfig:
         in_range("--max-bad-steps", self.max_bad_steps, ">= 1", self.max_bad_steps >= 1)
         self.lower.check()
         self.upper.check()
+        self.scale.check(lower=self.lower.batch, **({"upper": self.upper.batch} if self.upper.every else {}))
+        for name, level in (("lower", self.lower), ("upper", self.upper)):
+            leaf = level.batch // self.scale.leaves
+            if level.micro_batch != "auto" and leaf % level.micro_batch:
+                raise UserError(
+                    f"--{name}.micro-batch is {level.micro_batch}: wanted a divisor of a leaf, which has {leaf} of "
+                    f"--{name}.batch {level.batch} with --scale.leaves {self.scale.leaves}"
+                )
         if self.world:
             self.world_settings.check()
 
@@ -185,9 +195,9 @@ class TrainConfig:
 
 VOLATILE = (
     *("out", "recompute", "graphs", "log_every", "checkpoint_every", "device", "resume", "dry_run"),
-    *("lower.micro_batch", "upper.micro_batch"),
+    *("lower.micro_batch", "upper.micro_batch", "scale"),
 )
-"""Fields that a resumed run may change: none changes a result, but micro-batches change how sums are rounded."""
+"""Fields that a resumed run may change: none changes a result, but micro-batches and leaves the rounding of sums."""
 
 _MINI = TrainConfig(
     lower=Lower(steps=120, batch=16, lr=3e-4, warmup=10, p_uncond=0.1),

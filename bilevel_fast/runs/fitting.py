@@ -51,7 +51,7 @@ class Fitting:
         )
 
     def micro_batches(self, card: int | None) -> tuple[int, int]:
-        """Images of the lower and of the upper level that are computed at once.
+        """Images of the lower and of the upper level that are computed at once, a leaf of a batch at most.
 
         Args:
             card: Bytes that the run may take; None where nobody knows, which leaves `auto` at whole batches.
@@ -60,13 +60,14 @@ class Fitting:
             UserError: Not even micro-batches of one image fit, or what suppresses wants whole batches.
         """
         lower, upper = self.config.lower, self.config.upper
-        sizes = (self._size("lower", lower.batch, lower.micro_batch, card), upper.batch)
+        leaves = self.config.scale.leaves
+        sizes = (self._size("lower", lower.batch // leaves, lower.micro_batch, card), upper.batch // leaves)
         why = erasers.whole(upper)
-        if why and upper.micro_batch not in ("auto", upper.batch):
-            raise UserError(f"--upper.micro-batch is {upper.micro_batch}: wanted {upper.batch} or auto, as {why}")
+        if why and upper.micro_batch not in ("auto", sizes[1]):
+            raise UserError(f"--upper.micro-batch is {upper.micro_batch}: wanted {sizes[1]} or auto, as {why}")
         if why or not self._descends:
             return sizes
-        return sizes[0], self._size("upper", upper.batch, upper.micro_batch, card)
+        return sizes[0], self._size("upper", sizes[1], upper.micro_batch, card)
 
     @property
     def _descends(self) -> bool:

@@ -34,10 +34,11 @@ from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
 from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
-from bilevel_fast.runs.inputs import inputs
+from bilevel_fast.runs.ranks import run_folder, trained_with
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.sampling.samplers import check_walks
+from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.training.checkpoint import GracefulStop, latest
 from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.loop import Places, Progress
@@ -48,8 +49,9 @@ from bilevel_fast.worlds.mini import TEACHER
 _log = logging.getLogger(__name__)
 
 
-def run(config: TrainConfig) -> dict[str, Any]:
-    """Carry out a run and return its summary.
+def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
+    """Carry out a run and return its summary. Ranks of a team train together; what is to be made, drawn, judged or
+    written makes the first of them, and the others return nothing.
 
     Raises:
         UserError: Bad input of any kind.
@@ -65,16 +67,20 @@ def run(config: TrainConfig) -> dict[str, Any]:
     # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
     start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
     names = ["student", "distilled"] if config.world and config.twin else ["student"]
-    known = inputs(config, {"teacher": TEACHER})
-    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known) as place:
+    with run_folder(config, VOLATILE, {"teacher": TEACHER}, team) as place:
         with GracefulStop() as stop:
             teacher = folder.unet().requires_grad_(False)
-            materials = gather(config, folder, teacher, erased, place.path)
+            first = team.rank == 0
+            materials = team.in_turn(lambda: gather(config, folder, teacher, erased, place.path, record=first))
+            if team.world > 1:
+                team.agree(trained_with(start, materials))
             trained = {
                 # nobody wants the start after the last one, and at the size of SD 2.1 it is gigabytes
-                name: _train(name, config, folder, start, name == names[-1], materials, place, stop, device)
+                name: _train(name, config, folder, start, name == names[-1], materials, place, stop, device, team)
                 for name in names
             }
+        if team.rank:
+            return {}
         summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
         if config.world:
@@ -110,8 +116,10 @@ def start_levels(config: TrainConfig, device: torch.device, scratch: Path) -> tu
     return levels(config, student, gather(config, folder, teacher, erased, scratch), device)
 
 
-def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path) -> Materials:
-    """Open the caches that were given, or draw the mini world's.
+def gather(
+    config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequence[int], out: Path, record: bool = True
+) -> Materials:
+    """Open the caches that were given, or draw the mini world's; `record` writes down which concepts they are of.
 
     Captions are encoded where the networks compute, and as they do: a step waits for no text encoder on the CPU. On the
     CPU that is the folder's own.
@@ -153,10 +161,9 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
         if config.upper.anchor == "phrase":
             _check_anchors(bank, encoder)
     source = history.together(concepts, banks, data, len(earlier))
-    if config.upper.every:
-        record = history.to_json(out, fingerprint(folder.path / "unet"), concepts)
+    if config.upper.every and record:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / history.RECORD, record)
+        write_json(out / history.RECORD, history.to_json(out, fingerprint(folder.path / "unet"), concepts))
     return replace(materials, concepts=source)
 
 
@@ -264,21 +271,23 @@ def _train(
     place: RunFolder,
     stop: GracefulStop,
     device: torch.device,
+    team: Team,
 ) -> tuple[UNet, Progress]:
     """Train `student` or its twin `distilled` from `start`, or read it if an earlier session finished it.
 
     It is a copy of `start` that is trained, but for the last one.
     """
     out, places = place.path / name, _places(place, name)
-    if out.exists():
-        saved = latest(places.checkpoints)
+    if team.first(out.exists):
+        saved = latest(places.checkpoints) if team.rank == 0 else None
         return load_unet(out).to(device), Progress(**saved.state) if saved else Progress()
     student = (start if last else copy.deepcopy(start)).to(device)
     _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
     if name == "distilled":
         materials = replace(materials, concepts=None)
-    progress = fit(config, student, materials, places, stop, device)
-    save_student(out, folder, student)
+    progress = fit(config, student, materials, places, stop, device, team)
+    if team.rank == 0:
+        save_student(out, folder, student)
     return student, progress
 
 

@@ -8,6 +8,7 @@ A step, in its order:
     losses       the objectives of both levels
     upper        the upper gradient: an eraser's loss, and the lower loss as penalty
     parameters   master weights, gradients and averages, flat
+    sharded      the same, of several ranks
     optim        AdamW with warm-up; steps that are not finite are skipped
     graphs       a step as one CUDA graph
     phases       names of the parts of a step, for profiles

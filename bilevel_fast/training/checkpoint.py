@@ -35,6 +35,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import clip, parse_json, read_file, sha256, sync_folder
 from bilevel_fast.base.pickles import load_plain
 from bilevel_fast.base.tensors import read_tensors, write_tensors
+from bilevel_fast.scale.team import Team
 from bilevel_fast.training.trees import pack, unpack
 
 FORMAT = 2
@@ -58,6 +59,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     optimizers: dict[str, dict[str, Any]]
     state: dict[str, Any]
+    path: Path
 
 
 class _DamagedError(Exception):
@@ -126,6 +128,28 @@ def latest(folder: Path) -> Checkpoint | None:
             f"all {len(found)} checkpoints in {folder} are damaged; restore one, or start with another --out"
         )
     return None
+
+
+def latest_of_all(folder: Path, team: Team) -> Checkpoint | None:
+    """`latest` for all ranks of a team: the first one verifies, the others read what it found, from the same storage.
+
+    Raises:
+        UserError: As `latest`; or a rank cannot read it.
+    """
+    if team.world == 1:
+        return latest(folder)
+    if team.rank == 0:
+        found = latest(folder)
+        team.first(lambda: None if found is None else [found.path.name, found.step])
+        return found
+    named: Any = team.first(lambda: None)
+    if named is None:
+        return None
+    name, step = named
+    try:
+        return _load(folder / name, step, verify=False)
+    except _DamagedError as damage:
+        raise UserError(f"checkpoint {folder / name} is not what rank 0 found there: {damage}") from damage
 
 
 class GracefulStop:
@@ -223,15 +247,15 @@ def _is_complete(path: Path, step: int) -> bool:
     return True
 
 
-def _load(path: Path, step: int) -> Checkpoint:
+def _load(path: Path, step: int, verify: bool = True) -> Checkpoint:
     for name, digest in _check_sizes(path, step).items():
-        if _read(path / name, sha256) != digest:
+        if verify and _read(path / name, sha256) != digest:
             raise _DamagedError(f"{name}: its SHA-256 is not the manifest's")
     optimizers = _pickled(path) if (path / _PICKLED).exists() else _optimizers(path)
     state = _read(path / _STATE, _load_json)
     if not isinstance(state, dict) or not isinstance(optimizers, dict):
         raise _DamagedError(f"{_STATE}, or the optimizers: not an object")
-    return Checkpoint(step, _read(path / _MODEL, read_tensors), optimizers, state)
+    return Checkpoint(step, _read(path / _MODEL, read_tensors), optimizers, state, path)
 
 
 def _optimizers(path: Path) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.ops.graphs import side_stream
+from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.optim import LevelOptimizer
@@ -121,33 +122,37 @@ class Trainee(ABC):
         assert not self.extras()
 
 
-def run(trainee: Trainee, settings: LoopSettings, places: Places, stop: checkpoint.GracefulStop) -> Progress:
+def run(
+    trainee: Trainee, settings: LoopSettings, places: Places, stop: checkpoint.GracefulStop, team: Team = ALONE
+) -> Progress:
     """Train up to `settings.steps`, from the latest checkpoint if there is one. To be called within `running`.
+
+    All ranks of a team take the same steps and stop after the same one, whoever of them was asked to; the first one
+    says and saves what there is.
 
     Raises:
         Interrupted: `stop` was requested; the state is saved.
         UserError: Too many steps in a row had a non-finite gradient (the state before them is saved), or a
             checkpoint does not fit.
     """
-    progress = _restore(trainee, places.checkpoints)
+    progress = _restore(trainee, places.checkpoints, team)
     if progress.step >= settings.steps:
         return progress
     images, seconds = progress.step * settings.batch, progress.seconds
-    sinks: list[Sink] = [Console(settings.steps, progress.step), JsonLines(places.stats, progress.step)]
-    if places.events is not None:
-        sinks.append(tensorboard(places.events, images))
-    saver = Saver(places.checkpoints, snapshots_for(trainee.flat.master.device))
+    sinks = _sinks(settings, places, progress.step, images) if team.rank == 0 else []
+    saver = Saver(places.checkpoints, None if trainee.flat.copies else snapshots_for(trainee.flat.master.device))
     with Stats(sinks, images=images, seconds=seconds) as stats, saver:
         for step, _ in enumerate(trainee.steps(progress.step, settings.steps), progress.step + 1):
-            stopped, images = stop.requested, step * settings.batch  # asked once: what is said to be saved must be
+            # asked once: what is said to be saved must be
+            stopped, images = team.any(stop.requested), step * settings.batch
             ends = stopped or step == settings.steps
             if says := step % settings.log_every == 0 or ends:
                 seconds = stats.flush(step, images, trainee.means, **trainee.numbers())["seconds"]
             progress = Progress(step, trainee.upper_steps(step), images, seconds)
             if says:
-                _check_finite(trainee, settings.max_bad_steps, progress, saver)
+                _check_finite(trainee, settings.max_bad_steps, progress, saver, team)
             if step % settings.checkpoint_every == 0 or ends:
-                _save(trainee, progress, saver)
+                _save(trainee, progress, saver, team)
             if stopped and step < settings.steps:
                 saver.wait()
                 raise Interrupted(f"stopped after {trainee.step_name} {step} of {settings.steps}")
@@ -175,14 +180,23 @@ def running(levels: Sequence[AnyLevel], device: torch.device) -> Iterator[None]:
         yield
 
 
-def _save(trainee: Trainee, progress: Progress, saver: Saver) -> None:
+def _sinks(settings: LoopSettings, places: Places, step: int, images: int) -> list[Sink]:
+    sinks: list[Sink] = [Console(settings.steps, step), JsonLines(places.stats, step)]
+    if places.events is not None:
+        sinks.append(tensorboard(places.events, images))
+    return sinks
+
+
+def _save(trainee: Trainee, progress: Progress, saver: Saver, team: Team) -> None:
     optimizers = {name: optimizer.state_dict() for name, optimizer in trainee.optimizers.items()} | trainee.extras()
     state = {name: getattr(progress, name) for name in trainee.counters}
-    saver.save(progress.step, trainee.flat.state_dict(), optimizers, state)
+    tensors = trainee.flat.state_dict()  # all ranks have a part in it, and in what is above
+    if team.rank == 0:
+        saver.save(progress.step, tensors, optimizers, state)
 
 
-def _restore(trainee: Trainee, folder: Path) -> Progress:
-    found = checkpoint.latest(folder)
+def _restore(trainee: Trainee, folder: Path, team: Team) -> Progress:
+    found = checkpoint.latest_of_all(folder, team)
     if found is None:
         return Progress()
     try:
@@ -200,12 +214,12 @@ def _restore(trainee: Trainee, folder: Path) -> Progress:
     return progress
 
 
-def _check_finite(trainee: Trainee, limit: int, progress: Progress, saver: Saver) -> None:
+def _check_finite(trainee: Trainee, limit: int, progress: Progress, saver: Saver, team: Team) -> None:
     """One read of the device per optimizer, at the status line only."""
     for name, optimizer in trainee.optimizers.items():
         bad = int(optimizer.bad_in_a_row)
         if bad >= limit:
-            _save(trainee, progress, saver)
+            _save(trainee, progress, saver, team)
             saver.wait()
             raise UserError(
                 f"the last {bad} {name} steps had a non-finite gradient and were skipped; stopped at "

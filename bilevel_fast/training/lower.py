@@ -116,24 +116,25 @@ def descend(parts: Iterable[Loss], count: int, flat: FlatParameters, weight: flo
 
     Args:
         parts: Made when they are asked for: what a part keeps for its backward pass is gone before the next one.
-        count: How many they are.
+        count: How many they are; other ranks have as many, of the same batch.
         flat: Holds the gradient; it adds up in fp32 if it was made for several parts.
         weight: Of the gradient.
         add: Add to the gradient that is there, instead of replacing it.
     """
     found: list[dict[str, Tensor]] = []
     for number, loss in enumerate(parts):
-        share = weight / count
+        share = weight / (count * flat.ranks)
         backward(loss.total if share == 1 else share * loss.total)
         with phase("optimizer"):
-            flat.collect(add or number > 0)
+            flat.take(number, count, add)
         found.append({**loss.terms, "": loss.total.detach()})
         del loss
-    if count == 1:
+    if count * flat.ranks == 1:
         terms = found[0]
     else:
         with phase("losses"):
-            terms = {name: torch.stack([part[name] for part in found]).mean() for name in found[0]}
+            table = flat.everywhere(torch.stack([torch.stack(list(part.values())) for part in found]))
+            terms = {name: row.mean() for name, row in zip(found[0], table.T.contiguous(), strict=True)}
     return Loss(terms.pop(""), terms)
 
 

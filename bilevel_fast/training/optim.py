@@ -49,7 +49,8 @@ class AdamW:
         Args:
             lr, skip, clip: () fp32, on the device. Where `skip` is 1, no bit of anything changes.
         """
-        provider = choose("adamw_ema", lr.device, self.flat.master.numel(), *self._able())
+        # by all elements and not by this rank's: implementations differ in their last bits
+        provider = choose("adamw_ema", lr.device, self.flat.size, *self._able())
         {"native": self._native, "cuda": self._cuda, "triton": self._triton}.get(provider, self._torch)(lr, skip, clip)
         self.done += 1 - skip
 
@@ -74,8 +75,8 @@ class AdamW:
         )  # fmt: skip
         if flat.average is not None:
             flat.average.lerp_(flat.master, (1 - self.decay) * (1 - skip))
-        if flat.compute is not flat.master:
-            flat.compute.copy_(flat.master)
+        if flat.rows is not flat.master:
+            flat.rows.copy_(flat.master)
 
     def _triton(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
         flat, (beta1, beta2) = self.flat, BETAS
@@ -90,7 +91,7 @@ class AdamW:
             skip=skip,
             ema=flat.average,
             ema_decay=self.decay,
-            copy=None if flat.compute is flat.master else flat.compute,
+            copy=None if flat.rows is flat.master else flat.rows,
         )
 
     def _native(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
@@ -153,6 +154,7 @@ class LevelOptimizer:
         bad = (~norm.isfinite()).float()
         clip = None if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         self.rule.step(self.next_lr, bad if self.held is None else torch.maximum(bad, self.held), clip)
+        self.flat.publish()
         # in place: a CUDA graph that holds this step moves the same counters
         self.bad_in_a_row.add_(1).mul_(bad)
         self.steps.add_(1)

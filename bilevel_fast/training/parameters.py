@@ -14,7 +14,8 @@ parameters' gradients were views of the buffer, backward would add to each: a la
 before, and twice the traffic.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,11 +37,33 @@ class FlatParameters:
 
     Raises:
         ValueError: A parameter is frozen, has gaps or is not fp32, or the dtype is another one.
+
+    Attributes:
+        size: N.
+        ranks: Processes that share a batch, each of which holds (m,) of all N rows of masters, gradient and average.
+            Here it is one, and m is N; `scale` has the others.
+        rows: (m,) of `compute` that an optimizer step writes; the masters if fp32.
+        copies: Whether a state dict is a copy on the host.
     """
+
+    ranks, copies = 1, False
 
     def __init__(
         self, module: nn.Module, dtype: torch.dtype = torch.float32, average: bool = False, summed: bool = False
     ):
+        self.size, device = self._lay_out(module, dtype), next(module.parameters()).device
+        self.master = torch.zeros(self.size, device=device)
+        for name, view in self.views(self.master).items():
+            view.copy_(module.get_parameter(name).detach())
+        self.average = self.master.clone() if average else None
+        self.compute = self.master if dtype == torch.float32 else self.master.to(dtype)
+        self.gradient = torch.zeros(self.size, dtype=torch.float32 if summed else dtype, device=device)
+        self.rows = self.compute
+        self._point_at(self.compute)
+        self._taken = [(module.get_parameter(name), view) for name, view in self.views(self.gradient).items()]
+
+    def _lay_out(self, module: nn.Module, dtype: torch.dtype) -> int:
+        """Find each parameter its place; returns N."""
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: parameters compute in float32 or bfloat16")
         self.module, self.dtype = module, dtype
@@ -50,21 +73,14 @@ class FlatParameters:
             _check(name, p)
             self._layouts[name] = (end, p.shape, p.stride())
             end += -(-p.numel() // ALIGN) * ALIGN
-        size, device = -(-end // CHUNK) * CHUNK, next(module.parameters()).device
-        self.master = torch.zeros(size, device=device)
-        for name, view in self.views(self.master).items():
-            view.copy_(module.get_parameter(name).detach())
-        self.average = self.master.clone() if average else None
-        self.compute = self.master if dtype == torch.float32 else self.master.to(dtype)
-        self.gradient = torch.zeros(size, dtype=torch.float32 if summed else dtype, device=device)
-        self._point_at(self.compute)
-        self._taken = [(module.get_parameter(name), view) for name, view in self.views(self.gradient).items()]
+        return -(-end // CHUNK) * CHUNK
 
-    def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Where each parameter lies in a buffer (N,): same shapes and strides as the parameters."""
+    def views(self, buffer: Tensor, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Where each parameter, or each of `names`, lies in a buffer (N,): in its own shape and strides."""
+        found = self._layouts if names is None else {name: self._layouts[name] for name in names}
         return {
             name: buffer.as_strided(shape, strides, buffer.storage_offset() + start)
-            for name, (start, shape, strides) in self._layouts.items()
+            for name, (start, shape, strides) in found.items()
         }
 
     def collect(self, add: bool = False) -> None:
@@ -85,21 +101,62 @@ class FlatParameters:
         for p, _ in self._taken:
             p.grad = None
 
-    def norm(self) -> Tensor:
-        """Euclidean norm of the gradient, () fp32."""
-        return norm(self.gradient)
+    def take(self, part: int, parts: int, add: bool) -> None:
+        """`collect` the gradient of a part of a batch; after the last of `parts`, `gradient` is that of all of them.
+
+        Args:
+            part: Its number, from 0.
+            add: Add the whole batch's to the gradient that is there, instead of replacing it.
+        """
+        self.collect(add or part > 0)
+
+    def everywhere(self, numbers: Tensor) -> Tensor:
+        """(n, ...) numbers of this process's parts of a batch -> (n ranks, ...) those of all parts, in their order."""
+        return numbers
+
+    def norm(self, buffer: Tensor | None = None) -> Tensor:
+        """Euclidean norm of a buffer (m,), of the gradient if None, over all ranks, () fp32."""
+        return norm(self.gradient if buffer is None else buffer)
+
+    def dot(self, a: Tensor, b: Tensor) -> Tensor:
+        """Inner product of two buffers (m,) over all ranks, () fp32."""
+        return dot(a, b)
+
+    def gathered(self, buffer: Tensor) -> Tensor:
+        """All N elements of a buffer (m,)."""
+        return buffer
+
+    def own(self, whole: Tensor) -> Tensor:
+        """The (m,) that are this rank's of N elements."""
+        return whole
+
+    def gradients(self, names: Collection[str]) -> list[Tensor]:
+        """What `gradient` holds of some parameters, as views."""
+        return list(self.views(self.gradient, names).values())
+
+    def publish(self) -> None:
+        """Bring what a step wrote to `rows` to the network, on all ranks; here it is there already."""
+
+    @contextmanager
+    def whole(self) -> Iterator[list[Tensor]]:
+        """The masters, and the average where there is one, (N,) each; what changes them changes the network."""
+        yield [self.master] if self.average is None else [self.master, self.average]
+        if self.compute is not self.master:
+            self.compute.copy_(self.master)
 
     def state_dict(self, buffer: Tensor | None = None) -> dict[str, Tensor]:
         """The network's state dict as views of a buffer (N,) of any dtype, of the masters if None: nothing is copied.
 
         They change with the buffer. What the network holds beside parameters is in it as it is.
         """
-        buffer, found = self.master if buffer is None else buffer, dict[str, Tensor]()
-        shift = buffer.storage_offset() - self.compute.storage_offset()
+        return self._state_of(self.master if buffer is None else buffer)
+
+    def _state_of(self, whole: Tensor) -> dict[str, Tensor]:
+        """Views of a buffer (N,), and what is no parameter."""
+        found, shift = dict[str, Tensor](), whole.storage_offset() - self.compute.storage_offset()
         for name, value in self.module.state_dict().items():
-            mine = name in self._layouts
             place = (value.shape, value.stride(), value.storage_offset() + shift)
-            found[name] = buffer.as_strided(*place) if mine else value
+            found[name] = whole.as_strided(*place) if name in self._layouts else value
         return found
 
     @torch.no_grad()
@@ -111,17 +168,19 @@ class FlatParameters:
         Raises:
             RuntimeError: Names or shapes are not the network's; nothing has changed then.
         """
-        places = self.state_dict(buffer)
-        for name in sorted(places.keys() ^ state.keys()):
-            raise RuntimeError(f"{name} is {'missing' if name in places else 'not of this network'}")
-        for name, place in places.items():
-            if state[name].shape != place.shape:
-                came, wanted = list(state[name].shape), list(place.shape)
-                raise RuntimeError(f"size mismatch: {name} has shape {came}, wanted {wanted}")
-        for name, place in places.items():
+        self._check_fits(state)
+        for name, place in self.state_dict(buffer).items():
             place.copy_(state[name])
         if buffer is None and self.compute is not self.master:
             self.compute.copy_(self.master)
+
+    def _check_fits(self, state: Mapping[str, Any]) -> None:
+        wanted = {name: value.shape for name, value in self.module.state_dict().items()}
+        for name in sorted(wanted.keys() ^ state.keys()):
+            raise RuntimeError(f"{name} is {'missing' if name in wanted else 'not of this network'}")
+        for name, shape in wanted.items():
+            if state[name].shape != shape:
+                raise RuntimeError(f"size mismatch: {name} has shape {list(state[name].shape)}, wanted {list(shape)}")
 
     def release(self) -> nn.Module:
         """Give the network parameters of its own: fp32, the average where one is kept. Returns the network."""

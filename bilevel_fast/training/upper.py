@@ -19,7 +19,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answers, FineTuning, descend
-from bilevel_fast.training.parameters import FlatParameters, dot, norm
+from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.phases import phase
 
 PenaltyNorm = Literal["grad", "raw"]
@@ -28,7 +28,7 @@ Terms = dict[str, Tensor]
 """What a step measured, scalars on the device."""
 
 Rule = Callable[[Tensor, FlatParameters], None]
-"""rule(g, flat): g (N,) is the suppression gradient, `flat.gradient` the lower loss's, and then what is descended."""
+"""rule(g, flat): g (m,) is the suppression gradient, `flat.gradient` the lower loss's, and then what is descended."""
 
 
 class Plugin:
@@ -170,17 +170,17 @@ class Suppression:
         suppression.
         """
         if self.surgery:
-            project(suppression, flat.gradient)
+            project(suppression, flat.gradient, flat.dot)
         if self.penalty_norm == "grad":
-            scale = (self.penalty * norm(suppression) / norm(flat.gradient)).to(flat.gradient.dtype)
+            scale = (self.penalty * flat.norm(suppression) / flat.norm()).to(flat.gradient.dtype)
             torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
         else:
             assert not isinstance(self.penalty, Tensor), "lambda moves under `grad` only"
             torch.add(suppression, flat.gradient, alpha=self.penalty, out=flat.gradient)
 
 
-def project(gradient: Tensor, other: Tensor) -> None:
-    """Take out of `gradient`, in place, what runs against `other`, both (N,): PCGrad (arXiv:2001.06782, algorithm 1).
+def project(gradient: Tensor, other: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Take out of `gradient`, in place, what runs against `other`, both (m,): PCGrad (arXiv:2001.06782, algorithm 1).
 
         g <- g - min(0, <g, r>) / |r|^2 r
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.devices import Ranks
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import LEVEL_STRIDE, TENSORS
 from bilevel_fast.data.batches import Batches
@@ -206,3 +207,28 @@ def test_a_cache_on_disk_gives_the_same_batches(tmp_path):
 def test_bad_settings(settings, message):
     with pytest.raises(UserError, match=message):
         Batches(images(), Spelling(), **{"batch_size": 4, "seed": 0, **settings})
+
+
+class Counting(Spelling):
+    """States that depend on how many texts were encoded at once, as their last bits may."""
+
+    def encode(self, prompts):
+        return super().encode(prompts) + len(prompts)
+
+
+@pytest.mark.parametrize("few", [0, 100])
+def test_leaves_are_the_same_whoever_makes_them(few):
+    """Of a batch of 8 in four leaves: what 1, 2 and 4 ranks make, side by side."""
+    settings = {"level": 1, "anchor": "phrase", "max_states": few, "leaves": 4}
+    for step in range(3):
+        whole = Batches(concepts(), Counting(), 8, 3, **settings)(step)
+        for world in (2, 4):
+            parts = [
+                Batches(concepts(), Counting(), 8, 3, **settings, ranks=Ranks(r, world))(step) for r in range(world)
+            ]
+            for name in ("latents", "text", "anchor", "index"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name)), name
+            assert sum((part.captions for part in parts), ()) == whole.captions
+    one = Batches(concepts(), Spelling(), 8, 3, level=1, anchor="phrase")(0)
+    other = Batches(concepts(), Spelling(), 8, 3, **settings)(0)
+    assert_same(one, other)

@@ -104,15 +104,18 @@ def test_sets_of_2014_are_named_otherwise(model, tmp_path):
 
 
 @pytest.mark.parametrize("parts", [2, 3])
-def test_parts_join_to_the_whole(cache, coco, model, tmp_path, parts):
+def test_parts_join_to_the_whole(cache, coco, model, tmp_path, parts, monkeypatch):
+    """Given as --shard, and where there are two, as torchrun says them."""
     for number in range(parts)[::-1]:  # the last part first
         assert not (tmp_path / "index.json").exists()
         if number < parts - 1:
             with pytest.raises(UserError, match="unfinished cache: it has part-"):
                 Cache.open(tmp_path)
-        args = commands.CocoArgs(
-            root=coco.root, model=model, out=tmp_path, views=2, shard=f"{number}/{parts}", **SETTINGS
-        )
+        shard = f"{number}/{parts}" if parts > 2 else None
+        if shard is None:
+            monkeypatch.setenv("RANK", str(number))
+            monkeypatch.setenv("WORLD_SIZE", str(parts))
+        args = commands.CocoArgs(root=coco.root, model=model, out=tmp_path, views=2, shard=shard, **SETTINGS)
         joined = commands.make(args)
         assert (joined is None) == (number > 0)
     joined = commands.make(args)  # done already: says what it said

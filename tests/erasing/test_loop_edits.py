@@ -149,7 +149,7 @@ def test_an_edit_moves_masters_copy_and_average_alike(kind, dtype):
     terms = edit.apply()
     after, average = flat.state_dict(), flat.state_dict(flat.average)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved == set(edit.masters)
+    assert moved == set(edit.names)
     for name in moved:
         torch.testing.assert_close(average[name], 2 * after[name], rtol=0, atol=1e-6)
         if kind == "masks":

@@ -190,12 +190,12 @@ def test_projection(sign):
     g, r = torch.randn(2, 2**17, generator=generator, dtype=torch.float64)
     g = g + sign * 0.5 * r
     mine, other = g.float(), r.float()
-    project(mine, other)
+    project(mine, other, dot)
     expected = g - min(0.0, (g @ r).item()) / (r @ r).item() * r
     torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(mine, g.float()) == (sign > 0)
     nothing = torch.zeros_like(other)
-    project(mine, nothing)
+    project(mine, nothing, dot)
     assert mine.isfinite().all()
 
 

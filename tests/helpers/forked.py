@@ -26,14 +26,22 @@ class Started:
         name: An entry point of the package.
         arguments: As a user types them.
         log: The file that gets standard output and standard error.
-        environment: Variables that the process has besides those of the server.
+        environment: Variables that it finds set.
+        package: Of the module; a helper of the tests has none.
     """
 
-    def __init__(self, name: str, *arguments: Any, log: Path, environment: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        name: str,
+        *arguments: Any,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        package: str = "bilevel_fast.",
+    ):
         self.log = log
         log.touch()
         words = [str(argument) for argument in arguments]
-        self._process = processes.Process(target=_run, args=(name, words, log, dict(environment or {})))
+        self._process = processes.Process(target=_run, args=(package + name, words, log, dict(environment or {})))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -50,9 +58,9 @@ class Started:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal)
 
-    def wait(self) -> int:
+    def wait(self, seconds: float | None = None) -> int:
         """The exit status, once it has ended; minus the signal that killed it."""
-        self._process.join()
+        self._process.join(seconds)
         assert self._process.exitcode is not None
         return self._process.exitcode
 
@@ -62,6 +70,6 @@ def _run(name: str, arguments: list[str], log: Path, environment: dict[str, str]
     with log.open("ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    module = importlib.import_module(f"bilevel_fast.{name}")
-    sys.argv = [f"bilevel_fast.{name}", *arguments]
+    module = importlib.import_module(name)
+    sys.argv = [name, *arguments]
     raise SystemExit(errors.run(module.main))

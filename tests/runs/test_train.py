@@ -154,12 +154,20 @@ def test_presets_are_consistent():
         (["--ema", "1"], "--ema is 1.0: wanted > 0 and < 1"),
         (["--log-every", "0"], "--log-every is 0: wanted >= 1"),
         (["--checkpoint-every", "0"], "--checkpoint-every is 0: wanted >= 1"),
+        (["--scale.leaves", "0"], "--scale.leaves is 0: wanted >= 1"),
+        (["--scale.leaves", "3"], "--scale.leaves is 3: wanted a divisor of --lower.batch 16 (1, 2, 4, 8, 16)"),
     ],
 )
 def test_a_refusal_names_the_range(flags, wanted):
     with pytest.raises(UserError) as refused:
         parse(flags)
     assert str(refused.value) == wanted
+
+
+def test_a_micro_batch_is_a_part_of_a_leaf():
+    with pytest.raises(UserError, match=r"--upper.micro-batch is 8: wanted a divisor of a leaf, which has 4 of"):
+        parse(["--scale.leaves", "4", "--upper.micro-batch", "8"])
+    parse(["--scale.leaves", "4", "--upper.micro-batch", "2"])
 
 
 def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):

@@ -1,0 +1,157 @@
+"""What several GPUs would make of a lower step of SD 2.1 at 512 px: bytes, time, efficiency. A projection.
+
+    python -m benchmarks.counts.scaling
+    python -m benchmarks.counts.scaling --batch 16 --structure dense --json
+
+Bytes are counted: the parameters of the student, and what `training.sharded` sends of them. Times are these bytes over
+published rates, with nothing lost to anything else. A step alone is the floor of `benchmarks.counts.roofline` on an
+H100, with our kernels, to twice that. Upper steps send gradients twice and publish once, as their penalty has a
+gradient of its own; they are rare and not in the table.
+
+    reduce    tree: every rank sends part r of its gradient to rank r, w N (W - 1) / W bytes, past its own machine
+              w N (W - g) / W over a network card of its own. ring: w N (W - 1) / W around, and 1 / g of it past a
+              machine by each of its g cards
+    publish   the copy that computes, 2 bytes an element, gathered as a ring
+    efficiency, as it is     step / (step + reduce + publish): nothing overlaps yet
+    efficiency, overlapped   the same without what backward could hide of reduce, and the teacher of publish
+
+with N elements, W GPUs, g of them a machine, and w = 2 bytes (bf16; 4 where a rank has several leaves).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.structures import structure
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.scale.rows import BUCKET, ROW
+
+NVLINK = 350e9
+"""Bytes a second that a GPU sends within its machine: what all-to-all and rings reach on eight H100, about."""
+OF_A_CARD = 0.9
+"""Share of a network card's rate that carries our bytes."""
+A_BUCKET = 40e-6
+"""Seconds that a bucket costs beside its bytes."""
+TEACHER, BACKWARD = 0.29, 0.48
+"""Shares of a lower step's FLOPs, 0.80 student."""
+PLACES = ((1, 8, None), (8, 1, 400), (8, 1, 100), (8, 8, 400), (8, 8, 100))
+"""Machines, GPUs a machine, and Gb/s of the one network card that each GPU has."""
+ROOFLINE = Path(__file__).parents[1] / "results" / "roofline.jsonl"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of the projection."""
+
+    batch: int = 8
+    """Images per GPU and step."""
+    structure: Literal["dense", "0.80", "0.55"] = "0.80"
+    """The student."""
+    leaves: int = 1
+    """Leaves per GPU: with several, sums in fp32 are sent, twice the bytes."""
+    json: bool = False
+    """One JSON object per row instead of a table."""
+
+
+def elements(name: str) -> int:
+    """Parameters of a student, as the engine pads them on a GPU."""
+    with torch.device("meta"):
+        unet = UNet(structure(name).config, structure(name), 8)
+    return sum(p.numel() for p in unet.parameters())
+
+
+def image_seconds(name: str) -> float:
+    """The floor of a lower step's image on an H100, from the committed projection."""
+    for line in ROOFLINE.read_text().splitlines():
+        row = json.loads(line)
+        key = (row["case"], row["provider"], row["config"]["structure"])
+        if key == ("lower", "triton", name) and "H100" in row["device"]:
+            return row["value"] / 1e3 / row["config"]["batch"]
+    raise UserError(f"{ROOFLINE} has no projection of {name!r} on an H100; run benchmarks.counts.roofline --json")
+
+
+def seconds(size: int, nodes: int, each: int, gbits: int | None, exchanged: bool) -> float:
+    """Until all ranks have sent a buffer of `size` bytes to each other, part by part, or around a ring."""
+    ranks = nodes * each
+    if ranks == 1:
+        return 0.0
+    outside = (ranks - each) if exchanged else (ranks - 1) / each
+    inside = (each - 1) if exchanged else (ranks - 1) * (each > 1)
+    card = (gbits or 0) * 1e9 / 8 * OF_A_CARD
+    past = size * outside / ranks / card if nodes > 1 else 0.0
+    buckets = -(-size // (2 * BUCKET * ROW))
+    return max(past, size * inside / ranks / NVLINK) + A_BUCKET * buckets
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """For each place and each way of adding up."""
+    count, image = elements(settings.structure), image_seconds(settings.structure)
+    width = 2 if settings.leaves == 1 else 4
+    for nodes, each, gbits in PLACES:
+        ranks = nodes * each
+        publish = seconds(2 * count, nodes, each, gbits, exchanged=False)
+        for reduction in ("tree", "ring"):
+            reduce = seconds(width * count, nodes, each, gbits, exchanged=reduction == "tree")
+            as_it_is, overlapped = [], []
+            for step in (settings.batch * image, 2 * settings.batch * image):
+                left = max(0.0, publish - TEACHER * step) + max(0.0, reduce - BACKWARD * step)
+                as_it_is.append(step / (step + reduce + publish))
+                overlapped.append(step / (step + left))
+            yield {
+                "suite": "scaling", "metric": "projection", "projection": True, "structure": settings.structure,
+                "batch_per_gpu": settings.batch, "gpus": ranks, "machines": nodes, "gbit_per_s": gbits,
+                "reduction": reduction, "elements": count,
+                "sent_mb": round((width + 2) * count * (ranks - 1) / ranks / 1e6),
+                "state_gb": round((2 + width + (24 + 4) / ranks) * count / 1e9, 2),
+                "reduce_ms": round(1e3 * reduce, 2), "publish_ms": round(1e3 * publish, 2),
+                "step_ms": [round(1e3 * settings.batch * image * by, 1) for by in (1, 2)],
+                "efficiency": [round(e, 3) for e in as_it_is],
+                "efficiency_overlapped": [round(e, 3) for e in overlapped],
+            }  # fmt: skip
+
+
+def table(found: list[Row]) -> str:
+    """One line per row."""
+    first = found[0]
+    lines = [
+        f"projection: SD 2.1 {first['structure']}, {first['elements'] / 1e6:.1f} M parameters, "
+        f"{first['batch_per_gpu']} images a GPU, {first['step_ms'][0]} to {first['step_ms'][1]} ms a step alone",
+        f"{'GPUs':26}{'sums':6}{'sent MB':>8}{'state GB':>9}{'reduce ms':>10}{'publish ms':>11}"
+        f"{'as it is':>14}{'overlapped':>14}",
+    ]
+    for row in found:
+        net = "NVLink" if row["gbit_per_s"] is None else f"{row['gbit_per_s']} Gb/s a GPU"
+        where = f"{row['gpus']}, {row['machines']} x {row['gpus'] // row['machines']}, {net}"
+        shares = (
+            "..".join(f"{100 * e:.0f}" for e in row[key]) + " %" for key in ("efficiency", "efficiency_overlapped")
+        )
+        lines.append(
+            f"{where:26}{row['reduction']:6}{row['sent_mb']:>8}{row['state_gb']:>9}{row['reduce_ms']:>10}"
+            f"{row['publish_ms']:>11}" + "".join(f"{share:>14}" for share in shares)
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    settings = flags.parse(Settings, "benchmarks.counts.scaling", __doc__)
+    for flag, value in (("--batch", settings.batch), ("--leaves", settings.leaves)):
+        if value < 1:
+            raise UserError(f"{flag} is {value}, wanted at least 1")
+    found = list(rows(settings))
+    if settings.json:
+        for row in found:
+            print(json.dumps(row))
+    else:
+        print(table(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))

@@ -1,0 +1,133 @@
+"""Who of the ranks is gone: a thread of each that says that it lives, and ends its process when another does not.
+
+Every rank keeps a word in the store that all of them share: a number that goes up every second while it lives, `done`
+when it has left in good order, `failed` and a reason when it ends with an error. A rank whose number stands still for
+`LIMIT` seconds is killed, stopped, or cut off; `PATIENCE` seconds are enough for one whose own collective has failed. A
+collective that waits for it would wait for ever, or raise something that does not say for whom. So the thread says it,
+in one line, by the lowest rank that is still there, and ends the process: nothing is left to save but what the next
+start reads from the last checkpoint.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+EVERY, LIMIT = 1.0, 10.0
+"""Seconds between two signs of life, and after which silence is taken for an end."""
+PATIENCE = 3.0
+"""Seconds that ranks which fail at the same time have to say so by themselves."""
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's stores."""
+
+    def set(self, key: str, value: str, /) -> None: ...
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]: ...
+
+
+def say_and_leave(line: str | None) -> None:
+    """End the process at once; what may hang, threads and destructors, is not asked."""
+    if line is not None:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    os._exit(2)
+
+
+class Watch:
+    """Sees to it that no rank waits for one that is gone.
+
+    Args:
+        store: Shared by all ranks; every one has called `beat` before any of them calls `look`.
+        rank, world: Which of how many.
+        names: Of the ranks, for the line: where each runs.
+        clock, end: Replaced by tests.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world: int,
+        names: list[str],
+        clock: Callable[[], float] = time.monotonic,
+        end: Callable[[str | None], None] = say_and_leave,
+    ):
+        self.store, self.rank, self.world, self.names = store, rank, world, names
+        self._clock, self._end = clock, end
+        self._beats, self._word, self._limit = 0, "", LIMIT
+        self._last: list[bytes] = [b""] * world
+        self._since, self._lost = [clock()] * world, 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def hurry(self) -> None:
+        """A collective has failed: that is not a rank that is only slow."""
+        self._limit = PATIENCE
+
+    def beat(self) -> None:
+        """Say that this rank lives, or what it has said last."""
+        self._beats += 1
+        self.store.set(_key(self.rank), self._word or str(self._beats))
+
+    def say(self, word: str, reason: str = "") -> None:
+        """`done` or `failed`, for good."""
+        self._word = json.dumps([word, reason])
+        self.store.set(_key(self.rank), self._word)
+
+    def heard(self) -> list[tuple[str, str] | None]:
+        """What each rank has said for good: (`done` or `failed`, reason), or None."""
+        words = self.store.multi_get([_key(rank) for rank in range(self.world)])
+        said = [json.loads(word) if word.startswith(b"[") else None for word in words]
+        return [None if found is None else (found[0], found[1]) for found in said]
+
+    def look(self) -> None:
+        """Compare what all say with what they said before, and end the process if one of them is gone."""
+        try:
+            self.beat()
+            words = self.store.multi_get([_key(rank) for rank in range(self.world)])
+        except RuntimeError:
+            self._lost += 1
+            if self._last[0].startswith(b'["failed'):
+                self._end(None)
+            elif self._lost * EVERY >= PATIENCE:
+                self._end(f"rank 0, on {self.names[0]}, is gone, or the process that started it; go on with --resume")
+            return
+        now, self._lost = self._clock(), 0
+        for rank, word in enumerate(words):
+            if word != self._last[rank]:
+                self._last[rank], self._since[rank] = word, now
+        silent = [now - since for since in self._since]
+        failed = [word.startswith(b'["failed') for word in self._last]
+        done = [word.startswith(b'["done') for word in self._last]
+        gone = [
+            r != self.rank and not done[r] and silent[r] > (PATIENCE if failed[r] else self._limit)
+            for r in range(self.world)
+        ]
+        if not any(gone):
+            return
+        first = max((r for r in range(self.world) if gone[r]), key=lambda r: silent[r])
+        line = (
+            f"rank {first}, on {self.names[first]}, is gone: not a word for {silent[first]:.0f} s; go on with --resume"
+        )
+        speaks = not failed[first] and all(gone[: self.rank])
+        self._end(line if speaks else None)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(EVERY):
+            self.look()
+
+
+def _key(rank: int) -> str:
+    return f"watch/{rank}"

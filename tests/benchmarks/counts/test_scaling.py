@@ -1,0 +1,44 @@
+"""`python -m benchmarks.counts.scaling`: its bytes and times by hand."""
+
+import json
+
+import pytest
+
+from benchmarks import ROOT
+from benchmarks.counts import scaling
+from bilevel_fast.scale.rows import BUCKET, ROW
+
+
+def test_seconds_by_hand():
+    """A buffer of one bucket: what goes past a network card, and what within a machine, whichever takes longer."""
+    size = 2 * BUCKET * ROW
+    card = 100e9 / 8 * scaling.OF_A_CARD
+    assert scaling.seconds(size, 1, 1, None, True) == 0
+    assert scaling.seconds(size, 1, 8, None, True) == pytest.approx(size * 7 / 8 / scaling.NVLINK + scaling.A_BUCKET)
+    assert scaling.seconds(size, 8, 1, 100, True) == pytest.approx(size * 7 / 8 / card + scaling.A_BUCKET)
+    assert scaling.seconds(size, 8, 1, 100, False) == scaling.seconds(size, 8, 1, 100, True)
+    assert scaling.seconds(size, 8, 8, 100, True) == pytest.approx(size * 56 / 64 / card + scaling.A_BUCKET)
+    assert scaling.seconds(size, 8, 8, 100, False) == pytest.approx(size * 63 / 64 / 8 / card + scaling.A_BUCKET)
+
+
+def test_the_command(command):
+    code, out, err = command(scaling.main, "--json")
+    assert (code, err) == (0, "")
+    found = [json.loads(line) for line in out.splitlines()]
+    assert {row["gpus"] for row in found} == {8, 64}
+    assert {row["gbit_per_s"] for row in found} == {None, 100, 400}
+    for row in found:
+        assert row["projection"] is True
+        for kind in ("efficiency", "efficiency_overlapped"):
+            assert 0 < row[kind][0] <= row[kind][1] <= 1
+        assert row["efficiency"][0] <= row["efficiency_overlapped"][0]
+    code, out, _ = command(scaling.main)
+    assert out.startswith("projection: SD 2.1 0.80")
+    assert len(out.splitlines()) == 2 + len(found)
+    assert command(scaling.main, "--batch", 0)[0] == 2
+
+
+def test_the_tables_in_the_docs_are_what_the_command_says(command):
+    text = (ROOT / "docs" / "scale.md").read_text()
+    for batch in (8, 64):
+        assert f"```\n{command(scaling.main, '--batch', batch)[1]}```\n" in text

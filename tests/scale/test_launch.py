@@ -1,0 +1,39 @@
+"""The launches in `launch/`: they parse, and ask for flags that there are."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from bilevel_fast.train import parse
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+def flags_of(script: str) -> list[str]:
+    """What follows `-m bilevel_fast.train` in a script, without what its shell fills in."""
+    command = script.replace("\\\n", " ").partition("-m bilevel_fast.train ")[2].partition("\n")[0]
+    words = [word for word in shlex.split(command) if word not in ("${resume[@]}", "${RESUME[@]}", "$@", "&")]
+    return [re.sub(r"^\$LEAVES$", "16", word) for word in words]
+
+
+def test_slurm():
+    path = LAUNCH / "slurm.sbatch"
+    subprocess.run(["bash", "-n", path], check=True)
+    text = path.read_text()
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in text, "or nothing that torchrun restarts succeeds"
+    assert parse(flags_of(text)).scale.leaves == 16
+
+
+def test_kubernetes():
+    (job,) = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]["replicatedJobs"]
+    pod = job["template"]["spec"]["template"]["spec"]
+    (script,) = pod["containers"][0]["args"]
+    subprocess.run(["bash", "-n", "-c", script], check=True)
+    (*_, hook) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    subprocess.run(["bash", "-n", "-c", hook], check=True)
+    config = parse(flags_of(script))
+    assert (config.preset, config.scale.leaves) == ("paper", 16)
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] * job["template"]["spec"]["parallelism"] == 16

@@ -1,0 +1,102 @@
+"""Who is gone, seen with a clock of the test's own."""
+
+import pytest
+
+from bilevel_fast.scale.watch import EVERY, LIMIT, PATIENCE, Watch
+
+
+class Ranks:
+    """Four ranks that beat once a second, until they are told not to; `ended` is what ended whom."""
+
+    def __init__(self, world: int = 4):
+        self.words, self.now, self.ended = {}, 0.0, {}
+        names = [f"node{rank // 2} process {100 + rank}" for rank in range(world)]
+        self.watches = [Watch(self, rank, world, names, lambda: self.now, self.end(rank)) for rank in range(world)]
+        for watch in self.watches:
+            watch.beat()
+
+    def set(self, key, value):
+        if self.words is None:
+            raise RuntimeError("connection reset by peer")
+        self.words[key] = value.encode()
+
+    def multi_get(self, keys):
+        return [self.words[key] for key in keys]
+
+    def end(self, rank):
+        return lambda line: self.ended.setdefault(rank, (self.now, line))
+
+    def run(self, seconds: float, silent=()):
+        for _ in range(round(seconds / EVERY)):
+            self.now += EVERY
+            for watch in self.watches:
+                if watch.rank not in silent and watch.rank not in self.ended:
+                    watch.look()
+
+
+def test_nobody_is_gone_while_all_beat():
+    ranks = Ranks()
+    ranks.run(10 * LIMIT)
+    assert not ranks.ended
+
+
+@pytest.mark.parametrize("gone", [0, 1, 3])
+def test_a_silent_rank_ends_all_others_and_one_of_them_names_it(gone):
+    ranks = Ranks()
+    ranks.run(5)
+    ranks.run(LIMIT + 3, silent=[gone])
+    others = set(range(4)) - {gone}
+    assert set(ranks.ended) == others
+    assert all(LIMIT < when - 5 <= LIMIT + 2 * EVERY for when, _ in ranks.ended.values())
+    lines = [line for _, line in ranks.ended.values() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"rank {gone}, on node{gone // 2} process {100 + gone}, is gone: not a word for 1")
+    assert ranks.ended[min(others)][1], "the lowest that is left"
+
+
+def test_whose_collective_has_failed_waits_less_for_the_one_that_is_gone():
+    ranks = Ranks()
+    ranks.run(5)
+    for rank in (0, 2, 3):
+        ranks.watches[rank].hurry()
+    ranks.run(PATIENCE + 3, silent=[1])
+    assert set(ranks.ended) == {0, 2, 3}
+    assert all(PATIENCE < when - 5 <= PATIENCE + 2 * EVERY for when, _ in ranks.ended.values())
+    assert "rank 1, on node0 process 101, is gone" in ranks.ended[0][1]
+
+
+def test_who_hosts_the_store_and_fails_is_not_said_to_be_gone():
+    """Rank 0 has said why, and its store goes with it."""
+    ranks = Ranks()
+    ranks.watches[0].say("failed", "the disk is full")
+    ranks.run(EVERY, silent=[0])
+    ranks.words = None
+    ranks.run(PATIENCE + 1, silent=[0])
+    assert set(ranks.ended) == {1, 2, 3}
+    assert [line for _, line in ranks.ended.values()] == [None] * 3
+
+
+def test_who_has_left_in_good_order_is_not_missed():
+    ranks = Ranks()
+    ranks.watches[2].say("done")
+    ranks.run(3 * LIMIT, silent=[2])
+    assert not ranks.ended
+    assert ranks.watches[0].heard() == [None, None, ("done", ""), None]
+
+
+def test_who_ends_with_an_error_has_said_so_itself():
+    ranks = Ranks()
+    ranks.watches[1].say("failed", "the disk is full")
+    ranks.run(PATIENCE + 3, silent=[1])
+    assert set(ranks.ended) == {0, 2, 3}
+    assert [line for _, line in ranks.ended.values()] == [None] * 3
+    assert ranks.watches[0].heard()[1] == ("failed", "the disk is full")
+
+
+def test_a_lost_store_ends_its_users_and_says_whose_it_was():
+    ranks = Ranks()
+    ranks.run(2)
+    ranks.words = None
+    ranks.run(PATIENCE + 1)
+    assert set(ranks.ended) == {0, 1, 2, 3}
+    assert "rank 0, on node0 process 100, is gone" in ranks.ended[1][1]
