@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks import ROOT
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic
 
 PAGE = ROOT / "docs" / "situations.md"
 TESTS = ROOT / "tests"
@@ -112,7 +113,7 @@ def main() -> None:
     settings = flags.parse(Settings, "benchmarks.pages.situations", __doc__)
     text = page(list(situations()))
     if not settings.check:
-        PAGE.write_text(text)
+        write_atomic(PAGE, text.encode())
     elif PAGE.read_text() != text:
         raise UserError(f"{PAGE} is not what the tests say; run: python -m benchmarks.pages.situations")
 

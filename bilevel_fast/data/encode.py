@@ -21,7 +21,7 @@ from bilevel_fast.data.cache import Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder
 from bilevel_fast.data.listing import ListedImage, Listing
 from bilevel_fast.data.pictures import Framing, Unusable, upright_size
-from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
+from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, at_work, finished, join
 from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.weights import DIGEST
 
@@ -160,6 +160,22 @@ def encode(
     digest = hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:DIGEST]
     recipe = index.recipe | asdict(framing) | {"source": digest, "batch": batch, "per_file": per_file}
     index = replace(index, recipe=recipe)
+    with at_work(out, part):
+        return _encode(source, out, index, framing, decoder, vae, batch, per_file, part, progress)
+
+
+def _encode(
+    source: Source,
+    out: Path,
+    index: Index,
+    framing: Framing,
+    decoder: Decoder,
+    vae: Autoencoder,
+    batch: int,
+    per_file: int,
+    part: Part,
+    progress: Callable[[int, int, LeftOut], None] | None,
+) -> Cache | None:
     if finished(out, index, part):
         return join(out, part.count, index)
     every = part.of(len(source))

@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_fast.base import errors
+from faults import Fault
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["bilevel_fast.runs.session", "bilevel_fast.sampling.to_folder", "transformers"])
+processes.set_forkserver_preload(
+    ["bilevel_fast.runs.session", "bilevel_fast.sampling.to_folder", "transformers", "tyro", "nvidia.dali"]
+)
 
 
 class Started:
@@ -25,12 +28,14 @@ class Started:
         name: An entry point of the package.
         arguments: As a user types them.
         log: The file that gets standard output and standard error.
+        fault: What happens to it.
     """
 
-    def __init__(self, name: str, *arguments: Any, log: Path):
+    def __init__(self, name: str, *arguments: Any, log: Path, fault: Fault | None = None):
         self.log = log
         log.touch()
-        self._process = processes.Process(target=_run, args=(name, [str(argument) for argument in arguments], log))
+        words = [str(argument) for argument in arguments]
+        self._process = processes.Process(target=_run, args=(name, words, log, fault))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -54,10 +59,12 @@ class Started:
         return self._process.exitcode
 
 
-def _run(name: str, arguments: list[str], log: Path) -> None:
+def _run(name: str, arguments: list[str], log: Path, fault: Fault | None) -> None:
     with log.open("ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    module = importlib.import_module(f"bilevel_fast.{name}")
+    module = importlib.import_module(name if name.startswith("benchmarks.") else f"bilevel_fast.{name}")
     sys.argv = [f"bilevel_fast.{name}", *arguments]
+    if fault is not None:
+        fault.install()
     raise SystemExit(errors.run(module.main))
