@@ -40,6 +40,11 @@ class Source(Protocol):
         """JSON that differs where another cache would come out."""
         ...
 
+    @property
+    def former(self) -> Any:
+        """What it was in earlier releases, where that was something else; they have begun caches."""
+        ...
+
     def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
         """Entries and their files, whole; ranges are asked for in order."""
         ...
@@ -57,6 +62,8 @@ class Files:
     @property
     def identity(self) -> Any:
         return [asdict(entry) for entry in self.listing.entries]
+
+    former = identity
 
     def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
         return [self._read(self.listing.entries[position]) for position in positions]
@@ -157,11 +164,17 @@ def encode(
     """
     if batch < 1 or per_file < 1 or per_file % batch:
         raise UserError(f"{per_file} images per file are no multiple of the batch of {batch}")
-    digest = hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:DIGEST]
+    digest, former = _digest(source.identity), _digest(source.former)
+    if former != digest and any(Index.load(path).recipe.get("source") == former for path in out.glob("*index*.json")):
+        digest = former
     recipe = index.recipe | asdict(framing) | {"source": digest, "batch": batch, "per_file": per_file}
     index = replace(index, recipe=recipe)
     with at_work(out, part):
         return _encode(source, out, index, framing, decoder, vae, batch, per_file, part, progress)
+
+
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:DIGEST]
 
 
 def _encode(

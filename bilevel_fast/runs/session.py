@@ -8,6 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
 from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
-from bilevel_fast.runs.inputs import inputs
+from bilevel_fast.runs.inputs import check_unchanged, inputs
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.sampling.samplers import check_walks
@@ -60,16 +61,21 @@ def run(config: TrainConfig) -> dict[str, Any]:
     erased = erased_concepts(config)
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)
+    before: dict[str, list[str]] = {}
+    with suppress(UserError, OSError):  # who reads it says what is wrong with it
+        before = inputs(config, {"teacher": TEACHER})
     folder = load_folder(config.teacher or TEACHER)
     check_world(config, folder)
     # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
     start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
     names = ["student", "distilled"] if config.world and config.twin else ["student"]
     known = inputs(config, {"teacher": TEACHER})
+    before = before or known
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known) as place:
         with GracefulStop() as stop:
             teacher = folder.unet().requires_grad_(False)
             materials = gather(config, folder, teacher, erased, place.path)
+            check_unchanged(before, inputs(config, {"teacher": TEACHER}))
             trained = {
                 # nobody wants the start after the last one, and at the size of SD 2.1 it is gigabytes
                 name: _train(name, config, folder, start, name == names[-1], materials, place, stop, device)
