@@ -28,6 +28,7 @@ AREAS = {
     "training": "Training",
     "runs": "Runs and their settings",
     "base": "Any file",
+    "faults": "Kills, full disks, and what changes meanwhile",
     "": "Installation, and everything that is read",
 }
 """Heading by package of the tests, in the order of the page."""
