@@ -48,7 +48,7 @@ def check_unchanged(before: Mapping[str, list[str]], now: Mapping[str, list[str]
     Raises:
         UserError: Names the flag.
     """
-    for name in before | now:
+    for name in {**before, **now}:
         if before.get(name) != now.get(name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} names something that was changed while it was read; call again")

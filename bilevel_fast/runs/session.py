@@ -71,6 +71,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     names = ["student", "distilled"] if config.world and config.twin else ["student"]
     known = inputs(config, {"teacher": TEACHER})
     before = before or known
+    check_unchanged(before, known)
     with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known) as place:
         with GracefulStop() as stop:
             teacher = folder.unet().requires_grad_(False)

@@ -127,7 +127,7 @@ def test_the_next_call_goes_on(place, whole, chain):
 
 @pytest.mark.situation
 def test_a_folder_that_cannot_be_written_to(place):
-    """The output lies on a disk that is mounted read-only: one line names it, before any work is done."""
+    """The output lies on a disk that is mounted read-only: one line names it, and nothing is written anywhere."""
     out = place.fresh()
     before = outcome(out)
     status, said, _ = place.call(out, "forbidden")
