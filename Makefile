@@ -6,6 +6,7 @@ PYTHON ?= python3
 ARGS   ?=
 SUITE  ?= speed.step
 JOBS   ?= auto
+STEPS  ?= 2000
 
 SHELL       := /bin/bash
 VENV        := .venv
@@ -20,11 +21,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test fuzz lint bench bench-check real-size clean
+.PHONY: help train test fuzz soak lint bench bench-check real-size clean
 
 help:
 	@sed -n '1,3s/^# *//p' Makefile
-	@echo "other targets: fuzz, lint, bench (SUITE=$(SUITE)), bench-check, real-size, clean"
+	@echo "other targets: fuzz, soak (STEPS=$(STEPS)), lint, bench (SUITE=$(SUITE)), bench-check, real-size, clean"
 
 train: $(VENV)/.installed-core
 	$(BIN)/python -m bilevel_fast.train $(ARGS)
@@ -36,6 +37,12 @@ test: $(VENV)/.installed-test
 # 10,000 damaged and hostile files per reader; `make test` tries 300.
 fuzz: $(VENV)/.installed-test
 	FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
+
+# Every command that writes, ten folders each in which it is killed and has no room; then a long run that is killed again
+# and again beside one that is not: 40 minutes on two cores, less with STEPS=200.
+soak: $(VENV)/.installed-test
+	SOAK=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n $(JOBS) $(ARGS)
+	$(BIN)/python -m benchmarks.soak --steps $(STEPS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

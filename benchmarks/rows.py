@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import append
 
 Row = dict[str, Any]
 NO_SETTINGS = ("error", "bound", "prepare_s", "ops")
@@ -26,6 +27,11 @@ def read(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"{path}: no such file of rows")
     return [parse(line, f"{path}:{n}") for n, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+
+
+def append_rows(path: Path, found: Iterable[Row]) -> None:
+    """Add rows to a file as `base.files.append` does: a kill leaves all of them or none, a full disk is named."""
+    append(path, "".join(json.dumps(row) + "\n" for row in found).encode())
 
 
 def parse(line: str, where: str) -> Row:

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from bilevel_fast.base import errors, flags
@@ -75,15 +74,20 @@ def main() -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     # after parsing: --help and a typo should not wait for the engine
+    from bilevel_fast.base.claims import locked
     from bilevel_fast.base.devices import machine, pick_device
+    from bilevel_fast.base.files import scratch
     from bilevel_fast.profiling import picture
     from bilevel_fast.runs.profiled import profiled
 
     picture.check_free(config.profile_out, config.overwrite)
     device = pick_device(config.device)
-    with TemporaryDirectory() as scratch:
-        trace = Path(scratch) / "trace.json"
-        steps, graphs = profiled(config, device, config.steps, config.warmup, Path(scratch), trace)
+    with (
+        scratch(config.profile_out) as folder,
+        locked(config.profile_out / ".lock", f"--profile-out {config.profile_out}"),
+    ):
+        trace = folder / "trace.json"
+        steps, graphs = profiled(config, device, config.steps, config.warmup, folder, trace)
         about = {**machine(device), "graphs": graphs, "config": config.to_dict()}
         picture.save(config.profile_out, steps, about, trace)
     print("\n\n".join(picture.tables(step, device.type == "cuda") for step in steps))

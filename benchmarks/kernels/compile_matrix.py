@@ -27,6 +27,7 @@ from benchmarks.kernels.aot import CARDS, compile_op
 from benchmarks.kernels.cases import OPS
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import write_atomic
 
 TABLE = RESULTS / "compile_matrix.jsonl"
 # Of each dtype, the kept ratios left out: between dense and 0.55, 0.80 shows nothing new.
@@ -168,7 +169,7 @@ def main() -> None:
         print(json.dumps(row) if settings.json else text(row))
     if settings.write:
         table = replaced([row for row in load_all() if row["op"] in OPS], rows, ops)
-        TABLE.write_text("".join(json.dumps(row) + "\n" for row in table))
+        write_atomic(TABLE, "".join(json.dumps(row) + "\n" for row in table).encode())
     if settings.check:
         lines = check(rows, table)
         if lines:

@@ -16,6 +16,7 @@ from benchmarks.kernels.cases import OPS
 from benchmarks.kernels.compile_matrix import version
 from benchmarks.kernels.goals import goals
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.files import write_atomic
 from bilevel_fast.ops.providers import TABLE
 
 PAGE = ROOT / "kernels" / "README.md"
@@ -141,7 +142,7 @@ def page() -> str:
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.kernels.page", __doc__)
     if not settings.check:
-        PAGE.write_text(page())
+        write_atomic(PAGE, page().encode())
     elif not PAGE.exists() or PAGE.read_text() != page():
         raise SystemExit(f"{PAGE.relative_to(ROOT)} is not what the results say: run python -m benchmarks.kernels.page")
 

@@ -24,9 +24,11 @@ from benchmarks.kernels.cases import TUNED, Case
 from benchmarks.kernels.tuning import PATH, tune
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, Unavailable, interleaved, interleaved_cuda, recorded
+from benchmarks.rows import append_rows
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import mend
 from bilevel_fast.ops.providers import architecture
 
 Row = dict[str, Any]
@@ -158,8 +160,7 @@ def main() -> None:
             for row in found:
                 print(json.dumps(row) if settings.json else text(row), flush=True)
             if settings.out is not None:
-                with settings.out.open("a") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in found)
+                append_rows(settings.out, found)
             if device.type == "cuda":
                 _still_works(device)
     if not rows:
@@ -179,7 +180,10 @@ def _still_works(device: torch.device) -> None:
 
 
 def _lines(path: Path | None) -> list[str]:
-    return path.read_text().splitlines() if path is not None and path.exists() else []
+    if path is None or not path.exists():
+        return []
+    mend(path)
+    return path.read_text().splitlines()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from benchmarks.quality import precision, tables
 from benchmarks.real_size import table as rehearsal
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic
 
 PEERS = ("released", "released_no_anomaly_mode", "eager", "ours_engine", "ours_recompute")
 SAYS = {
@@ -282,7 +283,7 @@ def main() -> None:
     if settings.check and new != old:
         raise SystemExit("README.md is not what the committed rows say: run python -m benchmarks.pages.readme")
     if not settings.check:
-        page.write_text(new, encoding="utf-8")
+        write_atomic(page, new.encode())
 
 
 if __name__ == "__main__":

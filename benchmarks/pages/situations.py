@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import ROOT
+from benchmarks import RESULTS, ROOT, rows
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic
 
-PAGE = ROOT / "docs" / "situations.md"
+PAGE, SOAK = ROOT / "docs" / "situations.md", RESULTS / "soak.jsonl"
 TESTS = ROOT / "tests"
 AREAS = {
     "data": "Images and captions",
@@ -28,6 +29,7 @@ AREAS = {
     "runs": "Runs and their settings",
     "scale": "Several processes and machines",
     "base": "Any file",
+    "faults": "Kills, full disks, and what changes meanwhile",
     "": "Installation, and everything that is read",
 }
 """Heading by package of the tests, in the order of the page."""
@@ -98,11 +100,32 @@ def page(found: list[Situation]) -> str:
         "10,000.",
     ]
     for area, heading in AREAS.items():
-        rows = [one for one in found if one.area == area]
-        if rows:
+        named = [one for one in found if one.area == area]
+        if named:
             lines += ["", f"## {heading}", "", "| situation | what happens | test |", "|---|---|---|"]
-            lines += [f"| {_cell(r.what)} | {_cell(r.happens)} | [`{r.name}`](../{r.file}) |" for r in rows]
-    return "\n".join(lines) + "\n"
+            lines += [f"| {_cell(r.what)} | {_cell(r.happens)} | [`{r.name}`](../{r.file}) |" for r in named]
+    return "\n".join(lines + _long_run()) + "\n"
+
+
+def _long_run() -> list[str]:
+    """What the last `make soak` found."""
+    if not SOAK.exists():
+        return []
+    row = rows.read(SOAK)[-1]
+    grown, limits = (row[name] / 2**20 for name in ("memory_grown", "disk_grown", "disk_over_unbroken")), row["limits"]
+    memory, disk, over = (f"{value:.1f} MiB" for value in grown)
+    allowed = (f"{limits[name] / 2**20:.0f} MiB" for name in ("memory_grown", "disk_grown", "disk_over_unbroken"))
+    most = dict(zip(("memory", "disk", "over"), allowed, strict=True))
+    return [
+        "",
+        "## A long run",
+        "",
+        f"`{row['command']}` on {rows.device(row)}, {row['date']}: {row['steps']} steps, killed {row['kills']} times on",
+        "the way, end with the weights of the same run that nobody touched. From its second quarter to its last,",
+        f"that one's memory grew by {memory} (limit {most['memory']}), its open files by {row['descriptors_grown']} (limit",
+        f"{limits['descriptors_grown']}) and its folder by {disk} (limit {most['disk']}); the folder of the run that",
+        f"was killed held {over} more than that at most (limit {most['over']}, a checkpoint).",
+    ]
 
 
 def _cell(text: str) -> str:
@@ -113,7 +136,7 @@ def main() -> None:
     settings = flags.parse(Settings, "benchmarks.pages.situations", __doc__)
     text = page(list(situations()))
     if not settings.check:
-        PAGE.write_text(text)
+        write_atomic(PAGE, text.encode())
     elif PAGE.read_text() != text:
         raise UserError(f"{PAGE} is not what the tests say; run: python -m benchmarks.pages.situations")
 

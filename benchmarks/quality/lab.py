@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.rows import Row
+from benchmarks.rows import Row, append_rows
+from bilevel_fast.base.files import mend
 from bilevel_fast.models.diffusion import Noised, noise
 from bilevel_fast.models.folder import ModelFolder, load_folder
 from bilevel_fast.models.unet import UNet
@@ -84,9 +85,9 @@ def noised(folder: ModelFolder, scenes: Sequence[int], indices: range) -> tuple[
 
 def read(path: Path) -> list[Row]:
     """All rows measured so far."""
+    mend(path)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def append(path: Path, row: Row) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_rows(path, [row])

@@ -9,7 +9,6 @@ Killed, the same command goes on. A stage that fails holds up nothing but what n
 exceeded its limit. Rows are appended to --rows as stages are done, those of --tiny are not.
 """
 
-import json
 import shutil
 import signal
 import sys
@@ -24,6 +23,7 @@ from benchmarks.machine import describe
 from benchmarks.real_size import table
 from benchmarks.real_size.run import Done, line, rehearse, rows_of
 from benchmarks.real_size.stages import REAL, TINY, stages
+from benchmarks.rows import append_rows
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
 
@@ -69,8 +69,7 @@ def main() -> None:
         new = rows_of(done, settings.out, machine)
         rows.extend(new)
         if not settings.tiny and not done.kept:
-            with settings.rows.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
+            append_rows(settings.rows, new)
 
     found = rehearse(every, scale, settings.out, settings.only, say, machine=machine)
     print("\n" + table.page(rows))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, interleaved, interleaved_cuda, recorded
+from benchmarks.rows import append_rows
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.devices import settle_libraries
 from bilevel_fast.base.errors import UserError
@@ -255,8 +256,7 @@ def main() -> None:
         for row in found:
             print(json.dumps(row) if settings.json else text(row), flush=True)
         if settings.out is not None:
-            with settings.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
+            append_rows(settings.out, found)
     if not settings.json:
         print("\n" + conclusion(rows))
 

@@ -14,7 +14,6 @@ if it had nothing else to do. On a machine that others use as well, that is the 
 """
 
 import io
-import json
 import multiprocessing
 import os
 import tarfile
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, interleaved
+from benchmarks.rows import append_rows
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import require
 from bilevel_fast.data.batches import Batches
@@ -292,8 +292,7 @@ def main() -> None:
         print(text(row))
     print(f"load average {rows[0]['load_before']:.1f} before, {rows[0]['load_after']:.1f} after")
     if settings.out is not None:
-        with settings.out.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        append_rows(settings.out, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ and batch size is timed in one interleaved run; a ratio is the median over round
 timed if mixed rows differ from those of the experts alone by more than rounding explains.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.machine import describe
 from benchmarks.measure import interleaved, recorded
+from benchmarks.rows import append_rows
 from benchmarks.speed.unet import make_inputs
 from benchmarks.speed.unet_providers import Inputs, bound, distance
 from benchmarks.structures import Model, model
@@ -144,8 +144,7 @@ def main() -> None:
         where = f"{row['case']:16} {row['provider']:6} {row['metric']:19}{row['value']:9.3f} {row['unit']:3}"
         print(f"{where}({row['p20']:.3f} .. {row['p80']:.3f})", flush=True)
         if settings.out is not None:
-            with settings.out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_rows(settings.out, [row])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import torch
 from benchmarks import cards
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, interleaved
+from benchmarks.rows import append_rows
 from benchmarks.speed import peers
 from benchmarks.speed.ours import Rung, beside, ladder, ours, warm_up
 from benchmarks.speed.peers import Inputs, Peer
@@ -271,8 +272,7 @@ def main() -> None:
     for row in measure(settings):
         print(json.dumps(row) if settings.json else text(row), flush=True)
         if settings.out is not None:
-            with settings.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_rows(settings.out, [row])
         if row["case"] == "lower" and row["metric"] == "times_faster_than_released" and row["value"] < 1.0:
             slower.append(f"{row['value']:.3f}x")
     if settings.check and slower:

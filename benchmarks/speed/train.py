@@ -19,6 +19,7 @@ import torch
 from benchmarks.machine import describe
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def main() -> None:
     line = json.dumps(measure(settings.preset))
     print(line)
     if settings.out is not None:
-        settings.out.write_text(line + "\n", encoding="utf-8")
+        write_atomic(settings.out, f"{line}\n".encode())
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from torch import Tensor
 from benchmarks import RESULTS
 from benchmarks.machine import describe
 from benchmarks.measure import Timing, Unavailable, interleaved
+from benchmarks.rows import append_rows
 from benchmarks.speed.unet_providers import PROVIDERS, Inputs, bound, distance, plain
 from benchmarks.speed.unet_sites import site_rows
 from benchmarks.structures import NAMES, PLANNED, Model, model, structure
@@ -305,8 +306,7 @@ def main() -> None:
         for row in found:
             print(json.dumps(row) if settings.json else text(row), flush=True)
         if settings.out is not None:
-            with settings.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in found)
+            append_rows(settings.out, found)
     if settings.check and (worse := regressions(rows, baseline)):
         raise SystemExit("\n".join(worse))
 

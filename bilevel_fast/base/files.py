@@ -1,8 +1,10 @@
 """Files on disk: whole or not there when written, and one clear line when they cannot be read.
 
 What is written lies aside until it is whole, under a name that no other process has: `.NAME.MACHINE-PID-NUMBER.tmp`.
+What a killed process left aside goes when the next one writes into the same folder.
 """
 
+import fcntl
 import hashlib
 import itertools
 import json
@@ -20,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.limits import JSON_BYTES, LINE_BYTES, NESTING
 
-_numbers = itertools.count()
-_ASIDE = re.compile(r"\..+\.([0-9a-f]{12})-(\d+)-\d+\.(tmp|old)")
+_FIRST = int.from_bytes(os.urandom(6))  # in a container that is started again, the process has the same id again
+_numbers = itertools.count(_FIRST)
+_ASIDE = re.compile(r"\..+\.([0-9a-f]{12})-(\d+)-(\d+)\.(tmp|old)")
 _LONGEST = 180  # bytes of a name that is kept in the name aside: the system takes 255
+_swept: set[str] = set()
 
 
 @contextmanager
@@ -36,6 +40,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: The system refused, a full disk say; it names `path`, and nothing is left aside.
     """
     try:
+        _tidy(path)
         file, aside = _open_aside(path)
         try:
             with file:
@@ -50,6 +55,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         if error.filename is None or _ASIDE.fullmatch(Path(os.fsdecode(error.filename)).name):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def _tidy(path: Path) -> None:
+    """Make room for a file: what killed processes left of it, and once of anything else in its folder."""
+    with suppress(OSError):  # as earlier releases named what they wrote
+        path.with_name(f".{path.name}.tmp").unlink()
+    if (folder := os.path.abspath(path.parent)) not in _swept:
+        with suppress(OSError):
+            sweep(path.parent)
+        _swept.add(folder)
 
 
 def _open_aside(path: Path) -> tuple[BinaryIO, Path]:
@@ -67,10 +82,26 @@ def aside_of(path: Path, end: str = "tmp") -> Path:
     Args:
         end: `tmp` for what is not whole yet, `old` for what was replaced.
     """
-    name = path.name
-    if len(os.fsencode(name)) > _LONGEST:
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()
-    return path.with_name(f".{name}.{_machine()}-{os.getpid()}-{next(_numbers)}.{end}")
+    return path.with_name(f".{short(path)}.{_machine()}-{os.getpid()}-{next(_numbers)}.{end}")
+
+
+def short(path: Path) -> str:
+    """The name of a file, or 64 hex digits in its place, to which an ending can be added."""
+    name = os.fsencode(path.name)
+    return path.name if len(name) <= _LONGEST else hashlib.sha256(name).hexdigest()
+
+
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """A folder in another one, which is made if missing; gone afterwards, or when the next process asks for one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    path = aside_of(folder / "scratch")
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sweep(folder: Path, end: str = "tmp") -> None:
@@ -80,8 +111,8 @@ def sweep(folder: Path, end: str = "tmp") -> None:
     """
     for entry in list(os.scandir(folder)):
         match = _ASIDE.fullmatch(entry.name)
-        if match and match[1] == _machine() and match[3] == end and not _lives(int(match[2])):
-            with suppress(FileNotFoundError, NotADirectoryError):
+        if match and match[1] == _machine() and match[4] == end and not _lives(int(match[2]), int(match[3])):
+            with suppress(OSError):  # another process sweeps as well, or it is somebody else's
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path)
                 else:
@@ -98,7 +129,10 @@ def _machine() -> str:
     return hashlib.sha256("\0".join(known).encode()).hexdigest()[:12]
 
 
-def _lives(process: int) -> bool:
+def _lives(process: int, number: int) -> bool:
+    """Whether the process that chose this number may still write."""
+    if process == os.getpid():
+        return _FIRST <= number < _FIRST + 2**31
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -112,6 +146,64 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Write a file whole or not at all, as `replacing`."""
     with replacing(path) as file:
         file.write(data)
+
+
+def append(path: Path, data: bytes, durable: bool = True) -> None:
+    """Add whole lines to a file, one process at a time: all of them, or none.
+
+    A last line that was cut short by a kill goes first. One that is whole JSON and lacks its end only, as editors leave
+    it, gets the end.
+
+    Args:
+        data: Ends with a line feed.
+        durable: Down to the disk, which takes milliseconds; without it, a machine that goes down may forget them.
+
+    Raises:
+        OSError: The system refused, a full disk say; it names `path`, and the file is as it was.
+    """
+    assert data.endswith(b"\n")
+    try:
+        # no buffer: when the disk is full, it would try again on closing, after what was torn is cut off
+        with path.open("a+b", buffering=0) as file:
+            size = _mend(file)
+            try:
+                left = memoryview(data)
+                while left:
+                    left = left[file.write(left) :]
+                if durable:
+                    os.fsync(file.fileno())
+            except OSError:
+                os.ftruncate(file.fileno(), size)
+                raise
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+
+def mend(path: Path) -> None:
+    """End the last line of a file of JSON lines, or cut off what a killed process has left of it."""
+    if path.exists():
+        with path.open("a+b", buffering=0) as file:
+            _mend(file)
+
+
+def _mend(file: Any) -> int:
+    """The size then. The file is locked for this process from now on."""
+    with suppress(OSError):  # where the file system has no locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+    size = file.seek(0, os.SEEK_END)
+    back, tail = size, b""
+    while back and b"\n" not in tail:
+        back = max(0, back - 2**16)
+        file.seek(back)
+        tail = file.read(size - back)
+    if not (torn := tail.rpartition(b"\n")[2]):
+        return size
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(torn), dict):  # and no number or text that goes on
+            return size + file.write(b"\n")
+    os.ftruncate(file.fileno(), size - len(torn))
+    return size - len(torn)
 
 
 def sync_folder(path: Path) -> None:

@@ -29,5 +29,7 @@ TIMESTEPS = 2**17
 """Of a noise schedule."""
 LATENTS = 1448
 """Height and width of latents: pictures of `PIXELS` at 8 pixels to a latent."""
+TARS = 2**17
+"""That a pattern stands for; the largest data set that is published has 2**17 of 10,000 samples each."""
 MEMBERS = 2**22
 """Files, tensors, shards or rows that one file may list."""

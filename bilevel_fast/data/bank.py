@@ -18,7 +18,7 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import INDEX, Cache, Index
 from bilevel_fast.data.sources import exact_moments
-from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
+from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, at_work, finished, join
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.text_encoder import TextEncoder, indistinct
 from bilevel_fast.models.weights import DIGEST, fingerprint
@@ -210,40 +210,43 @@ def make_part(
     recipe |= {"precision": precision} if precision != "fp32" else {}
     index = Index("concepts", (folder.config.in_channels, size, size), folder.vae_fingerprint, recipe=recipe)
     out, device = Path(out), torch.device(device)
-    if finished(out, index, part):
-        return Cache.open(out) if (out / INDEX).exists() else join(out, part.count, index)
-    writer = CacheWriter(out, index, shard_samples=SHARD_BATCHES * batch, part=part)
-    mine = part.of(batches)
-    rows_of_part = range(mine.start * batch, min(mine.stop * batch, count))
-    texts = prompts if shows == "prompt" else anchors
-    unet = folder.unet().to(device, torch.bfloat16 if precision == "bf16" else torch.float32).requires_grad_(False)
-    captured = Captured(unet, cuda_recorder(device) if graphs else None)
-    with side_stream(device) if device.type == "cuda" else contextlib.nullcontext():
-        while writer.samples < len(rows_of_part):
-            rows = rows_of_part[writer.samples : writer.samples + batch]
-            try:
-                latents = generate(
-                    unet,
-                    folder.schedule,
-                    folder.text_encoder,
-                    [texts[row % len(prompts)] for row in rows],
-                    rows,
-                    seed=seed,
-                    size=(size, size),
-                    guidance=guidance,
-                    steps=steps,
-                    stream=Stream.BANK,
-                    batch=batch,
-                    model=lambda _: captured,
-                )
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"{device} is out of memory for a batch of {batch}; finished samples stay") from error
-            for row, moments in zip(rows, exact_moments(latents), strict=True):
-                prompt = row % len(prompts)
-                writer.add(moments, [prompts[prompt]], anchors[prompt])
-            if progress:
-                progress(writer.samples, len(rows_of_part))
-    return writer.finish_part()
+    with at_work(out, part):
+        if finished(out, index, part):
+            return Cache.open(out) if (out / INDEX).exists() else join(out, part.count, index)
+        writer = CacheWriter(out, index, shard_samples=SHARD_BATCHES * batch, part=part)
+        mine = part.of(batches)
+        rows_of_part = range(mine.start * batch, min(mine.stop * batch, count))
+        texts = prompts if shows == "prompt" else anchors
+        unet = folder.unet().to(device, torch.bfloat16 if precision == "bf16" else torch.float32).requires_grad_(False)
+        captured = Captured(unet, cuda_recorder(device) if graphs else None)
+        with side_stream(device) if device.type == "cuda" else contextlib.nullcontext():
+            while writer.samples < len(rows_of_part):
+                rows = rows_of_part[writer.samples : writer.samples + batch]
+                try:
+                    latents = generate(
+                        unet,
+                        folder.schedule,
+                        folder.text_encoder,
+                        [texts[row % len(prompts)] for row in rows],
+                        rows,
+                        seed=seed,
+                        size=(size, size),
+                        guidance=guidance,
+                        steps=steps,
+                        stream=Stream.BANK,
+                        batch=batch,
+                        model=lambda _: captured,
+                    )
+                except torch.OutOfMemoryError as error:
+                    raise UserError(
+                        f"{device} is out of memory for a batch of {batch}; finished samples stay"
+                    ) from error
+                for row, moments in zip(rows, exact_moments(latents), strict=True):
+                    prompt = row % len(prompts)
+                    writer.add(moments, [prompts[prompt]], anchors[prompt])
+                if progress:
+                    progress(writer.samples, len(rows_of_part))
+        return writer.finish_part()
 
 
 def _digest(texts: Sequence[str]) -> str:

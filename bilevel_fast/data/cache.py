@@ -1,5 +1,8 @@
 """Latents on disk: what `prepare` writes once and training reads in any order.
 
+Shards are read and never mapped: one that is cut short meanwhile would end the process without a word. One that is
+another file than it was, by size, time of change and number, is another one only if its checksum says so.
+
     index.json            format, version, kind, latent shape, views, VAE, recipe, and the shards with their checksums
     shard-00000.safetensors   `moments` (n, V, 2C, H, W), float16 or float32: mean and log-variance of *scaled* latents
     shard-00000.jsonl     one line per sample: {"captions": [...], "file": ...} for images,
@@ -16,10 +19,12 @@ Shape legend: B batch, n samples of a shard, V views, C latent channels, H W lat
 """
 
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -167,12 +172,12 @@ def _settings(index: Index) -> dict[str, Any]:
 
 
 class Cache:
-    """A finished cache, mapped into memory; a `LatentSource`. `Cache.open` makes one."""
+    """A finished cache; a `LatentSource`. `Cache.open` makes one."""
 
     def __init__(self, path: Path, index: Index) -> None:
         self.path, self.index = path, index
         self._starts = [0, *accumulate(shard.samples for shard in index.shards)]
-        self._moments = [self._map(shard) for shard in index.shards]
+        self._moments = [_Moments(path / shard.file, shard, self._wanted(shard)) for shard in index.shards]
         self._lines: dict[int, list[dict[str, Any]]] = {}
 
     @classmethod
@@ -210,7 +215,7 @@ class Cache:
         out = torch.empty(len(indices), 2 * channels, height, width)
         for row, (index, view) in enumerate(zip(indices, views, strict=True)):
             shard, local = self._locate(int(index))
-            out[row] = self._moments[shard][local, int(view)]
+            out[row] = self._moments[shard].read(local, int(view))
         if not out.isfinite().all():
             row = int((~out.flatten(1).isfinite().all(1)).nonzero()[0])
             shard, local = self._locate(int(indices[row]))
@@ -246,22 +251,11 @@ class Cache:
         """
         check_latents(self.path, self.latent_shape, self.index.vae, config, vae)
 
-    def _map(self, shard: Shard):
-        path = self.path / shard.file
-        handle = open_safetensors(path)
-        if "moments" not in handle.keys():  # noqa: SIM118  (not a mapping)
-            raise UserError(f"{path}: wanted a tensor 'moments', found {sorted(handle.keys())}")
-        channels, height, width = self.latent_shape
-        moments = handle.get_slice("moments")
-        wanted = [shard.samples, self.views, 2 * channels, height, width]
-        came = (moments.get_shape(), _DTYPE_NAMES.get(moments.get_dtype()))
-        if came != (wanted, self.index.dtype):
-            raise UserError(
-                f"{path}: moments are {came[1]} of shape {came[0]}, {INDEX} says {self.index.dtype} {wanted}"
-            )
+    def _wanted(self, shard: Shard) -> tuple[str, list[int]]:
         if not (self.path / shard.captions).is_file():
             raise UserError(f"{self.path / shard.captions} is missing")
-        return moments
+        channels, height, width = self.latent_shape
+        return self.index.dtype, [shard.samples, self.views, 2 * channels, height, width]
 
     def _locate(self, index: int) -> tuple[int, int]:
         assert 0 <= index < len(self), f"sample {index} of {len(self)}"
@@ -271,8 +265,61 @@ class Cache:
     def _line(self, index: int) -> dict[str, Any]:
         shard, local = self._locate(index)
         if shard not in self._lines:
-            self._lines[shard] = _read_lines(self.path, self.index.shards[shard], self.index.kind)
+            found = self.index.shards[shard]
+            self._lines[shard] = _read_lines(self.path, found, self.index.kind)
+            check_sum(self.path / found.captions, found.captions_sha256)
         return self._lines[shard][local]
+
+
+class _Moments:
+    """The moments of one shard. Opened for each sample: shards may be more than a process may hold open.
+
+    Raises:
+        UserError: It is missing, cut short, or holds something else.
+    """
+
+    def __init__(self, path: Path, shard: Shard, wanted: tuple[str, list[int]]) -> None:
+        self.path, self.sha256 = path, shard.sha256
+        handle = open_safetensors(path)
+        if "moments" not in handle.keys():  # noqa: SIM118  (not a mapping)
+            raise UserError(f"{path}: wanted a tensor 'moments', found {sorted(handle.keys())}")
+        moments = handle.get_slice("moments")
+        came = (_DTYPE_NAMES.get(moments.get_dtype()), moments.get_shape())
+        if came != wanted:
+            raise UserError(f"{path}: moments are {came[0]} of shape {came[1]}, {INDEX} says {wanted[0]} {wanted[1]}")
+        self._dtype, (_, self._views, *self._shape) = DTYPES[wanted[0]], wanted[1]
+        self._size = prod(self._shape) * self._dtype.itemsize
+        with path.open("rb") as file:
+            self._state = _state(file.fileno())
+            length = int.from_bytes(file.read(8), "little")  # what follows was checked when it was opened above
+            self._start = 8 + length + json.loads(file.read(length))["moments"]["data_offsets"][0]
+
+    def read(self, sample: int, view: int) -> Tensor:
+        """(2C, H, W), as stored.
+
+        Raises:
+            UserError: It is gone, or not the file that was opened.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if (state := _state(file.fileno())) != self._state:
+                    check_sum(self.path, self.sha256)
+                    self._state = state
+                data = os.pread(file.fileno(), self._size, self._start + (sample * self._views + view) * self._size)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} is missing; it was there when the cache was opened") from None
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        if len(data) < self._size:
+            raise UserError(f"{self.path} was cut short while it was read")
+        return torch.frombuffer(bytearray(data), dtype=self._dtype).view(self._shape)
+
+
+def _state(number: int) -> tuple[int, ...]:
+    """Another one, though it may be the same file: times go back with clocks, and are set back by programs."""
+    found = os.fstat(number)
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def check_latents(path: Path, shape: tuple[int, int, int], made_by: str, config: UNetConfig, vae: str) -> None:

@@ -19,7 +19,7 @@ from bilevel_fast.data.listing import coco, metadata_folder
 from bilevel_fast.data.pictures import MAX_VIEWS, Framing
 from bilevel_fast.data.stream import ImageIndex, write_list
 from bilevel_fast.data.tars import Tars, find_tars
-from bilevel_fast.data.writer import Part, read_report, reasons
+from bilevel_fast.data.writer import Part, at_work, read_report, reasons
 from bilevel_fast.models.folder import ModelFolder, load_folder
 
 _log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
     framing = Framing(args.resolution, args.seed, args.flip, args.crop)
     root = str(source.listing.folder.resolve())
     index = ImageIndex(root, framing, shape, folder.vae_fingerprint, args.backend, 0, "", LeftOut())
-    with _Bar() as bar:
+    with at_work(args.out), _Bar() as bar:
         write_list(source.listing, args.out, index, threads=args.threads or usable_cores(), progress=bar)
     made = ImageIndex.load(args.out / INDEX)
     return made.samples, made.dropped

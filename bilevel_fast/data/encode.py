@@ -21,7 +21,7 @@ from bilevel_fast.data.cache import Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder
 from bilevel_fast.data.listing import ListedImage, Listing
 from bilevel_fast.data.pictures import Framing, Unusable, upright_size
-from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
+from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, at_work, finished, join
 from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.weights import DIGEST
 
@@ -38,6 +38,11 @@ class Source(Protocol):
     @property
     def identity(self) -> Any:
         """JSON that differs where another cache would come out."""
+        ...
+
+    @property
+    def former(self) -> Any:
+        """What it was in earlier releases, where that was something else; they have begun caches."""
         ...
 
     def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
@@ -57,6 +62,8 @@ class Files:
     @property
     def identity(self) -> Any:
         return [asdict(entry) for entry in self.listing.entries]
+
+    former = identity
 
     def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
         return [self._read(self.listing.entries[position]) for position in positions]
@@ -157,9 +164,31 @@ def encode(
     """
     if batch < 1 or per_file < 1 or per_file % batch:
         raise UserError(f"{per_file} images per file are no multiple of the batch of {batch}")
-    digest = hashlib.sha256(json.dumps(source.identity).encode()).hexdigest()[:DIGEST]
+    digest, former = _digest(source.identity), _digest(source.former)
+    if former != digest and any(Index.load(path).recipe.get("source") == former for path in out.glob("*index*.json")):
+        digest = former
     recipe = index.recipe | asdict(framing) | {"source": digest, "batch": batch, "per_file": per_file}
     index = replace(index, recipe=recipe)
+    with at_work(out, part):
+        return _encode(source, out, index, framing, decoder, vae, batch, per_file, part, progress)
+
+
+def _digest(identity: Any) -> str:
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:DIGEST]
+
+
+def _encode(
+    source: Source,
+    out: Path,
+    index: Index,
+    framing: Framing,
+    decoder: Decoder,
+    vae: Autoencoder,
+    batch: int,
+    per_file: int,
+    part: Part,
+    progress: Callable[[int, int, LeftOut], None] | None,
+) -> Cache | None:
     if finished(out, index, part):
         return join(out, part.count, index)
     every = part.of(len(source))

@@ -7,7 +7,9 @@ captions and nothing moves up in its place.
 import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -41,17 +43,28 @@ class Listing:
     """Of the images."""
     entries: tuple[ListedImage, ...]
 
+    @cached_property
+    def place(self) -> tuple[int, int] | None:
+        """Which folder it is, whatever is mounted there later; None if there is none."""
+        with suppress(OSError):
+            found = self.folder.stat()
+            return found.st_dev, found.st_ino
+        return None
+
     def read(self, entry: ListedImage) -> bytes:
         """The bytes of an entry's file.
 
         Raises:
             Unusable: The entry has a problem, or there is no such file.
+            OSError: The folder itself is gone, or another one: a disk that is not mounted any more has no image.
         """
         if entry.problem is not None:
             raise Unusable(entry.problem)
-        path = self.folder / entry.file
+        path, place = self.folder / entry.file, self.place
         try:
             if not path.is_file():
+                if place != Listing(self.folder, ()).place:
+                    raise OSError(errno.ENOENT, "the folder of images is gone, or another one", str(self.folder))
                 raise Unusable("not a file" if path.exists() else self._missing(entry.file))
             return path.read_bytes()
         except OSError as error:

@@ -10,7 +10,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from bilevel_fast.base.limits import PIXELS
 from bilevel_fast.ops.randomness import Stream, uniform
 
 if TYPE_CHECKING:  # imported where it is used: the engine runs without it
+    from numpy.typing import NDArray
     from PIL import Image
 
 MAX_VIEWS = 2**20
@@ -78,8 +79,9 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
 def decode_rgb(data: bytes, name: str) -> "Image.Image":
     """An image file as RGB, upright: what `prepare` makes of it, for those who want it whole and not scaled.
 
-    Sixteen bits become eight by division, as DALI has it; PIL would cut grey off at 255. DALI's pixels may differ by
-    one where PIL rounds otherwise: CMYK, and colours of sixteen bits.
+    Sixteen bits become eight by division and rounding, as DALI has it; PIL would cut grey off at 255, and take the
+    upper byte of colours. DALI's pixels may differ by one where PIL rounds otherwise: CMYK, and grey of sixteen bits
+    with alpha.
 
     Args:
         data: The whole file.
@@ -96,13 +98,27 @@ def decode_rgb(data: bytes, name: str) -> "Image.Image":
             if image.format == "PNG":
                 image.verify()  # check sums of all chunks, which decoding skips
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            kind = image.tile[0].args if image.format == "PNG" and image.tile else ""
             upright = ImageOps.exif_transpose(image)
             if upright.mode.startswith("I"):
-                eight = np.round(np.asarray(upright).astype(np.float64) / 257)
-                return Image.fromarray(eight.clip(0, 255).astype(np.uint8)).convert("RGB")
+                return _of_eight_bits(np.asarray(upright))
+            if kind in ("RGB;16B", "RGBA;16B"):
+                with Image.open(io.BytesIO(data), formats=FORMATS) as lower:
+                    # read as if the lower byte came last, which is the one that is taken then
+                    lower.tile = [tile._replace(args=kind.replace("16B", "16L")) for tile in lower.tile]
+                    low = np.asarray(ImageOps.exif_transpose(lower))
+                return _of_eight_bits(np.asarray(upright)[..., :3].astype(np.float64) * 256 + low[..., :3])
             return upright.convert("RGB")
     except Exception as error:  # damaged data makes PIL raise anything
         raise Unusable(" ".join(str(error).split())) from None
+
+
+def _of_eight_bits(pixels: "NDArray[Any]") -> "Image.Image":
+    """RGB of grey (H, W) or colours (H, W, 3) in [0, 65535]."""
+    from PIL import Image
+
+    eight = np.round(pixels.astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(eight).convert("RGB")
 
 
 def _is_whole(data: bytes, kind: str) -> bool:

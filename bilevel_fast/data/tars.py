@@ -5,7 +5,9 @@ webdataset has it. Tars may be joined (`cat a.tar b.tar`): no sample goes on in 
 """
 
 import glob
+import hashlib
 import itertools
+import os
 import re
 import tarfile
 from bisect import bisect_right
@@ -16,11 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.base.files import parse_json
+from bilevel_fast.base.files import clip, parse_json
+from bilevel_fast.base.limits import TARS
 from bilevel_fast.data.listing import ListedImage, shown, with_captions
 
 IMAGES = ("jpg", "jpeg", "jpe", "png", "webp", "bmp")
 _BLOCK = 512
+_LONGEST, _DIGITS = 4096, 18  # of a path, and of a number in a pattern
 _END = bytes(2 * _BLOCK)  # a tar ends with two empty blocks
 
 
@@ -57,13 +61,17 @@ class Content:
     """Members of samples that are of no kind that is read, such as `.cls`, and how many there are."""
     members: int = 0
     """All of them but folders."""
+    headers: str = ""
+    """SHA-256 of what the headers say, in hexadecimal digits."""
+    state: tuple[int, ...] = ()
+    """What tells that the file was changed since."""
 
 
 def find_tars(pattern: str) -> list[Path]:
     """The tars that a path, a pattern of the shell or one of webdataset (`a-{000..012}.tar`) names, by name.
 
     Raises:
-        UserError: There is none of that name, or it is a folder.
+        UserError: There is none of that name, it is a folder, or the pattern stands for more than `TARS`.
     """
     found: list[Path] = []
     for text in expanded(pattern):
@@ -83,13 +91,23 @@ def find_tars(pattern: str) -> list[Path]:
 
 
 def expanded(pattern: str) -> list[str]:
-    """Braces as the shell expands them: `{000..012}` counts, `{a,b}` chooses; anything else stays as it is."""
-    if Path(pattern).exists():
+    """Braces as the shell expands them: `{000..012}` counts, `{a,b}` chooses; anything else stays as it is.
+
+    Raises:
+        UserError: They stand for more than `TARS` names.
+    """
+    if len(pattern) <= _LONGEST and Path(pattern).exists():
         return [pattern]
+    return _expanded(pattern, TARS)
+
+
+def _expanded(pattern: str, most: int) -> list[str]:
     for braces in re.finditer(r"\{([^{}]*)\}", pattern):
         inside = braces[1]
         if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
             first, last = numbers.groups()
+            if max(map(len, numbers.groups())) > _DIGITS or int(last) - int(first) >= most:
+                raise UserError(f"--tars {clip(pattern)}: {clip(braces[0])} stands for more than {TARS} tars")
             width = max(map(len, numbers.groups())) if "0" in (first[0], last[0]) else 0
             choices = [f"{n:0{width}}" for n in range(int(first), int(last) + 1)]
         elif "," in inside:
@@ -97,7 +115,12 @@ def expanded(pattern: str) -> list[str]:
         else:
             continue
         start, end = braces.span()
-        return [text for choice in choices for text in expanded(pattern[:start] + choice + pattern[end:])]
+        found: list[str] = []
+        for choice in choices:
+            found += _expanded(pattern[:start] + choice + pattern[end:], most - len(found))
+            if len(found) > most:
+                raise UserError(f"--tars {clip(pattern)} stands for more than {TARS} tars")
+        return found
     return [pattern]
 
 
@@ -120,9 +143,13 @@ class Tars:
         self.members = 0
         self.unread: Counter[str] = Counter()
         sizes: list[int] = []
+        self._states: list[tuple[int, ...]] = []
+        self._headers: list[str] = []
         for path in self._paths:
-            content = read_content(path)  # what is kept is a number: headers of a million samples fill a memory
+            content = read_content(path)  # what is kept are numbers: headers of a million samples fill a memory
             sizes.append(len(content.samples))
+            self._states.append(content.state)
+            self._headers.append(content.headers)
             self.members += content.members
             self.unread += content.unread
         self._starts = [0, *itertools.accumulate(sizes)]
@@ -133,7 +160,12 @@ class Tars:
 
     @property
     def identity(self) -> list[Any]:
-        """What a cache made of these tars depends on."""
+        """What a cache made of these tars depends on, but for pictures that were changed and say so in no header."""
+        return [*self.former, *self._headers]
+
+    @property
+    def former(self) -> list[Any]:
+        """What earlier releases knew tars by."""
         return [self._field, *((path.name, path.stat().st_size) for path in self._paths)]
 
     def read(self, positions: range) -> list[tuple[ListedImage, bytes]]:
@@ -142,6 +174,8 @@ class Tars:
         for position in positions:
             number = bisect_right(self._starts, position) - 1
             with self._paths[number].open("rb") as file:
+                if _state(file) != self._states[number]:
+                    raise UserError(f"{self._paths[number]} was changed while it was read; put it back and call again")
                 found.append(self._entry(file, number, position))
         return found
 
@@ -194,8 +228,9 @@ def read_content(path: Path) -> Content:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing" if not path.exists() else f"{path} is no file")
-    content = Content()
+    content, digest = Content(), hashlib.sha256()
     with path.open("rb") as file:
+        content.state = _state(file)
         size = file.seek(0, 2)
         file.seek(0)
         if file.read(2) == b"\x1f\x8b":
@@ -205,11 +240,17 @@ def read_content(path: Path) -> Content:
             raise UserError(f"{path} is cut short, or not a tar: it does not end as tars do")
         start = 0
         while start < size:
-            start = _skip_empty(file, _archive(path, file, start, content))
+            start = _skip_empty(file, _archive(path, file, start, content, digest))
+    content.headers = digest.hexdigest()
     return content
 
 
-def _archive(path: Path, file: BinaryIO, start: int, content: Content) -> int:
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _archive(path: Path, file: BinaryIO, start: int, content: Content, digest: Any) -> int:
     """Read one archive of a file; where it ends. What tarfile takes for an end in silence is told apart here."""
     file.seek(start)
     key: str | None = None
@@ -219,6 +260,7 @@ def _archive(path: Path, file: BinaryIO, start: int, content: Content) -> int:
             tar.members = []  # it would keep them all  # pyright: ignore[reportAttributeAccessIssue]
             if info.size < 0:
                 raise UserError(f"{path} is damaged: {shown(info.name)} has {info.size} bytes")
+            digest.update(f"{shown(info.name)}\0{info.offset_data} {info.size} {info.mtime} {info.chksum}\n".encode())
             if info.isdir():
                 continue
             key = _take(Member(info.name, info.offset_data, info.size, _problem(info)), key, content)

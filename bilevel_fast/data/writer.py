@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from bilevel_fast.base.claims import locked
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import parse_json, read_file, sweep, write_atomic, write_json
 from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Index, LeftOut, Shard
@@ -246,12 +248,26 @@ def _nothing(path: Path, report: Sequence[str]) -> UserError:
     return UserError(f"{path}: there are no samples to write; all were left out, the first is {first}: {why}")
 
 
+@contextmanager
+def at_work(path: Path, part: Part = WHOLE) -> Iterator[None]:
+    """Hold the folder of a cache, which is made if missing, or the place of one part in it.
+
+    Raises:
+        UserError: Another process makes the same.
+        OSError: It cannot be written to.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path / f".{part.prefix}lock", str(path)):
+        yield
+
+
 def finished(path: Path, index: Index, part: Part) -> bool:
     """Whether a part was finished by an earlier process; what that one had no time to clear away goes.
 
     Raises:
         UserError: The folder holds something that was made otherwise; what differs is named.
     """
+    sweep(path)
     for name in (part.prefix + INDEX, INDEX):
         if (path / name).exists():
             index.check_same_making(Index.load(path / name), path)

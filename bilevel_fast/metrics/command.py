@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic, write_json
@@ -79,6 +80,16 @@ def measure(config: Folders, seed: int = 0) -> tuple[dict[str, Any], str]:
     """
     report = config.out.with_suffix(".md")
     _check(config, report)
+    with claimed(config.out) as begun:
+        for path in filter(None, (report, config.statistics_out)):
+            if begun:  # half of what a killed call was to leave
+                path.unlink(missing_ok=True)
+            if path.exists():
+                raise UserError(f"{path} exists already; delete it or choose another name")
+        return _measure(config, report, seed)
+
+
+def _measure(config: Folders, report: Path, seed: int) -> tuple[dict[str, Any], str]:
     draws = suites.Draws(config.draws, config.fid_draws, seed)
     scorers = Scorers.load(
         clip_weights=config.clip_weights, clip_model=config.clip_model, csd_weights=config.csd_weights,
@@ -105,8 +116,12 @@ def measure(config: Folders, seed: int = 0) -> tuple[dict[str, Any], str]:
         note for found in result.get("results", {"": result}).values() for s in found["sets"] for note in s["notes"]
     ]
     text += "".join(f"\n\nnote: {note}" for note in notes) + "\n"
-    write_json(config.out, result)
     write_atomic(report, text.encode())
+    try:
+        write_json(config.out, result)  # the last: where it is, all is
+    except OSError:
+        report.unlink()
+        raise
     return result, text
 
 
@@ -134,7 +149,5 @@ def _check(config: Folders, report: Path) -> None:
     if config.draws < 100 or config.fid_draws < 0 or config.fid_draws == 1 or config.batch < 1:
         raise UserError("wanted --draws of at least 100, --fid-draws 0 or at least 2, --batch of at least 1")
     for path in (config.out, report, config.statistics_out):
-        if path and path.exists():
-            raise UserError(f"{path} exists already; delete it or choose another name")
         if path and not path.parent.is_dir():
             raise UserError(f"{path}: the folder {path.parent} does not exist")

@@ -7,9 +7,10 @@
 The mini world's models have the same layout with components of their own. Weights are safetensors only.
 """
 
+import errno
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -209,6 +210,7 @@ def save_student(
     aside, old = aside_of(path), aside_of(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
+    _sweep_old(path, {*(part.parts[0] for part in parts), *(notes or {}), "unet", "model_index.json"})
     try:
         _write_student(aside, source, parts, unet, notes or {})
         if path.exists():
@@ -218,12 +220,21 @@ def save_student(
         shutil.rmtree(aside, ignore_errors=True)  # of the size of a model: a full disk would stay full
         if old.exists() and not path.exists():
             old.rename(path)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise UserError(f"{path} exists already: another process wrote it meanwhile") from error
         if isinstance(error, OSError):
             raise _at(error, aside, path) from error
         raise
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
     sweep(path.parent, "old")
+
+
+def _sweep_old(path: Path, names: Collection[str]) -> None:
+    """Delete what a killed process of an earlier release left aside, which has the size of a model; nothing else."""
+    aside = path.with_name(f".{path.name}.tmp")
+    if aside.is_dir() and not aside.is_symlink() and {entry.name for entry in aside.iterdir()} <= set(names):
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _at(error: OSError, aside: Path, path: Path) -> OSError:

@@ -208,8 +208,9 @@ def _digest(folder: Path, unread: Collection[str]) -> str:
             fields = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
             digest.update(json.dumps(fields, sort_keys=True).encode())
         else:
-            state = path.stat()
-            digest.update(bytes.fromhex(_sum(path, (state.st_size, state.st_mtime_ns, state.st_ino))))
+            found = path.stat()  # times go back with clocks, and are set back by programs: both, and only for equality
+            state = found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
+            digest.update(bytes.fromhex(_sum(path, state)))
     return digest.hexdigest()[:DIGEST]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import write_atomic, write_json
+from bilevel_fast.base.files import replacing, write_atomic, write_json
 from bilevel_fast.profiling.profile import TOTAL, OpRow, RoomRow, StepProfile
 from bilevel_fast.profiling.trace import OTHER, Work
 
@@ -38,7 +38,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--profile-out {folder} is a file, wanted a folder")
-    if folder.exists() and not overwrite and any(folder.iterdir()):
+    held = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.exists() else []
+    if held and not overwrite:
         raise UserError(f"--profile-out {folder} is not empty; --overwrite replaces the profile in it")
 
 
@@ -47,7 +48,7 @@ def save(folder: Path, steps: Sequence[StepProfile], about: Mapping[str, Any], t
 
     Args:
         about: `machine`, and `config`: the settings.
-        trace: Is moved into the folder.
+        trace: Is copied into the folder.
     """
     config, threads = about["config"], about["threads"]
     title = f"One step of each level on {about['device']}"
@@ -56,7 +57,8 @@ def save(folder: Path, steps: Sequence[StepProfile], about: Mapping[str, Any], t
         f"torch {about['torch']}, {threads} thread{'s' * (threads > 1)}"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.move(trace, folder / "trace.json")
+    with replacing(folder / "trace.json") as file, trace.open("rb") as made:
+        shutil.copyfileobj(made, file)
     write_atomic(folder / "step.png", picture(steps, title, subtitle))
     write_json(folder / "profile.json", {**about, "steps": [fields(step) for step in steps]})
 

@@ -4,6 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
@@ -66,8 +67,11 @@ def erase(args: UceArgs | ConceptPruneArgs) -> None:
     Raises:
         UserError: Bad input of any kind.
     """
-    if args.out.exists():  # better now than after an hour of sampling
-        raise UserError(f"{args.out} exists already; delete it or choose another folder")
+    with claimed(args.out):
+        _erase(args)
+
+
+def _erase(args: UceArgs | ConceptPruneArgs) -> None:
     weights, kept = (args.weights, args.preserve) if isinstance(args, UceArgs) else ((), None)
     pairs = make_pairs(args.erase, args.guide, weights) if args.erase or args.pairs is None else ()
     pairs += read_pairs(args.pairs) if args.pairs is not None else ()

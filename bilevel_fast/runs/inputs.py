@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json, sha256
 from bilevel_fast.data.cache import FORMAT as CACHE
 from bilevel_fast.data.stream import FORMAT as IMAGES
@@ -39,6 +40,18 @@ def inputs(settings: Any, defaults: Mapping[str, Path], but: Collection[str] = (
         if all(path.exists() for path in paths):  # who reads it says that one is missing
             found[name] = [_unet(path) if name.rpartition(".")[2] == "student" else content(path) for path in paths]
     return found
+
+
+def check_unchanged(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> None:
+    """Refuse what was changed while it was read: a run would be of both.
+
+    Raises:
+        UserError: Names the flag.
+    """
+    for name in {**before, **now}:
+        if before.get(name) != now.get(name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} names something that was changed while it was read; call again")
 
 
 def content(path: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder, save_student
@@ -15,6 +16,7 @@ from bilevel_fast.pruning import (
     FIXED,
     LatencyBudget,
     MacBudget,
+    Method,
     calibration_set,
     dense,
     described,
@@ -77,12 +79,15 @@ def prune(args: Args) -> None:
         UserError: Bad input of any kind, or the budget cannot be met.
     """
     choose = method(args.method)
+    with claimed(args.out):
+        _prune(args, choose)
+
+
+def _prune(args: Args, choose: Method) -> None:
     device = pick_device(args.device)
     folder = load_folder(args.teacher, device)
     if folder.structure is not None:
         raise UserError(f"{args.teacher} is pruned already; wanted a dense model")
-    if args.out.exists():  # better now than after an hour of calibration
-        raise UserError(f"{args.out} exists already; delete it or choose another folder")
     latent = folder.config.sample_size if args.latent is None else args.latent
     text = folder.text_encoder.length if args.text is None else args.text
     ratio = args.budget

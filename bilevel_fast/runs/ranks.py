@@ -5,7 +5,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import DIGEST, digest_of
 from bilevel_fast.runs.assemble import Materials
 from bilevel_fast.runs.config import TrainConfig
-from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.scale.team import Team
 from bilevel_fast.training.run_folder import RunFolder, flatten
 
@@ -64,11 +62,11 @@ def source_digest(source: LatentSource) -> str:
 
 @contextlib.contextmanager
 def run_folder(
-    config: TrainConfig, volatile: tuple[str, ...], defaults: Mapping[str, Path], team: Team
+    config: TrainConfig, volatile: tuple[str, ...], known: Mapping[str, list[str]], team: Team
 ) -> Iterator[RunFolder]:
     """The run's folder, which the first rank opens, holds and writes to; the others read what it writes.
 
-    `volatile` and `defaults` are those of `RunFolder.open` and `inputs`.
+    `volatile` is that of `RunFolder.open`, `known` its inputs.
 
     Raises:
         UserError: As `RunFolder.open`.
@@ -76,10 +74,8 @@ def run_folder(
     with contextlib.ExitStack() as stack:
         place = RunFolder(config.out)
         if team.rank == 0:
-            known = inputs(config, defaults)
-            opening = RunFolder.open(
-                config.out, config.to_dict(), resume=config.resume, volatile=volatile, inputs=known
-            )
+            settings = config.to_dict()
+            opening = RunFolder.open(config.out, settings, resume=config.resume, volatile=volatile, inputs=known)
             place = stack.enter_context(opening)
         team.first(lambda: None)
         yield place

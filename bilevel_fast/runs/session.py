@@ -8,6 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
 from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.runs.inputs import check_unchanged, inputs
 from bilevel_fast.runs.ranks import run_folder, trained_with
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
@@ -62,16 +64,23 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
     erased = erased_concepts(config)
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)
+    first, defaults = team.rank == 0, {"teacher": TEACHER}  # the first rank watches what all of them read
+    before: dict[str, list[str]] = {}
+    with suppress(UserError, OSError):  # who reads it says what is wrong with it
+        before = inputs(config, defaults) if first else {}
     folder = load_folder(config.teacher or TEACHER)
     check_world(config, folder)
     # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
     start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
     names = ["student", "distilled"] if config.world and config.twin else ["student"]
-    with run_folder(config, VOLATILE, {"teacher": TEACHER}, team) as place:
+    known = inputs(config, defaults) if first else {}
+    before = before or known
+    check_unchanged(before, known)
+    with run_folder(config, VOLATILE, known, team) as place:
         with GracefulStop() as stop:
             teacher = folder.unet().requires_grad_(False)
-            first = team.rank == 0
             materials = team.in_turn(lambda: gather(config, folder, teacher, erased, place.path, record=first))
+            check_unchanged(before, inputs(config, defaults) if first else {})
             if team.world > 1:
                 team.agree(trained_with(start, materials))
             trained = {

@@ -12,7 +12,6 @@ line without its end was torn by a kill and does not count. When all are drawn, 
 import fcntl
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,8 +23,10 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import (
+    append,
     clip,
     is_name,
+    mend,
     parse_json,
     read_file,
     read_json,
@@ -135,7 +136,7 @@ class ImageWriter:
         with writer._locked():
             settings = writer._settings(recipe)
             settings = settings or {"format": FORMAT, "version": VERSION, "model": model, "recipe": recipe, "runs": []}
-            _drop_torn_line(path / INDEX)
+            mend(path / INDEX)
             found = _read_index(path)
             for entry in found.values():
                 writer._check(entry)
@@ -155,19 +156,8 @@ class ImageWriter:
         """
         if not ids:
             return
-        left = memoryview("".join(_line(self._wanted[name]) for name in ids).encode())
-        # no buffer: when the disk is full, it would try again on closing, after what was torn is cut off
-        with self._locked(), (self.path / INDEX).open("ab", buffering=0) as file:
-            _drop_torn_line(self.path / INDEX)
-            size = os.fstat(file.fileno()).st_size
-            try:
-                while left:
-                    left = left[file.write(left) :]
-                os.fsync(file.fileno())
-            except OSError as error:
-                os.ftruncate(file.fileno(), size)
-                error.filename = str(self.path / INDEX)
-                raise
+        with self._locked():
+            append(self.path / INDEX, "".join(_line(self._wanted[name]) for name in ids).encode())
         self.finished |= set(ids)
 
     def finish(self) -> ImageFolder:
@@ -280,17 +270,3 @@ def _read_index(path: Path) -> dict[str, DrawnImage]:
             raise UserError(f"{file} line {number}: image {entry.id!r} is there twice")
         entries[entry.id] = entry
     return entries
-
-
-def _drop_torn_line(file: Path) -> None:
-    """Cut off what a killed process has left of a line, so that the next one begins where a line begins."""
-    if not file.exists():
-        return
-    with file.open("r+b") as handle:
-        size = handle.seek(0, os.SEEK_END)
-        handle.seek(max(0, size - 1))
-        if handle.read() in (b"", b"\n"):
-            return
-        handle.seek(0)
-        handle.truncate(handle.read().rfind(b"\n") + 1)
-        os.fsync(handle.fileno())

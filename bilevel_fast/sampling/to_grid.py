@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.devices import compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
@@ -59,11 +60,16 @@ def draw_grid(model: Path, asked: GridFlags, load: Load = load_painter) -> Path:
     Raises:
         UserError: Bad input of any kind.
     """
-    prompts, seeds, out = asked.prompts, asked.seeds, asked.out or Path("grid.png")
-    if not prompts or not seeds:
+    out = asked.out or Path("grid.png")
+    if not asked.prompts or not asked.seeds:
         raise UserError("--prompts and --seeds want at least one value")
-    if out.exists():
-        raise UserError(f"{out} exists already; delete it or choose another --out")
+    with claimed(out):
+        _draw(model, asked, out, load)
+    return out
+
+
+def _draw(model: Path, asked: GridFlags, out: Path, load: Load) -> None:
+    prompts, seeds = asked.prompts, asked.seeds
     place = pick_device(asked.device)
     painter = load(model, place)
     folder = painter.folder
@@ -86,4 +92,3 @@ def draw_grid(model: Path, asked: GridFlags, load: Load = load_painter) -> Path:
     rows = {f"seed {s}": torch.cat([images[s, n] for n in range(len(prompts))]) for s in seeds}
     zoom = max(1, 128 // next(iter(rows.values())).shape[-1])
     write_atomic(out, png(picture(rows, prompts, zoom)))
-    return out

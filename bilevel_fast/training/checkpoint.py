@@ -110,6 +110,19 @@ def save(
     return path
 
 
+def tidy(folder: Path, step: int) -> None:
+    """Delete what a process that was killed after it had saved `step` had no time to delete; for who writes there.
+
+    A run that is done saves nothing more, and checkpoints have gigabytes. Nothing goes that may be damaged: who has
+    read `step` has not read what is newer.
+    """
+    for leftover in folder.glob(f"{_ASIDE}*"):
+        shutil.rmtree(leftover)
+    found = _checkpoints(folder)
+    if [number for number, _, _ in found[-2:]].count(step) == 1 and found[-1][0] == step:
+        _prune(folder, step, found[-1][2])
+
+
 def latest(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, None if there is none; a damaged one on the way gets a warning.
 

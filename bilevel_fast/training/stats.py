@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self, TextIO
 import torch
 from torch import Tensor
 
-from bilevel_fast.base.files import parse_json, whole, write_atomic
+from bilevel_fast.base.files import append, parse_json, whole, write_atomic
 
 Record = dict[str, Any]
 
@@ -170,13 +170,13 @@ class JsonLines:
 
     def __init__(self, path: Path, step: int = 0) -> None:
         _keep_until(path, step)
-        self._file = path.open("a", buffering=1)
+        self.path = path
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        append(self.path, (json.dumps(record, allow_nan=False) + "\n").encode(), durable=False)
 
     def close(self) -> None:
-        self._file.close()
+        pass
 
 
 class TensorBoard:

@@ -14,8 +14,10 @@ import pytest
 from bilevel_fast.base import files
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import (
+    append,
     aside_of,
     is_name,
+    mend,
     parse_json,
     read_file,
     read_json,
@@ -114,7 +116,7 @@ def test_what_a_killed_process_left(tmp_path):
     assert path.read_bytes() == b"old"
     left = set(tmp_path.iterdir()) - {path}
     assert {entry.is_dir() for entry in left} == {True, False}
-    others = [tmp_path / name for name in (".notes.tmp", ".a.0123456789ab-1-0.tmp", ".out.tmp", "x.tmp")]
+    others = [tmp_path / name for name in (".notes.tmp", ".a.0123456789ab-1-0.tmp", "x.tmp")]
     for other in others:
         other.write_bytes(b"kept")
     with replacing(path) as file:
@@ -124,6 +126,43 @@ def test_what_a_killed_process_left(tmp_path):
         assert set(tmp_path.iterdir()) == {path, *others, *ours}
     assert path.read_bytes() == b"new"
     assert set(tmp_path.iterdir()) == {path, *others}
+
+
+@pytest.mark.situation
+def test_what_an_earlier_release_left(tmp_path):
+    """A release of before left what it was writing, or a process of the same id did: it goes with the next write."""
+    path, live = tmp_path / "out", aside_of(tmp_path / "live")
+    same = live.with_name(f".a.{files._machine()}-{os.getpid()}-{files._FIRST - 1}.tmp")
+    for left in (tmp_path / ".out.tmp", same, live):
+        left.write_bytes(b"half")
+    write_atomic(path, b"new")
+    assert set(tmp_path.iterdir()) == {path, live}
+
+
+@pytest.mark.situation
+def test_lines_that_are_added(tmp_path, monkeypatch):
+    """A process is killed while it adds a line to a file, or the disk is full: whole lines stay, and no other."""
+    path = tmp_path / "rows.jsonl"
+    append(path, b'{"a": 1}\n')
+    append(path, b'{"a": 2}\n{"a": 3}\n', durable=False)
+    path.write_bytes(path.read_bytes() + b'{"a": 4}')
+    append(path, b'{"a": 5}\n')
+    path.write_bytes(path.read_bytes() + b'{"a": "' + b"x" * 100_000)
+
+    def full(number: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left") as refusal:
+            append(path, b'{"a": 6}\n')
+    assert refusal.value.filename == str(path)
+    assert [row["a"] for _, row in read_json_lines(path)] == [1, 2, 3, 4, 5]
+    path.write_bytes(b'{"a": 1}\n12')
+    mend(path)
+    assert path.read_bytes() == b'{"a": 1}\n'
+    mend(tmp_path / "none")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_write_that_fails_names_the_file_and_leaves_nothing(tmp_path, monkeypatch):

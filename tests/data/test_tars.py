@@ -157,6 +157,22 @@ def test_patterns(tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
+        ("a-{0..999999999999}.tar", r"'\{0..999999999999\}' stands for more than 131072 tars"),
+        ("a-{" + "9" * 5000 + ".." + "9" * 5000 + "}.tar", "stands for more than 131072 tars"),
+        ("{0..999}{0..999}.tar", "stands for more than 131072 tars"),
+        ("{a,b}" * 40, "stands for more than 131072 tars"),
+    ],
+)
+def test_patterns_without_end(pattern, message):
+    """A pattern that stands for more tars than anybody has: refused before it is written out."""
+    with pytest.raises(UserError, match=message) as refusal:
+        expanded(pattern)
+    assert len(str(refusal.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
         ("train-00.tar", r"there is no .*/train-00.tar; did you mean 'train-000.tar'"),
         ("train-{000..001}.tar", r"there is no .*/train-001.tar; did you mean"),
         ("other/*.tar", r"the folder .*/other does not exist"),

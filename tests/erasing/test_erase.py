@@ -176,7 +176,7 @@ def test_bad_folders(teacher, run, tmp_path):
         wanted = "error: all 7 Transformers of the model were dropped; there is nothing to edit\n"
         assert (code, stderr) == (2, wanted)
         code, _, stderr = run(method, "--model", teacher, *some, "--out", bare)
-        assert (code, stderr) == (2, f"error: {bare} exists already; delete it or choose another folder\n")
+        assert (code, stderr) == (2, f"error: {bare} exists already; delete it or choose another name\n")
     broken = {
         "[]": "wanted a JSON object",
         '{"format": "x"}': "'x', version None; this release",

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_fast.base import errors
+from faults import Fault
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["bilevel_fast.runs.session", "bilevel_fast.sampling.to_folder", "transformers"])
+processes.set_forkserver_preload(
+    ["bilevel_fast.runs.session", "bilevel_fast.sampling.to_folder", "transformers", "tyro", "nvidia.dali"]
+)
 
 
 class Started:
@@ -27,7 +30,8 @@ class Started:
         arguments: As a user types them.
         log: The file that gets standard output and standard error.
         environment: Variables that it finds set.
-        package: Of the module; a helper of the tests has none.
+        package: Of the module; a helper of the tests has none, and a benchmark says its own.
+        fault: What happens to it.
     """
 
     def __init__(
@@ -37,11 +41,13 @@ class Started:
         log: Path,
         environment: Mapping[str, str] | None = None,
         package: str = "bilevel_fast.",
+        fault: Fault | None = None,
     ):
         self.log = log
         log.touch()
         words = [str(argument) for argument in arguments]
-        self._process = processes.Process(target=_run, args=(package + name, words, log, dict(environment or {})))
+        module = name if name.startswith("benchmarks.") else package + name
+        self._process = processes.Process(target=_run, args=(module, words, log, dict(environment or {}), fault))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -65,11 +71,13 @@ class Started:
         return self._process.exitcode
 
 
-def _run(name: str, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+def _run(name: str, arguments: list[str], log: Path, environment: dict[str, str], fault: Fault | None) -> None:
     os.environ.update(environment)
     with log.open("ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     module = importlib.import_module(name)
     sys.argv = [name, *arguments]
+    if fault is not None:
+        fault.install()
     raise SystemExit(errors.run(module.main))

@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -96,6 +98,17 @@ def test_every_kind_becomes_rgb(tmp_path):
     np.testing.assert_array_equal(read_rgb(tmp_path / "exact.png"), color)
 
 
+def sixteen_bits(channels: int) -> bytes:
+    """A PNG of colours of 16 bits, (64, 64, 3 or 4), which PIL cannot write."""
+    pixels = np.random.default_rng(1).integers(0, 65536, (64, 64, channels), dtype=np.uint16).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", 64, 64, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
 def kinds() -> dict[str, bytes]:
     """Pictures of 64x64 that decoders may read otherwise than each other, as files."""
     rng = np.random.default_rng(0)
@@ -103,6 +116,8 @@ def kinds() -> dict[str, bytes]:
     smooth = Image.fromarray(color[..., :3]).resize((8, 8)).resize((64, 64), Image.Resampling.BICUBIC)
     return {
         "16 bits.png": encoded(Image.fromarray(rng.integers(0, 65536, (64, 64), dtype=np.uint16)), "PNG"),
+        "colours of 16 bits.png": sixteen_bits(3),
+        "colours of 16 bits and alpha.png": sixteen_bits(4),
         "alpha.png": encoded(Image.fromarray(color), "PNG"),
         "grey and alpha.png": encoded(Image.fromarray(color).convert("LA"), "PNG"),
         "palette.png": encoded(smooth.quantize(16), "PNG"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from bilevel_fast.base.files import replacing
 from bilevel_fast.base.tables import markdown, seeds_named, spread
 from bilevel_fast.runs.paper.experiments import Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
@@ -81,7 +82,8 @@ def plot(experiment: Experiment, columns: Sequence[Column], rows: Sequence[Mappi
         if columns[0].key == "fid":
             axes[0][0].set_yscale("log")
     figure.suptitle(f"{experiment.title}; mean and range over seeds")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

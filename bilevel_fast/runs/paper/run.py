@@ -18,7 +18,7 @@ from typing import Any
 
 from bilevel_fast.base.devices import machine, pick_device
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_file, read_json_lines, write_atomic
+from bilevel_fast.base.files import append, read_file, read_json_lines, write_atomic
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.inputs import inputs
@@ -105,8 +105,7 @@ def _run(
             columns = bench.judge.columns(experiment.measure)
             for step in missing:
                 rows.append(_measure(experiment, row, erase, seed, step, bench))
-                with (place.path / ROWS).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(rows[-1], allow_nan=False) + "\n")
+                append(place.path / ROWS, (json.dumps(rows[-1], allow_nan=False) + "\n").encode())
                 _log.info("seed %d, %s, step %d: %s", seed, row.label, step, rows[-1]["numbers"])
             if seed == seeds[0] and not experiment.is_curve and len(erase) == len(concepts):  # one set of prompts
                 shown[row.name], prompts = bench.judge.pictures(row.member, bench.shop(row.member))
