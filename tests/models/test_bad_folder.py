@@ -11,15 +11,9 @@ from safetensors.torch import load_file, save_file
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from mini_folder import make_mini_folder
-from sd_folder import make_sd_folder
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory) -> Path:
-    return make_sd_folder(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture
