@@ -1,4 +1,4 @@
-"""A model folder as a diffusers pipeline: pruned students run where Stable Diffusion runs."""
+"""A model folder as a diffusers pipeline: pruned students run where Stable Diffusion and Stable Diffusion XL run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class PipelineUNet(nn.Module):
-    """Our UNet with the signature by which a `StableDiffusionPipeline` calls its `UNet2DConditionModel`."""
+    """Our UNet with the signature by which a `StableDiffusionPipeline`, or that of XL, calls its
+    `UNet2DConditionModel`."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()

@@ -146,7 +146,7 @@ def sample_folder(
         )  # it has few words: refuses others before the first image
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     run = {"batch": batch, "device": name, "torch": torch.__version__}
-    others = {name: fingerprint(folder.path / name) for name in ("text_encoder", "vae", "scheduler")}
+    others = {name: fingerprint(folder.path / name) for name in (*folder.family.text_encoders, "vae", "scheduler")}
     made_by = {**asdict(recipe), **painter.fingerprints(), **others}
     writer = ImageWriter.begin(out, rows, made_by, model=str(model), run=run)
     todo = [row for row in ranks.share(rows) if row.id not in writer.finished]
