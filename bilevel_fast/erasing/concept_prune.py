@@ -63,7 +63,7 @@ class ConceptPrune:
     steps: int = 50
     """DDIM steps sampled; each is a timestep."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
     size: int | None = None
     """Height and width of the latents. Default: what the model was made for."""
     batch: int = 8

@@ -14,8 +14,8 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json
 from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
-from bilevel_fast.models.sdxl import XlTextEncoder, is_xl, refuse_relatives
 from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
+from bilevel_fast.models.text_encoder_xl import XlTextEncoder, is_xl, refuse_relatives
 
 Device = torch.device | str
 

@@ -48,7 +48,7 @@ class ConceptsArgs:
     steps: int = 25
     """Of PNDM."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
     size: int | None = None
     """Height and width of the latents. Default: what the model was made for, but 64 (512 pixels) at most."""
     shows: Shows = "prompt"

@@ -36,7 +36,7 @@ class GridFlags:
     steps: int = 25
     """Sampling steps."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
     method: Method = "pndm"
     """Sampler."""
     size: int | None = None

@@ -10,8 +10,8 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json, write_json
 from bilevel_fast.models.conditioning import unpack
 from bilevel_fast.models.family import FAMILIES, family_of
-from bilevel_fast.models.sdxl import XlTextEncoder
 from bilevel_fast.models.text_encoder import indistinct, token_states
+from bilevel_fast.models.text_encoder_xl import XlTextEncoder
 from sdxl_folder import PROJECTED, SIDE, WIDTHS
 
 PROMPTS = ["a red star", "A blue HOUSE by monet, xyz! " * 30]
@@ -126,6 +126,6 @@ def test_a_text_encoder_whose_files_are_missing(broken):
 def test_towers_that_do_not_fit_each_other(encoder, sdxl, monkeypatch):
     monkeypatch.setattr(encoder.second.model.config, "max_position_embeddings", 60)
     towers = iter([(encoder.first.model, encoder.first.tokenizer), (encoder.second.model, encoder.second.tokenizer)])
-    monkeypatch.setattr("bilevel_fast.models.sdxl.load_clip", lambda *_: next(towers))
+    monkeypatch.setattr("bilevel_fast.models.text_encoder_xl.load_clip", lambda *_: next(towers))
     with pytest.raises(UserError, match="text_encoder reads 77 tokens, text_encoder_2 60"):
         XlTextEncoder.load(sdxl)
