@@ -9,6 +9,7 @@ Nothing here reads a tensor back to the host, so a training step never waits for
 Sources: DDPM, arXiv:2006.11239, eq. 4; v-prediction, arXiv:2202.00512, appendix D; Min-SNR, arXiv:2303.09556.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,17 +23,49 @@ from bilevel_fast.base.limits import TIMESTEPS
 
 PredictionType = Literal["v_prediction", "epsilon"]
 Quantity = Literal["v_prediction", "epsilon", "sample"]
+TimestepSpacing = Literal["leading", "trailing", "linspace"]
 
-# Fields of a diffusers scheduler config that change the noise process or the sampling grid: the one value
+# Fields of a diffusers scheduler config that change the noise process, or what the network is asked: the one value
 # that is implemented, and what diffusers assumes when the field is missing.
 _REQUIRED = {
     "beta_schedule": ("scaled_linear", "linear"),
     "trained_betas": (None, None),
-    "rescale_betas_zero_snr": (False, False),
-    "timestep_spacing": ("leading", "leading"),
-    "clip_sample": (False, False),
     "thresholding": (False, False),
+    "timestep_type": ("discrete", "discrete"),
+    "use_flow_sigmas": (False, False),
 }
+
+
+@dataclass(frozen=True)
+class _Defaults:
+    """What a scheduler class of diffusers assumes where its config says nothing."""
+
+    timestep_spacing: TimestepSpacing = "linspace"
+    to_one: bool = True
+    """Ends at abar = 1, or at sigma = 0, which is the same."""
+    clips: bool | None = None
+    """Cuts x_0 to [-1, 1]; None knows no such field."""
+    betas: tuple[float, float] = (0.0001, 0.02)
+
+
+_PNDM, _SIGMAS = _Defaults("leading", to_one=False), _Defaults()
+SCHEDULERS: Mapping[str, _Defaults] = {
+    "PNDMScheduler": _PNDM,
+    "DDIMScheduler": _Defaults("leading", clips=True),
+    "DDPMScheduler": _Defaults("leading", clips=True),
+    "DEISMultistepScheduler": _SIGMAS,
+    "DPMSolverMultistepScheduler": _SIGMAS,
+    "DPMSolverSinglestepScheduler": _SIGMAS,
+    "EulerAncestralDiscreteScheduler": _SIGMAS,
+    "EulerDiscreteScheduler": _SIGMAS,
+    "HeunDiscreteScheduler": _Defaults(clips=False, betas=(0.00085, 0.012)),
+    "KDPM2AncestralDiscreteScheduler": _Defaults(betas=(0.00085, 0.012)),
+    "KDPM2DiscreteScheduler": _Defaults(betas=(0.00085, 0.012)),
+    "LMSDiscreteScheduler": _SIGMAS,
+    "UniPCMultistepScheduler": _SIGMAS,
+}
+"""The classes of diffusers that walk one and the same noise process. How they walk it is their own; ours are PNDM and
+DDIM, whichever class a folder names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +77,13 @@ class Schedule:
     beta_end: float
     prediction_type: PredictionType
     steps_offset: int
-    """Added to every timestep of a sampling grid."""
+    """Added to every timestep of a "leading" sampling grid."""
     set_alpha_to_one: bool
     """Whether the last sampling step ends at abar = 1 instead of abar_0."""
+    timestep_spacing: TimestepSpacing = "leading"
+    """Which sampling grid: see `bilevel_fast.sampling.samplers.timesteps`."""
+    zero_terminal_snr: bool = False
+    """Whether abar ends at 0: the last timestep is noise alone. Never of an epsilon model."""
 
     @property
     def num_train_timesteps(self) -> int:
@@ -61,11 +98,33 @@ class Schedule:
         prediction_type: PredictionType = "v_prediction",
         steps_offset: int = 1,
         set_alpha_to_one: bool = False,
+        timestep_spacing: TimestepSpacing = "leading",
+        zero_terminal_snr: bool = False,
     ) -> "Schedule":
-        """Build the schedule on the CPU in fp32, operation for operation as diffusers does: same bits."""
+        """Build the schedule on the CPU in fp32, operation for operation as diffusers does: same bits.
+
+        With `zero_terminal_snr`, sqrt(abar) is shifted to end at 0 and scaled to begin where it did (arXiv:2305.08891,
+        algorithm 1); within rounding of diffusers, which goes back to betas and forth.
+
+        Raises:
+            UserError: `zero_terminal_snr` of an epsilon model, or of one timestep.
+        """
         betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float32) ** 2
-        alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        return cls(alphas_cumprod, beta_start, beta_end, prediction_type, steps_offset, set_alpha_to_one)
+        abar = torch.cumprod(1.0 - betas, dim=0)
+        if zero_terminal_snr:
+            if prediction_type != "v_prediction":
+                raise UserError(
+                    f"prediction_type is {prediction_type!r} with rescale_betas_zero_snr, wanted 'v_prediction': "
+                    "the last timestep is noise alone, and the noise in it says nothing of the picture"
+                )
+            if num_train_timesteps < 2:
+                raise UserError("num_train_timesteps is 1 with rescale_betas_zero_snr, wanted 2 or more")
+            root = abar.sqrt()
+            abar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+        return cls(
+            abar, beta_start, beta_end, prediction_type, steps_offset, set_alpha_to_one, timestep_spacing,
+            zero_terminal_snr,
+        )  # fmt: skip
 
     @classmethod
     def sd(cls, prediction_type: PredictionType = "v_prediction") -> "Schedule":
@@ -76,7 +135,8 @@ class Schedule:
     def load(cls, folder: Path | str) -> "Schedule":
         """Read `scheduler/scheduler_config.json` of a model folder in the diffusers layout.
 
-        Missing fields mean what they mean to diffusers; fields that concern other samplers are ignored.
+        Missing fields mean what they mean to the class of diffusers that the file names, or to PNDM if it names none of
+        `SCHEDULERS`; fields that say how that class samples are ignored.
 
         Raises:
             UserError: The file is missing or malformed, or asks for a process that is not implemented.
@@ -86,10 +146,10 @@ class Schedule:
 
     @classmethod
     def _from_config(cls, config: dict[str, Any], path: Path) -> "Schedule":
-        # Two defaults differ within diffusers: DDIM clips x_0 and ends at abar = 1, PNDM does neither.
-        ddim = config.get("_class_name") == "DDIMScheduler"
-        for field, (wanted, default) in _REQUIRED.items():
-            came = config.get(field, ddim if field == "clip_sample" else default)
+        of_class = SCHEDULERS.get(str(config.get("_class_name")), _PNDM)
+        required = _REQUIRED if of_class.clips is None else {**_REQUIRED, "clip_sample": (False, of_class.clips)}
+        for field, (wanted, default) in required.items():
+            came = config.get(field, default)
             if came != wanted:
                 how = "" if field in config else " by default"
                 raise UserError(f"{path}: {field} is {clip(came)}{how}; only {wanted!r} is supported")
@@ -100,24 +160,32 @@ class Schedule:
                 raise UserError(f"{path}: {field} is {clip(came)}, not of type {kind.__name__}")
             return came
 
-        prediction_type = read("prediction_type", str, "epsilon")
-        if prediction_type not in (known := get_args(PredictionType)):
-            hint = nearest(prediction_type, known)
-            raise UserError(f"{path}: prediction_type {prediction_type!r} is not supported{hint}")
-        start, end = read("beta_start", float, 0.0001), read("beta_end", float, 0.02)
+        def one_of(field: str, known: tuple[str, ...], default: str) -> Any:
+            came = read(field, str, default)
+            if came not in known:
+                raise UserError(f"{path}: {field} {clip(came)} is not supported{nearest(came, known)}")
+            return came
+
+        prediction_type = one_of("prediction_type", get_args(PredictionType), "epsilon")
+        spacing = one_of("timestep_spacing", get_args(TimestepSpacing), of_class.timestep_spacing)
+        start, end = (read(f"beta_{at}", float, of_class.betas[n]) for n, at in enumerate(("start", "end")))
         if not 0 < start <= end < 1:
             raise UserError(f"{path}: 0 < beta_start {start} <= beta_end {end} < 1 does not hold")
         timesteps = whole(read("num_train_timesteps", int, 1000), f"{path}: num_train_timesteps", 1, TIMESTEPS)
         offset = read("steps_offset", int, 0)
         if not 0 <= offset < timesteps:
             raise UserError(f"{path}: steps_offset {offset} is not in [0, {timesteps}), the timesteps")
-        to_one = read("set_alpha_to_one", bool, ddim)
-        return cls.scaled_linear(start, end, timesteps, prediction_type, offset, to_one)
+        to_one = read("set_alpha_to_one", bool, of_class.to_one)
+        zero = read("rescale_betas_zero_snr", bool, False)
+        try:
+            return cls.scaled_linear(start, end, timesteps, prediction_type, offset, to_one, spacing, zero)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The scheduler_config.json that `load`, and diffusers, read back as this schedule."""
         return {
-            "_class_name": "PNDMScheduler",
+            "_class_name": "DDIMScheduler" if self.zero_terminal_snr else "PNDMScheduler",  # which has no such field
             "beta_start": self.beta_start,
             "beta_end": self.beta_end,
             "num_train_timesteps": self.num_train_timesteps,
@@ -125,7 +193,12 @@ class Schedule:
             "steps_offset": self.steps_offset,
             "set_alpha_to_one": self.set_alpha_to_one,
             "skip_prk_steps": True,
-            **{field: wanted for field, (wanted, _) in _REQUIRED.items()},
+            "beta_schedule": "scaled_linear",
+            "trained_betas": None,
+            "rescale_betas_zero_snr": self.zero_terminal_snr,
+            "timestep_spacing": self.timestep_spacing,
+            "clip_sample": False,
+            "thresholding": False,
         }
 
     def to(self, device: torch.device | str) -> "Schedule":
@@ -219,7 +292,8 @@ def convert(
         x: (B, C, H, W) x_t.
         t: (B,) int64, or () for one timestep throughout.
         into: Which quantity to return.
-        given: Which quantity `value` is; by default what the schedule's network predicts.
+        given: Which quantity `value` is; by default what the schedule's network predicts. Where abar is 0, epsilon
+            says nothing of the others; v and x_0 say all.
     """
     given = given or schedule.prediction_type
     value, x = value.float(), x.float()

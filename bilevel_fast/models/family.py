@@ -13,6 +13,7 @@ import torch
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json
 from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
+from bilevel_fast.models.diffusion import SCHEDULERS
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
 from bilevel_fast.models.text_encoder_xl import XlTextEncoder, is_xl, refuse_relatives
@@ -62,7 +63,7 @@ MINI_INDEX = {
 FAMILIES = {
     "stable-diffusion": Family(
         components={
-            "scheduler": ("PNDMScheduler", "DDIMScheduler"),
+            "scheduler": tuple(SCHEDULERS),
             "text_encoder": ("CLIPTextModel",),
             "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
             "unet": ("UNet2DConditionModel",),

@@ -1,8 +1,8 @@
-"""Sampling: PNDM (PLMS) and DDIM on the "leading" timestep grid, with classifier-free guidance.
+"""Sampling: PNDM (PLMS) and DDIM on the model's timestep grid, with classifier-free guidance.
 
-Both walk t_0 > t_1 > ... at a stride of d = T // steps and move with the deterministic update
+Both walk the grid t_0 > t_1 > ..., s being the timestep after t, and move with the deterministic update
 
-    x_{t-d} = sqrt(abar_{t-d}) x_0 + sqrt(1 - abar_{t-d}) eps
+    x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) eps
 
 where x_0 and eps are what a network output m says about x_t. For DDIM, m is the output at x_t. PNDM first
 combines the last four *raw* outputs into m, as Adams-Bashforth does, and starts with an improved Euler step
@@ -27,7 +27,7 @@ Method = Literal["pndm", "ddim"]
 Predict = Callable[[Tensor, Tensor], Tensor]
 """predict(x (B, C, H, W) fp32, t (B,) int64) -> network output (B, C, H, W)"""
 Move = Callable[[Tensor, Tensor, int], Tensor]
-"""move(x, m, t) -> x one stride further down"""
+"""move(x, m, t) -> x at the next timestep of the grid"""
 
 # Adams-Bashforth weights of the newest output first, by the number of outputs known.
 _MULTISTEP = {
@@ -43,15 +43,25 @@ class _Output(Protocol):
 
 
 def timesteps(schedule: Schedule, steps: int) -> tuple[int, ...]:
-    """The "leading" sampling grid, descending: 961, 921, ..., 1 for 25 steps of Stable Diffusion.
+    """The sampling grid of the schedule's spacing, descending, as diffusers' DDIM and PNDM have it.
+
+        leading   multiples of T // steps, plus the steps_offset: 961, 921, ..., 1 for 25 steps of Stable Diffusion
+        trailing  from the last timestep down: 999, 959, ..., 39
+        linspace  from the last one to the first: 999, 957, ..., 0
 
     Raises:
         UserError: The schedule has no such grid. As many steps as timesteps only fit a steps_offset of 0.
     """
-    count, offset = schedule.num_train_timesteps, schedule.steps_offset
+    count, spacing = schedule.num_train_timesteps, schedule.timestep_spacing
     if not 1 <= steps <= count:
         raise UserError(f"steps is {steps}; a schedule of {count} timesteps takes 1 to {count}")
-    stride = count // steps
+    if spacing == "trailing":
+        return tuple(round(count - k * (count / steps)) - 1 for k in range(steps))
+    if spacing == "linspace":
+        if steps < 2:
+            raise UserError("steps is 1; the model's timestep_spacing 'linspace' takes 2 or more")
+        return tuple(round(k * ((count - 1) / (steps - 1))) for k in reversed(range(steps)))
+    stride, offset = count // steps, schedule.steps_offset
     grid = range(offset, offset + steps * stride, stride)
     if grid[-1] >= count:
         raise UserError(f"steps is {steps}; its grid would start at timestep {grid[-1]}, the last is {count - 1}")
@@ -116,7 +126,8 @@ def sample(
     """
     grid = checked_grid(schedule, steps, method)
     schedule = schedule.to(x_T.device)
-    calls = 0
+    calls, end = 0, grid[-1] - schedule.num_train_timesteps // steps
+    after = dict(zip(grid, (*grid[1:], end), strict=True))
 
     def ask(x: Tensor, t: int) -> Tensor:
         nonlocal calls
@@ -127,7 +138,7 @@ def sample(
         return out
 
     def move(x: Tensor, m: Tensor, t: int) -> Tensor:
-        return ddim_step(schedule, x, m, t, t - schedule.num_train_timesteps // steps)
+        return ddim_step(schedule, x, m, t, after[t])
 
     walk = _pndm if method == "pndm" else _ddim
     return walk(ask, move, x_T.float(), grid)

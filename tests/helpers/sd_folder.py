@@ -28,6 +28,7 @@ def make_sd_folder(
     scheduler: str = "PNDMScheduler",
 ) -> Path:
     """Write a model folder and return its path; the same seed writes the same weights."""
+    import diffusers
     from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -78,7 +79,7 @@ def make_sd_folder(
         case "DDIMScheduler":
             schedule = DDIMScheduler(clip_sample=False, **steps)
         case _:
-            raise ValueError(f"scheduler {scheduler!r} is not one of the two that Stable Diffusion 2.1 ships with")
+            schedule = getattr(diffusers, scheduler).from_config({**steps, "timestep_spacing": "leading"})
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

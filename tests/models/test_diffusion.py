@@ -3,12 +3,13 @@
 import itertools
 import json
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.diffusion import Schedule, convert, noise, snr_weight
+from bilevel_fast.models.diffusion import SCHEDULERS, Schedule, convert, noise, snr_weight
 
 SD21 = {  # scheduler_config.json of stabilityai/stable-diffusion-2-1
     "_class_name": "DDIMScheduler",
@@ -189,6 +190,86 @@ def test_missing_fields_mean_what_they_mean_to_diffusers(tmp_path):
         assert getattr(loaded, name) == theirs.config[name]
 
 
+@pytest.mark.situation
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_any_scheduler_of_the_same_process(tmp_path, name):
+    """A folder whose scheduler is Euler, DPM-Solver, DDPM or another of diffusers': its noise process is read."""
+    asked = {"prediction_type": "v_prediction", "steps_offset": 1, "timestep_spacing": "leading", "clip_sample": False}
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    theirs = getattr(diffusers, name).from_config({**asked, **betas, "use_karras_sigmas": False})
+    theirs.save_pretrained(tmp_path / "scheduler")
+    loaded = Schedule.load(tmp_path)
+    assert torch.equal(loaded.alphas_cumprod, theirs.alphas_cumprod)
+    assert loaded.to_dict() == Schedule.sd().to_dict() | {"set_alpha_to_one": name != "PNDMScheduler"}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_missing_fields_mean_what_they_mean_to_each_class(tmp_path, name):
+    bare = {"_class_name": name, "beta_schedule": "scaled_linear", "clip_sample": False}
+    loaded, theirs = Schedule.load(write(tmp_path, bare)), getattr(diffusers, name).from_config(bare)
+    assert torch.equal(loaded.alphas_cumprod, theirs.alphas_cumprod)
+    assert loaded.prediction_type == theirs.config.prediction_type
+    if name != "DPMSolverSinglestepScheduler":  # which knows one spacing, without a name
+        assert loaded.timestep_spacing == theirs.config.timestep_spacing
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timestep_type": "continuous"}, "timestep_type is 'continuous'; only 'discrete' is supported"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas is True; only False is supported"),
+        ({"_class_name": "DDPMScheduler", "clip_sample": True}, "clip_sample is True; only False is supported"),
+        ({"timestep_spacing": "karras"}, "timestep_spacing 'karras' is not supported; choose from"),
+    ],
+)
+def test_a_scheduler_of_another_process(tmp_path, change, message):
+    """A scheduler that asks the network in another way (flow matching, continuous time): refused by the field."""
+    with pytest.raises(UserError, match=r"scheduler_config\.json") as refusal:
+        Schedule.load(write(tmp_path, {**SD21, "_class_name": "EulerDiscreteScheduler"} | change))
+    assert message in str(refusal.value)
+
+
+def zero_snr(**change):
+    return {**SD21, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"} | change
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
+def test_a_schedule_that_ends_in_noise_alone(tmp_path, name):
+    """A folder with `rescale_betas_zero_snr`: the last timestep is noise alone, and no weight divides by zero."""
+    config = zero_snr(_class_name=name)
+    schedule, theirs = Schedule.load(write(tmp_path, config)), getattr(diffusers, name).from_config(config)
+    torch.testing.assert_close(schedule.alphas_cumprod, theirs.alphas_cumprod, rtol=0, atol=1e-6)
+    assert schedule.alphas_cumprod[-1] == 0
+    t = torch.tensor([999, 998, 0])
+    x0, eps = torch.randn(2, 3, 4, 6, 10)
+    noised = noise(schedule, x0, eps, t)
+    assert torch.equal(noised.x[0], eps[0])
+    assert torch.equal(noised.target[0], -x0[0])
+    assert torch.equal(snr_weight(schedule, t)[:2], torch.ones(2))
+    for into, truth in (("sample", x0), ("epsilon", eps)):
+        torch.testing.assert_close(convert(schedule, noised.target, noised.x, t, into), truth, rtol=0, atol=1e-5)
+        torch.testing.assert_close(convert(schedule, x0, noised.x, t, into, "sample"), truth, rtol=0, atol=1e-4)
+    again = Schedule._from_config(schedule.to_dict(), tmp_path)
+    assert torch.equal(again.alphas_cumprod, schedule.alphas_cumprod)
+    assert torch.equal(again.alphas_cumprod, Schedule.load(tmp_path).alphas_cumprod)
+
+
+@pytest.mark.situation
+def test_an_epsilon_model_cannot_end_in_noise_alone(tmp_path):
+    """The same field with an epsilon model: refused, as the last timestep tells it nothing of the picture."""
+    with pytest.raises(
+        UserError, match=r"scheduler_config\.json: prediction_type is 'epsilon' with rescale_betas_zero"
+    ):
+        Schedule.load(write(tmp_path, zero_snr(prediction_type="epsilon")))
+    one = {"num_train_timesteps": 1, "steps_offset": 0}
+    with pytest.raises(UserError, match="num_train_timesteps is 1 with rescale_betas_zero_snr, wanted 2 or more"):
+        Schedule._from_config(zero_snr(**one), tmp_path)
+
+
 def test_missing_set_alpha_to_one_is_true_for_ddim(tmp_path):
     config = {name: value for name, value in SD21.items() if name != "set_alpha_to_one"}
     assert Schedule.load(write(tmp_path, config)).set_alpha_to_one is True
@@ -199,8 +280,7 @@ def test_missing_set_alpha_to_one_is_true_for_ddim(tmp_path):
     [
         ({"beta_schedule": "linear"}, "beta_schedule is 'linear'; only 'scaled_linear' is supported"),
         ({"trained_betas": [0.1]}, "trained_betas is"),
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True"),
-        ({"timestep_spacing": "trailing"}, "timestep_spacing is 'trailing'; only 'leading'"),
+        ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr is 1, not of type bool"),
         ({"clip_sample": True}, "clip_sample is True; only False"),
         ({"thresholding": True}, "thresholding is True"),
         ({"prediction_type": "v_predictions"}, "did you mean 'v_prediction'"),

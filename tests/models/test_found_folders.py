@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from bilevel_fast import erase, prune, sample
@@ -19,6 +19,7 @@ from bilevel_fast.data.cache import check_latents
 from bilevel_fast.erasing.pairs import Pair, check
 from bilevel_fast.models import folder as folders
 from bilevel_fast.models.folder import load_folder, load_unet, save_student
+from bilevel_fast.models.pipeline import load_pipeline
 from bilevel_fast.models.text_encoder import indistinct
 from bilevel_fast.models.weights import _digest, fingerprint, same_component
 from bilevel_fast.runs.session import _check_anchors
@@ -149,6 +150,18 @@ def test_fields_that_we_do_not_read(found, tmp_path, command):
     unet = StableDiffusionPipeline.from_pretrained(out).unet
     assert unet.config.upcast_attention is True
     assert torch.equal(unet.conv_in.weight, load_unet(out).conv_in.weight)
+
+
+def test_a_scheduler_of_another_class(tmp_path):
+    """A folder with an Euler scheduler, as many are published: read, and a student keeps its file byte for byte."""
+    model = make_sd_folder(tmp_path / "model", scheduler="EulerDiscreteScheduler")
+    file = "scheduler/scheduler_config.json"
+    (model / file).write_text((model / file).read_text().replace("{", '{"of_tomorrow":  null,', 1))
+    folder = load_folder(model)
+    save_student(tmp_path / "out", folder, folder.unet())
+    assert (tmp_path / "out" / file).read_bytes() == (model / file).read_bytes()
+    assert type(load_pipeline(tmp_path / "out").scheduler) is EulerDiscreteScheduler
+    assert folder.schedule.timestep_spacing == "leading"
 
 
 def with_safety_checker(path: Path) -> dict[str, torch.Tensor]:

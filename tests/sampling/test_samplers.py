@@ -60,6 +60,54 @@ def test_grid_is_that_of_diffusers(steps):
     assert list(timesteps(Schedule.sd(), steps)) == theirs.timesteps.tolist()
 
 
+@pytest.mark.parametrize("steps", [2, 10, 25, 30, 50, 999])
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, PNDMScheduler])
+def test_every_spacing_is_that_of_diffusers(scheduler, spacing, steps):
+    schedule = Schedule.scaled_linear(timestep_spacing=spacing)
+    theirs = scheduler.from_config(schedule.to_dict())
+    theirs.set_timesteps(steps)
+    grid = theirs.timesteps.unique().tolist()  # PNDM visits the second one twice
+    assert sorted(timesteps(schedule, steps)) == grid
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize(
+    ("method", "scheduler", "zero"),
+    [("pndm", PNDMScheduler, False), ("ddim", DDIMScheduler, False), ("ddim", DDIMScheduler, True)],
+)
+def test_a_grid_from_the_last_timestep_down(method, scheduler, zero):
+    """A folder with `timestep_spacing: trailing`, zero terminal SNR or not: drawn as diffusers draws it."""
+    schedule = Schedule.scaled_linear(timestep_spacing="trailing", zero_terminal_snr=zero)
+    x_T = torch.randn(3, 4, 6, 10)
+    theirs = reference(scheduler.from_config(schedule.to_dict()), x_T, 25)
+    ours = sample(network, x_T, schedule, 25, method)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+def test_each_step_ends_where_the_next_begins():
+    """The oracle of one image stays on its path, whatever the grid: strides of 41 and 42 would leave it otherwise."""
+    schedule = Schedule.scaled_linear(timestep_spacing="linspace")
+    x0, eps = torch.randn(2, 1, 4, 8, 8)
+    told = {}
+
+    def oracle(x, t):
+        told[int(t)] = (x - noise(schedule, x0, eps, t).x).abs().max().item()
+        alpha, sigma = schedule.alpha_sigma(t)
+        return (alpha * x - x0) / sigma
+
+    sample(oracle, noise(schedule, x0, eps, torch.tensor([999])).x, schedule, 25, "ddim")
+    assert len(told) == 25
+    assert max(told.values()) < 1e-4
+
+
+@pytest.mark.situation
+def test_one_step_of_a_grid_that_ends_at_zero():
+    """One sampling step of a folder with `timestep_spacing: linspace`: refused; it would be the step at the end."""
+    with pytest.raises(UserError, match="steps is 1; the model's timestep_spacing 'linspace' takes 2 or more"):
+        timesteps(Schedule.scaled_linear(timestep_spacing="linspace"), 1)
+
+
 def test_every_timestep_without_offset():
     assert timesteps(Schedule.scaled_linear(steps_offset=0), 1000) == tuple(range(999, -1, -1))
 
