@@ -127,7 +127,7 @@ class ConceptPrune:
 
 def second_matrices(unet: UNet) -> dict[str, nn.Parameter]:
     """The matrices (C, F) that come after the GEGLU, of the Transformers that are left, by parameter name."""
-    names = [f"{site.name}.transformer_blocks.0.ff.net.2.weight" for site in transformers(unet.structure)[0]]
+    names = [f"{site.transformer_block}.ff.net.2.weight" for site in transformers(unet.structure)[0]]
     return {name: unet.get_parameter(name) for name in names}
 
 

@@ -143,7 +143,7 @@ def matrices(unet: UNet) -> Iterator[tuple[str, nn.Parameter]]:
     """Keys' and values' matrices (heads * head_dim, D) of the cross-attentions that are left, by parameter name."""
     for site in transformers(unet.structure)[0]:
         for part in ("to_k", "to_v"):
-            name = f"{site.name}.transformer_blocks.0.attn2.{part}.weight"
+            name = f"{site.transformer_block}.attn2.{part}.weight"
             yield name, unet.get_parameter(name)
 
 

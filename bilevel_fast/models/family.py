@@ -75,7 +75,7 @@ FAMILIES = {
     ),
     "stable-diffusion-xl": Family(
         components={
-            "scheduler": ("PNDMScheduler", "DDIMScheduler"),
+            "scheduler": tuple(SCHEDULERS),
             "text_encoder": ("CLIPTextModel",),
             "text_encoder_2": ("CLIPTextModelWithProjection",),
             "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),

@@ -21,7 +21,7 @@ def make_sdxl_folder(path: Path, *, seed: int = 0, depths: tuple[int, ...] = (1,
     Args:
         depths: Transformer blocks of each level; the outermost one has no Transformer. (1, 2, 10) in the real model.
     """
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -58,14 +58,13 @@ def make_sdxl_folder(path: Path, *, seed: int = 0, depths: tuple[int, ...] = (1,
         tokenizer=words[0],
         tokenizer_2=words[1],
         unet=unet,
-        scheduler=PNDMScheduler(
+        scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,
             beta_end=0.012,
             beta_schedule="scaled_linear",
             steps_offset=1,
             prediction_type="epsilon",
-            set_alpha_to_one=False,
-            skip_prk_steps=True,
+            timestep_spacing="leading",
         ),
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
