@@ -15,7 +15,7 @@ WIDTHS, PROJECTED, SIDE = (24, 40), 40, 64
 """Of both towers' states, of the pooled state, and of a picture in pixels."""
 
 
-def make_sdxl_folder(path: Path, *, seed: int = 0, depths: tuple[int, ...] = (1, 2, 3)) -> Path:
+def make_sdxl_folder(path: Path, *, seed: int = 0, depths: tuple[int, ...] = (1, 2, 10)) -> Path:
     """Write a model folder and return its path; the same seed writes the same weights.
 
     Args:

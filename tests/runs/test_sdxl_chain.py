@@ -31,9 +31,9 @@ SIZES = [(70, 90), (90, 70), (64, 64), (80, 200), (65, 64), (120, 96)]
 PROMPTS = ["a red star by monet", "a house by monet"]
 
 
-def done(result) -> str:
+def done(main, *flags) -> None:
+    result = run_command(main, *flags)
     assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -48,25 +48,20 @@ def world(sdxl, tmp_path_factory) -> Path:
     (root / "images/metadata.jsonl").write_text("\n".join(lines))
     (root / "subjects.txt").write_text("a red star\na house\n")
     made = ["--root", root / "images", "--model", sdxl, "--resolution", SIDE, "--device", "cpu", "--threads", 1]
-    done(
-        run_command(prepare.main, "folder", *made, "--views", 2, "--batch", 2, "--per-file", 4, "--out", root / "cache")
-    )
-    done(run_command(prepare.main, "folder", *made, "--no-latents", "--out", root / "list"))
+    done(prepare.main, "folder", *made, "--views", 2, "--batch", 2, "--per-file", 4, "--out", root / "cache")
+    done(prepare.main, "folder", *made, "--no-latents", "--out", root / "list")
     drawn = ["--subjects", root / "subjects.txt", "--count", 4, "--steps", 2, "--batch", 2, "--out", root / "bank"]
-    done(run_command(prepare.main, "concepts", "--model", sdxl, "--phrase", "by monet", *drawn))
-    done(run_command(prune.main, METHOD, "--teacher", sdxl, "--out", root / "pruned"))
+    done(prepare.main, "concepts", "--model", sdxl, "--phrase", "by monet", *drawn)
+    done(prune.main, "koala-700m", "--teacher", sdxl, "--out", root / "pruned")
     given = ["--teacher", sdxl, "--student", root / "pruned", "--data", root / "cache", "--concepts", root / "bank"]
     steps = ["--lower.steps", 6, "--lower.batch", 2, "--lower.warmup", 0, "--upper.batch", 2, "--upper.every", 3]
     steps += ["--upper.warmup", 0, "--log-every", 1]
-    done(run_command(train.main, *given, *steps, "--out", root / "run"))
+    done(train.main, *given, *steps, "--out", root / "run")
     esd = ["--lower.steps", 1, "--upper.every", 1, "--upper.eraser", "esd", "--upper.esd.steps", 4]
-    done(run_command(train.main, *given, *steps, *esd, "--out", root / "esd"))
+    done(train.main, *given, *steps, *esd, "--out", root / "esd")
     edited = ["--model", root / "run/student", "--erase", *PROMPTS, "--out", root / "erased"]
-    done(run_command(erase.main, "uce", *edited))
+    done(erase.main, "uce", *edited)
     return root
-
-
-METHOD = "magnitude"
 
 
 def test_the_cache_keeps_size_and_corner_of_every_view(world, sdxl):
@@ -123,9 +118,9 @@ def test_uce_edits_every_block_and_nothing_else(world):
 
 def test_the_erased_student_is_sampled(world):
     model = ["--model", world / "erased", "--steps", 2]
-    done(run_command(sample.main, *model, "--prompts", "a star", "--out", world / "grid.png"))
+    done(sample.main, *model, "--prompts", "a star", "--out", world / "grid.png")
     (world / "prompts.txt").write_text("a star\na house\n")
-    done(run_command(sample.main, *model, "--prompts-file", world / "prompts.txt", "--folder", world / "drawn"))
+    done(sample.main, *model, "--prompts-file", world / "prompts.txt", "--folder", world / "drawn")
     assert "text_encoder_2" in (world / "drawn/settings.json").read_text()
     assert len(list((world / "drawn").glob("*.png"))) == 2
 
