@@ -56,7 +56,7 @@ class Recipe:
     seed: int = 0
     """Of all rows that have none of their own."""
     size: int | None = None
-    """Height and width of the latents. Default: what the model was made for, but 64 (512 pixels) at most."""
+    """Height and width of the latents. Default: what the model was made for, 64 (512 pixels) at most but for XL."""
     precision: Precision = "auto"
     """What the UNet computes in: by default bf16 on a GPU that has it (sm_80 and later), else fp32. The text encoder
     and the VAE compute in fp32."""

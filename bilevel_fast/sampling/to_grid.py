@@ -40,7 +40,8 @@ class GridFlags:
     method: Method = "pndm"
     """Sampler."""
     size: int | None = None
-    """Height and width of the latents. Default: what the model was made for; in a folder 64 (512 pixels) at most."""
+    """Height and width of the latents. Default: what the model was made for; in a folder 64 (512 pixels) at most, XL's
+    excepted."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 

@@ -54,11 +54,10 @@ def world(sdxl, tmp_path_factory) -> Path:
     done(prepare.main, "concepts", "--model", sdxl, "--phrase", "by monet", *drawn)
     done(prune.main, "koala-700m", "--teacher", sdxl, "--out", root / "pruned")
     given = ["--teacher", sdxl, "--student", root / "pruned", "--data", root / "cache", "--concepts", root / "bank"]
-    steps = ["--lower.steps", 6, "--lower.batch", 2, "--lower.warmup", 0, "--upper.batch", 2, "--upper.every", 3]
-    steps += ["--upper.warmup", 0, "--log-every", 1]
-    done(train.main, *given, *steps, "--out", root / "run")
+    given += ["--lower.batch", 2, "--lower.warmup", 0, "--upper.batch", 2, "--upper.warmup", 0, "--log-every", 1]
+    done(train.main, *given, "--lower.steps", 6, "--upper.every", 3, "--out", root / "run")
     esd = ["--lower.steps", 1, "--upper.every", 1, "--upper.eraser", "esd", "--upper.esd.steps", 4]
-    done(train.main, *given, *steps, *esd, "--out", root / "esd")
+    done(train.main, *given, *esd, "--out", root / "esd")
     edited = ["--model", root / "run/student", "--erase", *PROMPTS, "--out", root / "erased"]
     done(erase.main, "uce", *edited)
     return root
