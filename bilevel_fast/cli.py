@@ -7,6 +7,7 @@ from bilevel_fast import __version__
 from bilevel_fast.base import errors
 
 COMMANDS = {
+    "convert": "a Stable Diffusion checkpoint in one file to a model folder",
     "train": "prune, distil and suppress concepts in one run",
     "prune": "prune a model folder to a MAC budget",
     "erase": "erase concepts from any model folder by an edit of its weights",

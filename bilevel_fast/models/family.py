@@ -14,6 +14,7 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json
 from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
 from bilevel_fast.models.diffusion import SCHEDULERS
+from bilevel_fast.models.kinds import CONVERT, refuse_file, refuse_others
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
 from bilevel_fast.models.text_encoder_xl import XlTextEncoder, is_xl, refuse_relatives
@@ -103,12 +104,18 @@ def family_of(path: Path) -> Family:
     """The family of a model folder, by its `model_index.json`.
 
     Raises:
-        UserError: The folder or the file is missing, or a component is missing or of a class that cannot be read.
+        UserError: The folder or the file is missing, it holds something else than a text-to-image model, or a component
+            is missing or of a class that cannot be read.
     """
     if not path.exists():
         raise UserError(f"model folder {path} does not exist; wanted a folder on this machine in the diffusers layout")
     if not path.is_dir():
-        raise UserError(f"{path} is a file; wanted a folder in the diffusers layout")
+        refuse_file(path)
+        raise UserError(
+            f"{path} is a checkpoint in one file; write its folder, once: "
+            f"{CONVERT} --file {path} --config-from FOLDER --out FOLDER"
+        )
+    refuse_others(path)
     file, families = path / "model_index.json", list(FAMILIES.values())
     index = read_json(file)
     refuse_relatives(path, index)

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +23,10 @@ DIGEST = 16  # hex digits of a fingerprint: enough to tell apart the models one 
 STEMS = ("diffusion_pytorch_model", "model")
 """Of the files that hold weights: diffusers' and transformers'."""
 _SHOWN = 3
+_VARIANT = r"\.((?:(?!-\d+-of-\d)[^.])+)"
+_SINGLE = rf"{{stem}}(?:{_VARIANT})?\.safetensors"
+_INDEX = rf"{{stem}}\.safetensors(?:{_VARIANT})?\.index(?:{_VARIANT})?\.json"
+"""Of diffusers before 0.32 (the first place), of diffusers since and of transformers (the second)."""
 
 
 @dataclass(frozen=True)
@@ -30,30 +35,59 @@ class WeightFiles:
 
     variant: str | None
     """What diffusers and transformers call it when they are to load the same files."""
+    index: Path | None
+    """Lists the files, if they are shards."""
     files: tuple[Path, ...]
 
 
 def find_weights(folder: Path, stem: str) -> WeightFiles:
-    """Find `stem.safetensors`, its shards, or its half-precision variant, in this order, and open each file.
+    """Find the weights of a component, and open each file.
+
+    Read is what has no variant in its name: `stem.safetensors`, or else its shards by `stem.safetensors.index.json`.
+    Without such, the variant `fp16` (`stem.fp16.safetensors`, `stem.safetensors.index.fp16.json`), or else the only
+    variant that there is.
 
     Raises:
-        UserError: There are none, only pickles, or one is missing, cut short or not a safetensors file.
+        UserError: There are none, several variants and none of these, only pickles, or one is missing, cut short or not
+            a safetensors file.
     """
-    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    half = folder / f"{stem}.fp16.safetensors"
-    if single.is_file():
-        found = WeightFiles(None, (single,))
-    elif index.is_file():
-        found = WeightFiles(None, _shards(index))
-    elif half.is_file():
-        found = WeightFiles("fp16", (half,))
-    elif pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
-        raise UserError(f"{folder} has only {pickles[0]}: pickle weights are not loaded; convert to safetensors")
-    else:
-        raise UserError(f"{single} is missing")
+    found = _find(folder, stem)
     for file in found.files:
         open_safetensors(file)
     return found
+
+
+def _find(folder: Path, stem: str) -> WeightFiles:
+    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    single, index = (_by_variant(stem, names, pattern) for pattern in (_SINGLE, _INDEX))
+    variants = sorted({*single, *index})
+    if not variants:
+        raise UserError(_why_none(folder, stem, names))
+    wanted = next((each for each in ("", "fp16") if each in variants), variants[0])
+    if wanted not in ("", "fp16") and len(variants) > 1:
+        raise UserError(
+            f"{folder} has weights of the variants {', '.join(variants)} and none without a variant; leave one of them"
+        )
+    if wanted in single:
+        return WeightFiles(wanted or None, None, (folder / single[wanted],))
+    shards = _shards(folder / index[wanted])
+    return WeightFiles(wanted or None, folder / index[wanted], shards)
+
+
+def _by_variant(stem: str, names: Sequence[str], pattern: str) -> dict[str, str]:
+    """The files of one kind; "" is no variant."""
+    found = (re.fullmatch(pattern.format(stem=re.escape(stem)), name) for name in names)
+    return {next(filter(None, match.groups()), ""): match[0] for match in found if match}
+
+
+def _why_none(folder: Path, stem: str, names: Sequence[str]) -> str:
+    shards = [name for name in names if re.fullmatch(rf"{re.escape(stem)}.*-of-\d+.*\.safetensors", name)]
+    if shards:
+        return f"{folder} has the shard {shards[0]}, and {stem}.safetensors.index.json, which lists them, is missing"
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return f"{folder} has only {pickles[0]}: pickle weights are not loaded; convert to safetensors"
+    return f"{folder / f'{stem}.safetensors'} is missing"
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -221,21 +255,14 @@ def _sum(path: Path, state: tuple[int, ...]) -> str:
 
 def _unread(folder: Path) -> set[str]:
     """Weights that lie beside those that are read, and lists of such."""
-    names = {path.name for path in folder.iterdir()}
+    names = sorted(path.name for path in folder.iterdir())
     unread = {name for name in names if name.endswith(".bin.index.json")}
     for stem in STEMS:
-        files = {name for name in names if name.startswith((f"{stem}.", f"{stem}-"))}
-        files = {name for name in files if name.endswith((".safetensors", ".index.json"))}
-        if read := _read_names(folder, stem):
-            unread |= files - read
+        files = {name for name in names if name.startswith((f"{stem}.", f"{stem}-")) and name.endswith(".safetensors")}
+        files |= set(_by_variant(stem, names, _INDEX).values())
+        try:
+            found = _find(folder, stem)
+        except UserError:  # then none is read
+            continue
+        unread |= files - {path.name for path in (*found.files, found.index) if path}
     return unread
-
-
-def _read_names(folder: Path, stem: str) -> set[str]:
-    """The files that `find_weights` opens, and the list of them where there is one; none if it would refuse."""
-    single, index, half = (f"{stem}.{end}" for end in ("safetensors", "safetensors.index.json", "fp16.safetensors"))
-    if (folder / single).is_file():
-        return {single}
-    if (folder / index).is_file():
-        return {index, *(path.name for path in _shards(folder / index))}
-    return {half} if (folder / half).is_file() else set()

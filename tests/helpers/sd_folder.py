@@ -26,8 +26,13 @@ def make_sd_folder(
     sample_size: int = 8,
     prediction_type: str = "v_prediction",
     scheduler: str = "PNDMScheduler",
+    linear: bool = True,
+    text_layers: int = 2,
 ) -> Path:
-    """Write a model folder and return its path; the same seed writes the same weights."""
+    """Write a model folder and return its path; the same seed writes the same weights.
+
+    Stable Diffusion 1.5 is not `linear`, and Stable Diffusion 2.1 has 23 `text_layers`.
+    """
     import diffusers
     from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -40,7 +45,7 @@ def make_sd_folder(
             attention_head_dim=heads,
             cross_attention_dim=TEXT_WIDTH,
             norm_num_groups=groups,
-            use_linear_projection=True,
+            use_linear_projection=linear,
         )
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -58,7 +63,7 @@ def make_sd_folder(
                 vocab_size=len(tokenizer),
                 hidden_size=TEXT_WIDTH,
                 intermediate_size=64,
-                num_hidden_layers=2,
+                num_hidden_layers=text_layers,
                 num_attention_heads=4,
                 hidden_act="gelu",
                 pad_token_id=1,

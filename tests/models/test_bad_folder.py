@@ -11,15 +11,9 @@ from safetensors.torch import load_file, save_file
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from mini_folder import make_mini_folder
-from sd_folder import make_sd_folder
 
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory) -> Path:
-    return make_sd_folder(tmp_path_factory.mktemp("sd"))
 
 
 @pytest.fixture
@@ -112,7 +106,9 @@ BAD = {
     "vae shape": (edit("vae/config.json", latent_channels=8), r"vae: .*shape"),
     "vae shifted": (edit("vae/config.json", shift_factor=0.1), r"shift_factor=0.1 is not supported"),
     "text width": (edit("unet/config.json", cross_attention_dim=48), r"states are 32 wide, the UNet reads 48"),
-    "inpainting": (edit("unet/config.json", in_channels=9), r"4 latent channels, the UNet reads 9 and writes 4"),
+    "inpainting": (
+        edit("unet/config.json", in_channels=9), r"is an inpainting model \(its UNet reads 9 channels\); supported are"
+    ),
     "structure broken": (
         lambda p: (p / "unet/structure.json").write_text("{"), r"structure.json is not JSON"
     ),
@@ -153,7 +149,7 @@ def test_weights_that_do_not_fit_are_named(broken, damage, message):
 
 
 def test_a_file_is_not_a_folder(broken):
-    with pytest.raises(UserError, match="is a file; wanted a folder"):
+    with pytest.raises(UserError, match="is one component of a model; wanted the folder around it"):
         load_folder(broken / UNET)
 
 

@@ -32,11 +32,6 @@ PROMPTS = ["a red star", "", "A blue HOUSE by monet, xyz! " * 30]
 
 
 @pytest.fixture(scope="module")
-def sd(tmp_path_factory) -> Path:
-    return make_sd_folder(tmp_path_factory.mktemp("sd"))
-
-
-@pytest.fixture(scope="module")
 def mini(tmp_path_factory) -> Path:
     return make_mini_folder(tmp_path_factory.mktemp("mini"))
 

@@ -33,11 +33,6 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 LONG = "a photo of a house in the style of the red star " * 8
 
 
-@pytest.fixture(scope="module")
-def sd(tmp_path_factory) -> Path:
-    return make_sd_folder(tmp_path_factory.mktemp("sd"))
-
-
 @pytest.fixture
 def found(sd, tmp_path) -> Path:
     """A copy to change."""
