@@ -14,10 +14,10 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json
 from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
 from bilevel_fast.models.diffusion import SCHEDULERS
-from bilevel_fast.models.kinds import CONVERT, refuse_file, refuse_others
+from bilevel_fast.models.kinds import CONVERT, is_xl, refuse_file, refuse_others
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
-from bilevel_fast.models.text_encoder_xl import XlTextEncoder, is_xl, refuse_relatives
+from bilevel_fast.models.text_encoder_xl import XlTextEncoder
 
 Device = torch.device | str
 
@@ -118,7 +118,6 @@ def family_of(path: Path) -> Family:
     refuse_others(path)
     file, families = path / "model_index.json", list(FAMILIES.values())
     index = read_json(file)
-    refuse_relatives(path, index)
     encoder, two = _class_name(file, index, "text_encoder"), is_xl(index)
     families = [family for family in families if two == ("text_encoder_2" in family.components)]
     said = [family for family in families if encoder in family.components["text_encoder"]]

@@ -1,12 +1,11 @@
-"""Stable Diffusion XL (arXiv:2307.01952): its two text encoders as one, and its relatives that are refused by name.
+"""Stable Diffusion XL (arXiv:2307.01952): its two text encoders as one.
 
 Shape legend: B prompts, L text tokens (77), D = D_1 + D_2 width of the states, P width of the pooled state, R further
 rows (`models.conditioning`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,37 +102,3 @@ def native_side(folder: Path) -> int:
     latent = whole(unet.get("sample_size"), f"{folder / 'unet' / 'config.json'}: sample_size", 1, LATENTS)
     side = latent * 2 ** (len(levels) - 1 if isinstance(levels, list) else 0)
     return whole(side, f"{folder}: the side of its pictures in pixels", 1, SIDE)
-
-
-def is_xl(index: Mapping[str, Any]) -> bool:
-    """Whether a `model_index.json` is of Stable Diffusion XL or of one of its relatives."""
-    name = str(index.get("_class_name"))
-    return name.startswith("StableDiffusionXL") or {"text_encoder_2", "unet"} <= index.keys()
-
-
-def refuse_relatives(folder: Path, index: Mapping[str, Any]) -> None:
-    """Refuse models that look like a text-to-image model of Stable Diffusion and are something else.
-
-    Raises:
-        UserError: Says what it is.
-    """
-    file, name, scheduler = folder / "model_index.json", index.get("_class_name"), index.get("scheduler")
-    if isinstance(name, str) and "Inpaint" in name:
-        raise UserError(
-            f"{file}: {name} is an inpainting model, whose UNet reads a picture and a mask as well; "
-            "wanted a text-to-image model"
-        )
-    if not is_xl(index):
-        return
-    if index.get("requires_aesthetics_score") or index.get("text_encoder") == [None, None]:
-        raise UserError(
-            f"{file}: this is a refiner of Stable Diffusion XL, which has one text encoder and finishes what the base "
-            "model began; wanted the base model"
-        )
-    if isinstance(scheduler, list) and scheduler[-1:] == ["EulerAncestralDiscreteScheduler"]:
-        path = folder / "scheduler" / "scheduler_config.json"
-        if path.is_file() and (spacing := read_json(path).get("timestep_spacing")) == "trailing":
-            raise UserError(
-                f"{file}: this is a turbo model ({scheduler[-1]}, timestep_spacing {spacing!r}), distilled to be "
-                "sampled in 1 to 4 steps without guidance; wanted the base model"
-            )

@@ -82,17 +82,17 @@ REFUSED = {
     "a refiner": (
         {"requires_aesthetics_score": True, "text_encoder": [None, None], "tokenizer": [None, None]},
         {},
-        "this is a refiner of Stable Diffusion XL",
+        "is the refiner of Stable Diffusion XL; supported are",
     ),
     "inpainting": (
         {"_class_name": "StableDiffusionXLInpaintPipeline"},
         {},
-        "StableDiffusionXLInpaintPipeline is an inpainting model",
+        r"is an inpainting model \(StableDiffusionXLInpaintPipeline\)",
     ),
     "turbo": (
         {"scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"]},
         {"timestep_spacing": "trailing"},
-        "this is a turbo model .* wanted the base model",
+        "is a turbo model of Stable Diffusion XL, which is distilled to few steps",
     ),
     "no second text encoder": ({"text_encoder_2": None}, {}, "model_index.json: text_encoder_2 is missing"),
     "no first text encoder": ({"text_encoder": None}, {}, "model_index.json: text_encoder is missing"),
