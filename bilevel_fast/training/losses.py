@@ -52,8 +52,8 @@ def fine_tuning_loss(
     teacher: Prediction,
     noised: Noised,
     weights: LossWeights = DEFAULT_WEIGHTS,
-    mine: Heard = NOTHING,
-    theirs: Heard = NOTHING,
+    inside: Heard = NOTHING,
+    inside_teacher: Heard = NOTHING,
 ) -> Loss:
     """The lower level: diffusion loss, output distillation and feature distillation.
 
@@ -62,8 +62,8 @@ def fine_tuning_loss(
         teacher: The same shapes, without gradient.
         noised: The target (B, C, H, W) and the weight (B,) of each sample in the diffusion loss.
         weights: Of the terms, which are named as its fields.
-        mine: What was heard inside the student, for the terms `self_attention` and `layer`.
-        theirs: What was heard inside the teacher, of the same names at least.
+        inside: What was heard inside the student, for the terms `self_attention` and `layer`.
+        inside_teacher: What was heard inside the teacher, of the same names at least.
 
     Raises:
         ValueError: Two tensors that should agree differ in shape, or the models in their number of blocks.
@@ -87,13 +87,14 @@ def fine_tuning_loss(
         total, terms["feature"] = feature_kd(student.blocks, teacher.blocks, weights.feature)
         weighted.append(total)
     for term, names in {
-        "self_attention": [name for name in mine if is_self_attention(name)],
-        "layer": [name for name in mine if not is_self_attention(name)],
+        "self_attention": [name for name in inside if is_self_attention(name)],
+        "layer": [name for name in inside if not is_self_attention(name)],
     }.items():
         if weight := getattr(weights, term):
             for name in names:
-                _check(f"student {name}", mine[name], f"teacher {name}", theirs[name])
-            total, terms[term] = feature_kd([mine[n] for n in names], [theirs[n] for n in names], weight)
+                _check(f"student {name}", inside[name], f"teacher {name}", inside_teacher[name])
+            both = ([heard[name] for name in names] for heard in (inside, inside_teacher))
+            total, terms[term] = feature_kd(*both, weight)
             weighted.append(total)
     return Loss(torch.stack(weighted).sum(), {name: term for name, term in terms.items() if getattr(weights, name)})
 
