@@ -23,6 +23,14 @@ def device() -> str:
     return DEVICE
 
 
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """A small Stable Diffusion XL, to be read and not written to."""
+    from sdxl_folder import make_sdxl_folder
+
+    return make_sdxl_folder(tmp_path_factory.mktemp("sdxl") / "model")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ from bilevel_fast.metrics.images import open_rgb
 from bilevel_fast.metrics.prompt_sets import read_prompt_set
 from bilevel_fast.models.architecture import UNetConfig, sites
 from bilevel_fast.models.diffusion import Schedule
-from bilevel_fast.models.family import MINI_INDEX, family_of
+from bilevel_fast.models.family import FAMILIES, MINI_INDEX, family_of
 from bilevel_fast.models.kinds import refuse_file
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
 from bilevel_fast.models.structure import Structure
@@ -94,9 +94,10 @@ def captions(folder: Path) -> Path:
 
 def cache(name: str):
     def make(folder: Path) -> Path:
-        writer = CacheWriter(folder, Index("images", (4, 2, 2), "vae"), 2)
+        writer = CacheWriter(folder, Index("images", (4, 2, 2), "vae", sizes=True), 2)
         for n in range(3):
-            writer.add(torch.full((1, 8, 2, 2), float(n)), [f"a star {n}", "b"], file=f"{n}.jpg")
+            moments = torch.full((1, 8, 2, 2), float(n))
+            writer.add(moments, [f"a star {n}", "b"], file=f"{n}.jpg", sizes=[[n, 9, 0, 1, 2, 2]])
         writer.finish()
         return folder / name
 
@@ -158,6 +159,7 @@ def sentence_encoder(folder: Path) -> Path:
     return text("modules.json", json.dumps(modules))(folder)
 
 
+_XL = {part: ["", classes[0]] for part, classes in FAMILIES["stable-diffusion-xl"].components.items()}
 READERS = {
     "structure": (text("s.json", json.dumps(Structure.uniform(TINY, 0.5).to_dict())), Structure.load),
     "unet config": (text("config.json", json.dumps(TINY.to_dict())), lambda p: UNetConfig.load(p.parent)),
@@ -166,6 +168,7 @@ READERS = {
         lambda p: Schedule.load(p.parents[1]),
     ),
     "model index": (text("model_index.json", json.dumps(MINI_INDEX)), lambda p: family_of(p.parent)),
+    "xl index": (text("model_index.json", json.dumps(_XL)), lambda p: family_of(p.parent)),
     "mini text config": (mini("text_encoder/config.json"), lambda p: MiniTextEncoder.load(p.parents[1])),
     "mini words": (mini("tokenizer/vocab.json"), lambda p: MiniTextEncoder.load(p.parents[1])),
     "mini vae": (mini("vae/config.json"), lambda p: PixelUnshuffleVAE.load(p.parent)),

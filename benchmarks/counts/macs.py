@@ -3,6 +3,7 @@
     python -m benchmarks.counts.macs --model sd21 --latent 64 --text 77
     python -m benchmarks.counts.macs --model sd21 --keep 0.5 --drop mid_block.attentions.0 --json
     python -m benchmarks.counts.macs --model runs/mini/student
+    python -m benchmarks.counts.macs --model koala-700m
     python -m benchmarks.counts.macs --latent 64 --compare 0.55 planned-0.55 runs/pruned/unet/structure.json
 
 `bilevel_fast.models.macs` says what `true` and `official` count.
@@ -20,9 +21,10 @@ from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.models.macs import Macs, count
+from bilevel_fast.models.sdxl import SDXL_FAMILY
 from bilevel_fast.models.structure import Structure
 
-MODELS = {"sd21": SD21, "mini": MINI}
+MODELS = {"sd21": SD21, "mini": MINI, **SDXL_FAMILY}
 PARTS = ("true", "official", "params")
 
 
@@ -46,7 +48,9 @@ def parser() -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--model", default="sd21", help="sd21, mini, or a model folder, pruned or not (default: sd21)")
+    p.add_argument(
+        "--model", default="sd21", help=f"{', '.join(MODELS)}, or a model folder, pruned or not (default: sd21)"
+    )
     p.add_argument("--latent", type=int, help="height and width of the latents (default: the model's sample size)")
     p.add_argument("--text", type=int, help="text tokens (default: 12 for the mini UNet, otherwise 77)")
     p.add_argument("--structure", type=Path, help="structure.json to count, instead of the model's own")

@@ -15,7 +15,7 @@ reads the rows interpolates.
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.architecture import Site
+from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import ResNet, Transformer
 from bilevel_fast.profiling.cost import Cost, Counter
 
@@ -58,11 +59,11 @@ class Settings:
 
 def costs(site: Site, kept: Mapping[str, int], size: Model, batch: int) -> list[Cost]:
     """The ops of one site with so many units of each width vector."""
+    dense = Structure.dense(size.config)
+    found = replace(dense, kept={**dense.kept, site.name: {name: tuple(range(n)) for name, n in kept.items()}})
     with torch.device("meta"):
         module: nn.Module = (
-            ResNet(site, kept["groups"], size.config, ALIGN)
-            if site.kind == "resnet"
-            else Transformer(site, dict(kept), size.config)
+            ResNet(site, kept["groups"], size.config, ALIGN) if site.kind == "resnet" else Transformer(site, (), found)
         )
     module.to(LIKE.dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     call = call_of(module, site, size, batch, LIKE)  # on torch, as on all hardware that the table does not know

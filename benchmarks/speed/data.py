@@ -161,7 +161,7 @@ def make_tars(folder: Path, entries: Sequence[ListedImage], parts: int) -> Path:
 class _NoText:
     """Stands where the text encoder would be: its cost is not the cache's."""
 
-    width, length = 1, 1
+    width, length, pooled = 1, 1, 0
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         return torch.zeros(len(prompts), 1, 1)

@@ -107,6 +107,21 @@ def check_anchors(encoder: TextEncoder, prompts: Sequence[str], anchors: Sequenc
         )
 
 
+def check_family(bank: Cache, folder: ModelFolder) -> None:
+    """Refuse a bank that a model of another family drew, as far as text encoders tell.
+
+    Raises:
+        UserError: Names what drew it.
+    """
+    wanted = folder.family.text_encoders
+    came = tuple(name for name in bank.index.recipe if name.startswith("text_encoder"))
+    if came and len(came) != len(wanted):  # a bank that somebody else made says nothing
+        raise UserError(
+            f"{bank.path} was drawn by a model with {' and '.join(came)}, {folder.path} has {' and '.join(wanted)}: "
+            "another family; wanted a bank that this teacher drew"
+        )
+
+
 def make_bank(
     folder: ModelFolder,
     prompts: Sequence[str],
@@ -202,7 +217,8 @@ def make_part(
         raise UserError(
             f"{part.count} parts of {batches} batches; wanted a smaller batch, or no more parts than batches"
         )
-    recipe: dict[str, Any] = {name: fingerprint(folder.path / name) for name in ("unet", "text_encoder", "scheduler")}
+    parts = ("unet", *folder.family.text_encoders, "scheduler")
+    recipe: dict[str, Any] = {name: fingerprint(folder.path / name) for name in parts}
     recipe |= {"prompts": _digest([*prompts, *anchors]), "count": count, "seed": seed}
     recipe |= {"guidance": guidance, "steps": steps, "batch": batch}
     # banks of the past say nothing of these

@@ -22,9 +22,9 @@ class Batch:
     latents: Tensor
     """(B, C, H, W) fp32, scaled."""
     text: Tensor
-    """(B, L, D) fp32 states of the captions."""
+    """(B, L, D) fp32 states of the captions; (B, L + R, D) with what else a model reads (`models.conditioning`)."""
     anchor: Tensor | None
-    """(B, L, D) fp32 states of the captions without the concept, or of the null prompt."""
+    """The same of the captions without the concept, or of the null prompt."""
     index: Tensor
     """(B,) int64 global indices, on the CPU: what is random about a sample is drawn by its index."""
     eps: Tensor | None = None

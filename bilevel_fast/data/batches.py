@@ -3,7 +3,8 @@
 Sample number g of a run (its *global index*: step * batch size + row) decides everything that is random about it, so
 a resumed run sees the same batches, and so does a run whose batches are split over several ranks.
 
-Shape legend: B batch, C latent channels, H W latent size, L text tokens, D text width, N samples of the source.
+Shape legend: B batch, C latent channels, H W latent size, L text tokens, D text width, R further rows of text
+(`models.conditioning`), N samples of the source.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.data.batch import LEVEL_STRIDE, Batch
 from bilevel_fast.data.blend import Shares, parts_of, weights_of
 from bilevel_fast.data.sources import LatentSource
+from bilevel_fast.models.conditioning import with_sizes
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.ops.randomness import Stream, integers, normal, permutation, uniform
 
@@ -79,7 +81,7 @@ class Batches:
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.p_uncond, self.anchor = p_uncond, anchor
         self._leaf_size, self._leaves = batch_size // leaves, ranks.leaves(leaves)
-        self._offset = level * LEVEL_STRIDE
+        self._offset, self._pooled = level * LEVEL_STRIDE, text_encoder.pooled
         self._states = _TextStates(text_encoder, source, batch_size, max_states)
         self._shares, self._lengths = Shares(weights_of(source)), [len(part) for part in parts_of(source)]
         self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
@@ -94,8 +96,10 @@ class Batches:
         index = torch.as_tensor(samples, dtype=torch.int64) + self._offset
         positions = [self._position(sample) for sample in samples]
         captions = self._captions(positions, index)
-        latents, anchors = self._latents(positions, index), self._anchors(positions)
-        return Batch(latents, self._states(captions), anchors, index, captions=tuple(captions))
+        views = integers(self.seed, Stream.VIEW, index, self.source.views).tolist()
+        latents, anchors = self._latents(positions, views, index), self._anchors(positions)
+        text = self._sized(self._states(captions), positions, views)
+        return Batch(latents, text, anchors, index, captions=tuple(captions))
 
     def _position(self, sample: int) -> int:
         """Where in the source the sample lies."""
@@ -118,8 +122,15 @@ class Batches:
         dropped = (uniform(self.seed, Stream.DROPOUT, index) < self.p_uncond).tolist()
         return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
 
-    def _latents(self, positions: list[int], index: Tensor) -> Tensor:
-        views = integers(self.seed, Stream.VIEW, index, self.source.views).tolist()
+    def _sized(self, text: Tensor, positions: list[int], views: list[int]) -> Tensor:
+        """With the size numbers of the pictures, if the model reads any and the source knows them.
+
+        Anchors are of banks, whose pictures are of the model's own size.
+        """
+        sizes = self.source.sizes(positions, views) if self._pooled else None
+        return text if sizes is None else with_sizes(text, self._pooled, sizes)
+
+    def _latents(self, positions: list[int], views: list[int], index: Tensor) -> Tensor:
         mean, logvar = self.source.moments(positions, views).chunk(2, dim=1)
         eps = normal(self.seed, Stream.POSTERIOR, index, self.source.latent_shape)
         return mean + torch.exp(0.5 * logvar) * eps
@@ -151,13 +162,13 @@ class _TextStates:
 
     @property
     def null(self) -> Tensor:
-        """(1, L, D) states of the null prompt."""
+        """(1, L + R, D) text tensor of the null prompt."""
         if self._null is None:
             self._null = self._encoder.encode([""])
         return self._null
 
     def __call__(self, captions: Sequence[str]) -> Tensor:
-        """(B, L, D)."""
+        """(B, L + R, D)."""
         if self._captions is None:
             return self._encoder.encode(captions)
         if self._table is None:

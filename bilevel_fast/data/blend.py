@@ -85,6 +85,13 @@ class Blend:
         rows = zip(map(self._locate, indices), views, strict=True)
         return torch.cat([source.moments([index], [view]) for (source, index), view in rows])
 
+    def sizes(self, indices: Sequence[int], views: Sequence[int]) -> Tensor | None:
+        """None if a source of these samples has none."""
+        rows = zip(map(self._locate, indices), views, strict=True)
+        found = [source.sizes([index], [view]) for (source, index), view in rows]
+        known = [each for each in found if each is not None]
+        return torch.cat(known) if len(known) == len(found) else None
+
     def captions(self, index: int) -> tuple[str, ...]:
         source, index = self._locate(index)
         return source.captions(index)

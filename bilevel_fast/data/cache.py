@@ -6,7 +6,8 @@ another file than it was, by size, time of change and number, is another one onl
     index.json            format, version, kind, latent shape, views, VAE, recipe, and the shards with their checksums
     shard-00000.safetensors   `moments` (n, V, 2C, H, W), float16 or float32: mean and log-variance of *scaled* latents
     shard-00000.jsonl     one line per sample: {"captions": [...], "file": ...} for images,
-                          {"caption": ..., "anchor": ...} for concepts (the caption without the concept)
+                          {"caption": ..., "anchor": ...} for concepts (the caption without the concept); for models
+                          that read them also "sizes", V lists of the six size numbers of `models.conditioning`
     dropped.jsonl         what was left out and why: {"file": ..., "captions": n, "reason": ...} for an image with all
                           its captions, {"file": ..., "caption": ..., "reason": ...} for a caption alone
 
@@ -33,13 +34,14 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import clip, is_name, open_safetensors, read_json, read_json_lines, sha256
-from bilevel_fast.base.limits import CHANNELS
+from bilevel_fast.base.limits import CHANNELS, PIXELS
 from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.conditioning import SIZES
 from bilevel_fast.models.weights import same_component
 
-FORMAT, VERSION = "bilevel_fast.cache", 2
-READABLE = (1, VERSION)
-"""Version 1 had no `dropped`."""
+FORMAT, VERSION = "bilevel_fast.cache", 3
+READABLE = (1, 2, VERSION)
+"""Version 1 had no `dropped`, version 2 no `sizes`; what has no sizes is still written as version 2."""
 INDEX, PARTIAL, DROPPED = "index.json", "index.partial.json", "dropped.jsonl"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _DTYPE_NAMES = {"F16": "float16", "F32": "float32"}  # as safetensors calls them
@@ -88,6 +90,8 @@ class Index:
     """Fingerprint of the VAE whose latents these are."""
     views: int = 1
     dtype: str = "float16"
+    sizes: bool = False
+    """Whether each view has its size numbers."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """How the samples were made, as far as it decides what they are. Goes on only with the same recipe."""
     shards: tuple[Shard, ...] = ()
@@ -103,7 +107,10 @@ class Index:
         return self.samples + self.dropped.pairs
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "samples": self.samples, **asdict(self)}
+        fields = asdict(self)
+        if not self.sizes:
+            del fields["sizes"]
+        return {"format": FORMAT, "version": VERSION if self.sizes else 2, "samples": self.samples, **fields}
 
     def check_same_making(self, found: "Index", folder: Path) -> None:
         """Refuse what lies in a folder if it is not this cache, or a beginning of it.
@@ -144,6 +151,7 @@ class Index:
             "vae": type(index.vae) is not str,
             "views": type(index.views) is not int or index.views < 1,
             "dtype": type(index.dtype) is not str or index.dtype not in DTYPES,
+            "sizes": type(index.sizes) is not bool,
             "recipe": type(index.recipe) is not dict,
             # A name with a separator could lead out of the folder.
             "shards": any(not is_name(shard.file) or not _are_text(shard) for shard in shards),
@@ -222,6 +230,12 @@ class Cache:
             raise UserError(f"{self.path / self.index.shards[shard].file}: latents of sample {local} are not finite")
         return out
 
+    def sizes(self, indices: Sequence[int], views: Sequence[int]) -> Tensor | None:
+        if not self.index.sizes:
+            return None
+        rows = zip(indices, views, strict=True)
+        return torch.tensor([self._line(int(index))["sizes"][int(view)] for index, view in rows], dtype=torch.float32)
+
     def captions(self, index: int) -> tuple[str, ...]:
         line = self._line(index)
         return tuple(line["captions"]) if self.index.kind == "images" else (line["caption"],)
@@ -266,7 +280,7 @@ class Cache:
         shard, local = self._locate(index)
         if shard not in self._lines:
             found = self.index.shards[shard]
-            self._lines[shard] = _read_lines(self.path, found, self.index.kind)
+            self._lines[shard] = _read_lines(self.path, found, self.index)
             check_sum(self.path / found.captions, found.captions_sha256)
         return self._lines[shard][local]
 
@@ -357,8 +371,8 @@ def check_sum(path: Path, wanted: str) -> None:
         raise UserError(f"{path} was changed after it was written: its checksum is wrong")
 
 
-def _read_lines(folder: Path, shard: Shard, kind: Kind) -> list[dict[str, Any]]:
-    path = folder / shard.captions
+def _read_lines(folder: Path, shard: Shard, index: Index) -> list[dict[str, Any]]:
+    path, kind = folder / shard.captions, index.kind
     lines = [line for _, line in read_json_lines(path)]
     if len(lines) != shard.samples:
         raise UserError(f"{path} has {len(lines)} lines for {shard.samples} samples")
@@ -371,4 +385,16 @@ def _read_lines(folder: Path, shard: Shard, kind: Kind) -> list[dict[str, Any]]:
         if not good:
             wanted = "'captions', a list of strings" if kind == "images" else "'caption' and 'anchor', strings"
             raise UserError(f"{path} line {number}: wanted {wanted}")
+        if index.sizes and not _are_sizes(line.get("sizes"), index.views):
+            found, wanted = clip(line.get("sizes")), f"{index.views} lists of {SIZES} numbers"
+            raise UserError(f"{path} line {number}: sizes is {found}, wanted {wanted}")
     return lines
+
+
+def _are_sizes(value: Any, views: int) -> bool:
+    return (
+        type(value) is list
+        and len(value) == views
+        and all(type(view) is list and len(view) == SIZES for view in value)
+        and all(type(number) is int and 0 <= number <= PIXELS for view in value for number in view)
+    )

@@ -158,7 +158,8 @@ def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
     source = args.source()
     folder, shape = _model(args, device)
     recipe = {"backend": backend, "precision": args.precision}
-    index = Index("images", shape, folder.vae_fingerprint, args.views, args.dtype, recipe)
+    sizes = folder.text_encoder.pooled > 0  # a cache is of one VAE, and so of one family
+    index = Index("images", shape, folder.vae_fingerprint, args.views, args.dtype, sizes, recipe)
     framing = Framing(args.resolution, args.seed, args.flip, args.crop)
     decoder = Decoder(args.resolution, args.views, args.batch, backend, device, args.threads or usable_cores())
     with _Bar() as bar:

@@ -20,7 +20,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder
 from bilevel_fast.data.listing import ListedImage, Listing
-from bilevel_fast.data.pictures import Framing, Unusable, upright_size
+from bilevel_fast.data.pictures import Crop, Framing, Unusable, upright_size
 from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, at_work, finished, join
 from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.weights import DIGEST
@@ -83,6 +83,8 @@ class Decoded:
     """With the problem of each that is not usable."""
     views: tuple[Tensor, ...]
     """V times (B, 3, R, R) fp32 pixels in [-1, 1]."""
+    crops: tuple[tuple[Crop, ...], ...] = ()
+    """Of each usable entry, how its V views were cut out."""
 
 
 def decode(found: Sequence[tuple[ListedImage, bytes]], views: int, framing: Framing, decoder: Decoder) -> Decoded:
@@ -107,7 +109,8 @@ def decode(found: Sequence[tuple[ListedImage, bytes]], views: int, framing: Fram
     if any(reasons):
         good = [reason is None for reason in reasons]
         pixels = [view[good] for view in pixels]
-    return Decoded(tuple(entries), tuple(pixels))
+        crops = [crop for crop, fine in zip(crops, good, strict=True) if fine]
+    return Decoded(tuple(entries), tuple(pixels), tuple(map(tuple, crops)))
 
 
 def moments(vae: Autoencoder, views: Sequence[Tensor]) -> Tensor:
@@ -209,12 +212,13 @@ def _encode(
 
 def _write(writer: CacheWriter, decoded: Decoded, vae: Autoencoder) -> None:
     usable = any(entry.problem is None for entry in decoded.entries)
-    encoded = iter(moments(vae, decoded.views) if usable else ())
+    encoded = iter(zip(moments(vae, decoded.views), decoded.crops, strict=True) if usable else ())
     for entry in decoded.entries:
         for caption, reason in entry.refused:
             writer.drop_caption(entry.file, caption, reason)
         if entry.problem is None:
-            writer.add(next(encoded), entry.captions, file=entry.file)
+            latents, crops = next(encoded)
+            writer.add(latents, entry.captions, file=entry.file, sizes=[crop.sizes for crop in crops])
         else:
             writer.drop(entry.file, len(entry.captions), entry.problem)
 

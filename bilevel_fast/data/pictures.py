@@ -192,6 +192,13 @@ class Crop:
     mirrored: bool
 
     @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """The size numbers of `models.conditioning`. The corner is that of the picture as it is seen: a mirrored view
+        was cut out of the mirrored picture."""
+        left = self.scaled[1] - self.side - self.left if self.mirrored else self.left
+        return (*self.size, self.top, left, self.side, self.side)
+
+    @property
     def region(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """First and last corner (y, x) of the view in pixels of the image: only this much must be scaled."""
         y, x = (length / scaled for length, scaled in zip(self.size, self.scaled, strict=True))

@@ -34,6 +34,13 @@ class LatentSource(Protocol):
         """Mean and log-variance of the scaled latents of one view of each sample: (B, 2C, H, W) fp32 on the CPU."""
         ...
 
+    def sizes(self, indices: Sequence[int], views: Sequence[int]) -> Tensor | None:
+        """Size numbers (B, 6) fp32 on the CPU of one view of each sample (`models.conditioning`).
+
+        None where nobody wrote them down; then those of a text encoder, the model's own size, stand.
+        """
+        ...
+
     def captions(self, index: int) -> tuple[str, ...]:
         """The captions of a sample, at least one."""
         ...
@@ -86,6 +93,9 @@ class MemorySource:
 
     def moments(self, indices: Sequence[int], views: Sequence[int]) -> Tensor:
         return self._moments[torch.as_tensor(indices), torch.as_tensor(views)].float()
+
+    def sizes(self, indices: Sequence[int], views: Sequence[int]) -> Tensor | None:
+        return None
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions[index]

@@ -29,7 +29,7 @@ from bilevel_fast.data.cache import DROPPED, INDEX, Cache, LeftOut, check_latent
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, ahead, decode
 from bilevel_fast.data.listing import ListedImage, Listing, path_problem
-from bilevel_fast.data.pictures import MAX_KEY, MAX_VIEWS, Framing, Unusable, upright_size
+from bilevel_fast.data.pictures import MAX_KEY, MAX_VIEWS, Crop, Framing, Unusable, upright_size
 from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.folder import ModelFolder
 
@@ -177,6 +177,8 @@ class ImageStream:
         self._vae, self._listing = vae, Listing(Path(index.root), ())
         check_sum(path / LIST, index.sha256)
         self._entries, self._bytes = read_list(path / LIST)
+        self._upright: dict[int, tuple[int, int]] = {}
+        """Height and width of images that were read."""
         backend = pick_backend(index.backend, device)
         self._decoder = Decoder(index.framing.resolution, 1, _CHUNK, backend, device, usable_cores())
 
@@ -190,6 +192,15 @@ class ImageStream:
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def sizes(self, indices: Sequence[int], views: Sequence[int]) -> Tensor | None:
+        """As `LatentSource.sizes`; headers of images that `moments` has read already are not read again.
+
+        Raises:
+            UserError: As `moments`.
+        """
+        crops = self._crops(indices, views, [self._upright.get(index) or self._size(index) for index in indices])
+        return torch.tensor([crop.sizes for crop in crops], dtype=torch.float32)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._entries[index].captions
@@ -224,12 +235,19 @@ class ImageStream:
             files = list(readers.map(self._read, indices))
         entries = [self._entries[index] for index in indices]
         sizes = [upright_size(data, entry.file) for data, entry in zip(files, entries, strict=True)]
-        crops = self.index.framing.cut([entry.key for entry in entries], views, sizes)
+        self._upright.update(zip(indices, sizes, strict=True))
+        crops = self._crops(indices, views, sizes)
         (pixels,), reasons = self._decoder(files, [[crop] for crop in crops])
         for entry, reason in zip(entries, reasons, strict=True):
             if reason is not None:
                 raise self._changed(entry, reason)
         return pixels
+
+    def _size(self, index: int) -> tuple[int, int]:
+        return upright_size(self._read(index), self._entries[index].file)
+
+    def _crops(self, indices: Sequence[int], views: Sequence[int], sizes: Sequence[tuple[int, int]]) -> list[Crop]:
+        return self.index.framing.cut([self._entries[index].key for index in indices], views, sizes)
 
     def _read(self, index: int) -> bytes:
         entry = self._entries[index]
@@ -285,6 +303,11 @@ def open_images(
         if cache.index.kind != "images":
             raise UserError(f"--data {path} is a cache of {cache.index.kind}, wanted one of images")
         cache.check_model(folder.config, folder.vae_fingerprint)
+        if folder.text_encoder.pooled and not cache.index.sizes:
+            raise UserError(
+                f"--data {path} has no size numbers of its pictures, which {folder.path} reads; make it again with "
+                f"python -m bilevel_fast.prepare and --model {folder.path}"
+            )
         return cache
     vae = folder.vae if device.type == "cpu" else folder.family.vae(folder.path, device, dtype)
     stream = ImageStream(path, vae, device)

@@ -107,7 +107,14 @@ class CacheWriter:
         """What was left out so far."""
         return self._reported
 
-    def add(self, moments: Tensor, captions: Sequence[str], anchor: str | None = None, file: str | None = None) -> None:
+    def add(
+        self,
+        moments: Tensor,
+        captions: Sequence[str],
+        anchor: str | None = None,
+        file: str | None = None,
+        sizes: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         """Add one sample.
 
         Args:
@@ -115,6 +122,7 @@ class CacheWriter:
             captions: One or more; exactly one for a concept.
             anchor: The caption without the concept, for a concept only.
             file: Where an image came from.
+            sizes: For each view its size numbers; written if the index says so.
 
         Raises:
             UserError: The moments are not finite in the cache's dtype.
@@ -123,12 +131,17 @@ class CacheWriter:
         assert moments.shape == (self.index.views, 2 * channels, height, width), tuple(moments.shape)
         assert captions
         assert (anchor is not None) == (self.index.kind == "concepts")
+        assert sizes is None or len(sizes) == self.index.views
+        assert sizes is not None or not self.index.sizes
         stored = moments.detach().to("cpu", DTYPES[self.index.dtype], copy=True)
         if not stored.isfinite().all():
             raise UserError(f"sample {self.samples} ({captions[0]!r}): latents are not finite in {self.index.dtype}")
         line = {"captions": list(captions)} if anchor is None else {"caption": captions[0], "anchor": anchor}
+        more: dict[str, Any] = {} if file is None else {"file": file}
+        if self.index.sizes and sizes is not None:
+            more["sizes"] = [list(view) for view in sizes]
         self._moments.append(stored)
-        self._lines.append(json.dumps(line | ({} if file is None else {"file": file}), ensure_ascii=False))
+        self._lines.append(json.dumps(line | more, ensure_ascii=False))
         self._write_if_full()
 
     def drop(self, file: str, captions: int, reason: str) -> None:

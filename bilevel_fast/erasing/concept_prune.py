@@ -63,7 +63,7 @@ class ConceptPrune:
     steps: int = 50
     """DDIM steps sampled; each is a timestep."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
     size: int | None = None
     """Height and width of the latents. Default: what the model was made for."""
     batch: int = 8
@@ -127,7 +127,7 @@ class ConceptPrune:
 
 def second_matrices(unet: UNet) -> dict[str, nn.Parameter]:
     """The matrices (C, F) that come after the GEGLU, of the Transformers that are left, by parameter name."""
-    names = [f"{site.name}.transformer_blocks.0.ff.net.2.weight" for site in transformers(unet.structure)[0]]
+    names = [f"{site.transformer_block}.ff.net.2.weight" for site in transformers(unet.structure)[0]]
     return {name: unet.get_parameter(name) for name in names}
 
 

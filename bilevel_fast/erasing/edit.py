@@ -70,16 +70,19 @@ class Outcome:
 
 
 def transformers(structure: Structure) -> tuple[tuple[Site, ...], tuple[str, ...]]:
-    """The Transformers that a UNet still has, and the names of those it has dropped.
+    """The sites of a UNet that still have a transformer block, one each, and the names of those it has dropped.
+
+    Of a Transformer with several blocks each is a site; where that is dropped as a whole, it alone is named.
 
     Raises:
         UserError: It has none left.
     """
-    members = [site for site in sites(structure.config) if site.kind == "transformer"]
-    left = tuple(site for site in members if site.name not in structure.dropped)
+    members, gone = [site for site in sites(structure.config) if site.kind != "resnet"], structure.dropped
+    left = tuple(site for site in members if site.transformer_block and not {site.name, site.within} & gone)
     if not left:
-        raise UserError(f"all {len(members)} Transformers of the model were dropped; there is nothing to edit")
-    return left, tuple(site.name for site in members if site.name in structure.dropped)
+        count = sum(site.kind == "transformer" for site in members)
+        raise UserError(f"all {count} Transformers of the model were dropped; there is nothing to edit")
+    return left, tuple(site.name for site in members if site.name in gone and site.within not in gone)
 
 
 def to_json(records: Sequence[Record]) -> dict[str, Any]:

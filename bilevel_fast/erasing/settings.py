@@ -111,7 +111,7 @@ class ConceptPruneStep(Section):
     steps: int = 50
     """DDIM steps of each sample."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 7.5, and on the mini world --mini.guidance."""
+    """Classifier-free guidance scale. Default: 7.5, 5 for Stable Diffusion XL, on the mini world --mini.guidance."""
     batch: int = 8
     """Prompts sampled together."""
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.edit import Job, Outcome, Record, transformers
 from bilevel_fast.erasing.pairs import Pair, framed, last_words
-from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.text_encoder import TextEncoder, token_states
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.sampling.prompts import same_text
 
@@ -104,7 +104,7 @@ def match(encoder: TextEncoder, pairs: Sequence[Pair], device: torch.device | st
     for start in range(0, len(pairs), _BATCH):
         rows = pairs[start : start + _BATCH]
         sides = [[pair.erase for pair in rows], [pair.guide for pair in rows]]
-        states = [encoder.encode(side).to(device).double() for side in sides]
+        states = [token_states(encoder, side).to(device).double() for side in sides]
         starts = zip(*(last_words(encoder, side) for side in sides), strict=True)
         for i, (e, g) in enumerate(starts):
             count = encoder.length - max(e, g)
@@ -121,7 +121,7 @@ def gram(encoder: TextEncoder, weights: dict[str, float], device: torch.device |
     for start in range(0, len(names), _BATCH):
         some = names[start : start + _BATCH]
         scale = torch.tensor([weights[name] for name in some], dtype=torch.float64, device=device)
-        k = (encoder.encode(some).to(device).double() * scale.sqrt()[:, None, None]).flatten(0, 1)
+        k = (token_states(encoder, some).to(device).double() * scale.sqrt()[:, None, None]).flatten(0, 1)
         total += k.T @ k
     return total
 
@@ -143,7 +143,7 @@ def matrices(unet: UNet) -> Iterator[tuple[str, nn.Parameter]]:
     """Keys' and values' matrices (heads * head_dim, D) of the cross-attentions that are left, by parameter name."""
     for site in transformers(unet.structure)[0]:
         for part in ("to_k", "to_v"):
-            name = f"{site.name}.transformer_blocks.0.attn2.{part}.weight"
+            name = f"{site.transformer_block}.attn2.{part}.weight"
             yield name, unet.get_parameter(name)
 
 
@@ -181,7 +181,7 @@ def _carried(job: Job, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, flo
 
 
 def _states(encoder: TextEncoder, preserve: Sequence[str], device: torch.device) -> Tensor:
-    return encoder.encode(preserve[:_MEASURED]).to(device).double().flatten(0, 1)
+    return token_states(encoder, preserve[:_MEASURED]).to(device).double().flatten(0, 1)
 
 
 @torch.no_grad()

@@ -71,9 +71,20 @@ class KLAutoencoder:
 
     @classmethod
     def load(
-        cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        upcast: bool = False,
     ) -> "KLAutoencoder":
         """Read the `vae/` of a model folder; the network is never asked.
+
+        Args:
+            folder: The `vae/` folder itself.
+            device, dtype: Of the model.
+            upcast: Whether `force_upcast` of its config, true if it is missing, means fp32 in place of `dtype`.
+                diffusers writes that field into every folder and obeys it for Stable Diffusion XL, whose VAE overflows
+                in fp16.
 
         Raises:
             UserError: diffusers is not installed, or a file is missing, broken or does not fit the config.
@@ -84,6 +95,8 @@ class KLAutoencoder:
             if config.get(field) is not None:
                 raise UserError(f"{folder / 'config.json'}: {field}={config[field]!r} is not supported, wanted null")
         check_counts(folder, config, _MOST)
+        if upcast and config.get("force_upcast", True):
+            dtype = torch.float32
         found = find_weights(folder, "diffusion_pytorch_model")
         _check_memory(diffusers, folder, config, sum(file.stat().st_size for file in found.files))
         mapped_weights(folder, "diffusion_pytorch_model")  # diffusers takes numbers that are none

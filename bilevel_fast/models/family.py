@@ -14,9 +14,10 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json
 from bilevel_fast.models.autoencoder import Autoencoder, KLAutoencoder
 from bilevel_fast.models.diffusion import SCHEDULERS
-from bilevel_fast.models.kinds import CONVERT, refuse_file, refuse_others
+from bilevel_fast.models.kinds import CONVERT, is_xl, refuse_file, refuse_others
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import ClipTextEncoder, TextEncoder
+from bilevel_fast.models.text_encoder_xl import XlTextEncoder
 
 Device = torch.device | str
 
@@ -27,7 +28,7 @@ class Family:
 
     Attributes:
         components: For each component of a folder, the classes that can be read, by name: whoever wrote the folder may
-            import them from elsewhere. The class of the text encoder decides which family a folder is of.
+            import them from elsewhere. The text encoders, their number and class, decide which family a folder is of.
         text_encoder: Reads it from a model folder, to a device and a dtype.
         vae: Reads it from a model folder, to a device and a dtype.
         guidance: Classifier-free guidance scale that its models are sampled with.
@@ -43,6 +44,11 @@ class Family:
     largest_latent: int | None = None
     world: str | None = None
     closed_vocabulary: bool = False
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Its components that are text encoders."""
+        return tuple(component for component in self.components if component.startswith("text_encoder"))
 
 
 MINI_INDEX = {
@@ -68,6 +74,20 @@ FAMILIES = {
         vae=lambda folder, device, dtype: KLAutoencoder.load(folder / "vae", device, dtype),
         largest_latent=64,  # 512 pixels, as the paper measures; Stable Diffusion 2.1 was made for 768
     ),
+    "stable-diffusion-xl": Family(
+        components={
+            "scheduler": tuple(SCHEDULERS),
+            "text_encoder": ("CLIPTextModel",),
+            "text_encoder_2": ("CLIPTextModelWithProjection",),
+            "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+            "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+            "unet": ("UNet2DConditionModel",),
+            "vae": ("AutoencoderKL",),
+        },
+        text_encoder=XlTextEncoder.load,
+        vae=lambda folder, device, dtype: KLAutoencoder.load(folder / "vae", device, dtype, upcast=True),
+        guidance=5.0,
+    ),
     "mini": Family(
         components={part: (pair[1],) for part, pair in MINI_INDEX.items() if part != "_class_name"},
         text_encoder=lambda folder, device, dtype: MiniTextEncoder.load(folder).to(device, dtype),
@@ -77,7 +97,7 @@ FAMILIES = {
         closed_vocabulary=True,
     ),
 }
-"""By name. A folder whose text encoder is of no family is refused as the first one's."""
+"""By name. A folder whose text encoder is of no family is refused as the first one's with as many text encoders."""
 
 
 def family_of(path: Path) -> Family:
@@ -98,7 +118,8 @@ def family_of(path: Path) -> Family:
     refuse_others(path)
     file, families = path / "model_index.json", list(FAMILIES.values())
     index = read_json(file)
-    encoder = _class_name(file, index, "text_encoder")
+    encoder, two = _class_name(file, index, "text_encoder"), is_xl(index)
+    families = [family for family in families if two == ("text_encoder_2" in family.components)]
     said = [family for family in families if encoder in family.components["text_encoder"]]
     for component, known in (said or families)[0].components.items():
         if (found := _class_name(file, index, component)) not in known:

@@ -2,7 +2,7 @@
 
     model_index.json     which class each component is
     unet/                config.json, weights, and for a pruned UNet structure.json
-    text_encoder/  tokenizer/  vae/  scheduler/
+    text_encoder/  tokenizer/  vae/  scheduler/    and text_encoder_2/  tokenizer_2/ of Stable Diffusion XL
 
 The mini world's models have the same layout with components of their own. Weights are safetensors only.
 """
@@ -81,6 +81,10 @@ def load_folder(
         raise UserError(
             f"{path}: the text encoder's states are {text_encoder.width} wide, "
             f"the UNet reads {config.cross_attention_dim}"
+        )
+    if text_encoder.pooled != config.pooled_dim:
+        raise UserError(
+            f"{path}: the text encoders' pooled state is {text_encoder.pooled} wide, the UNet reads {config.pooled_dim}"
         )
     if not vae.channels == config.in_channels == config.out_channels:
         raise UserError(

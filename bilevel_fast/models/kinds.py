@@ -13,7 +13,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, read_json
 from bilevel_fast.models.weights import PICKLES
 
-SUPPORTED = "supported are text-to-image models of Stable Diffusion 1.x and 2.x"
+SUPPORTED = "supported are text-to-image models of Stable Diffusion 1.x, 2.x and XL"
 CONVERT = "python -m bilevel_fast.convert"
 
 _CHANNELS = {
@@ -64,16 +64,34 @@ def refuse_others(path: Path) -> None:
         return
     index = read_json(path / "model_index.json")
     config = read_json(path / "unet/config.json") if (path / "unet/config.json").is_file() else {}
-    if (kind := _of_index(index) or _of_unet(config)) is not None:
+    if (kind := _of_index(index) or _of_unet(config) or _of_scheduler(path, index)) is not None:
         raise UserError(f"{path} is {kind}; {SUPPORTED}")
 
 
+def is_xl(index: Mapping[str, Any]) -> bool:
+    """Whether a `model_index.json` is of Stable Diffusion XL or of one of its relatives."""
+    name = str(index.get("_class_name"))
+    return name.startswith("StableDiffusionXL") or {"text_encoder_2", "unet"} <= index.keys()
+
+
 def _of_index(index: Mapping[str, Any]) -> str | None:
-    scheduler = index.get("scheduler")
+    scheduler, name = index.get("scheduler"), index.get("_class_name")
+    if isinstance(name, str) and "Inpaint" in name:
+        return f"an inpainting model ({name})"
+    if is_xl(index) and (index.get("requires_aesthetics_score") or index.get("text_encoder") == [None, None]):
+        return "the refiner of Stable Diffusion XL"
     if isinstance(scheduler, list) and "LCMScheduler" in scheduler:
         return "a latent consistency model (LCM), which is distilled to few steps"
     if "transformer" in index and "unet" not in index:
         return "a transformer such as Stable Diffusion 3 or Flux, without a UNet"
+    return None
+
+
+def _of_scheduler(path: Path, index: Mapping[str, Any]) -> str | None:
+    file, scheduler = path / "scheduler/scheduler_config.json", index.get("scheduler")
+    ancestral = isinstance(scheduler, list) and "EulerAncestralDiscreteScheduler" in scheduler
+    if is_xl(index) and ancestral and file.is_file() and read_json(file).get("timestep_spacing") == "trailing":
+        return "a turbo model of Stable Diffusion XL, which is distilled to few steps"
     return None
 
 

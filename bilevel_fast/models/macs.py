@@ -10,11 +10,12 @@ that table and `count` sums it up. All numbers are exact integers for one sample
     official   what the hook counter of APTP's authors says (arXiv:2406.12042), to compare with published
                numbers: `true`, except that cross-attention counts as T x T instead of T x L, and SiLU as two
                per element. Their UNet has a single SiLU module, and the total of all its calls is added once
-               per parent: each ResNet, the time embedding and the output, 24 times for SD 2.1. Their ratios
+               per parent: each ResNet, each embedding and the output, 24 times for SD 2.1. Their ratios
                come from a sum over modules in which two of these remain, and which a pruned structure only leaves
                by what its gates save (`Macs.official_modules`): nothing of SiLU, but biases in proportion.
 
 Dense SD 2.1, latents 64x64, 77 tokens: 402.784 GMAC true, 464.327 GMAC official, 865,910,724 parameters.
+A transformer block that is a site costs by itself, and its Transformer what is left: a norm and two projections.
 
 Legend: T image tokens (pixels of a site), L text tokens.
 """
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
+from bilevel_fast.models.conditioning import SIZES
 from bilevel_fast.models.structure import Structure
 
 
@@ -111,7 +113,7 @@ def count(structure: Structure, latent: int, text: int) -> Macs:
         else:
             costs[site.name] = table[site.name].total({w.name: structure.count(site, w) for w in site.widths})
 
-    names = ["conv_in", "time_embedding"]
+    names = ["conv_in", "time_embedding", *(["add_embedding"] if "add_embedding" in costs else [])]
     for block in config.blocks:
         names += [site.name for site in members if site.block == block]
         names += [name for name in (f"{block}.downsamplers.0", f"{block}.upsamplers.0") if name in costs]
@@ -122,7 +124,11 @@ def count(structure: Structure, latent: int, text: int) -> Macs:
         MacsRow(n, costs[n].true, costs[n].true + costs[n].excess, costs[n].products, costs[n].params) for n in names
     ]
     silu = sum(c.silu for c in costs.values())
-    parents = 2 + sum(site.kind == "resnet" and site.name not in structure.dropped for site in members)
+    parents = (
+        2
+        + ("add_embedding" in costs)
+        + sum(site.kind == "resnet" and site.name not in structure.dropped for site in members)
+    )
     rows.append(MacsRow("conv_act", true=0, official=parents * silu, products=0, params=0))
     true, official = sum(r.true for r in rows), sum(r.official for r in rows)
     return Macs(
@@ -194,6 +200,9 @@ def fixed_costs(config: UNetConfig, latent: int) -> dict[str, ModuleMacs]:
         "conv_norm_out": _group_norm(channels[0], full) + _silu(channels[0] * full),
         "conv_out": _conv(channels[0], config.out_channels, full),
     }
+    if pooled := config.pooled_dim:
+        told = pooled + SIZES * (config.addition_time_embed_dim or 0)
+        costs["add_embedding"] = _linear(told, time) + _linear(time, time) + _silu(time)
     last = len(channels) - 1
     for i in range(last):
         down, up = channels[i], channels[last - i]
@@ -220,14 +229,20 @@ def _resnet(site: Site, pixels: int, config: UNetConfig) -> SiteMacs:
 
 
 def _transformer(site: Site, pixels: int, text: int, config: UNetConfig) -> SiteMacs:
-    channels, (attn1, attn2, ff) = site.out_channels, site.widths
-    project = _linear(channels, channels, pixels)
-    if not config.use_linear_projection:
-        project = _conv(channels, channels, pixels, kernel=1)
+    """A Transformer, one of its blocks, or both in one."""
+    channels, fixed = site.out_channels, ModuleMacs()
+    if site.kind == "transformer":
+        project = _linear(channels, channels, pixels)
+        if not config.use_linear_projection:
+            project = _conv(channels, channels, pixels, kernel=1)
+        fixed += _group_norm(channels, pixels) + project * 2
+    if not site.widths:
+        return SiteMacs(fixed, {})
+    attn1, attn2, ff = site.widths
     layer_norm = ModuleMacs(other=channels * pixels, params=2 * channels)
     out_bias = ModuleMacs(other=channels, params=channels)  # of attn1, attn2 and ff
     return SiteMacs(
-        _group_norm(channels, pixels) + project * 2 + layer_norm * 3 + out_bias * 3,
+        fixed + layer_norm * 3 + out_bias * 3,
         {
             "attn1": _head(channels, channels, attn1.unit_size, pixels, pixels),
             "attn2": _head(channels, config.cross_attention_dim, attn2.unit_size, pixels, text),

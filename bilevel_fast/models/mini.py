@@ -118,6 +118,10 @@ class MiniTextEncoder(nn.Module):
         """Tokens of every prompt."""
         return self.tokenizer.length
 
+    @property
+    def pooled(self) -> int:
+        return 0
+
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) int64 to states (B, L, D)."""
         h = self.token(ids) + self.position

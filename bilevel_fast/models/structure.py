@@ -4,6 +4,9 @@ A `Structure` is the result of every pruning method and the only thing the stude
 weight slicing need to know about it. Units are GroupNorm groups of a ResNet's inner channels, attention heads and
 FFN groups (APTP, arXiv:2406.12042, section 3); widths outside the sites never change, so teacher and student
 features keep the same shapes.
+
+A transformer block that is a site (Stable Diffusion XL) stands within its Transformer: where that is dropped, all of
+its blocks are.
 """
 
 import itertools
@@ -18,9 +21,11 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import clip, read_json, write_atomic
-from bilevel_fast.models.architecture import Cut, Site, UNetConfig, Width, sites
+from bilevel_fast.models.architecture import Cut, Site, UNetConfig, Width, sites, with_blocks
 
-FORMAT, VERSION = "bilevel_fast.structure", 1  # of files, whatever this module is called
+FORMAT = "bilevel_fast.structure"  # of files, whatever this module is called
+VERSIONS = (1, 2)
+"""1 is of UNets that say nothing which Stable Diffusion 1.x / 2.x leave unsaid; 2 has the sites of all others."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class Structure:
                     raise UserError(f"structure: site {name} is both kept and dropped")
                 if not site.droppable:
                     raise UserError(f"structure: site {name} cannot be dropped, it changes the number of channels")
+            elif site.within in self.dropped:
+                raise UserError(f"structure: site {name} is kept, and {site.within}, which it is a part of, is dropped")
             elif name not in self.kept:
                 raise UserError(f"structure: site {name} is missing")
             else:
@@ -65,14 +72,15 @@ class Structure:
 
     @classmethod
     def uniform(cls, config: UNetConfig, keep: float, drop: Iterable[str] = ()) -> "Structure":
-        """The first max(1, floor(keep * w)) units of every width vector of w units; the sites in `drop` removed.
+        """The first max(1, floor(keep * w)) units of every width vector of w units; the sites in `drop` removed, with
+        all that is within them.
 
         Raises:
             UserError: `keep` is outside (0, 1], or a name in `drop` is not a droppable site.
         """
         if not 0.0 < keep <= 1.0:
             raise UserError(f"keep is {keep}, wanted 0 < keep <= 1")
-        dropped = frozenset(drop)
+        dropped = with_blocks(config, frozenset(drop))
         kept = {
             site.name: {w.name: tuple(range(max(1, int(keep * w.units + 1e-9)))) for w in site.widths}
             for site in sites(config)
@@ -141,7 +149,7 @@ class Structure:
         kept = {name: {w: list(units) for w, units in widths.items()} for name, widths in self.kept.items()}
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSIONS[0] if self.config.is_plain else VERSIONS[1],
             "config": self.config.to_dict(),
             "kept": kept,
             "dropped": sorted(self.dropped),
@@ -161,8 +169,9 @@ class Structure:
         fields = read_json(path)
         if fields.get("format") != FORMAT:
             raise UserError(f"{path} is not a structure file; wanted format {FORMAT!r}")
-        if fields.get("version") != VERSION:
-            raise UserError(f"{path} has version {fields.get('version')!r}, this release reads {VERSION}")
+        if fields.get("version") not in VERSIONS:
+            known = " and ".join(map(str, VERSIONS))
+            raise UserError(f"{path} has version {clip(fields.get('version'))}, this release reads {known}")
         try:
             config = UNetConfig.from_dict(fields["config"], "config")
             kept = {name: {w: tuple(u) for w, u in widths.items()} for name, widths in fields["kept"].items()}

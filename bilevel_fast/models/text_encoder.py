@@ -1,6 +1,8 @@
 """Prompts to text states: what every text encoder offers, and the CLIP text tower of Stable Diffusion.
 
-Shape legend: B prompts, L text tokens (77 for CLIP), D text width.
+What a text encoder gives is the text tensor of `models.conditioning`: for most models that is the states alone.
+
+Shape legend: B prompts, L text tokens (77 for CLIP), D text width, R further rows (0 but for Stable Diffusion XL).
 """
 
 import threading
@@ -38,13 +40,26 @@ class TextEncoder(Protocol):
         """L: every prompt is padded or cut to it."""
         ...
 
+    @property
+    def pooled(self) -> int:
+        """P, the width of the pooled state behind the states; 0 where there is none, and so no further rows."""
+        ...
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        """States (B, L, D) fp32 of prompts, without gradient; "" is the null prompt."""
+        """Text tensor (B, L + R, D) fp32 of prompts, without gradient; "" is the null prompt."""
         ...
 
     def mask(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
+        """(B, L + R) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
         ...
+
+
+def token_states(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
+    """(B, L, D) fp32: what the tokens of texts say, for those who look at or change tokens; no further rows.
+
+    Here "" is a text without words, also to an encoder whose null prompt is none (`XlTextEncoder`).
+    """
+    return encoder.encode([text or " " for text in texts])[:, : encoder.length]
 
 
 def indistinct(encoder: TextEncoder, texts: Sequence[str], others: Sequence[str]) -> list[int]:
@@ -86,29 +101,7 @@ class ClipTextEncoder:
         Raises:
             UserError: transformers is not installed, or a file is missing, broken or does not fit the config.
         """
-        transformers = require("transformers", "sd")
-        transformers.utils.logging.disable_progress_bar()  # loading takes a second; the training has the terminal
-        part, words = folder / "text_encoder", folder / "tokenizer"
-        check_counts(part, read_json(part / "config.json"), _MOST)
-        variant = find_weights(part, "model").variant
-        mapped_weights(part, "model")  # transformers takes numbers that are none
-        if not (words / "tokenizer.json").is_file():
-            for name in ("vocab.json", "merges.txt"):
-                if not (words / name).is_file():
-                    raise UserError(f"{words / name} is missing")
-        model, report = load_pretrained(
-            transformers.CLIPTextModel,
-            part,
-            dtype=dtype,
-            variant=variant,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        tokenizer = load_pretrained(transformers.CLIPTokenizer, words)
-        check_report(part, report)
-        if len(tokenizer) > model.config.vocab_size:
-            raise UserError(f"{words} has {len(tokenizer)} tokens, {part} has embeddings for {model.config.vocab_size}")
-        return cls(model.to(device).eval().requires_grad_(False), tokenizer)
+        return cls(*load_clip("CLIPTextModel", folder / "text_encoder", folder / "tokenizer", device, dtype))
 
     @property
     def width(self) -> int:
@@ -118,17 +111,57 @@ class ClipTextEncoder:
     def length(self) -> int:
         return self.model.config.max_position_embeddings
 
+    @property
+    def pooled(self) -> int:
+        return 0
+
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """States (B, L, D) fp32 on the device of the encoder; longer prompts are cut."""
-        return self.model(self._tokens(prompts).input_ids.to(self.model.device)).last_hidden_state.float()
+        return self.model(self.tokens(prompts).input_ids.to(self.model.device)).last_hidden_state.float()
 
     def mask(self, prompts: Sequence[str]) -> Tensor:
         """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
-        return self._tokens(prompts).attention_mask.bool()
+        return self.tokens(prompts).attention_mask.bool()
 
-    def _tokens(self, prompts: Sequence[str]) -> Any:
+    def tokens(self, prompts: Sequence[str]) -> Any:
+        """What the tokenizer makes of prompts: `input_ids` and `attention_mask`, (B, L) int64 on the CPU."""
         with self._one:
             return self.tokenizer(
                 list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
             )
+
+
+def load_clip(kind: str, part: Path, words: Path, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A frozen CLIP text tower and its tokenizer, from two folders of a model; the network is never asked.
+
+    Args:
+        kind: Its class in transformers.
+        part, words: Folders of the tower and of the tokenizer.
+        device, dtype: Of the tower.
+
+    Raises:
+        UserError: transformers is not installed, or a file is missing, broken or does not fit the config.
+    """
+    transformers = require("transformers", "sd")
+    transformers.utils.logging.disable_progress_bar()  # loading takes a second; the training has the terminal
+    check_counts(part, read_json(part / "config.json"), _MOST)
+    variant = find_weights(part, "model").variant
+    mapped_weights(part, "model")  # transformers takes numbers that are none
+    if not (words / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (words / name).is_file():
+                raise UserError(f"{words / name} is missing")
+    model, report = load_pretrained(
+        getattr(transformers, kind),
+        part,
+        dtype=dtype,
+        variant=variant,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    tokenizer = load_pretrained(transformers.CLIPTokenizer, words)
+    check_report(part, report)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(f"{words} has {len(tokenizer)} tokens, {part} has embeddings for {model.config.vocab_size}")
+    return model.to(device).eval().requires_grad_(False), tokenizer

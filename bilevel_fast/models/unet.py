@@ -11,7 +11,7 @@ Legend: B batch, C channels, H W latent size, T = H*W image tokens, L text token
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
+from bilevel_fast.models.conditioning import SIZES, Extra, unpack
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.ops.dispatch import (
     Branch,
@@ -184,9 +185,10 @@ def _feed(module: nn.Module, x: Tensor) -> Tensor:
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward; each behind a LayerNorm and added to its input."""
 
-    def __init__(self, site: Site, kept: dict[str, int], text_width: int):
+    def __init__(self, site: Site, structure: Structure):
         super().__init__()
         channels, (attn1, attn2, ff) = site.out_channels, site.widths
+        text_width, kept = structure.config.cross_attention_dim, _kept(structure, site)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.attn1 = Attention(channels, channels, kept["attn1"], attn1.unit_size)
         self.attn2 = Attention(channels, text_width, kept["attn2"], attn2.unit_size)
@@ -200,28 +202,59 @@ class TransformerBlock(nn.Module):
         return h + feed(self.ff, n)
 
 
-class Transformer(nn.Module):
-    """GroupNorm, projection in, one block of self-attention, cross-attention and GEGLU, projection out, residual."""
+def _kept(structure: Structure, site: Site) -> dict[str, int]:
+    return {width.name: structure.count(site, width) for width in site.widths}
 
-    def __init__(self, site: Site, kept: dict[str, int], config: UNetConfig):
+
+Run = Callable[[int, TransformerBlock, Tensor | Branch, Tensor], Tensor | Branch]
+"""(number of the block, module, h (B, T, C), text (B, L, D)) -> (B, T, C)"""
+
+
+def _run(_: int, module: nn.Module, h: Tensor | Branch, text: Tensor) -> Tensor | Branch:
+    return module(h, text)
+
+
+class Transformer(nn.Module):
+    """GroupNorm, projection in, blocks of self-attention, cross-attention and GEGLU, projection out, residual.
+
+    Args:
+        site: Its site.
+        blocks: The sites of its blocks, where it is not itself the site of its only one.
+        structure: What is kept.
+    """
+
+    def __init__(self, site: Site, blocks: Sequence[Site], structure: Structure):
         super().__init__()
-        channels = site.out_channels
+        channels, config = site.out_channels, structure.config
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
         self.linear = config.use_linear_projection
         # SD 1.x stores the same projections as 1x1 convolutions
         project = nn.Linear if self.linear else lambda i, o: nn.Conv2d(i, o, 1)
         self.proj_in = project(channels, channels)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(site, kept, config.cross_attention_dim)])
+        members = [site] if site.widths else blocks
+        self.transformer_blocks = nn.ModuleList(
+            [
+                Dropped() if member.name in structure.dropped else TransformerBlock(member, structure)
+                for member in members
+            ]
+        )
         self.proj_out = project(channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor, attend: Attend = _attend, feed: Feed = _feed) -> Tensor:
-        """x (B, C, H, W), text (B, L, D) -> (B, C, H, W); `attend` and `feed` run the attentions and the FFN."""
+    def forward(self, x: Tensor, text: Tensor, run: Run = _run) -> Tensor:
+        """x (B, C, H, W), text (B, L, D) -> (B, C, H, W); `run` runs the blocks."""
         h, x = group_norm_and_input(x, self.norm)
         h = linear(_to_tokens(h), self.proj_in) if self.linear else _to_tokens(self.proj_in(h))
-        h = self.transformer_blocks[0](h, text, attend, feed)
+        for number, block in enumerate(self.transformer_blocks):
+            h = run(number, block, h, text)  # pyright: ignore[reportArgumentType]  # or a Dropped one
+        h = whole(h)
         h = self.proj_out(h) if self.linear else h
         h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
         return x + (h if self.linear else self.proj_out(h))
+
+
+def whole(h: Tensor | Branch) -> Tensor:
+    """What a Transformer hands its blocks, with the bias that may still be missing."""
+    return h.whole() if isinstance(h, Branch) else h
 
 
 def _to_tokens(x: Tensor) -> Tensor:
@@ -274,10 +307,9 @@ class Block(nn.Module):
         def build(site: Site) -> nn.Module:
             if site.name in structure.dropped:
                 return Dropped()
-            kept: dict[str, int] = {w.name: structure.count(site, w) for w in site.widths}
             if site.kind == "resnet":
-                return ResNet(site, kept["groups"], config, align)
-            return Transformer(site, kept, config)
+                return ResNet(site, structure.count(site, site.widths[0]), config, align)
+            return Transformer(site, [member for member in members if member.within == site.name], structure)
 
         self.resnets = nn.ModuleList([build(s) for s in members if s.kind == "resnet"])
         attentions = [build(s) for s in members if s.kind == "transformer"]
@@ -322,11 +354,13 @@ class DownBlock(Block):
 
 
 class MidBlock(Block):
-    """A ResNet, a Transformer, a ResNet."""
+    """A ResNet, a Transformer, a ResNet; or a single ResNet."""
 
     def forward(self, h: Tensor, time: Tensor, text: Tensor, _: list[Tensor], run: Sites | None) -> Tensor:
-        h = self.attend(0, self.resnet(0, h, None, time, run), text, run)
-        return self.resnet(1, h, None, time, run)
+        h = self.resnet(0, h, None, time, run)
+        for j in range(1, len(self.resnets)):
+            h = self.resnet(j, self.attend(j - 1, h, text, run), None, time, run)
+        return h
 
 
 class UpBlock(Block):
@@ -341,21 +375,24 @@ class UpBlock(Block):
         return h
 
 
-class TimeEmbedding(nn.Module):
-    """Sinusoidal embedding (cosines first) of the timestep, then two linear layers."""
+def waves(numbers: Tensor, channels: int) -> Tensor:
+    """Sinusoidal embedding of numbers (...), cosines first: (..., channels) fp32."""
+    half = channels // 2
+    frequency = torch.exp(torch.arange(half, device=numbers.device, dtype=torch.float32) * (-math.log(1e4) / half))
+    angle = numbers.float()[..., None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Embedding(nn.Module):
+    """Two linear layers: of the timestep's waves, and of what a UNet of Stable Diffusion XL is told beside the text."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__()
-        self.channels = channels
         self.linear_1, self.linear_2 = nn.Linear(channels, dim), nn.Linear(dim, dim)
 
-    def forward(self, t: Tensor) -> Tensor:
-        """t (B,) -> (B, dim)."""
-        half = self.channels // 2
-        frequency = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(1e4) / half))
-        angle = t.float()[:, None] * frequency
-        waves = torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(waves)))
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels), any float dtype -> (B, dim)."""
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
 
 
 class UNet(nn.Module):
@@ -376,7 +413,9 @@ class UNet(nn.Module):
         last = levels - 1
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = TimeEmbedding(channels[0], config.time_embed_dim)
+        self.time_embedding = Embedding(channels[0], config.time_embed_dim)
+        pooled, each = config.pooled_dim, config.addition_time_embed_dim or 0
+        self.add_embedding = Embedding(pooled + SIZES * each, config.time_embed_dim) if pooled else None
         kept = self.structure
         self.down_blocks = nn.ModuleList(
             [DownBlock(f"down_blocks.{i}", kept, align, "downsamplers" if i < last else None) for i in range(levels)]
@@ -429,7 +468,8 @@ class UNet(nn.Module):
         Args:
             x: (B, C_in, H, W) noisy latents, any float dtype.
             t: (B,) timesteps.
-            text: (B, L, D) text states, any float dtype.
+            text: (B, L, D) text states, any float dtype; of Stable Diffusion XL (B, L + R, D), as
+                `models.conditioning.pack` makes it.
             run: Computes the sites in place of their modules. Recomputed like them if `recompute` is set.
 
         Raises:
@@ -439,10 +479,20 @@ class UNet(nn.Module):
             raise UserError("wanted the dense UNet; this one is pruned")
         blocks: list[Tensor] = []
         dtype = self.conv_in.weight.dtype
-        time, text = F.silu(self.time_embedding(t)), text.to(dtype)
+        time = self.time_embedding(waves(t, self.config.block_out_channels[0]))
+        if self.add_embedding is not None:
+            text, extra = unpack(text, self.config.pooled_dim)
+            time = time + self.add_embedding(self._told(extra))
+        time, text = F.silu(time), text.to(dtype)
         h = self.conv_in(x.to(dtype, memory_format=torch.channels_last))
         skips = [h]
         for block in (*self.down_blocks, *([] if self.mid_block is None else [self.mid_block]), *self.up_blocks):
             h = block(h, time, text, skips, run)
             blocks.append(h)
         return Prediction(self.conv_out(group_norm_silu(h, self.conv_norm_out)), tuple(blocks))
+
+    def _told(self, extra: Extra) -> Tensor:
+        """(B, P + 6 E) of a pooled state (B, P) and six sizes, each as E waves."""
+        each = self.config.addition_time_embed_dim
+        assert each is not None
+        return torch.cat([extra.pooled.float(), waves(extra.sizes, each).flatten(1)], dim=1)

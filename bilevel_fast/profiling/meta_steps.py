@@ -84,5 +84,5 @@ def random_batch(config: UNetConfig, latent: int, text: int, batch: int, device:
     """Random latents, noise, timesteps and states of captions and anchors, as a `Loader` brings them."""
     with device:
         latents, eps = torch.randn(2, batch, config.in_channels, latent, latent)
-        states, anchor = torch.randn(2, batch, text, config.cross_attention_dim)
+        states, anchor = torch.randn(2, batch, text + config.extra_rows, config.cross_attention_dim)
         return Batch(latents, states, anchor, torch.empty(0, dtype=torch.int64), eps, torch.randint(1000, (batch,)))

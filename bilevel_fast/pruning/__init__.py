@@ -13,7 +13,7 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.pruning.bk_sdm import FIXED, TINY, bk_sdm_base, bk_sdm_small
+from bilevel_fast.pruning.bk_sdm import TINY, bk_sdm_base, bk_sdm_small
 from bilevel_fast.pruning.budget import Budget, Calibration, MacBudget
 from bilevel_fast.pruning.calibration import CalibrationSet, calibration_set
 from bilevel_fast.pruning.initial import reinitialise
@@ -22,6 +22,7 @@ from bilevel_fast.pruning.layers import laptop
 from bilevel_fast.pruning.learned import learned_gates
 from bilevel_fast.pruning.magnitude import magnitude
 from bilevel_fast.pruning.random import random
+from bilevel_fast.pruning.sdxl_shapes import koala_1b, koala_700m, ssd_1b, vega
 from bilevel_fast.pruning.taylor import diff_pruning
 from bilevel_fast.pruning.uniform import uniform
 
@@ -52,10 +53,17 @@ METHODS: dict[str, Method] = {
     "laptop": laptop,
     "bk-sdm-base": bk_sdm_base,
     "bk-sdm-small": bk_sdm_small,
+    "koala-1b": koala_1b,
+    "koala-700m": koala_700m,
+    "ssd-1b": ssd_1b,
+    "vega": vega,
     "uniform": uniform,
     "random": random,
 }
 """By the name that `prune` and `train --prune.method` take; `prune --help` shows the first line of a docstring."""
+
+FIXED = ("bk-sdm-base", "bk-sdm-small", "koala-1b", "koala-700m", "ssd-1b", "vega")
+"""Methods that say themselves what is left, whatever the budget."""
 
 
 def method(name: str, besides: Iterable[str] = ()) -> Method:

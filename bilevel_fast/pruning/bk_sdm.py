@@ -16,13 +16,10 @@ from math import ceil
 from typing import Literal
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.architecture import UNetConfig, sites
+from bilevel_fast.models.architecture import Site, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import Budget, Calibration
-
-FIXED = ("bk-sdm-base", "bk-sdm-small")
-"""Methods that say themselves what is left, whatever the budget."""
 
 TINY = (
     "bk-sdm-tiny is a UNet of its own: it lacks the innermost level with its resamplers, which a structure cannot "
@@ -37,7 +34,7 @@ def bk_sdm_base(teacher: UNet, budget: Budget, calibration: Calibration = ()) ->
     Raises:
         UserError: What is left exceeds the budget, or there is nothing to drop in this UNet.
     """
-    return _within(budget, "bk-sdm-base", structure(teacher.config, "base"))
+    return within_budget(budget, "bk-sdm-base", structure(teacher.config, "base"))
 
 
 def bk_sdm_small(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
@@ -46,23 +43,30 @@ def bk_sdm_small(teacher: UNet, budget: Budget, calibration: Calibration = ()) -
     Raises:
         UserError: What is left exceeds the budget, or there is nothing to drop in this UNet.
     """
-    return _within(budget, "bk-sdm-small", structure(teacher.config, "small"))
+    return within_budget(budget, "bk-sdm-small", structure(teacher.config, "small"))
 
 
 def structure(config: UNetConfig, size: Literal["base", "small"]) -> Structure:
     """The structure itself, whatever it costs. Dense if no block has a layer to spare."""
-    return Structure.uniform(config, 1.0, [site.name for site in sites(config) if _goes(config, site.name, size)])
+    outer = [site for site in sites(config) if not site.within]
+    return Structure.uniform(config, 1.0, [site.name for site in outer if _goes(config, site, size)])
 
 
-def _goes(config: UNetConfig, name: str, size: str) -> bool:
-    block, _, index = name.rpartition(".")
-    if block.startswith("mid_block"):
+def _goes(config: UNetConfig, site: Site, size: str) -> bool:
+    if site.block == "mid_block":
         return size == "small"
-    last = config.layers_per_block if block.startswith("up_blocks") else 0
+    _, number, _, index = site.name.split(".")
+    level = len(config.block_out_channels) - 1 - int(number)
+    last = config.layers(level) if site.block.startswith("up_blocks") else 0
     return int(index) not in (0, last)
 
 
-def _within(budget: Budget, name: str, found: Structure) -> Structure:
+def within_budget(budget: Budget, name: str, found: Structure) -> Structure:
+    """A structure that leaves no choice, if it is within the budget.
+
+    Raises:
+        UserError: It is not, or it drops nothing; `name` is that of the method.
+    """
     if found.is_dense:
         raise UserError(f"{name} drops nothing of this UNet: {found.config.layers_per_block} layer per block, as it is")
     prices = budget.prices(found.config)

@@ -174,7 +174,7 @@ def fill(found: Sequence[Choice], counts: Sequence[int], spare: int, ranks: Sequ
 
 def assemble(config: UNetConfig, found: Sequence[Choice], units: Iterable[Iterable[int]]) -> Structure:
     """The structure that keeps `units[i]`, in any order, of `found[i]`, and drops no site."""
-    kept: dict[str, dict[str, tuple[int, ...]]] = {}
+    kept: dict[str, dict[str, tuple[int, ...]]] = {site.name: {} for site in sites(config)}
     for choice, indices in zip(found, units, strict=True):
-        kept.setdefault(choice.site.name, {})[choice.width.name] = tuple(sorted(indices))
+        kept[choice.site.name][choice.width.name] = tuple(sorted(indices))
     return Structure(config, kept)

@@ -5,7 +5,8 @@
 
 The sum is the paper's: what several layers cost together is taken for the sum of what each costs alone. It spends a
 budget of parameters, we one of MACs. Layers are the sites that leave the shapes as they are: a ResNet that changes the
-number of channels stays.
+number of channels stays. Of a Transformer whose blocks are sites each block is a layer, as in the paper's Stable
+Diffusion XL, and what is around them goes with the last one.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.architecture import Site, UNetConfig, sites
+from bilevel_fast.models.architecture import Site, UNetConfig, sites, with_emptied
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import Dropped, UNet
 from bilevel_fast.ops.native import plan
@@ -34,10 +35,15 @@ def laptop(teacher: UNet, budget: Budget, calibration: Calibration) -> Structure
         UserError: The calibration set is empty, the teacher's output is not finite, or the budget is too small even
             with all droppable layers dropped.
     """
-    _affordable(teacher.config, budget, [s.name for s in sites(teacher.config) if s.droppable])  # refuses at once
+    _affordable(teacher.config, budget, [site.name for site in layers(teacher.config)])  # refuses at once
     batches = CalibrationSet.of(calibration)
     losses = output_losses(teacher, CalibrationSet(batches.loaded("laptop"), batches.schedule, batches.seed))
     return cheapest_drops(teacher.config, budget, losses)
+
+
+def layers(config: UNetConfig) -> list[Site]:
+    """The sites that can be dropped one by one."""
+    return [site for site in sites(config) if site.droppable and site.widths]
 
 
 def cheapest_drops(config: UNetConfig, budget: Budget, losses: Mapping[str, float]) -> Structure:
@@ -51,11 +57,16 @@ def cheapest_drops(config: UNetConfig, budget: Budget, losses: Mapping[str, floa
     choice = plan(options, [np.array([-loss, 0.0]) for loss in losses.values()], spare).choice
     dropped = {name for name, kept in zip(losses, choice, strict=True) if not kept}
     spare -= sum(cost for name, cost in costs.items() if name not in dropped)
-    for name in losses:  # a layer without any loss is cheaper dropped and no worse; it stays all the same if it fits
-        if name in dropped and costs[name] <= spare:
-            dropped.remove(name)
-            spare -= costs[name]
-    return Structure.uniform(config, 1.0, dropped)
+    within, emptied = {site.name: site.within for site in sites(config)}, frozenset[str]()
+    for _ in range(2):  # the second time with what the emptied Transformers leave
+        for name in losses:  # a layer without any loss is cheaper dropped and no worse; it stays if it fits
+            if name in dropped and within[name] not in emptied and costs[name] <= spare:
+                dropped.remove(name)
+                spare -= costs[name]
+        emptied = with_emptied(config, frozenset(dropped)) - dropped
+        prices = budget.prices(config)
+        spare += sum(prices.sites[name].fixed for name in emptied)
+    return Structure.uniform(config, 1.0, with_emptied(config, frozenset(dropped)))
 
 
 def _affordable(config: UNetConfig, budget: Budget, names: Iterable[str]) -> tuple[dict[str, int], int]:
@@ -84,7 +95,7 @@ def output_losses(teacher: UNet, calibration: CalibrationSet) -> dict[str, float
     """
     batches = list(calibration)
     t = calibration.timesteps(sum(len(latents) for latents, _ in batches))
-    members = [site for site in sites(teacher.config) if site.droppable]
+    members = layers(teacher.config)
     totals = dict.fromkeys((site.name for site in members), 0.0)
     elements = 0
     for first, latents, text in numbered(batches):

@@ -8,7 +8,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.losses import RouterWeights
-from bilevel_fast.pruning.aptp.train import RouterConfig, mean_pool, train
+from bilevel_fast.pruning.aptp.train import RouterConfig, train
 from bilevel_fast.pruning.budget import Budget, Calibration, MacBudget
 from bilevel_fast.pruning.calibration import FIRST, CalibrationSet
 
@@ -48,7 +48,7 @@ def learned_gates(teacher: UNet, budget: Budget, calibration: Calibration) -> St
     )
     trained = [p for p in teacher.parameters() if p.requires_grad]
     try:
-        router = train(teacher, trials.schedule, batch, budget, config, mean_pool)
+        router = train(teacher, trials.schedule, batch, budget, config)
     finally:
         for parameter in trained:  # the training froze them: the teacher is the caller's
             parameter.requires_grad_()

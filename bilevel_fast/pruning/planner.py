@@ -15,13 +15,16 @@ apart, in `importance[site]["drop"]`: d_s <= 0, with "shares" the logarithm of t
 with "sum" minus the importance of the whole site. Without it a site is never dropped. With d_s = 0 a site goes whenever
 that buys anything elsewhere, with a very negative one never.
 
+Transformer blocks that are sites are planned one by one. Their Transformer goes where all of them went, if it may; what
+that saves is spent on what is left, in another plan.
+
 For `MacBudget` costs are whole MACs, for `LatencyBudget` whole picoseconds, and nothing is rounded on the way: the plan
 is the best there is (`native.plan`). A site that may be dropped is one group, as its fixed part goes with all of its
 units: of the combinations of its width vectors, those stay that no other beats in cost and value together.
 """
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Literal
@@ -32,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites
+from bilevel_fast.models.architecture import Site, UNetConfig, Width, sites, with_emptied
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.ops.native import plan
 from bilevel_fast.pruning.budget import Budget, MacBudget, Prices, check_share, least_units
@@ -104,24 +107,41 @@ def spend(
     if align < 1:
         raise UserError(f"align is {align}, wanted at least 1")
     _check_names(config, importance, droppable)
-    given = {site.name: _checked(site, importance[site.name]) for site in sites(config)}
-    prices = budget.prices(config)
-    fixed, groups = prices.outside, list[_Group]()
-    for site in sites(config):
+    given = {site.name: _checked(site, importance.get(site.name, {})) for site in sites(config)}
+    prices, members = budget.prices(config), sites(config)
+    fixed, groups = dict[str, int](), dict[str, list[_Group]]()
+    for site in members:
         found, price = given[site.name], prices.sites[site.name]
         vectors = tuple(
             _vector(site, w, price.widths[w.name], found[w.name], keep, align, objective) for w in site.widths
         )
-        if site.name in droppable and DROP in found:
-            groups.append(_joint(vectors, price.fixed, float(found[DROP])))
+        if vectors and site.name in droppable and DROP in found:
+            groups[site.name] = [_joint(vectors, price.fixed, float(found[DROP]))]
         else:
-            fixed += price.fixed
-            groups += [_Group((v,), v.costs, v.values, np.arange(len(v.counts))[:, None]) for v in vectors]
+            fixed[site.name] = price.fixed
+            groups[site.name] = [_Group((v,), v.costs, v.values, np.arange(len(v.counts))[:, None]) for v in vectors]
     rule = f"keeping {f'{keep:.0%}' if keep >= 0.01 else 'a unit'} of every width vector"
-    spare = _spare(prices, budget.ratio, rule, align, fixed, groups)
+    emptied = frozenset[str]()
+    while True:
+        left = [site.name for site in members if not {site.name, site.within} & emptied]
+        stands = prices.outside + sum(fixed.get(name, 0) for name in left)
+        found = _plan(prices, budget.ratio, rule, align, stands, [group for name in left for group in groups[name]])
+        kept = {site.name: {} for site in members if site.name in left and not site.widths} | found
+        dropped = frozenset(site.name for site in members) - frozenset(kept)
+        more = (with_emptied(config, dropped) - dropped) & frozenset(droppable)
+        if not more:
+            return Structure(config, kept, dropped)
+        emptied |= more
+
+
+def _plan(
+    prices: Prices, ratio: float, rule: str, align: int, fixed: int, groups: Sequence[_Group]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Kept units of the sites of these groups that are not dropped."""
+    spare = _spare(prices, ratio, rule, align, fixed, groups)
     choice, _, spent, gap = plan([g.costs for g in groups], [g.values for g in groups], spare)
     if gap:
-        warnings.warn(f"spend: the plan is not proven to be the best; its value may be {gap:.2g} too low", stacklevel=2)
+        warnings.warn(f"spend: the plan is not proven to be the best; its value may be {gap:.2g} too low", stacklevel=3)
     picks = {
         (v.site.name, v.width.name): (v, int(pick))
         for group, option in zip(groups, choice, strict=True)
@@ -132,7 +152,7 @@ def spend(
     for (site_name, width_name), k in _fill(picks, spare - spent).items():
         ranking = picks[site_name, width_name][0].ranking
         kept.setdefault(site_name, {})[width_name] = tuple(sorted(ranking[:k]))
-    return Structure(config, kept, frozenset(site.name for site in sites(config)) - frozenset(kept))
+    return kept
 
 
 def _check_names(config: UNetConfig, importance: Importance, droppable: Collection[str]) -> None:
@@ -146,7 +166,9 @@ def _check_names(config: UNetConfig, importance: Importance, droppable: Collecti
             raise UserError(f"droppable: site {name} cannot be dropped, it changes the number of channels")
     for name, site in known.items():
         if name not in importance:
-            raise UserError(f"importance: site {name} is missing")
+            if site.widths:
+                raise UserError(f"importance: site {name} is missing")
+            continue
         allowed = [*(w.name for w in site.widths), *([DROP] if site.droppable else [])]
         for given in importance[name]:
             if given not in allowed:

@@ -18,7 +18,7 @@ from bilevel_fast.data.stream import FORMAT as IMAGES
 from bilevel_fast.models.weights import DIGEST, fingerprint
 from bilevel_fast.runs import history
 
-_PARTS = ("unet", "text_encoder", "vae", "scheduler")
+_PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "scheduler")
 
 
 def inputs(settings: Any, defaults: Mapping[str, Path], but: Collection[str] = ("out",)) -> dict[str, list[str]]:
@@ -63,7 +63,7 @@ def content(path: Path) -> str:
         return sha256(path)[:DIGEST]
     if (path / "model_index.json").is_file():
         parts = [fingerprint(path / name) for name in _PARTS if (path / name).is_dir()]
-        return _digest([*parts, *_files(path / "tokenizer")])
+        return _digest([*parts, *_files(path / "tokenizer"), *_files(path / "tokenizer_2")])
     if (path / "index.json").is_file():
         index = read_json(path / "index.json")
         if index.get("format") in (CACHE, IMAGES):

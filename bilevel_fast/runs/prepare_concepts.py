@@ -48,9 +48,9 @@ class ConceptsArgs:
     steps: int = 25
     """Of PNDM."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
     size: int | None = None
-    """Height and width of the latents. Default: what the model was made for, but 64 (512 pixels) at most."""
+    """Height and width of the latents. Default: what the model was made for, 64 (512 pixels) at most but for XL."""
     shows: Shows = "prompt"
     """Draw by the prompts, or by the prompts without the concept, as the eraser concept-ablation wants them."""
     batch: int = 16

@@ -48,7 +48,7 @@ class Args:
     """Dense model folder in the diffusers layout; by default the built-in mini teacher."""
     budget: float | None = None
     """MACs of the student as a share of the teacher's: never more, and as close as whole units allow. By default 0.8,
-    and for BK-SDM, which leaves no choice, whatever it costs."""
+    and for a method that is a shape, such as BK-SDM's, whatever it costs."""
     latency: Path | None = None
     """Rows of `benchmarks.speed.unet --sites` or `benchmarks.counts.roofline_sites`: the budget is then a share of the
     time that the sites take by them."""

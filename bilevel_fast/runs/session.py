@@ -18,6 +18,7 @@ import torch
 from bilevel_fast.base.devices import compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_json
+from bilevel_fast.data.bank import check_family
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.stream import open_images
 from bilevel_fast.erasing import registry as erasers
@@ -229,6 +230,7 @@ def _bank(path: Path, folder: ModelFolder) -> Cache:
     cache = Cache.open(path)
     if cache.index.kind != "concepts":
         raise UserError(f"--concepts {path} is a cache of {cache.index.kind}, wanted one of concepts")
+    check_family(cache, folder)
     cache.check_model(folder.config, folder.vae_fingerprint)
     return cache
 

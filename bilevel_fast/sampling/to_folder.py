@@ -50,13 +50,13 @@ class Recipe:
     steps: int = 25
     """Sampling steps."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
     method: Method = "pndm"
     """Sampler."""
     seed: int = 0
     """Of all rows that have none of their own."""
     size: int | None = None
-    """Height and width of the latents. Default: what the model was made for, but 64 (512 pixels) at most."""
+    """Height and width of the latents. Default: what the model was made for, 64 (512 pixels) at most but for XL."""
     precision: Precision = "auto"
     """What the UNet computes in: by default bf16 on a GPU that has it (sm_80 and later), else fp32. The text encoder
     and the VAE compute in fp32."""
@@ -146,7 +146,7 @@ def sample_folder(
         )  # it has few words: refuses others before the first image
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     run = {"batch": batch, "device": name, "torch": torch.__version__}
-    others = {name: fingerprint(folder.path / name) for name in ("text_encoder", "vae", "scheduler")}
+    others = {name: fingerprint(folder.path / name) for name in (*folder.family.text_encoders, "vae", "scheduler")}
     made_by = {**asdict(recipe), **painter.fingerprints(), **others}
     writer = ImageWriter.begin(out, rows, made_by, model=str(model), run=run)
     todo = [row for row in ranks.share(rows) if row.id not in writer.finished]

@@ -37,11 +37,12 @@ class GridFlags:
     steps: int = 25
     """Sampling steps."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 7.5 otherwise."""
+    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
     method: Method = "pndm"
     """Sampler."""
     size: int | None = None
-    """Height and width of the latents. Default: what the model was made for; in a folder 64 (512 pixels) at most."""
+    """Height and width of the latents. Default: what the model was made for; in a folder 64 (512 pixels) at most, XL's
+    excepted."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 

@@ -2,10 +2,13 @@
 
     lower   L_ft = w_d mean_b[omega_b mean_chw (v_S - v)^2]  +  w_o mean (v_S - v_T)^2
                  + w_f / K sum_k mean (f_S^k - f_T^k)^2
+                 + w_a / M sum_m mean (a_S^m - a_T^m)^2  +  w_l / N sum_n mean (h_S^n - h_T^n)^2
     upper   L_up = mean (v_S - y)^2,  y = a - eta (c - a)
 
 with student S, teacher T, K block outputs f^k (9 for SD 2.1), SNR weight omega, and the frozen teacher's
 outputs c for the concept's prompt and a for its anchor (the prompt without the concept, or the empty prompt).
+By default w_a and w_l are 0: outputs a^m of the M self-attentions and h^n of the N ResNets and Transformers that the
+student has kept (`training.features`).
 
 Gradients, for N elements of v and N_k of f^k:
 
@@ -15,7 +18,8 @@ Gradients, for N elements of v and N_k of f^k:
 Scalars stay on the device; nothing here waits for it.
 
 Sources: arXiv:2412.15341 and the trainer released with it, which averages over blocks where the paper's
-equation sums; negative guidance as a target, ESD, arXiv:2303.07345.
+equation sums; negative guidance as a target, ESD, arXiv:2303.07345; self-attentions, KOALA, arXiv:2312.04005, and
+layers, arXiv:2401.02677, where the papers sum squared norms and these are means.
 """
 
 from dataclasses import dataclass
@@ -27,6 +31,7 @@ from torch import Tensor
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import Prediction
 from bilevel_fast.ops.dispatch import denoise_loss, feature_kd
+from bilevel_fast.training.features import Heard, is_self_attention
 from bilevel_fast.training.settings import LossWeights
 
 
@@ -39,10 +44,16 @@ class Loss:
 
 
 DEFAULT_WEIGHTS = LossWeights()
+NOTHING: Heard = {}
 
 
 def fine_tuning_loss(
-    student: Prediction, teacher: Prediction, noised: Noised, weights: LossWeights = DEFAULT_WEIGHTS
+    student: Prediction,
+    teacher: Prediction,
+    noised: Noised,
+    weights: LossWeights = DEFAULT_WEIGHTS,
+    inside: Heard = NOTHING,
+    inside_teacher: Heard = NOTHING,
 ) -> Loss:
     """The lower level: diffusion loss, output distillation and feature distillation.
 
@@ -50,7 +61,9 @@ def fine_tuning_loss(
         student: Output (B, C, H, W) and block outputs, with gradient.
         teacher: The same shapes, without gradient.
         noised: The target (B, C, H, W) and the weight (B,) of each sample in the diffusion loss.
-        weights: Of the three terms, which are named as its fields.
+        weights: Of the terms, which are named as its fields.
+        inside: What was heard inside the student, for the terms `self_attention` and `layer`.
+        inside_teacher: What was heard inside the teacher, of the same names at least.
 
     Raises:
         ValueError: Two tensors that should agree differ in shape, or the models in their number of blocks.
@@ -73,6 +86,16 @@ def fine_tuning_loss(
             _check(f"student block {k}", mine, f"teacher block {k}", theirs)
         total, terms["feature"] = feature_kd(student.blocks, teacher.blocks, weights.feature)
         weighted.append(total)
+    for term, names in {
+        "self_attention": [name for name in inside if is_self_attention(name)],
+        "layer": [name for name in inside if not is_self_attention(name)],
+    }.items():
+        if weight := getattr(weights, term):
+            for name in names:
+                _check(f"student {name}", inside[name], f"teacher {name}", inside_teacher[name])
+            both = ([heard[name] for name in names] for heard in (inside, inside_teacher))
+            total, terms[term] = feature_kd(*both, weight)
+            weighted.append(total)
     return Loss(torch.stack(weighted).sum(), {name: term for name, term in terms.items() if getattr(weights, name)})
 
 

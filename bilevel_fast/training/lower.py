@@ -6,7 +6,7 @@ penalty reads it.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.unet import Prediction, UNet
+from bilevel_fast.training.features import Heard, listened_to, listening
 from bilevel_fast.training.losses import DEFAULT_WEIGHTS, Loss, LossWeights, fine_tuning_loss
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.phases import phase
@@ -27,6 +28,8 @@ class Answered:
     noised: Noised
     text: Tensor  # (B, L, D)
     teacher: Prediction
+    heard: Heard = field(default_factory=dict)
+    """What was heard inside the teacher."""
 
 
 class Answers:
@@ -39,11 +42,13 @@ class Answers:
     Attributes:
         keeps: Whether the answers to the last lower batch stay, for the upper level's penalty.
         last: Those, a part of the batch each.
+        listens: Names of the teacher's modules that a loss wants to hear.
     """
 
     def __init__(self, teacher: Teacher, schedule: Schedule, seed: int, snr_gamma: float | None = 5.0):
         self.teacher, self.schedule, self.seed, self.snr_gamma = teacher, schedule, seed, snr_gamma
         self.keeps = False
+        self.listens: tuple[str, ...] = ()
         self.last: tuple[Answered, ...] = ()
 
     def __call__(self, parts: Sequence[Batch]) -> Iterator[Answered]:
@@ -57,7 +62,9 @@ class Answers:
 
     def ask(self, batch: Batch) -> Answered:
         noised = self.noise(batch)
-        return Answered(noised, batch.text, self.teacher.predict(noised, batch.text))
+        with listening(self.teacher.unet, self.listens) as heard:
+            answer = self.teacher.predict(noised, batch.text)
+        return Answered(noised, batch.text, answer, heard)
 
     def noise(self, batch: Batch) -> Noised:
         with phase("diffusion"):
@@ -99,16 +106,18 @@ class FineTuning:
     ):
         assert isinstance(flat.module, UNet)
         self.flat, self.student, self.answers, self.weights, self.micro = flat, flat.module, answers, weights, micro
+        self.listens = listened_to(self.student, weights)
+        answers.listens = tuple(dict.fromkeys((*answers.listens, *self.listens)))  # students may share a teacher
 
     def __call__(self, batch: Batch) -> Loss:
         parts = batch.split(self.micro or len(batch.latents))
         return descend((self.loss(answered) for answered in self.answers(parts)), len(parts), self.flat)
 
     def loss(self, answered: Answered) -> Loss:
-        with phase("student"):
+        with phase("student"), listening(self.student, self.listens) as heard:
             student = self.student(answered.noised.x, answered.noised.t, answered.text)
         with phase("losses"):
-            return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights)
+            return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights, heard, answered.heard)
 
 
 def descend(parts: Iterable[Loss], count: int, flat: FlatParameters, weight: float = 1.0, add: bool = False) -> Loss:

@@ -35,8 +35,13 @@ class LossWeights:
     """Against the teacher's output."""
     feature: float = 0.1
     """Against the teacher's block outputs."""
+    self_attention: float = 0.0
+    """Against the outputs of the teacher's self-attentions, of those that the student has kept (KOALA). The memory
+    model does not count what this term and `layer` keep."""
+    layer: float = 0.0
+    """Against the outputs of the teacher's ResNets and Transformers, of those that the student has kept (SSD-1B)."""
 
     def __post_init__(self) -> None:
-        weights = (self.diffusion, self.output, self.feature)
+        weights = (self.diffusion, self.output, self.feature, self.self_attention, self.layer)
         if not (all(0 <= w < math.inf for w in weights) and any(weights)):
             raise UserError(f"loss weights {weights} must not be negative or infinite, nor all zero")

@@ -11,8 +11,9 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import LEVEL_STRIDE, TENSORS
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.cache import Index
-from bilevel_fast.data.sources import MemorySource, exact_moments
+from bilevel_fast.data.sources import EXACT_LOGVAR, MemorySource, exact_moments
 from bilevel_fast.data.writer import CacheWriter
+from bilevel_fast.models.conditioning import SIZES, pack, unpack
 
 SAMPLES, SHAPE = 10, (2, 3, 5)
 
@@ -20,7 +21,7 @@ SAMPLES, SHAPE = 10, (2, 3, 5)
 class Spelling:
     """A text encoder whose states spell the prompt, so that a test can read them back."""
 
-    width, length = 2, 40
+    width, length, pooled = 2, 40, 0
 
     def __init__(self) -> None:
         self.encoded: list[list[str]] = []
@@ -232,3 +233,30 @@ def test_leaves_are_the_same_whoever_makes_them(few):
     one = Batches(concepts(), Spelling(), 8, 3, level=1, anchor="phrase")(0)
     other = Batches(concepts(), Spelling(), 8, 3, **settings)(0)
     assert_same(one, other)
+
+
+class Packed(Spelling):
+    """As a text encoder of Stable Diffusion XL: a pooled state of one number, and sizes of -1."""
+
+    pooled = 1
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return pack(super().encode(prompts), torch.ones(len(prompts), 1), torch.full((len(prompts), SIZES), -1.0))
+
+
+def test_size_numbers_are_those_of_the_view_that_is_shown(tmp_path):
+    writer = CacheWriter(tmp_path, Index("images", SHAPE, vae="", views=3, dtype="float32", sizes=True))
+    for i in range(SAMPLES):
+        views = torch.stack([torch.full(SHAPE, 10.0 * i + view) for view in range(3)])
+        moments = torch.cat([views, torch.full_like(views, EXACT_LOGVAR)], dim=1)
+        writer.add(moments, [f"picture {i}"], sizes=[[10 * i + view] * SIZES for view in range(3)])
+    cache = writer.finish()
+    for p_uncond in (0.0, 1.0):
+        batch = Batches(cache, Packed(), 7, seed=3, p_uncond=p_uncond)(1)
+        states, extra = unpack(batch.text, Packed.pooled)
+        assert read(states) == (["" if p_uncond else f"picture {round(n) // 10}" for n in extra.sizes[:, 0].tolist()])
+        torch.testing.assert_close(extra.sizes, batch.latents[:, 0, 0, :1].expand(-1, SIZES), rtol=0, atol=1e-4)
+        assert torch.equal(extra.pooled, torch.ones(7, 1))
+    bank = Batches(concepts(), Packed(), 3, seed=3, anchor="phrase")(0)
+    for text in (bank.text, bank.anchor):
+        assert (unpack(text, Packed.pooled)[1].sizes == -1).all(), "a bank is of the model's own size"

@@ -15,7 +15,7 @@ from bilevel_fast.ops.randomness import Stream, permutation
 class Spelling:
     """A text encoder that spells: a state is the characters of its prompt."""
 
-    width, length = 4, 3
+    width, length, pooled = 4, 3, 0
 
     def encode(self, prompts):
         return torch.tensor([[[float(ord(c)) for c in f"{p:4}"[:4]]] * 3 for p in prompts])

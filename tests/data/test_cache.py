@@ -180,12 +180,13 @@ def test_open_names_what_is_damaged(tmp_path, file, damage, message):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("version", 3, "version 3, wanted 'bilevel_fast.cache' version 2"),
+        ("version", 4, "version 4, wanted 'bilevel_fast.cache' version 3"),
         ("format", "webdataset", "format 'webdataset'"),
         ("kind", "videos", "field kind is wrong: 'videos'"),
         ("latent_shape", [4, 3], "field latent_shape is wrong"),
         ("views", 0, "field views is wrong: 0"),
         ("dtype", "bfloat16", "field dtype is wrong: 'bfloat16'"),
+        ("sizes", 1, "field sizes is wrong: 1"),
         ("vae", None, "field vae is wrong"),
         ("samples", 8, "field samples is wrong: 8"),
         ("colour", "red", "unknown: .*colour"),
@@ -338,3 +339,40 @@ def test_version_1_is_still_read(tmp_path):
     del fields["dropped"]
     (tmp_path / "index.json").write_text(json.dumps(fields | {"version": 1}))
     assert Cache.open(tmp_path).index == cache.index
+
+
+SIZES = [[480, 640, 0, 7, 64, 64], [480, 640, 3, 0, 64, 64]]
+
+
+def _sized(path: Path, samples: int = 4) -> Cache:
+    writer = CacheWriter(path, replace(IMAGES, sizes=True), shard_samples=3)
+    for sample in range(writer.entries, samples):
+        moments = torch.zeros(2, 8, 3, 5)
+        writer.add(moments, [f"caption {sample}"], sizes=[[size + sample for size in view] for view in SIZES])
+    return writer.finish()
+
+
+def test_size_numbers_of_every_view(tmp_path):
+    cache = _sized(tmp_path / "sized")
+    wanted = torch.tensor([[size + 3.0 for size in SIZES[1]], SIZES[0]])
+    found = cache.sizes([3, 0], [1, 0])
+    assert torch.equal(found, wanted)
+    assert found.dtype == torch.float32
+    assert json.loads((tmp_path / "sized/index.json").read_text())["version"] == 3
+    plain, _ = _image_cache(tmp_path / "plain")
+    fields = json.loads((tmp_path / "plain/index.json").read_text())
+    assert (fields["version"], "sizes" in fields) == (2, False), "as releases write and read it that knew no sizes"
+    assert plain.sizes([0], [0]) is None
+    with pytest.raises(UserError, match="holds a cache made with sizes False, not True"):
+        replace(IMAGES, sizes=True).check_same_making(plain.index, plain.path)
+
+
+@pytest.mark.parametrize("sizes", [None, [SIZES[0]], [SIZES[0], [1, 2, 3]], [SIZES[0], [-1, *SIZES[0][1:]]], "two"])
+def test_lines_without_their_size_numbers(tmp_path, sizes):
+    _sized(tmp_path)
+    path = tmp_path / "shard-00000.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["sizes"] = sizes
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"shard-00000.jsonl line 2: sizes is .*, wanted 2 lists of 6 numbers"):
+        Cache.open(tmp_path).captions(0)

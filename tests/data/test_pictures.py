@@ -122,3 +122,19 @@ def test_mirrored_and_placed_independently():
     crops = Framing(8, seed=5).cut(range(3000), [0] * 3000, [(16, 32)] * 3000)
     left, mirrored = np.array([[crop.left, crop.mirrored] for crop in crops], dtype=float).T
     assert abs(np.corrcoef(left, mirrored)[0, 1]) < 4 / np.sqrt(3000)
+
+
+def test_size_numbers_say_where_the_view_lies_in_the_picture_as_it_is_seen():
+    """A mirrored view is cut out of the mirrored picture: there its corner is."""
+    seen = set()
+    for key in range(8):
+        (crop,) = Framing(SIDE, seed=2).cut([key], [0], [(SIDE + 20, 2 * SIDE)])
+        height, width, top, left, *target = crop.sizes
+        assert ((height, width), target) == ((SIDE + 20, 2 * SIDE), [SIDE, SIDE])
+        scaled = np.arange(crop.scaled[0] * crop.scaled[1]).reshape(crop.scaled)
+        view = scaled[crop.top :, crop.left :][:SIDE, :SIDE]
+        if crop.mirrored:
+            scaled, view = scaled[:, ::-1], view[:, ::-1]
+        assert np.array_equal(scaled[top:, left:][:SIDE, :SIDE], view)
+        seen.add((crop.mirrored, left != crop.left))
+    assert seen == {(True, True), (False, False)}

@@ -109,7 +109,7 @@ def _as_published(path: Path) -> None:
     save_file(tensors, weights, metadata={"format": "pt"})
 
 
-def _tokenizer(path: Path):
+def _tokenizer(path: Path, pad: str = "!"):
     """A CLIP byte-pair tokenizer read back from the two files that define one: `vocab.json` and `merges.txt`."""
     from transformers import CLIPTokenizer
 
@@ -123,7 +123,7 @@ def _tokenizer(path: Path):
     (path / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (path / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    settings = {"model_max_length": 77, "pad_token": "!", "unk_token": "<|endoftext|>"}
+    settings = {"model_max_length": 77, "pad_token": pad, "unk_token": "<|endoftext|>"}
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     return CLIPTokenizer.from_pretrained(path)
 

@@ -1,13 +1,24 @@
 """Random UNets, structures and inputs, and how far two results are apart."""
 
+import dataclasses
 import random
 
 import torch
 from torch import Tensor, nn
 
-from bilevel_fast.models.architecture import UNetConfig, sites
+from bilevel_fast.models.architecture import UNetConfig, sites, with_blocks
+from bilevel_fast.models.conditioning import pack, unpack
+from bilevel_fast.models.sdxl import SDXL
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
+
+SDXL_LIKE = dataclasses.replace(
+    SDXL, sample_size=16, block_out_channels=(16, 32, 32), num_heads=(2, 2, 4), norm_num_groups=8,
+    cross_attention_dim=24, addition_time_embed_dim=4, projection_class_embeddings_input_dim=16 + 6 * 4,
+    layers_per_block=1, transformer_layers_per_block=((1,), (2,), (2,)),
+    reverse_transformer_layers_per_block=((3, 2), (1, 2), 1),
+)  # fmt: skip
+"""Small, and with Transformers of one, two and three blocks."""
 
 
 def randomise(module: nn.Module, by: float = 0.1) -> None:
@@ -25,18 +36,32 @@ def make_unet(config: UNetConfig, dtype: torch.dtype = torch.float32) -> UNet:
 
 
 def inputs(config: UNetConfig, batch: int = 2, side: int = 16, dtype: torch.dtype = torch.float32):
-    """x, t and text for `UNet.forward`: latents of `side` x `side`, 5 tokens.
+    """x, t and text for `UNet.forward`: latents of `side` x `side`, 5 tokens, and what else the UNet is told.
 
     Below 16 the innermost level of four is one token, and softmax over one token has no gradient.
     """
     x = torch.randn(batch, config.in_channels, side, side, dtype=dtype)
-    return x, torch.randint(0, 1000, (batch,)), torch.randn(batch, 5, config.cross_attention_dim, dtype=dtype)
+    t, text = torch.randint(0, 1000, (batch,)), torch.randn(batch, 5, config.cross_attention_dim, dtype=dtype)
+    if config.pooled_dim:
+        sizes = torch.randint(0, 1024, (batch, 6))
+        text = pack(text, torch.randn(batch, config.pooled_dim, dtype=dtype), sizes)
+    return x, t, text
+
+
+def call_diffusers(unet, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """What a diffusers UNet makes of the inputs of ours."""
+    if unet.config.addition_embed_type is None:
+        return unet(x, t, text).sample
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    states, extra = unpack(text, pooled)
+    told = {"text_embeds": extra.pooled, "time_ids": extra.sizes}
+    return unet(x, t, states, added_cond_kwargs=told).sample
 
 
 def random_structure(config: UNetConfig, seed: int, drop: float) -> Structure:
     """Any units, at least one of each vector; of the sites that can go, the share `drop` is gone."""
     draw = random.Random(seed)
-    dropped = frozenset(s.name for s in sites(config) if s.droppable and draw.random() < drop)
+    dropped = with_blocks(config, frozenset(s.name for s in sites(config) if s.droppable and draw.random() < drop))
     kept = {
         s.name: {w.name: tuple(sorted(draw.sample(range(w.units), draw.randint(1, w.units)))) for w in s.widths}
         for s in sites(config)
@@ -48,3 +73,29 @@ def random_structure(config: UNetConfig, seed: int, drop: float) -> Structure:
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, in units of the largest value."""
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def assert_equals_diffusers(ours: UNet, theirs, tolerance: float = 1e-4) -> None:
+    """Outputs, block outputs and all gradients, from the same random weights; keys are the same as well."""
+    randomise(theirs, 0.05)
+    ours.load_state_dict(theirs.state_dict())  # strict
+    given = inputs(ours.config)
+
+    blocks: list[Tensor] = []
+    modules = [m for m in (*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks) if m is not None]
+    for module in modules:
+        module.register_forward_hook(lambda m, a, out: blocks.append(out[0] if isinstance(out, tuple) else out))
+    theirs_out = call_diffusers(theirs, *given)
+    prediction = ours(*given)
+
+    assert relative(prediction.out, theirs_out) <= tolerance
+    assert len(prediction.blocks) == len(blocks) == len(ours.config.blocks)
+    for ours_block, theirs_block in zip(prediction.blocks, blocks, strict=True):
+        assert relative(ours_block, theirs_block) <= tolerance
+
+    upstream = torch.randn_like(theirs_out)
+    theirs_out.backward(upstream)
+    prediction.out.backward(upstream)
+    gradients = dict(theirs.named_parameters())
+    for key, p in ours.named_parameters():
+        assert relative(p.grad, gradients[key].grad) <= tolerance, key

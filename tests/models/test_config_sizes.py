@@ -15,7 +15,7 @@ from mini_folder import make_mini_folder
 UNET = [
     ("layers_per_block", 10**9, "layers_per_block is 1000000000, wanted a whole number from 1 to 32"),
     ("layers_per_block", -1, "layers_per_block is -1, wanted"),
-    ("layers_per_block", [2, 2, 2, 2], r"layers_per_block is \[2, 2, 2, 2\], wanted a whole number"),
+    ("layers_per_block", [2, 2, 2, 2.5], "layers_per_block is 2.5, wanted a whole number"),
     ("sample_size", -16, "sample_size is -16, wanted"),
     ("sample_size", [8, 12], r"sample_size is \[8, 12\], wanted a whole number"),
     ("sample_size", 10**6, "sample_size is 1000000, wanted"),

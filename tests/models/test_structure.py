@@ -177,7 +177,7 @@ def test_refuses(name, tmp_path):
         (b"\xff\xfe", "is not JSON"),
         ("[]", "wanted a JSON object, found list"),
         ({"format": "other"}, "is not a structure file; wanted format 'bilevel_fast.structure'"),
-        ({"version": 2}, "has version 2, this release reads 1"),
+        ({"version": 3}, "has version 3, this release reads 1 and 2"),
         ({"kept": None}, "kept, dropped or config is not what a structure holds"),
         ({"dropped": 3}, "kept, dropped or config is not what a structure holds"),
         ({"kept": {"down_blocks.0.resnets.0": {"groups": [True]}}}, "down_blocks.0.resnets.0, 'groups': units must be"),

@@ -10,7 +10,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from unets import inputs, randomise, relative
+from unets import assert_equals_diffusers, inputs, randomise, relative
 
 NARROW = {"sample_size": 8, "block_out_channels": (32, 64, 96, 96), "norm_num_groups": 8, "cross_attention_dim": 24}
 SD21_NARROW = dataclasses.replace(SD21, **NARROW, num_heads=(1, 2, 3, 3))
@@ -40,30 +40,7 @@ def diffusers_unet(config: UNetConfig):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_equals_diffusers(name):
     config = CONFIGS[name]
-    theirs = diffusers_unet(config)
-    randomise(theirs, 0.05)
-    ours = UNet(config)
-    ours.load_state_dict(theirs.state_dict())  # strict: the keys are diffusers'
-    x, t, text = inputs(config)
-
-    blocks: list[torch.Tensor] = []
-    modules = [m for m in (*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks) if m is not None]
-    for module in modules:
-        module.register_forward_hook(lambda m, a, out: blocks.append(out[0] if isinstance(out, tuple) else out))
-    theirs_out = theirs(x, t, text).sample
-    prediction = ours(x, t, text)
-
-    assert relative(prediction.out, theirs_out) <= 1e-4
-    assert len(prediction.blocks) == len(blocks) == len(config.blocks)
-    for ours_block, theirs_block in zip(prediction.blocks, blocks, strict=True):
-        assert relative(ours_block, theirs_block) <= 1e-4
-
-    upstream = torch.randn_like(theirs_out)
-    theirs_out.backward(upstream)
-    prediction.out.backward(upstream)
-    gradients = dict(theirs.named_parameters())
-    for key, p in ours.named_parameters():
-        assert relative(p.grad, gradients[key].grad) <= 1e-4, key
+    assert_equals_diffusers(UNet(config), diffusers_unet(config))
 
 
 def test_config_round_trip():

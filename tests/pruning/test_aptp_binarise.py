@@ -7,14 +7,14 @@ import torch
 
 from bilevel_fast.models.architecture import MINI, SD21
 from bilevel_fast.models.vector import from_vector, layout
-from bilevel_fast.pruning.aptp.binarise import binarise, depth_order, gumbel, harden
+from bilevel_fast.pruning.aptp.binarise import binarise, depth_chains, gumbel, harden
 from mini_folder import TINY
 
 
-def test_depth_order():
+def test_depth_chain():
     """SD 2.1: the published list. The mini world: what the rule says, by name."""
-    assert depth_order(SD21) == (13, 12, 0, 1, 11, 10, 2, 3, 9, 8, 4, 5, 7, 6)
-    names = [layout(MINI).depths[i].name for i in depth_order(MINI)]
+    assert depth_chains(SD21)[0] == (13, 12, 0, 1, 11, 10, 2, 3, 9, 8, 4, 5, 7, 6)
+    names = [layout(MINI).depths[i].name for i in depth_chains(MINI)[0]]
     assert names == [
         *("up_blocks.2.attentions.1", "up_blocks.2.resnets.1", "down_blocks.0.resnets.0", "down_blocks.0.attentions.0"),
         *("up_blocks.1.attentions.1", "up_blocks.1.resnets.1", "down_blocks.1.attentions.0"),
@@ -44,7 +44,7 @@ def test_formulas(noisy):
                 added += 1
         powers = [math.exp(v) for v in z[plan.widths :]]
         depths = [0.0] * len(powers)
-        for k, site in enumerate(depth_order(TINY)):
+        for k, site in enumerate(depth_chains(TINY)[0]):
             c = sum(powers[: len(powers) - k]) / sum(powers)
             depths[site] = sigmoid((math.log((c + 1e-6) / (1 - c + 1e-6)) + n[plan.widths + k] + 3) / 0.4)
         torch.testing.assert_close(gates[row], torch.tensor(wanted + depths), rtol=1e-3, atol=1e-5)
@@ -58,7 +58,7 @@ def test_the_logit_of_a_depth(share):
     logits = torch.zeros(1, plan.size, dtype=torch.float64)
     logits[0, plan.widths :] = -100.0
     logits[0, plan.widths], logits[0, -1] = math.log(share), math.log1p(-share)
-    gate = binarise(TINY, logits)[0, plan.widths + depth_order(TINY)[1]]
+    gate = binarise(TINY, logits)[0, plan.widths + depth_chains(TINY)[0][1]]
     wanted = math.log((share + 1e-6) / (1 - share + 1e-6))
     assert gate.logit().item() * 0.4 - 3 == pytest.approx(wanted, abs=1e-6)
 
@@ -85,7 +85,7 @@ def test_depths_go_innermost_first():
         logits = torch.zeros(1, plan.size)
         logits[0, plan.widths + 14 - stays] = 30.0
         depths = binarise(SD21, logits)[0, plan.widths :]
-        assert {i for i in range(14) if depths[i] >= 0.5} == set(depth_order(SD21)[:stays])
+        assert {i for i in range(14) if depths[i] >= 0.5} == set(depth_chains(SD21)[0][:stays])
 
 
 def test_gradient_reaches_all_logits():

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.architecture import MINI, SD21, sites
+from bilevel_fast.models.architecture import MINI, SD21, sites, with_blocks
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.vector import from_vector, layout, to_vector
 from bilevel_fast.pruning.aptp import gates as gates_module
 from bilevel_fast.pruning.aptp.gates import gated, split
 from mini_folder import TINY
-from unets import inputs, make_unet, relative
+from unets import SDXL_LIKE, inputs, make_unet, relative
 
 SD_LIKE = dataclasses.replace(
     SD21,
@@ -32,6 +32,7 @@ CONFIGS = {
     "sd21": SD_LIKE,
     "sd15": dataclasses.replace(SD_LIKE, use_linear_projection=False),
     "no_mid": dataclasses.replace(SD_LIKE, mid_block_type=None, layers_per_block=2),
+    "sdxl": SDXL_LIKE,
 }
 
 
@@ -43,7 +44,7 @@ def same(ours, theirs, tolerance):
 
 def scattered(config, widths=("groups", "attn1", "attn2", "ff"), drop=True):
     """Every second unit of the named width vectors, starting at the second; every other depth site gone."""
-    dropped = frozenset([s.name for s in sites(config) if s.depth_bit][1::2] if drop else [])
+    dropped = with_blocks(config, frozenset([s.name for s in sites(config) if s.depth_bit][1::2] if drop else []))
     kept = {
         site.name: {
             w.name: tuple(range(w.units))[1::2] if w.name in widths and w.units > 1 else tuple(range(w.units))
@@ -176,7 +177,9 @@ def test_soft_gates_of_a_transformer_are_the_formula():
     h = h + block.ff.net[2](torch.cat(parts, dim=-1))
     wanted = x + module.proj_out(h).reshape(2, 4, 4, 32).permute(0, 3, 1, 2)
     x = x.to(memory_format=torch.channels_last)
-    assert relative(gates_module._transformer(module, x, text, g1, g2, gf, None), wanted) <= 1e-5
+    gates = {"attn1": g1, "attn2": g2, "ff": gf}
+    ours = module(x, text, lambda _, block, h, text: gates_module._block(block, h, text, gates))
+    assert relative(ours, wanted) <= 1e-5
 
 
 @pytest.mark.parametrize("mode", ["exact", "compat"])

@@ -16,7 +16,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops import providers
 from bilevel_fast.pruning.aptp.mixed import Mix, mixed
 from mini_folder import TINY
-from unets import make_unet, random_structure, relative
+from unets import SDXL_LIKE, make_unet, random_structure, relative
 
 SD_LIKE = dataclasses.replace(
     SD21, sample_size=16, block_out_channels=(16, 32, 32, 32), num_heads=(2, 4, 4, 4), norm_num_groups=8,
@@ -28,6 +28,7 @@ CONFIGS = {
     "sd21": SD_LIKE,
     "sd15": dataclasses.replace(SD_LIKE, use_linear_projection=False, layers_per_block=1),
     "no_mid": dataclasses.replace(SD_LIKE, mid_block_type=None, layers_per_block=1),
+    "sdxl": SDXL_LIKE,
 }
 SMALLEST = dataclasses.replace(
     TINY, block_out_channels=(8, 16), down_block_types=TINY.down_block_types[1:], num_heads=(2, 2),

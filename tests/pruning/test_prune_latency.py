@@ -13,6 +13,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning import FIXED, METHODS, LatencyBudget, MacBudget, read_latencies
 from bilevel_fast.pruning.budget import choices
 from bilevel_fast.pruning.latency import SiteLatency
+from bilevel_fast.pruning.sdxl_shapes import SHAPES
 from mini_folder import TINY
 from planning import MICRO, timed_row
 
@@ -53,7 +54,7 @@ def taken(structure, path, batch=None):
     return left / dense, left, dense
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in (*BY_MACS_ONLY, "bk-sdm-base")])
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in (*BY_MACS_ONLY, *SHAPES, "bk-sdm-base")])
 def test_the_plan_costs_what_it_says(method, teacher, write, run, tmp_path):
     out, path = tmp_path / "student", write(1)
     goal = () if method in FIXED else ("--budget", 0.7)

@@ -7,7 +7,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21, sites
 from bilevel_fast.models.macs import count, site_costs
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.pruning import METHODS, CalibrationSet, method
+from bilevel_fast.pruning import FIXED, METHODS, CalibrationSet, method
 from mini_folder import TINY
 from tiny_teacher import DENSE, LATENT, TEXT, budget, make_calibration, make_teacher
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.mark.parametrize("share", [0.8, 0.55])
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("bk-sdm")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in FIXED])
 def test_budget_and_determinism(name, share):
     """Within the budget by less than the cheapest thing that went; the same structure again from the same inputs."""
     structure = method(name)(make_teacher(), budget(share), make_calibration())
@@ -34,7 +34,7 @@ def test_budget_and_determinism(name, share):
     assert method(name)(make_teacher(), budget(share), make_calibration()) == structure
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("bk-sdm")])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in FIXED])
 def test_whole_budget_keeps_everything(name):
     assert method(name)(make_teacher(), budget(1.0), make_calibration()).is_dense
 

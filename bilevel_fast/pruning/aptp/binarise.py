@@ -2,13 +2,16 @@
 
     width   g = sigmoid((z + n + b) / tau)                       n Gumbel noise, or 0
     depth   p = softmax(z),  c_k = p_1 + ... + p_(D - k + 1)     so 1 = c_1 >= c_2 >= ... >= c_D
-            m_k = sigmoid((l(c_k) + n_k + b) / tau)              of the k-th site in `depth_order`
+            m_k = sigmoid((l(c_k) + n_k + b) / tau)              of the k-th site in a chain of `depth_chains`
             l(c) = log((c + e) / (1 - c + e)), e = 1e-6          the inverse of sigmoid, finite at 0 and 1
 
 With b = 3 nearly everything is open at the start. A width vector without any gate >= 0.5 gets 0.5 added to its first
 entry: something has to stay. The cumulative sum makes depths go one after the other, the innermost first.
 
-Legend: B samples or codes, V entries of the architecture vector, D depths.
+All depths of APTP's UNet are one chain. Transformer blocks that are sites have a chain of their own in each
+Transformer, in which the last block goes first: the first one stays as long as its Transformer does.
+
+Legend: B samples or codes, V entries of the architecture vector, D depths of a chain.
 """
 
 from functools import lru_cache
@@ -25,11 +28,11 @@ _LOGIT_EPS = 1e-6
 
 
 @lru_cache
-def depth_order(config: UNetConfig) -> tuple[int, ...]:
-    """Depth numbers, that of the site which is kept longest first: (D,).
+def depth_chains(config: UNetConfig) -> tuple[tuple[int, ...], ...]:
+    """Depth numbers of each chain, that of the site which is kept longest first.
 
-    From the outermost level inwards; of a level first the up block's sites, the last one first, then the down block's
-    in the order of execution.
+    First that of ResNets and Transformers, from the outermost level inwards; of a level first the up block's sites, the
+    last one first, then the down block's in the order of execution. Then, of each Transformer, that of its blocks.
     """
     depths = layout(config).depths
 
@@ -37,7 +40,12 @@ def depth_order(config: UNetConfig) -> tuple[int, ...]:
         up = depths[i].name.startswith("up")
         return depths[i].stride, 0 if up else 1, -i if up else i
 
-    return tuple(sorted(range(len(depths)), key=rank))
+    blocks: dict[str, list[int]] = {}
+    for i, site in enumerate(depths):
+        if site.within:
+            blocks.setdefault(site.within, []).append(i)
+    outer = sorted((i for i, site in enumerate(depths) if not site.within), key=rank)
+    return tuple(outer), *map(tuple, blocks.values())
 
 
 def gumbel(config: UNetConfig, seed: int, indices: Indices) -> Tensor:
@@ -61,11 +69,15 @@ def binarise(config: UNetConfig, logits: Tensor, noise: Tensor | None = None) ->
     widths, depths = layout(config).split(logits)
     width_noise, depth_noise = layout(config).split(noise)
     gates = [_open_one(_relax(z + n)) for z, n in zip(widths, width_noise, strict=True)]
-    kept = depths.softmax(dim=1).cumsum(dim=1).flip(1)
-    order = torch.tensor(depth_order(config), device=logits.device)
-    kept = kept.clamp(max=1.0)  # a sum of rounded numbers may be a little more
-    in_order = _relax(((kept + _LOGIT_EPS) / (1.0 - kept + _LOGIT_EPS)).log() + depth_noise)
-    return torch.cat([*gates, torch.zeros_like(in_order).index_copy(1, order, in_order)], dim=1)
+    start, found = 0, torch.zeros_like(depths)
+    for chain in depth_chains(config):
+        own, own_noise = (values[:, start : start + len(chain)] for values in (depths, depth_noise))
+        kept = own.softmax(dim=1).cumsum(dim=1).flip(1)
+        kept = kept.clamp(max=1.0)  # a sum of rounded numbers may be a little more
+        in_order = _relax(((kept + _LOGIT_EPS) / (1.0 - kept + _LOGIT_EPS)).log() + own_noise)
+        found = found.index_copy(1, torch.tensor(chain, device=logits.device), in_order)
+        start += len(chain)
+    return torch.cat([*gates, found], dim=1)
 
 
 def harden(gates: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.pickles import Damaged, load_plain
-from bilevel_fast.models.architecture import SD21, UNetConfig
+from bilevel_fast.models.architecture import SD21, UNetConfig, sites
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.vector import from_vector, layout
 from bilevel_fast.pruning.aptp.binarise import TEMPERATURE
@@ -53,7 +53,8 @@ def planned(config: UNetConfig, gates: Tensor, budget: MacBudget) -> tuple[Struc
 
     A unit is worth its MACs times odds^tau of its gate, tau the temperature of `binarise`: e^(z + b) of its logit. Per
     MAC that is what the gates say, so the plan that keeps the most (`planner.spend`, by sums) moves the threshold from
-    one half to where the budget is met. A unit is not worth more per MAC than its site is by its depth gate.
+    one half to where the budget is met. A unit is not worth more per MAC than its site is by its depth gate, nor a
+    transformer block more than its Transformer.
 
     Raises:
         UserError: The length is another, or the budget is out of reach.
@@ -64,13 +65,14 @@ def planned(config: UNetConfig, gates: Tensor, budget: MacBudget) -> tuple[Struc
     found: list[Structure] = []
     for row in range(len(gates)):
         depth = {site.name: depths[row, i] for i, site in enumerate(plan.depths)}
-        importance: dict[str, dict[str, Tensor]] = {}
+        depth = {site.name: depth[site.name].minimum(depth.get(site.within, depth[site.name])) for site in plan.depths}
+        importance: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites(config)}
         for segment, values in zip(plan.segments, widths, strict=True):
             name, price = segment.site.name, float(prices.sites[segment.site.name].widths[segment.width.name][1])
             values = values[row] if name not in depth else values[row].minimum(depth[name])
-            importance.setdefault(name, {})[segment.width.name] = price * values
+            importance[name][segment.width.name] = price * values
         for name, value in depth.items():
-            units = sum(values.sum() for values in importance[name].values())
+            units = sum((values.sum() for values in importance[name].values()), torch.zeros((), dtype=torch.float64))
             importance[name][DROP] = -(prices.sites[name].fixed * value + units)
         found.append(spend(config, budget, importance, droppable=depth, min_keep=_ONE_UNIT, objective="sum"))
     return tuple(found)

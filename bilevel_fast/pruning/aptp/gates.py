@@ -4,7 +4,7 @@
     feed-forward  both halves of the GEGLU of group i times g_i
     ResNet        compat   conv1 + time embedding, group i times g_i, before GroupNorm
                   exact    SiLU(GroupNorm(.)), group i times g_i
-    depth         (1 - m) h + m block(h)       h without the skip connection
+    depth         (1 - m) h + m block(h)       h without the skip connection; of sites and of transformer blocks
 
 A gate of 1 changes nothing, and hard gates compute what `UNet.cut` computes: what is learned through them is what
 the expert inherits. For ResNets that is true of `exact` only. `compat` is what APTP trains with (arXiv:2406.12042):
@@ -22,10 +22,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bilevel_fast.models.architecture import UNetConfig
-from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Sites, Transformer, UNet
+from bilevel_fast.models.architecture import UNetConfig, sites
+from bilevel_fast.models.unet import (
+    Attention,
+    FeedForward,
+    Prediction,
+    ResNet,
+    Sites,
+    Transformer,
+    TransformerBlock,
+    UNet,
+    whole,
+)
 from bilevel_fast.models.vector import layout
-from bilevel_fast.ops.dispatch import attention, group_norm_silu
+from bilevel_fast.ops.dispatch import Branch, attention, group_norm_silu
 
 ResNetGate = Literal["exact", "compat"]
 
@@ -48,9 +58,9 @@ def split(config: UNetConfig, gates: Tensor) -> dict[str, SiteGates]:
     """
     plan = layout(config)
     widths, depths = plan.split(gates)
-    by_site: dict[str, dict[str, Tensor]] = {}
+    by_site: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites(config)}
     for segment, values in zip(plan.segments, widths, strict=True):
-        by_site.setdefault(segment.site.name, {})[segment.width.name] = values
+        by_site[segment.site.name][segment.width.name] = values
     depth = {site.name: depths[:, i] for i, site in enumerate(plan.depths)}
     return {name: SiteGates(values, depth.get(name)) for name, values in by_site.items()}
 
@@ -78,8 +88,14 @@ def gated(unet: UNet, x: Tensor, t: Tensor, text: Tensor, gates: Tensor, resnet:
 
     def transformer(name: str, module: Transformer, h: Tensor, text: Tensor) -> Tensor:
         site = by_site[name]
-        attn1, attn2, ff = (site.widths[width] for width in ("attn1", "attn2", "ff"))
-        return _transformer(module, h, text, attn1, attn2, ff, site.depth)
+
+        def run(number: int, block: TransformerBlock, h: Tensor | Branch, text: Tensor) -> Tensor:
+            if site.widths:  # it is the only block
+                return _block(block, h, text, site.widths)
+            own, h = by_site[f"{name}.transformer_blocks.{number}"], whole(h)
+            return _mix(h, _block(block, h, text, own.widths), own.depth)
+
+        return _mix(h, module(h, text, run), site.depth)
 
     return unet(x, t, text, Sites(residual, transformer))
 
@@ -104,15 +120,11 @@ def _resnet(
     return _mix(h, out, depth)
 
 
-def _transformer(
-    module: Transformer, x: Tensor, text: Tensor, attn1: Tensor, attn2: Tensor, ff: Tensor, depth: Tensor | None
-) -> Tensor:
-    gates = {"attn1": attn1, "attn2": attn2}
-
+def _block(module: TransformerBlock, h: Tensor | Branch, text: Tensor, gates: Mapping[str, Tensor]) -> Tensor:
     def attend(name: str, part: Attention, x: Tensor, context: Tensor) -> Tensor:
         return _attention(part, x, context, gates[name])
 
-    return _mix(x, module(x, text, attend, lambda part, h: _feed_forward(part, h, ff)), depth)
+    return module(h, text, attend, lambda part, x: _feed_forward(part, x, gates["ff"]))
 
 
 def _attention(module: Attention, x: Tensor, context: Tensor, gate: Tensor) -> Tensor:
@@ -133,4 +145,4 @@ def _spread(gate: Tensor, channels: int) -> Tensor:
 
 
 def _mix(h: Tensor, out: Tensor, depth: Tensor | None) -> Tensor:
-    return out if depth is None else torch.lerp(h, out, depth[:, None, None, None])
+    return out if depth is None else torch.lerp(h, out, depth.view(-1, *[1] * (h.dim() - 1)))

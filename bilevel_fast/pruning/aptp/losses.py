@@ -91,7 +91,7 @@ class GatePrices:
         gates = gates.double()
         widths, depths = gates[:, : self.plan.widths], gates[:, self.plan.widths :]
         kept = (widths * self.plan.stretch(depths)) @ self._units.to(gates.device)
-        return (kept + depths @ self._fixed.to(gates.device)) / self.prunable
+        return (kept + self.plan.standing(depths) @ self._fixed.to(gates.device)) / self.prunable
 
     def target(self, ratio: float) -> float:
         """p': the prunable share at which `ratio` of the dense MACs are kept.

@@ -19,7 +19,18 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, sites
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import Attention, FeedForward, Prediction, ResNet, Sites, Transformer, UNet
+from bilevel_fast.models.unet import (
+    Attention,
+    FeedForward,
+    Prediction,
+    ResNet,
+    Sites,
+    Transformer,
+    TransformerBlock,
+    UNet,
+    whole,
+)
+from bilevel_fast.ops.dispatch import Branch
 from bilevel_fast.pruning.aptp import mixed_ops
 from bilevel_kernels.kept import Kept
 
@@ -30,7 +41,8 @@ _PLANS = 8
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """What one site does to the rows of a batch, which are sorted by expert."""
+    """What one site does to the rows of a batch, which are sorted by expert; of a transformer block that is a site, to
+    those that have its Transformer."""
 
     there: Tensor | None
     """Which rows have the site, int64 on the device; None for all of them."""
@@ -121,7 +133,14 @@ def mixed(
 
     def transformer(name: str, module: Transformer, h: Tensor, text: Tensor) -> Tensor:
         rows = plan.by_site[name]
-        return _some(rows, partial(_transformer, rows, module), h, text)
+
+        def run(number: int, block: TransformerBlock, h: Tensor | Branch, text: Tensor) -> Tensor:
+            if rows.kept:  # it is the only block
+                return _block(rows, block, h, text)
+            own = plan.by_site[f"{name}.transformer_blocks.{number}"]
+            return _some(own, partial(_block, own, block), whole(h), text)
+
+        return _some(rows, lambda h, text: module(h, text, run), h, text)
 
     found = unet(x, t, text, Sites(resnet, transformer))
     if plan.back is None:
@@ -148,6 +167,7 @@ def _plan(mix: Mix, expert: tuple[int, ...]) -> _Plan:
 
 
 def _rows(site: Site, structures: Sequence[Structure], device: torch.device) -> _Rows:
+    structures = [structure for structure in structures if site.within not in structure.dropped]
     there = [row for row, structure in enumerate(structures) if site.name not in structure.dropped]
     kept: dict[str, Kept | None] = {}
     for width in site.widths if there else ():
@@ -161,13 +181,15 @@ def _rows(site: Site, structures: Sequence[Structure], device: torch.device) -> 
 
 
 def _some(rows: _Rows, compute: Callable[..., Tensor], h: Tensor, *others: Tensor | None) -> Tensor:
-    """`compute(h, *others)` for the rows that have the site; the others hand h (B, C, H, W) on."""
+    """`compute(h, *others)` for the rows that have the site; the others hand h (B, C, H, W) or (B, T, C) on."""
     if not rows.count:
         return h
     there = rows.there
     if there is None:
         return compute(h, *others)
     out = compute(_take(h, there), *(None if x is None else _take(x, there) for x in others))
+    if h.dim() != 4:
+        return h.index_copy(0, there, out)
     return h.permute(0, 2, 3, 1).index_copy(0, there, out.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -178,7 +200,7 @@ def _resnet(rows: _Rows, module: ResNet, h: Tensor, skip: Tensor | None, time: T
     return mixed_ops.resnet(module, h if skip is None else torch.cat([h, skip], dim=1), time, kept)
 
 
-def _transformer(rows: _Rows, module: Transformer, h: Tensor, text: Tensor) -> Tensor:
+def _block(rows: _Rows, module: TransformerBlock, h: Tensor | Branch, text: Tensor) -> Tensor:
     def attend(name: str, attention: Attention, x: Tensor, context: Tensor) -> Tensor:
         kept = rows.kept[name]
         return attention(x, context) if kept is None else mixed_ops.attention(attention, x, context, kept)

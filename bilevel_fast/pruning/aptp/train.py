@@ -13,12 +13,14 @@ Legend: B samples, L text tokens, D width of the prompt embedding.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
+from bilevel_fast.models.conditioning import unpack
 from bilevel_fast.models.diffusion import Schedule, noise
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.aptp.gates import ResNetGate, gated
@@ -124,9 +126,12 @@ class RouterTraining:
         return {**loss.terms, "loss": loss.total.detach(), "grad_norm": norm}
 
 
-def mean_pool(batch: Batch) -> Tensor:
-    """Prompt embeddings from the text states themselves, where there is no encoder for prompts: (B, D), D as theirs."""
-    return batch.text.float().mean(dim=1)
+def mean_pool(batch: Batch, pooled: int = 0) -> Tensor:
+    """Prompt embeddings from the text states themselves, where there is no encoder for prompts: (B, D), D as theirs.
+
+    `pooled` is the `pooled_dim` of the UNet: what lies behind the states is no state.
+    """
+    return (unpack(batch.text, pooled)[0] if pooled else batch.text).float().mean(dim=1)
 
 
 def train(
@@ -135,7 +140,7 @@ def train(
     batches: Callable[[int], Batch],
     budget: MacBudget,
     config: RouterConfig,
-    prompts: Callable[[Batch], Tensor] = mean_pool,
+    prompts: Callable[[Batch], Tensor] | None = None,
     watch: Callable[[int, dict[str, Tensor]], None] = lambda step, terms: None,
 ) -> Router:
     """Train a router on the teacher.
@@ -144,7 +149,7 @@ def train(
         teacher, schedule, budget: As `RouterTraining`.
         batches: The batch of a step, of the same size at every step.
         config: Steps and the rest.
-        prompts: Embeds the captions of a batch: (B, D).
+        prompts: Embeds the captions of a batch: (B, D). By default `mean_pool`.
         watch: Called after every step with its number and what `advance` returned.
 
     Returns:
@@ -153,7 +158,7 @@ def train(
     Raises:
         UserError: As `RouterTraining`; or the last gradient was not finite.
     """
-    first = batches(0)
+    prompts, first = prompts or partial(mean_pool, pooled=teacher.config.pooled_dim), batches(0)
     training = RouterTraining(teacher, schedule, budget, prompts(first).shape[1], len(first.index), config)
     for step in range(config.steps):
         batch = batches(step)

@@ -5,7 +5,8 @@
     inversion       f(p) + d, d learnt against the model: its diffusion loss on images of the concept, under prompts
                     that do not name it (after arXiv:2308.01508, which learns a word; here any state may move)
 
-f(p) (L, D) are the states of a prompt without the concept; d and the vector are one (L, D) tensor for all prompts.
+f(p) (L, D) are the states of a prompt without the concept; d and the vector are one (L, D) tensor for all prompts. What
+a model reads beside the states (`models.conditioning`) stays as it is.
 Words are not searched for: the mini world has two dozen. The paper's Table 2 takes published lists of prompts that were
 found so, which `full` reads from files.
 """
@@ -20,7 +21,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.models.diffusion import Schedule, noise
-from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.models.text_encoder import TextEncoder, token_states
 from bilevel_fast.models.unet import UNet
 
 LEVEL = 2  # of the random numbers: neither the lower nor the upper level's
@@ -40,10 +41,14 @@ class Shifted:
     def length(self) -> int:
         return self.encoder.length
 
+    @property
+    def pooled(self) -> int:
+        return self.encoder.pooled
+
     def encode(self, prompts: Sequence[str]) -> Tensor:
-        states = self.encoder.encode(prompts)
-        named = torch.tensor([bool(prompt.strip()) for prompt in prompts], device=states.device)
-        return states + named[:, None, None] * self.shift.to(states)
+        text = self.encoder.encode(prompts)
+        named = torch.tensor([bool(prompt.strip()) for prompt in prompts], device=text.device)
+        return text + named[:, None, None] * _shift_of(text, self.shift)
 
     def mask(self, prompts: Sequence[str]) -> Tensor:
         return self.encoder.mask(prompts)
@@ -61,7 +66,7 @@ def concept_vector(encoder: TextEncoder, prompts: Sequence[str], anchors: Sequen
     """
     if not prompts or len(prompts) != len(anchors):
         raise UserError(f"{len(anchors)} prompts without the concept came for {len(prompts)} with it")
-    return strength * (encoder.encode(prompts) - encoder.encode(anchors)).mean(0)
+    return strength * (token_states(encoder, prompts) - token_states(encoder, anchors)).mean(0)
 
 
 def invert(
@@ -103,10 +108,16 @@ def invert(
             assert drawn.t is not None
             assert drawn.anchor is not None
             noised = noise(schedule, drawn.latents, drawn.eps, drawn.t, None)
+            text = drawn.anchor + _shift_of(drawn.anchor, shift)
             adam.zero_grad()
-            F.mse_loss(unet(noised.x, noised.t, drawn.anchor + shift).out.float(), noised.target).backward()
+            F.mse_loss(unet(noised.x, noised.t, text).out.float(), noised.target).backward()
             adam.step()
     finally:
         for p in frozen:
             p.requires_grad_(True)
     return shift.detach()
+
+
+def _shift_of(text: Tensor, shift: Tensor) -> Tensor:
+    """A shift (L, D) of states as one of a whole text tensor (B, L + R, D): (L + R, D)."""
+    return F.pad(shift.to(text), (0, 0, 0, text.shape[1] - len(shift)))

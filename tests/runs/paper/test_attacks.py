@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.models.text_encoder_xl import XlTextEncoder
 from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, invert
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.judge import is_held_out
@@ -95,3 +96,15 @@ def test_inversion_is_a_function_of_its_seed(folder, scenes):
 def test_pairs_must_fit(folder):
     with pytest.raises(UserError, match="1 prompts without the concept came for 2 with it"):
         concept_vector(folder.text_encoder, ["a red star", "a blue ring"], ["a red star"], 1.0)
+
+
+def test_what_lies_behind_the_states_is_left_alone(sdxl):
+    """Of Stable Diffusion XL: pooled state and size numbers."""
+    encoder = XlTextEncoder.load(sdxl)
+    prompts, length = ["a red star", ""], encoder.length
+    vector = concept_vector(encoder, ["a red star by monet"], ["a red star"], 1.0)
+    assert vector.shape == (length, encoder.width)
+    before, after = encoder.encode(prompts), Shifted(encoder, vector).encode(prompts)
+    assert torch.equal(after[0, :length], before[0, :length] + vector)
+    assert torch.equal(after[:, length:], before[:, length:])
+    assert torch.equal(after[1], before[1])
