@@ -9,8 +9,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from bilevel_fast import api
 from bilevel_fast.base import errors, flags
-from bilevel_fast.base.tables import table
 from bilevel_fast.runs.config import TrainConfig, preset
 
 
@@ -39,23 +39,15 @@ def main() -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     # after parsing: --help and a typo should not wait for torch
-    from bilevel_fast.runs.session import run
+    from bilevel_fast.runs.page import end
     from bilevel_fast.training.loop import Interrupted
 
     try:
-        summary = run(config)
+        summary = api.train(config)
     except Interrupted as interrupted:
         print(f"{interrupted}; go on with --resume --out {config.out}", file=sys.stderr)
         raise SystemExit(130) from None
-    macs = summary["macs"]
-    print(
-        f"\n{macs['dense_g']:.3f} -> {macs['student_g']:.3f} GMAC ({macs['ratio']:.3f}), "
-        f"{summary['lower_steps']} lower and {summary['upper_steps']} upper steps, "
-        f"{summary['images_per_second']} images/s, {summary['seconds']} s"
-    )
-    if summary["quality"]:
-        print(table(summary["quality"]))
-    print(f"student: {config.out / 'student'}   report: {config.out / 'report.html'}")
+    print("\n" + end(summary, config.out))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,19 @@ ORDER = [
     *(["profiling", "metrics"], ["erasing", "pruning"], ["worlds"], ["runs"]),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
-ENTRY_POINTS = {"train", "prune", "erase", "prepare", "sample", "evaluate", "reproduce", "profile", "cli", "__init__"}
+ENTRY_POINTS = {
+    "train",
+    "prune",
+    "erase",
+    "prepare",
+    "sample",
+    "evaluate",
+    "reproduce",
+    "profile",
+    "cli",
+    "api",
+    "__init__",
+}
 
 # What each package imports besides these; "" are the entry points.
 EVERYWHERE = {"torch", "numpy", "safetensors", "bilevel_fast", "bilevel_kernels", *sys.stdlib_module_names}

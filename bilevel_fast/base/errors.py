@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import importlib
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -76,12 +78,19 @@ def require(module: str, extra: str) -> ModuleType:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run an entry point: 0 if it ends well, 2 after a user error, 1 when the system refuses, 130 when interrupted."""
+    """Run an entry point: 0 if it ends well, 2 after a user error, 1 when the system refuses, 130 when interrupted.
+
+    Where the reader of its output has gone (`... | head -1`), it ends without a word, with 141 as the shell has it.
+    """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the only pipe that we write to is standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again as it ends
+        return 128 + signal.SIGPIPE
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
