@@ -16,9 +16,10 @@ def load(name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def within(row: Row, digits: int = 2) -> str:
-    """A value with its 20 and 80 % quantiles: `2.00 (1.91..2.12)`."""
-    return f"{row['value']:.{digits}f} ({row['p20']:.{digits}f}..{row['p80']:.{digits}f})"
+def within(row: Row, digits: int = 2, factor: float = 1.0) -> str:
+    """A value with its 20 and 80 % quantiles, each times a factor: `2.00 (1.91..2.12)`."""
+    value, low, high = (f"{factor * row[key]:.{digits}f}" for key in ("value", "p20", "p80"))
+    return f"{value} ({low}..{high})"
 
 
 def machines(rows: Iterable[Row]) -> str:

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any
 
 from benchmarks import ROOT
@@ -73,15 +74,19 @@ def _faster() -> str:
 
 def _realised() -> str:
     found = _forward()
-    if ("0.80", "realised_speedup") not in found:
+    if ("0.80", "realised_speedup") not in found or ("dense", "ms") not in found:
         return f"The UNet of Stable Diffusion 2.1, pruned: {NOT_MEASURED}."
-    row = found["0.80", "realised_speedup"]
-    promised = found["dense", "ms"]["config"]["gmacs"] / row["config"]["gmacs"]
+    row, promised = found["0.80", "realised_speedup"], _promised(found, "0.80")
     return (
         f"**{row['value'] * promised:.2f} times** as fast as the dense UNet of Stable Diffusion 2.1 is the one with "
         f"{1 / promised:.2f} of its MACs, which promise {promised:.2f}: one forward pass, random weights, fp32, "
         f"{_machine(row)}."
     )
+
+
+def _promised(found: dict[tuple[str, str], Row], name: str) -> float:
+    """How many times as fast a UNet would be if time went by MACs."""
+    return found["dense", "ms"]["config"]["gmacs"] / found[name, "ms"]["config"]["gmacs"]
 
 
 def _machine(row: Row) -> str:
@@ -102,39 +107,29 @@ def output() -> str:
     rows = load("train_cpu.jsonl")
     if not rows:
         return NOT_MEASURED
-    return f"```\n{end(rows[-1]['summary'], preset('mini').out)}\n```"
+    return indent(end(rows[-1]["summary"], preset("mini").out), "    ")
 
 
 def speed() -> str:
     """What a clock says, in one table; its first line says what no GPU has measured."""
-    gpu = performance.gpu()
-    lines, rows = [], []
-    for case in ("lower", "upper"):
-        for peer in ("released", "eager"):
-            row = performance.ratios().get((peer, case))
-            lines.append((f"{case} step, mini world", performance.PEERS[peer], within(row) if row else NOT_MEASURED))
-            rows += [row] if row else []
-    found = _forward()
-    if ("dense", "ms") in found:
-        dense = found["dense", "ms"]["config"]["gmacs"]
-        for name in ("0.80", "0.55"):
-            if (row := found.get((name, "realised_speedup"))) is None:
-                continue
-            promised = dense / row["config"]["gmacs"]
-            scaled = {**row, **{key: row[key] * promised for key in ("value", "p20", "p80")}}
-            what = f"UNet of SD 2.1, {name} of the MACs, forward"
-            lines.append((what, f"ours, dense; the MACs promise {promised:.2f}", within(scaled)))
-            rows.append(row)
-        for name in ("dense", "0.80", "0.55"):
-            if (row := found.get((name, "times_faster_than_diffusers"))) is not None:
-                what = f"UNet of SD 2.1, {name}{' of the MACs' * (name != 'dense')}, forward"
-                lines.append((what, "diffusers, the same weights", within(row)))
-                rows.append(row)
+    gpu, steps = performance.gpu(), performance.ratios()
     head = "A GPU: not measured." if gpu == NOT_MEASURED else f"On a GPU:\n\n{gpu}"
+    forward, lines, rows = _forward(), [], list(steps.values())
+    for case in ("lower", "upper") if steps else ():
+        cells = [within(steps[peer, case]) if (peer, case) in steps else NOT_MEASURED for peer in ("released", "eager")]
+        lines.append((f"{case} step, mini world", *cells, "-"))
+    for name in ("dense", "0.80", "0.55") if ("dense", "ms") in forward else ():
+        own, theirs = forward.get((name, "realised_speedup")), forward.get((name, "times_faster_than_diffusers"))
+        cells = [within(theirs) if theirs else NOT_MEASURED, "1"]
+        if name != "dense":
+            promised = _promised(forward, name)
+            cells[1] = f"{within(own, factor=promised)}, promised {promised:.2f}" if own else NOT_MEASURED
+        lines.append((f"UNet of SD 2.1, forward, {name}", "-", *cells))
+        rows += [row for row in (own, theirs) if row]
     if not rows:
         return f"{head}\n\nA CPU: {NOT_MEASURED}."
-    table = markdown(("on a CPU, fp32", "against", "times as fast (20..80 %)"), lines)
-    return f"{head}\n\n{table}\n\n{machines(rows)}"
+    columns = ("diffusers, as released", "diffusers, used with care", "the same, dense")
+    return f"{head}\n\n{markdown(('CPU, fp32: times as fast as', *columns), lines)}\n\n{machines(rows)}"
 
 
 def compared() -> str:
