@@ -57,6 +57,9 @@ def commands(text: str) -> Iterator[Command]:
         if "<" in line:
             continue  # a name that the reader puts in
         module, *arguments = shlex.split(line, comments=True)[2:]
+        several = module.startswith("bilevel_fast.") and module.split(".")[1] in ("prepare", "erase", "prune")
+        if "..." in module or (several and not arguments):
+            continue  # named, not shown
         if module.startswith(("bilevel_fast.", "benchmarks.")):
             yield Command(line, module, tuple(arguments))
 
