@@ -24,7 +24,7 @@ def main() -> None:
     if name not in EDITS:
         raise UserError(f"no edit {name!r}{nearest(name, EDITS)}")
     args = flags.parse(EDITS[name], f"bilevel_fast.erase {name}", EDITS[name].__doc__, args=sys.argv[2:])
-    erase(args)
+    print(erase(args).page)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,13 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from bilevel_fast import api
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
-from bilevel_fast.models.folder import load_folder
-from bilevel_fast.worlds import world
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.settings import Mini
 
@@ -39,28 +37,13 @@ class EvaluateConfig(Folders):
     """Print one JSON object instead of a table."""
 
 
-def judge_models(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """What the probe says about each model folder."""
-    if extra := given(config):
-        raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
-    config.mini.check()
-    here = world("mini")
-    erased = here.erased_concepts(config.erase)
-    folders = [load_folder(path) for path in config.models]
-    for folder in folders:
-        if folder.family.world != "mini":
-            raise UserError(f"{folder.path} is no model of the mini world; the probe cannot judge it")
-    return {
-        str(folder.path): here.quality(here.portfolio(folder.unet(), folder, erased, config.mini, config.seed), erased)
-        for folder in folders
-    }
-
-
 def main() -> None:
     alone("bilevel_fast.evaluate")
     config = flags.parse(EvaluateConfig, "bilevel_fast.evaluate", __doc__)
     if config.suite == "mini":
-        rows = judge_models(config)
+        if extra := given(config):
+            raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
+        rows = api.evaluate(config.models, config.erase, config.seed, config.mini)
         print(json.dumps(rows, indent=2) if config.json else table(rows))
         return
     default = EvaluateConfig()

@@ -18,7 +18,7 @@ def main() -> None:
     if first and not first.startswith("-"):
         method(first, COMMANDS)  # mistyped: said before the flags, which may be those of what was meant
     commands = "\n".join(f"  {name:<12} {function.__doc__}" for name, function in COMMANDS.items())
-    prune(flags.parse(Args, "bilevel_fast.prune", f"{__doc__}\n\nInstead of a method:\n{commands}"))
+    print(prune(flags.parse(Args, "bilevel_fast.prune", f"{__doc__}\n\nInstead of a method:\n{commands}")).page)
 
 
 if __name__ == "__main__":

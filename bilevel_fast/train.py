@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
+from bilevel_fast import api
 from bilevel_fast.base import errors, flags
-from bilevel_fast.base.tables import table
 from bilevel_fast.runs.config import TrainConfig, preset
 
 
@@ -43,8 +43,8 @@ def main() -> None:
         return
     # after parsing: --help and a typo should not wait for torch
     from bilevel_fast.base.devices import Ranks
+    from bilevel_fast.runs.page import end
     from bilevel_fast.runs.ranks import started_with
-    from bilevel_fast.runs.session import run
     from bilevel_fast.scale.team import Team
     from bilevel_fast.training.loop import Interrupted
     from bilevel_fast.training.run_folder import RunFolder
@@ -59,23 +59,14 @@ def main() -> None:
             team.agree(started_with(config))
         ranks.leaves(config.scale.leaves)
         try:
-            summary = run(replace(config, device=ranks.device(config.device)), team)
+            summary = api.train(replace(config, device=ranks.device(config.device)), team)
         except Interrupted as interrupted:
             if team.rank == 0:
                 print(f"{interrupted}; go on with --resume --out {config.out}", file=sys.stderr)
             # torchrun starts all processes again if one of them does not end with 0
             raise SystemExit(0 if team.launched else 130) from None
-    if team.rank:
-        return
-    macs = summary["macs"]
-    print(
-        f"\n{macs['dense_g']:.3f} -> {macs['student_g']:.3f} GMAC ({macs['ratio']:.3f}), "
-        f"{summary['lower_steps']} lower and {summary['upper_steps']} upper steps, "
-        f"{summary['images_per_second']} images/s, {summary['seconds']} s"
-    )
-    if summary["quality"]:
-        print(table(summary["quality"]))
-    print(f"student: {config.out / 'student'}   report: {config.out / 'report.html'}")
+    if not team.rank:
+        print("\n" + end(summary, config.out))
 
 
 if __name__ == "__main__":

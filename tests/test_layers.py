@@ -31,6 +31,7 @@ ENTRY_POINTS = {
     "profile",
     "convert",
     "cli",
+    "api",
     "__init__",
 }
 

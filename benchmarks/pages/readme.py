@@ -1,289 +1,192 @@
-"""The tables of README.md, made from the committed rows: nobody copies a number by hand.
+"""The tables of README.md and docs/, made from the committed rows: nobody copies a number by hand.
 
     python -m benchmarks.pages.readme             renews what lies between the markers
-    python -m benchmarks.pages.readme --check     exits with 1 if README.md says something else
+    python -m benchmarks.pages.readme --check     exits with 1 if a page says something else
 
 A table lies between `<!-- NAME: python -m benchmarks.pages.readme -->` and `<!-- /NAME -->`.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Any
 
-from benchmarks import RESULTS, ROOT
-from benchmarks.pages import reproduced
-from benchmarks.quality import precision, tables
-from benchmarks.real_size import table as rehearsal
+from benchmarks import ROOT
+from benchmarks.pages import committed, performance, results
+from benchmarks.pages.committed import NOT_MEASURED, Row, load, machines, within
+from benchmarks.rows import latest
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
+from bilevel_fast.base.tables import markdown, seeds_named, spread
+from bilevel_fast.runs.config import preset
+from bilevel_fast.runs.page import end
 
-PEERS = ("released", "released_no_anomaly_mode", "eager", "ours_engine", "ours_recompute")
-SAYS = {
-    "released": "diffusers, as released: fp32, hooks, anomaly mode",
-    "released_no_anomaly_mode": "the same without anomaly mode",
-    "eager": "diffusers, as a careful user runs it today",
-    "ours_engine": "ours on torch's ops alone",
-    "ours_recompute": "ours, recomputing activations",
+QUALITY = {
+    "concept_hit": "erased style",
+    "content_kept": "its content",
+    "other_style_hit": "other styles",
+    "fid": "FID",
 }
+"""Columns of table 1 that README.md shows."""
 
-Row = dict[str, Any]
+Tables = Mapping[str, Callable[[], str]]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the page."""
+    """Settings of the pages."""
 
     check: bool = False
-    """Write nothing; fail if README.md is not what the rows say."""
-
-
-def load(name: str) -> list[Row]:
-    """The rows of a committed file; none if there is no such file."""
-    path = RESULTS / name
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """Write nothing; fail if a page is not what the rows say."""
 
 
 def headline() -> str:
-    """The one number."""
+    """Three numbers, each with its machine."""
+    return "\n".join(f"* {line}" for line in (_erased(), _faster(), _realised()))
+
+
+def _erased() -> str:
     rows = load("train_cpu.jsonl")
     if not rows:
-        return "not measured"
+        return f"The run of `make train`: {NOT_MEASURED}."
     row = rows[-1]
     quality, ratio = row["summary"]["quality"], row["summary"]["macs"]["ratio"]
-    student = quality["student"]
+    student, teacher = quality["student"], quality["teacher"]
     return (
-        f"**{ratio:.2f} of the MACs, the erased style drawn on {student['concept_hit']:.0%} of its prompts instead of "
-        f"{quality['teacher']['concept_hit']:.0%}, every other style still on {student['other_style_hit']:.0%}: mini "
-        f"world, seed 0, {row['value']:.0f} s and {row['peak_gib']:.2f} GiB, {row['device']}, commit {row['commit']} "
-        f"(`python -m benchmarks.speed.train`: the run of `make train`, with a clock).**"
+        f"**{student['concept_hit']:.0%}** of the prompts that ask for the erased style get it; the teacher gave it to "
+        f"{teacher['concept_hit']:.0%}. Every other style: {student['other_style_hit']:.0%}. {ratio:.2f} of the MACs. "
+        f"Mini world, seed 0, {row['value']:.0f} s, {row['peak_gib']:.2f} GiB, {_machine(row)} (`make train`)."
     )
 
 
-def quality() -> str:
-    """What the run came to."""
+def _faster() -> str:
+    found = performance.ratios()
+    if ("released", "lower") not in found or ("eager", "lower") not in found:
+        return f"The training step against diffusers: {NOT_MEASURED}."
+    released, careful = found["released", "lower"], found["eager", "lower"]
+    return (
+        f"**{released['value']:.2f} times** as fast as the released way of training, {careful['value']:.2f} times as "
+        f"fast as a careful loop around diffusers: one lower step, mini world's UNets, fp32, {_machine(released)}."
+    )
+
+
+def _realised() -> str:
+    found = _forward()
+    if ("0.80", "realised_speedup") not in found or ("dense", "ms") not in found:
+        return f"The UNet of Stable Diffusion 2.1, pruned: {NOT_MEASURED}."
+    row, promised = found["0.80", "realised_speedup"], _promised(found, "0.80")
+    return (
+        f"**{row['value'] * promised:.2f} times** as fast as the dense UNet of Stable Diffusion 2.1 is the one with "
+        f"{1 / promised:.2f} of its MACs, which promise {promised:.2f}: one forward pass, random weights, fp32, "
+        f"{_machine(row)}."
+    )
+
+
+def _promised(found: dict[tuple[str, str], Row], name: str) -> float:
+    """How many times as fast a UNet would be if time went by MACs."""
+    return found["dense", "ms"]["config"]["gmacs"] / found[name, "ms"]["config"]["gmacs"]
+
+
+def _machine(row: Row) -> str:
+    return f"{row['device']}, {row['threads']} thread{'s' * (row['threads'] != 1)}, commit {row['commit']}"
+
+
+def _forward() -> dict[tuple[str, str], Row]:
+    rows = latest(load("real_size.jsonl")).values()
+    return {
+        (row["config"]["structure"], row["metric"]): row
+        for row in rows
+        if row["metric"] != "seconds" and row["provider"] == "ours" and row["value"] is not None
+    }
+
+
+def output() -> str:
+    """How `make train` ended, as it was printed."""
     rows = load("train_cpu.jsonl")
     if not rows:
-        return "not measured"
-    found = rows[-1]["summary"]["quality"]
-    lines = ["| | " + " | ".join(tables.QUALITY) + " |", "|---|" + "--:|" * len(tables.QUALITY)]
-    for name, values in found.items():
-        lines.append(f"| {name} | " + " | ".join(f"{values[m]:.3f}" for m in tables.QUALITY) + " |")
-    return "\n".join(lines)
+        return NOT_MEASURED
+    return indent(end(rows[-1]["summary"], preset("mini").out), "    ")
 
 
-def kernels() -> str:
-    """Native code against torch, the range over the cases of each op."""
-    rows = [row for row in load("kernels_cpu.jsonl") if row["value"] is not None]
+def speed() -> str:
+    """What a clock says, in one table; its first line says what no GPU has measured."""
+    gpu, steps = performance.gpu(), performance.ratios()
+    head = "A GPU: not measured." if gpu == NOT_MEASURED else f"On a GPU:\n\n{gpu}"
+    forward, lines, rows = _forward(), [], list(steps.values())
+    for case in ("lower", "upper") if steps else ():
+        cells = [within(steps[peer, case]) if (peer, case) in steps else NOT_MEASURED for peer in ("released", "eager")]
+        lines.append((f"{case} step, mini world", *cells, "-"))
+    for name in ("dense", "0.80", "0.55") if ("dense", "ms") in forward else ():
+        own, theirs = forward.get((name, "realised_speedup")), forward.get((name, "times_faster_than_diffusers"))
+        cells = [within(theirs) if theirs else NOT_MEASURED, "1"]
+        if name != "dense":
+            promised = _promised(forward, name)
+            cells[1] = f"{within(own, factor=promised)}, promised {promised:.2f}" if own else NOT_MEASURED
+        lines.append((f"UNet of SD 2.1, forward, {name}", "-", *cells))
+        rows += [row for row in (own, theirs) if row]
     if not rows:
-        return "not measured"
-    times: dict[str, dict[str, dict[str, float]]] = {}
-    for row in rows:
-        times.setdefault(row["op"], {}).setdefault(row["case"], {})[row["provider"]] = row["value"]
-    lines = ["| native, times as fast as torch | least | most |", "|---|--:|--:|"]
-    for op, cases in times.items():
-        ratios = {case: by["torch"] / by["native"] for case, by in cases.items() if {"torch", "native"} <= set(by)}
-        least, most = min(ratios, key=lambda c: ratios[c]), max(ratios, key=lambda c: ratios[c])
-        lines.append(f"| {op} | {ratios[least]:.1f} ({least}) | {ratios[most]:.1f} ({most}) |")
-    return "\n".join([*lines, "", machines(rows)])
+        return f"{head}\n\nA CPU: {NOT_MEASURED}."
+    columns = ("diffusers, as released", "diffusers, used with care", "the same, dense")
+    return f"{head}\n\n{markdown(('CPU, fp32: times as fast as', *columns), lines)}\n\n{machines(rows)}"
 
 
-def methods() -> str:
-    """Pruning methods, before and after distillation."""
-    rows = load("methods.jsonl")
-    return tables.methods(rows) if rows else "not measured"
+def compared() -> str:
+    """Table 1 in short: the bilevel student beside two-stage ones."""
+    path = committed.RESULTS / "reproduce" / "table1" / "results.json"
+    if not path.exists():
+        return NOT_MEASURED
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    rows = found["rows"]
+    seeds, labels = sorted({row["seed"] for row in rows}), dict.fromkeys(row["label"] for row in rows)
+    lines = []
+    for label in labels:
+        values = [[r["numbers"][key] for r in rows if r["label"] == label] for key in QUALITY]
+        lines.append((label, *(spread(some, 2, len(seeds)) for some in values)))
+    where = sorted({f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] != 1)}" for r in rows})
+    table = markdown((f"mini world, {seeds_named(seeds)}", *QUALITY.values()), lines)
+    return f"{table}\n\nMeasured on {'; '.join(where)}, commit {found['commit']}, {found['date']}."
 
 
-def aptp() -> str:
-    """Mixtures of experts: what they cost, where prompts go, what they are worth untuned."""
-    rows = load("aptp.jsonl")
-    if not rows:
-        return "not measured"
-    methods = list(rows[-1]["errors"])
-    heads = ("budget", "training", "experts' MACs", "prompts", "style / object / color", *methods)
-    lines = ["| " + " | ".join(heads) + " |", "|---|--:|---|---|---|" + "--:|" * len(methods)]
-    for row in rows:
-        experts, told = (
-            row["experts"],
-            " / ".join(f"{row['told_by'][name]:.2f}" for name in ("style", "object", "color")),
-        )
-        macs = ", ".join(f"{expert['macs']:.4f}" for expert in experts)
-        prompts = ", ".join(str(expert["prompts"]) for expert in experts)
-        cells = [row["case"], f"{row['seconds']:.0f} s", macs, prompts, told]
-        lines.append("| " + " | ".join([*cells, *(f"{row['errors'][m]:.3f}" for m in methods)]) + " |")
-    return "\n".join([*lines, "", machines(rows)])
-
-
-def step() -> str:
-    """Ours against every peer on the CPU."""
-    rows = [row for row in load("step_cpu.jsonl") if row["metric"].startswith("times_faster_than_")]
-    if not rows:
-        return "not measured"
-    found = {(row["metric"].removeprefix("times_faster_than_"), row["case"]): row for row in rows}
-    lines = ["| ours, times as fast as | lower step | upper step |", "|---|--:|--:|"]
-    for peer in PEERS:
-        cells = [found.get((peer, case)) for case in ("lower", "upper")]
-        shown = ["not measured" if r is None else f"{r['value']:.2f} ({r['p20']:.2f}..{r['p80']:.2f})" for r in cells]
-        lines.append(f"| {SAYS[peer]} | {' | '.join(shown)} |")
-    config = rows[0]["config"]
-    note = (
-        f"{config['structure']} of the MACs, mini world's UNets, fp32, batch {config['batch']}; in brackets 20..80 %."
-    )
-    return "\n".join([*lines, "", note, machines(rows)])
-
-
-def data() -> str:
-    """Images per second into training."""
-    rows = [row for row in load("data.jsonl") if row["metric"] in ("img_per_s", "ratio")]
-    if not rows:
-        return "not measured"
-    lines = ["| images per second | 20 .. 80 % |", "|---|--:|"]
-    for row in rows:
-        shown = 2 if row["metric"] == "ratio" else 0
-        value, low, high = (f"{row[key]:.{shown}f}" for key in ("value", "p20", "p80"))
-        lines.append(f"| {row['provider']}, {row['case']} | {value} ({low}..{high}) |")
-    return "\n".join([*lines, "", machines(rows)])
-
-
-def gpu() -> str:
-    """The goals of the step on a GPU."""
-    rows = [row for path in sorted(RESULTS.glob("*.jsonl")) for row in load(path.name)]
-    rows = [r for r in rows if r.get("suite") == "step" and r.get("driver") and r["value"] is not None]
-    rows = [r for r in rows if r["config"]["unet"] == "sd21" and r["provider"] == "ours"]
-    if not rows:
-        return "not measured"
-    lines = ["| " + " | ".join(("card", "step", "metric", "value")) + " |", "|---|---|---|--:|"]
-    for r in rows:
-        config = f"{r['case']}, {r['config']['structure']}, batch {r['config']['batch']}, {r['config']['rung']}"
-        lines.append(f"| {r['device']} | {config} | {r['metric'].replace('_', ' ')} | {r['value']:.4g} {r['unit']} |")
-    return "\n".join([*lines, "", machines(rows)])
-
-
-def projections() -> str:
-    """What a step takes at least, by card."""
-    rows = [r for r in load("roofline.jsonl") if r["config"]["structure"] in ("0.80", "0.55")]
-    if not rows:
-        return "not projected"
-    cases = [("0.80", "lower"), ("0.80", "upper"), ("0.80", "upper without penalty"), ("0.55", "lower")]
-    found = {(r["device"], r["config"]["structure"], r["case"], r["provider"]): r["value"] for r in rows}
-    heads = [f"{case}, {name}" for name, case in cases]
-    lines = ["| projection, ms | " + " | ".join(heads) + " |", "|---|" + "--:|" * len(cases)]
-    for device in dict.fromkeys(r["device"] for r in rows):
-        cells = [[found[device, name, case, p] for p in ("products", "triton")] for name, case in cases]
-        lines.append(f"| {device} | " + " | ".join(f"{low:.0f}..{high:.0f}" for low, high in cells) + " |")
-    return "\n".join(lines)
-
-
-def memory() -> str:
-    """The largest batch by card."""
-    rows = [r for r in load("memory.jsonl") if r["unit"] == "images"]
-    if not rows:
-        return "not projected"
-    sizes = list(dict.fromkeys(r["device"] for r in rows))
-    found = {(r["case"], r["device"]): r["value"] for r in rows}
-    lines = ["| projection, images | " + " | ".join(sizes) + " |", "|---|" + "--:|" * len(sizes)]
-    cases = dict.fromkeys(r["case"] for r in rows)
-    shown = [f"| {case} | " + " | ".join(f"{found[case, size] or '-'}" for size in sizes) + " |" for case in cases]
-    return "\n".join([*lines, *shown])
-
-
-def controller() -> str:
-    """The controller against a sweep: the cases that were run on every seed; `controller report` shows the rest."""
-    rows = load("controller.jsonl")
-    seeds = {row["seed"] for row in rows}
-    cases = {row["case"]: {other["seed"] for other in rows if other["case"] == row["case"]} for row in rows}
-    return tables.controller([row for row in rows if cases[row["case"]] == seeds])
-
-
-def bf16() -> str:
-    """bf16 against fp32, in a sentence or two."""
-    rows = load("precision.jsonl")
-    cosines = [row for row in rows if row["metric"] == "cosine"]
-    if not cosines:
-        return "not measured"
-    least = min(cosines, key=lambda row: row["value"])
-    text = (
-        f"The least cosine between a gradient in bf16 and in fp32, over both levels and all classes of parameters, is "
-        f"{least['value']:.5f} (`{least['case'].removeprefix('gradient ')}`; wanted {precision.COSINE})."
-    )
-    judged = [row for row in rows if row["case"].startswith("quality")]
-    if not judged:
-        return f"{text} What {precision.STEPS} steps lead to: not measured.\n{machines(cosines)}"
-    seeds = sorted({row["case"].split()[-1] for row in judged})
-    lines = [text, "", f"| {judged[0]['steps']} lower steps | seed | " + " | ".join(tables.QUALITY) + " |"]
-    lines.append("|---|--:|" + "--:|" * len(tables.QUALITY))
-    found = {(row["case"], row["metric"]): row["value"] for row in judged}
-    for seed in seeds:
-        for name in precision.PRECISIONS:
-            cells = [f"{found[f'quality {name} seed {seed}', metric]:.3f}" for metric in tables.QUALITY]
-            lines.append(f"| {name} | {seed} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", machines(rows)])
-
-
-def real_size() -> str:
-    """Every command at the size of Stable Diffusion 2.1."""
-    rows = load("real_size.jsonl")
-    return f"{rehearsal.page(rows)}\n\n{machines(rows)}" if rows else "not measured"
-
-
-def machines(rows: Iterable[Row]) -> str:
-    found = {
-        f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] != 1)}, torch {r['torch']}, commit {r['commit']}, "
-        f"{r['date']}"
-        for r in rows
-    }
-    return f"Measured on {'; '.join(sorted(found))}."
-
-
-TABLES: dict[str, Callable[[], str]] = {
-    "headline": headline,
-    "quality": quality,
-    "frontier": lambda: tables.frontier(load("frontier.jsonl")),
-    "methods": methods,
-    "aptp": aptp,
-    "step": step,
-    "kernels": kernels,
-    "data": data,
-    "gpu": gpu,
-    "projections": projections,
-    "memory": memory,
-    "bf16": bf16,
-    "controller": controller,
-    "table1": lambda: reproduced.markdown("table1", RESULTS / "reproduce"),
-    "table2": lambda: reproduced.markdown("table2", RESULTS / "reproduce"),
-    "real_size": real_size,
-    "fig6": lambda: reproduced.markdown("fig6", RESULTS / "reproduce"),
+PAGES: dict[str, Tables] = {
+    "README.md": {"headline": headline, "output": output, "speed": speed, "compared": compared},
+    "docs/results.md": results.TABLES,
+    "docs/performance.md": performance.TABLES,
+    "docs/quick-start-sd21.md": {"real_size": performance.real_size},
 }
+"""By page, its tables."""
 
 
-def renew(text: str) -> str:
-    """README.md with its tables made anew.
+def renew(text: str, tables: Tables, page: str) -> str:
+    """A page with its tables made anew.
 
     Raises:
-        UserError: A marker is missing, or names no table.
+        UserError: A marker is missing, or names no table of the page.
     """
-    for name, table in TABLES.items():
+    for name in re.findall(r"<!-- (\w+): [^>]*benchmarks.pages.readme", text):
+        if name not in tables:
+            raise UserError(f"{page}: there is no table {name!r}; this page has {', '.join(tables)}")
+    for name, table in tables.items():
         pattern = rf"(<!-- {name}: [^>]*-->\n).*?(<!-- /{name} -->)"
         body = table().replace("\\", r"\\")
         text, count = re.subn(pattern, rf"\g<1>{body}\n\g<2>", text, flags=re.DOTALL)
         if count != 1:
-            raise UserError(
-                f"README.md: {count} places for the table {name!r}, wanted one, between <!-- {name}: ... -->"
-            )
+            raise UserError(f"{page}: {count} places for the table {name!r}, wanted one, between <!-- {name}: ... -->")
     return text
 
 
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.pages.readme", __doc__)
-    page = ROOT / "README.md"
-    old = page.read_text(encoding="utf-8")
-    new = renew(old)
-    if settings.check and new != old:
-        raise SystemExit("README.md is not what the committed rows say: run python -m benchmarks.pages.readme")
-    if not settings.check:
-        write_atomic(page, new.encode())
+    for name, tables in PAGES.items():
+        page = ROOT / name
+        old = page.read_text(encoding="utf-8")
+        new = renew(old, tables, name)
+        if settings.check and new != old:
+            raise SystemExit(f"{name} is not what the committed rows say: run python -m benchmarks.pages.readme")
+        if not settings.check:
+            write_atomic(page, new.encode())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The rehearsal's rows as tables, for a terminal and for README.md."""
+"""The rehearsal's rows as tables, for a terminal and for docs/."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import importlib
 import math
+import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -89,9 +91,16 @@ def describe(error: BaseException) -> tuple[str, int]:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Run an entry point: 0 if it ends well, otherwise what `describe` says."""
+    """Run an entry point: 0 if it ends well, otherwise what `describe` says.
+
+    Where the reader of its output has gone (`... | head -1`), it ends without a word, with 141 as the shell has it.
+    """
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the only pipe that we write to is standard output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again as it ends
+        return 128 + signal.SIGPIPE
     except (UserError, OSError, KeyboardInterrupt) as error:
         message, code = describe(error)
         print(message if isinstance(error, KeyboardInterrupt) else f"error: {message}", file=sys.stderr)

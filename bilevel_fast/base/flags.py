@@ -1,10 +1,15 @@
 """Command lines from dataclasses: tyro, with a mistyped flag refused in one line."""
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import io
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import tyro
@@ -12,6 +17,8 @@ import tyro
 from bilevel_fast.base.errors import UserError, check_finite, nearest
 
 _T = TypeVar("_T")
+
+_HERE = "(description)"  # stands for the description until the help is laid out
 
 
 def parse(
@@ -36,13 +43,18 @@ def parse(
             or not a number. A missing or malformed value ends in tyro's own message and exit code 2.
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
-    held = io.StringIO()
+    shown = {"-h", "--help"} & set(sys.argv[1:] if args is None else args)
+    if shown:
+        _document(kind)
+    held, help_text = io.StringIO(), _Aside()
     try:
-        with contextlib.redirect_stderr(held):
+        with contextlib.redirect_stderr(held), contextlib.redirect_stdout(help_text):
             config, unknown = tyro.cli(
-                kind, prog=f"python -m {module}", description=description, args=args, return_unknown_args=True, **given
+                kind, prog=f"python -m {module}", description=_HERE, args=args, return_unknown_args=True, **given
             )
     except SystemExit as end:
+        sys.stdout.write(help_text.getvalue().replace(_HERE, inspect.cleandoc(description or ""), 1))
+        sys.stdout.flush()
         cause = end.__context__
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
@@ -55,6 +67,32 @@ def parse(
         raise UserError(f"there is no flag {flag!r}{nearest(flag, _flags(kind))}")
     check_finite(config)
     return config
+
+
+class _Aside(io.StringIO):
+    """Text that will go to standard output: tyro asks what that can show."""
+
+    encoding = property(lambda self: sys.__stdout__.encoding if sys.__stdout__ else None)  # type: ignore[assignment]
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+def _document(kind: Any) -> None:
+    """Give tyro the docstring under each field as one piece: it takes the line breaks of the source for paragraphs."""
+    texts: dict[str, str] = {}
+    for owner in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+        (found,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        assert isinstance(found, ast.ClassDef)
+        for node, after in pairwise(found.body):
+            match node, after:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                    texts[name] = " ".join(text.split())
+    for field in dataclasses.fields(kind):
+        if field.name in texts:
+            field.metadata = MappingProxyType({**field.metadata, "help": texts[field.name]})
+        if dataclasses.is_dataclass(field.type):
+            _document(field.type)
 
 
 def _flags(kind: Any, prefix: str = "--") -> Iterator[str]:

@@ -61,8 +61,23 @@ class ConceptPruneArgs(ConceptPrune, _Asked):
 EDITS: dict[str, type[UceArgs] | type[ConceptPruneArgs]] = {"uce": UceArgs, "concept-prune": ConceptPruneArgs}
 
 
-def erase(args: UceArgs | ConceptPruneArgs) -> None:
-    """Edit a copy of the model, write its folder, and print what moved.
+@dataclass(frozen=True, eq=False)
+class Erased:
+    """A model that was edited and written.
+
+    Attributes:
+        path: Its model folder.
+        outcome: What the edit did, and how far texts moved.
+        page: What the command prints.
+    """
+
+    path: Path
+    outcome: Outcome
+    page: str
+
+
+def erase(args: UceArgs | ConceptPruneArgs) -> Erased:
+    """Edit a copy of the model and write its folder.
 
     Raises:
         UserError: Bad input of any kind.
@@ -90,7 +105,7 @@ def _erase(args: UceArgs | ConceptPruneArgs) -> None:
     job = Job(folder, pairs, frames, preserve, earlier, progress=_progress if sys.stderr.isatty() else None)
     outcome = args.edit(unet, job)
     save_student(args.out, folder, unet, notes={RECORD: to_json([*earlier, outcome.record])})
-    print(_page(outcome, args.out))
+    return Erased(args.out, outcome, _page(outcome, args.out))
 
 
 def _progress(done: int, total: int) -> None:

@@ -9,9 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel_fast.base.files import read_json_lines
+from bilevel_fast.base.tables import table
 
 if TYPE_CHECKING:  # imported where it is used: the engine alone needs torch, triton, numpy and safetensors only
     pass
+
+
+def end(summary: Mapping[str, Any], out: Path) -> str:
+    """What `train` prints when a run is over."""
+    macs = summary["macs"]
+    lines = [
+        f"{macs['dense_g']:.3f} -> {macs['student_g']:.3f} GMAC ({macs['ratio']:.3f}), "
+        f"{summary['lower_steps']} lower and {summary['upper_steps']} upper steps, "
+        f"{summary['images_per_second']} images/s, {summary['seconds']} s"
+    ]
+    if summary["quality"]:
+        lines.append(table(summary["quality"]))
+    return "\n".join([*lines, f"student: {out / 'student'}   report: {out / 'report.html'}"])
 
 
 def curves(stats: Mapping[str, Path]) -> bytes:

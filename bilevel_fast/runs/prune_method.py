@@ -9,9 +9,10 @@ import tyro
 from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.folder import load_folder, save_student
-from bilevel_fast.models.macs import count
+from bilevel_fast.models.folder import ModelFolder, load_folder, save_student
+from bilevel_fast.models.macs import Macs, count
 from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning import (
     FIXED,
     LatencyBudget,
@@ -72,22 +73,43 @@ class Args:
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 
 
-def prune(args: Args) -> None:
-    """Prune the teacher, write the student's folder, and print what is kept.
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A student that was cut and written.
+
+    Attributes:
+        path: Its model folder.
+        unet: The student, fp32.
+        macs: What it takes, at the sizes that the budget was counted at.
+        page: What the command prints.
+    """
+
+    path: Path
+    unet: UNet
+    macs: Macs
+    page: str
+
+
+def prune(args: Args, folder: ModelFolder | None = None) -> Pruned:
+    """Prune the teacher and write the student's folder.
+
+    Args:
+        args: The settings.
+        folder: The teacher, if it is loaded already: in place of `args.teacher`.
 
     Raises:
         UserError: Bad input of any kind, or the budget cannot be met.
     """
     choose = method(args.method)
     with claimed(args.out):
-        _prune(args, choose)
+        return _prune(args, choose, folder)
 
 
-def _prune(args: Args, choose: Method) -> None:
+def _prune(args: Args, choose: Method, folder: ModelFolder | None) -> Pruned:
     device = pick_device(args.device)
-    folder = load_folder(args.teacher, device)
+    folder = folder or load_folder(args.teacher, device)
     if folder.structure is not None:
-        raise UserError(f"{args.teacher} is pruned already; wanted a dense model")
+        raise UserError(f"{folder.path} is pruned already; wanted a dense model")
     latent = folder.config.sample_size if args.latent is None else args.latent
     text = folder.text_encoder.length if args.text is None else args.text
     ratio = args.budget
@@ -111,16 +133,16 @@ def _prune(args: Args, choose: Method) -> None:
 
     whole, left = count(Structure.dense(folder.config), latent, text), count(structure, latent, text)
     limit = f", fixed by {args.method}" if args.budget is None and args.method in FIXED else f", budget {ratio:g}"
-    print(picture(structure, prices))
-    print(f"\nlatents {latent}x{latent}, {text} text tokens")
+    lines = [picture(structure, prices), "", f"latents {latent}x{latent}, {text} text tokens"]
     if timed is not None:
         taken = prices.of(structure)
         change = f"{prices.dense / RESOLUTION:.4g} ms -> {taken / RESOLUTION:.4g} ms"
-        print(f"time        {change}: {taken / prices.dense:.4f}{limit}")
-        print(f"            of the sites alone, by {args.latency}: {timed.settings}")
+        lines.append(f"time        {change}: {taken / prices.dense:.4f}{limit}")
+        lines.append(f"            of the sites alone, by {args.latency}: {timed.settings}")
         limit = ""
-    print(f"MACs        {whole.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G: {left.ratio:.4f}{limit}")
-    print(f"parameters  {whole.params:,} -> {left.params:,}")
+    lines.append(f"MACs        {whole.true / 1e9:.3f} G -> {left.true / 1e9:.3f} G: {left.ratio:.4f}{limit}")
+    lines.append(f"parameters  {whole.params:,} -> {left.params:,}")
     if args.random_init:
-        print(f"weights     random, seed {args.seed}")
-    print(f"written     {args.out}")
+        lines.append(f"weights     random, seed {args.seed}")
+    lines.append(f"written     {args.out}")
+    return Pruned(args.out, student, left, "\n".join(lines))

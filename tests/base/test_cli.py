@@ -1,7 +1,9 @@
 """`sample`, `evaluate` and the `bilevel-fast` command, as a user runs them; each command once in a process."""
 
 import json
+import os
 import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -84,3 +86,34 @@ def test_a_process_of_its_own(name):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_is_laid_out_as_it_was_written():
+    """A command stands on a line of its own, and no line ends where one of the source does."""
+    text = run("train", "--help").stdout
+    lines = text.splitlines()
+    assert (
+        "python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK" in lines
+    )
+    assert lines.count("Prune, distil and suppress concepts in one run.") == 1
+    flowing = " ".join(text.replace("│", " ").split())
+    assert "which DALI decodes and the VAE encodes as they are wanted; bilevel_fast.prepare makes both." in flowing
+    assert max(map(len, lines)) <= 120
+    short = [line for line in lines if line.startswith("│") and "as they are " in line]
+    assert len(short[0].rstrip("│ ")) > 60  # the box is filled, whatever stood at the end of a line of the source
+
+
+@pytest.mark.situation
+def test_a_reader_that_goes_away():
+    """`python -m bilevel_fast.train --help | head -1`: one line, and no complaint."""
+    code = (
+        "import sys; from bilevel_fast.base import errors; from bilevel_fast import {0}\n"
+        "sys.argv = ['{0}', '--help']; raise SystemExit(errors.run({0}.main))"
+    )
+    for name in ("train", "prepare"):  # more and less than what is buffered
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-c", code.format(name)]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (141, ""), name

@@ -1,0 +1,120 @@
+"""The commands as functions: `from bilevel_fast import api`. docs/api.md has an example of each.
+
+Settings have the names and the defaults of the flags. What a command refuses, its function refuses with the same line,
+in a `bilevel_fast.base.errors.UserError`. Importing this module loads nothing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from bilevel_fast.models.folder import ModelFolder
+    from bilevel_fast.models.pipeline import load_pipeline as load_pipeline
+    from bilevel_fast.runs.config import TrainConfig
+    from bilevel_fast.runs.config import preset as preset
+    from bilevel_fast.runs.erase_model import Erased
+    from bilevel_fast.runs.prune_method import Pruned
+    from bilevel_fast.scale.team import Team
+    from bilevel_fast.worlds.mini.settings import Mini
+
+Folder = Path | str
+
+
+def load(folder: Folder | None = None, device: str = "cpu") -> "ModelFolder":
+    """A model folder, dense or pruned: its text encoder, VAE and schedule; `.unet()` reads the UNet, fp32 on the CPU.
+
+    Args:
+        folder: In the diffusers layout; None is the built-in mini teacher.
+        device: Of the text encoder and the VAE.
+    """
+    from bilevel_fast.models.folder import load_folder
+    from bilevel_fast.worlds.mini import TEACHER
+
+    return load_folder(folder or TEACHER, device)
+
+
+def prune(
+    teacher: "ModelFolder | Folder", method: str = "magnitude", budget: float | None = None, *, out: Folder,
+    **settings: Any,
+) -> "Pruned":  # fmt: skip
+    """Cut a dense model to a budget and write the student's model folder: `python -m bilevel_fast.prune`.
+
+    Args:
+        teacher: A loaded folder, or a path.
+        method: A name in `bilevel_fast.pruning.METHODS`.
+        budget: Share of the MACs that the student keeps at most; None is 0.8, and for BK-SDM what it costs.
+        out: The student's folder; must be new.
+        settings: Further fields of `bilevel_fast.runs.prune_method.Args`.
+    """
+    from bilevel_fast.runs import prune_method
+
+    loaded = None if isinstance(teacher, Folder) else teacher
+    path = teacher if isinstance(teacher, Folder) else teacher.path
+    args = prune_method.Args(method=method, out=Path(out), teacher=Path(path), budget=budget, **settings)
+    return prune_method.prune(args, loaded)
+
+
+def train(config: "TrainConfig", team: "Team | None" = None) -> dict[str, Any]:
+    """Prune, distil and suppress in one run, and return what summary.json holds: `python -m bilevel_fast.train`.
+
+    Args:
+        config: Of `preset`, changed by `dataclasses.replace`.
+        team: The ranks that share the run, where there are several; only the first returns the summary.
+    """
+    from bilevel_fast.erasing import registry
+    from bilevel_fast.runs.config import preset
+    from bilevel_fast.runs.session import run
+
+    config.check()
+    registry.check(config.upper, preset(config.preset).upper)
+    return run(config) if team is None else run(config, team)
+
+
+def erase(
+    model: Folder, phrases: Sequence[str], *, out: Folder, edit: Literal["uce", "concept-prune"] = "uce",
+    **settings: Any,
+) -> "Erased":  # fmt: skip
+    """Edit concepts out of a copy of a model: `python -m bilevel_fast.erase`.
+
+    Args:
+        model: A model folder, dense or pruned.
+        phrases: As they stand in prompts: `in the style of waves`.
+        out: The edited model's folder; must be new.
+        edit: Which edit of the weights.
+        settings: Further fields of `bilevel_fast.runs.erase_model.UceArgs` or `ConceptPruneArgs`.
+    """
+    from bilevel_fast.runs import erase_model
+
+    kind = erase_model.EDITS[edit]
+    return erase_model.erase(kind(out=Path(out), model=Path(model), erase=tuple(phrases), **settings))
+
+
+def evaluate(
+    models: Sequence[Folder], erase: Sequence[str] = ("pointillism",), seed: int = 0, mini: "Mini | None" = None
+) -> dict[str, dict[str, Any]]:
+    """What the mini world's probe says about each model, by its path: `python -m bilevel_fast.evaluate`.
+
+    Args:
+        models: Model folders of the mini world.
+        erase: The styles that should be gone.
+        seed: Of the sampling noise.
+        mini: How much is sampled.
+    """
+    from bilevel_fast.runs.judged import judged
+    from bilevel_fast.worlds.mini.settings import Mini
+
+    return judged([Path(path) for path in models], erase, seed, mini or Mini())
+
+
+def __getattr__(name: str) -> Any:
+    """`load_pipeline` and `preset`, imported when they are asked for."""
+    if name == "load_pipeline":
+        from bilevel_fast.models.pipeline import load_pipeline
+
+        return load_pipeline
+    if name == "preset":
+        from bilevel_fast.runs.config import preset
+
+        return preset
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

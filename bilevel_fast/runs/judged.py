@@ -1,0 +1,29 @@
+"""Models of the mini world, judged as `train` judges its own at its end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.folder import load_folder
+from bilevel_fast.worlds import world
+from bilevel_fast.worlds.mini.settings import Mini
+
+
+def judged(models: Sequence[Path], erase: Sequence[str], seed: int, settings: Mini) -> dict[str, dict[str, Any]]:
+    """What the probe says about each model folder, by its path.
+
+    Raises:
+        UserError: A style is none, or a folder holds no model of the mini world.
+    """
+    settings.check()
+    here = world("mini")
+    erased = here.erased_concepts(erase)
+    folders = [load_folder(path) for path in models]
+    for folder in folders:
+        if folder.family.world != "mini":
+            raise UserError(f"{folder.path} is no model of the mini world; the probe cannot judge it")
+    return {
+        str(folder.path): here.quality(here.portfolio(folder.unet(), folder, erased, settings, seed), erased)
+        for folder in folders
+    }
