@@ -5,6 +5,7 @@ speed/      what a clock says: step, unet, train, data, alignment, mixture, agai
 kernels/    each op alone: sweep (against its rivals), tuning, once (for sanitizers), aot and compile_matrix (what a
             compiler makes of it), page (kernels/README.md); cases/ has one file per op
 quality/    what students of the mini world are worth: frontier, controller, methods, aptp, planner, precision
+real_size/  every command at the size of Stable Diffusion 2.1, one stage after the other
 pages/      readme (the README's tables), reproduced, compare (two files of rows), bench_check (against the
             baseline), verdict
 shared      measure (interleaved timing), rows, machine, cards, structures

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from bilevel_fast import __version__
 from bilevel_fast.base import errors
 
 COMMANDS = {
@@ -20,9 +21,13 @@ COMMANDS = {
 def main() -> None:
     """Console script: hands over to the entry point that is named."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name == "--version":
+        print(f"bilevel-fast {__version__}")
+        return
     if name in ("-h", "--help"):
         lines = [f"  {command:<10}{what}" for command, what in COMMANDS.items()]
-        print("\n".join(["usage: bilevel-fast NAME [OPTIONS]", "", *lines, "", "bilevel-fast NAME --help says more"]))
+        more = "bilevel-fast NAME --help says more, bilevel-fast --version which release this is"
+        print("\n".join(["usage: bilevel-fast NAME [OPTIONS]", "", *lines, "", more]))
         return
     if name not in COMMANDS:
         print(f"error: no command {name!r}{errors.nearest(name, COMMANDS)}", file=sys.stderr)

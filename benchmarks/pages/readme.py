@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import RESULTS, ROOT
 from benchmarks.pages import reproduced
 from benchmarks.quality import precision, tables
+from benchmarks.real_size import table as rehearsal
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 
@@ -220,6 +221,12 @@ def bf16() -> str:
     return "\n".join([*lines, "", machines(rows)])
 
 
+def real_size() -> str:
+    """Every command at the size of Stable Diffusion 2.1."""
+    rows = load("real_size.jsonl")
+    return f"{rehearsal.page(rows)}\n\n{machines(rows)}" if rows else "not measured"
+
+
 def machines(rows: Iterable[Row]) -> str:
     found = {
         f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] != 1)}, torch {r['torch']}, commit {r['commit']}, "
@@ -245,6 +252,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "controller": controller,
     "table1": lambda: reproduced.markdown("table1", RESULTS / "reproduce"),
     "table2": lambda: reproduced.markdown("table2", RESULTS / "reproduce"),
+    "real_size": real_size,
     "fig6": lambda: reproduced.markdown("fig6", RESULTS / "reproduce"),
 }
 

@@ -36,12 +36,13 @@ class DroppedTransformer(nn.Module):
         return (x,)
 
 
-def diffusers_unet(structure: Structure, state: Mapping[str, Tensor], **load: Any) -> Any:
+def diffusers_unet(structure: Structure, state: Mapping[str, Tensor], *, shared: bool = False, **load: Any) -> Any:
     """A `diffusers.UNet2DConditionModel` of this structure, with copies of these weights, on their device.
 
     Args:
         structure: What is kept. Site and tensor names are diffusers'.
         state: `UNet(config, structure).state_dict()`; every key is wanted, and no other.
+        shared: Take the weights themselves instead of copies.
         load: Further arguments of `Tensor.to` for all weights, such as `dtype` and `device`.
 
     Raises:
@@ -53,9 +54,9 @@ def diffusers_unet(structure: Structure, state: Mapping[str, Tensor], **load: An
         unet = diffusers.UNet2DConditionModel.from_config(structure.config.to_dict())
         for site in sites(structure.config):
             _cut(unet, site, structure)
-    some = next(iter(state.values()))
-    unet.to_empty(device=some.device)
-    unet.load_state_dict(dict(state))
+    if not shared:
+        unet.to_empty(device=next(iter(state.values())).device)
+    unet.load_state_dict(dict(state), assign=shared)
     return nn.Module.to(unet, **load) if load else unet  # diffusers' own `to` warns of a cast that is meant
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.errors import UserError, check_finite, nearest
 
 _T = TypeVar("_T")
 
@@ -32,8 +32,8 @@ def parse(
         default: Values of the flags that are not given; without it, the dataclass has them all.
 
     Raises:
-        UserError: There is no such flag; the nearest are named. Or the dataclass refuses its values. A missing or
-            malformed value ends in tyro's own message and exit code 2.
+        UserError: There is no such flag; the nearest are named. Or the dataclass refuses its values, or one is infinite
+            or not a number. A missing or malformed value ends in tyro's own message and exit code 2.
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
     held = io.StringIO()
@@ -53,6 +53,7 @@ def parse(
     if unknown:
         flag = unknown[0].partition("=")[0]
         raise UserError(f"there is no flag {flag!r}{nearest(flag, _flags(kind))}")
+    check_finite(config)
     return config
 
 

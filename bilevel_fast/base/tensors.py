@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors
 
 PIECE = 2**26
@@ -92,4 +94,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: It is missing, cut short, or not a safetensors file.
     """
     handle = open_safetensors(path)
-    return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    try:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, AttributeError, ValueError, RuntimeError) as error:  # a dtype that torch does not have
+        raise UserError(f"{path} holds a tensor that cannot be read: {error}") from error

@@ -20,6 +20,7 @@ from bilevel_fast.data.cache import INDEX, Cache, Index
 from bilevel_fast.data.sources import exact_moments
 from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, finished, join
 from bilevel_fast.models.folder import ModelFolder
+from bilevel_fast.models.text_encoder import TextEncoder, indistinct
 from bilevel_fast.models.weights import DIGEST, fingerprint
 from bilevel_fast.ops.graphs import cuda_recorder, side_stream
 from bilevel_fast.ops.randomness import Stream
@@ -93,6 +94,19 @@ def without(prompts: Iterable[str], held_out: Iterable[str]) -> list[str]:
     return left
 
 
+def check_anchors(encoder: TextEncoder, prompts: Sequence[str], anchors: Sequence[str]) -> None:
+    """Refuse a prompt that a text encoder reads as its anchor: nothing would be suppressed by it.
+
+    Raises:
+        UserError: Names the first, and says how many there are.
+    """
+    if same := indistinct(encoder, prompts, anchors):
+        raise UserError(
+            f"prompt {prompts[same[0]]!r} and its anchor {anchors[same[0]]!r} are the same to the text encoder, and so "
+            f"are {len(same)} of {len(prompts)} in all; wanted the concept within its {encoder.length} tokens"
+        )
+
+
 def make_bank(
     folder: ModelFolder,
     prompts: Sequence[str],
@@ -134,7 +148,7 @@ def make_bank(
         graphs: Replay the UNet as a CUDA graph on a GPU.
 
     Raises:
-        UserError: The counts do not fit, or `out` holds another cache.
+        UserError: The counts do not fit, the text encoder reads a prompt as its anchor, or `out` holds another cache.
     """
     cache = make_part(
         folder, prompts, anchors, count, seed, guidance, steps, batch, out, WHOLE, size=size, device=device,
@@ -182,6 +196,7 @@ def make_part(
     stride = 2 ** (len(folder.config.block_out_channels) - 1)
     if size < 1 or size % stride:
         raise UserError(f"latent size is {size}; it must be a multiple of the UNet's stride {stride}")
+    check_anchors(folder.text_encoder, prompts, anchors)
     batches = -(-count // batch)
     if part.count > batches:
         raise UserError(

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import open_safetensors, read_json, sha256
+from bilevel_fast.base.files import clip, is_name, open_safetensors, read_json, read_json_lines, sha256
+from bilevel_fast.base.limits import CHANNELS
 from bilevel_fast.models.architecture import UNetConfig
+from bilevel_fast.models.weights import same_component
 
 FORMAT, VERSION = "bilevel_fast.cache", 2
 READABLE = (1, VERSION)
@@ -106,7 +108,7 @@ class Index:
         """
         ours, theirs = _settings(self), _settings(found)
         for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
+            if not same_component(ours.get(name), theirs.get(name)):
                 raise UserError(
                     f"{folder} holds a cache made with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
                     "delete it or choose another folder"
@@ -129,26 +131,32 @@ class Index:
             shape = tuple(fields.pop("latent_shape"))
             dropped = LeftOut(**fields.pop("dropped", {}))
             index = cls(latent_shape=shape, shards=shards, dropped=dropped, **fields)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: a field is missing or unknown: {error}") from error
         wrong = {
-            "kind": index.kind not in get_args(Kind),
-            "latent_shape": len(shape) != 3 or not all(type(size) is int and size > 0 for size in shape),
+            "kind": type(index.kind) is not str or index.kind not in get_args(Kind),
+            "latent_shape": len(shape) != 3 or not all(type(size) is int and 0 < size <= CHANNELS for size in shape),
             "vae": type(index.vae) is not str,
             "views": type(index.views) is not int or index.views < 1,
-            "dtype": index.dtype not in DTYPES,
+            "dtype": type(index.dtype) is not str or index.dtype not in DTYPES,
             "recipe": type(index.recipe) is not dict,
             # A name with a separator could lead out of the folder.
-            "shards": any(Path(shard.file).name != shard.file for shard in shards),
-            "dropped": any(type(count) is not int or count < 0 for count in (dropped.pairs, dropped.captions)),
-            "samples": any(type(shard.samples) is not int for shard in shards) or samples != index.samples,
+            "shards": any(not is_name(shard.file) or not _are_text(shard) for shard in shards),
+            "dropped": any(type(count) is not int or count < 0 for count in (dropped.pairs, dropped.captions))
+            or type(dropped.sha256) is not str,
+            "samples": any(type(shard.samples) is not int or shard.samples < 0 for shard in shards)
+            or samples != index.samples,
         }
         for name, bad in wrong.items():
             if bad:
                 raise UserError(
-                    f"{path}: field {name} is wrong: {samples if name == 'samples' else getattr(index, name)!r}"
+                    f"{path}: field {name} is wrong: {clip(samples if name == 'samples' else getattr(index, name))}"
                 )
         return index
+
+
+def _are_text(shard: Shard) -> bool:
+    return type(shard.sha256) is str and type(shard.captions_sha256) is str
 
 
 def _settings(index: Index) -> dict[str, Any]:
@@ -203,6 +211,10 @@ class Cache:
         for row, (index, view) in enumerate(zip(indices, views, strict=True)):
             shard, local = self._locate(int(index))
             out[row] = self._moments[shard][local, int(view)]
+        if not out.isfinite().all():
+            row = int((~out.flatten(1).isfinite().all(1)).nonzero()[0])
+            shard, local = self._locate(int(indices[row]))
+            raise UserError(f"{self.path / self.index.shards[shard].file}: latents of sample {local} are not finite")
         return out
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -282,7 +294,7 @@ def check_latents(path: Path, shape: tuple[int, int, int], made_by: str, config:
     stride = 2 ** (len(config.block_out_channels) - 1)
     if height % stride or width % stride:
         raise UserError(f"{path}: latents of {height}x{width} are no multiple of the UNet's stride {stride}")
-    if vae != made_by:
+    if not same_component(vae, made_by):
         raise UserError(f"{path}: latents of VAE {made_by}, the model has VAE {vae}")
 
 
@@ -300,11 +312,7 @@ def check_sum(path: Path, wanted: str) -> None:
 
 def _read_lines(folder: Path, shard: Shard, kind: Kind) -> list[dict[str, Any]]:
     path = folder / shard.captions
-    try:
-        # Not splitlines: it also splits at U+2028 and its like, which JSON strings may hold.
-        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON lines: {error}") from error
+    lines = [line for _, line in read_json_lines(path)]
     if len(lines) != shard.samples:
         raise UserError(f"{path} has {len(lines)} lines for {shard.samples} samples")
     for number, line in enumerate(lines, start=1):

@@ -1,8 +1,6 @@
 """`python -m bilevel_fast.prepare coco`, `folder` and `webdataset`."""
 
-import glob
-import json
-from collections import Counter
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +10,19 @@ import torch
 
 from bilevel_fast.base import flags
 from bilevel_fast.base.devices import pick_device
-from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.errors import UserError, in_range
+from bilevel_fast.base.limits import SIDE
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, Source, encode, latent_shape
 from bilevel_fast.data.listing import coco, metadata_folder
 from bilevel_fast.data.pictures import MAX_VIEWS, Framing
 from bilevel_fast.data.stream import ImageIndex, write_list
-from bilevel_fast.data.tars import Tars
-from bilevel_fast.data.writer import WHOLE, Part
+from bilevel_fast.data.tars import Tars, find_tars
+from bilevel_fast.data.writer import Part, read_report, reasons
 from bilevel_fast.models.folder import ModelFolder, load_folder
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class CocoArgs(Making):
     split: str = "train2017"
     """train2017, val2017, train2014, val2014, or any other that has such files."""
 
-    def source(self, part: Part) -> Source:
+    def source(self) -> Source:
         return Files(coco(self.root, self.split))
 
 
@@ -85,7 +86,7 @@ class FolderArgs(Making):
     caption_field: str = "text"
     """Field of metadata.jsonl with the caption, or a list of them."""
 
-    def source(self, part: Part) -> Source:
+    def source(self) -> Source:
         return Files(metadata_folder(self.root, self.caption_field))
 
 
@@ -94,12 +95,17 @@ class TarArgs(Making):
     """Make a latent cache of webdataset tars."""
 
     tars: str
-    """Path of a tar, or a pattern such as 'DIR/*.tar'; they are read in the order of their names."""
+    """Path of a tar, or a pattern such as 'DIR/*.tar' or 'DIR/a-{000..012}.tar'; they are read in the order of their
+    names."""
     caption_field: str = "caption"
     """Field of a sample's .json with the caption, or a list of them; a .txt comes first."""
 
-    def source(self, part: Part) -> Source:
-        return Tars([Path(path) for path in sorted(glob.glob(self.tars))], self.caption_field, part)
+    def source(self) -> Source:
+        tars = Tars(find_tars(self.tars), self.caption_field)
+        if tars.unread:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in tars.unread.most_common(8))
+            _log.warning("%d of %d members of the tars are not read: %s", tars.unread.total(), tars.members, kinds)
+        return tars
 
 
 _ARGS: dict[str, type[CocoArgs | FolderArgs | TarArgs]] = {
@@ -129,7 +135,7 @@ def images(name: str, argv: Sequence[str]) -> None:
 def _say_what_is_missing(out: Path, dropped: LeftOut) -> None:
     if dropped.lines:
         print(f"left out: {dropped.pairs} images, {dropped.captions} captions; {out / DROPPED} names them")
-        for reason, count in reasons(out / DROPPED).most_common():
+        for reason, count in reasons(read_report(out / DROPPED)).most_common():
             print(f"  {count:>8}  {reason}")
 
 
@@ -141,7 +147,7 @@ def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
     """
     part, device = Part.parse(args.shard), pick_device(args.device)
     backend = pick_backend(args.backend, device)
-    source = args.source(part)
+    source = args.source()
     folder, shape = _model(args, device)
     recipe = {"backend": backend, "precision": args.precision}
     index = Index("images", shape, folder.vae_fingerprint, args.views, args.dtype, recipe)
@@ -169,7 +175,7 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
         UserError: Bad input of any kind.
     """
     device = pick_device(args.device)
-    source = args.source(WHOLE)
+    source = args.source()
     if not isinstance(source, Files) or args.shard != "0/1":
         raise UserError("--no-latents lists files of a folder, all at once; tars and --shard make a cache of latents")
     folder, shape = _model(args, device)
@@ -184,8 +190,8 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
 
 def _model(args: Making, device: torch.device) -> tuple[ModelFolder, tuple[int, int, int]]:
     """The model folder, and the shape of its latents at the resolution that is asked for."""
-    if args.resolution < 1 or not 1 <= args.views <= MAX_VIEWS:
-        raise UserError(f"--resolution is {args.resolution} and --views is {args.views}; both must be positive")
+    in_range("--resolution", args.resolution, f">= 1 and <= {SIDE}", 1 <= args.resolution <= SIDE)
+    in_range("--views", args.views, f">= 1 and <= {MAX_VIEWS}", 1 <= args.views <= MAX_VIEWS)
     folder = load_folder(args.model, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
     shape = latent_shape(folder.vae, args.resolution)
     if args.resolution % shape[1]:
@@ -197,12 +203,6 @@ def _model(args: Making, device: torch.device) -> tuple[ModelFolder, tuple[int, 
             f"stride {stride}; wanted a multiple of {args.resolution * stride // shape[1]}"
         )
     return folder, shape
-
-
-def reasons(report: Path) -> "Counter[str]":
-    """How often each reason is given in a `dropped.jsonl`; numbers in it do not tell reasons apart."""
-    lines = [json.loads(line) for line in report.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-    return Counter(("caption: " if "caption" in line else "") + line["reason"] for line in lines)
 
 
 class _Bar:

@@ -1,4 +1,4 @@
-"""Pixels through NVIDIA DALI: files to views, on the CPU alone or decoded and scaled on a GPU; and tars to files.
+"""Pixels through NVIDIA DALI: files to views, on the CPU alone or decoded and scaled on a GPU.
 
 DALI draws no random numbers here. Where a view lies is decided outside, by index (`pictures.py`), so a batch can be
 made again at any time.

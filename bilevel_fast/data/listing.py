@@ -5,7 +5,6 @@ captions and nothing moves up in its place.
 """
 
 import errno
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.base.files import read_json
+from bilevel_fast.base.files import parse_json, read_file, read_json
 from bilevel_fast.data.pictures import MAX_KEY, Unusable
 
 SPLITS = ("train2017", "val2017", "train2014", "val2014")
@@ -53,12 +52,18 @@ class Listing:
         path = self.folder / entry.file
         try:
             if not path.is_file():
-                raise Unusable("not a file" if path.exists() else "missing")
+                raise Unusable("not a file" if path.exists() else self._missing(entry.file))
             return path.read_bytes()
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG):  # others may pass: not the file's fault
                 raise Unusable(os.strerror(error.errno)) from None
             raise
+
+    def _missing(self, file: str) -> str:
+        first, _, rest = file.partition("/")
+        if rest and first == self.folder.resolve().name and (self.folder / rest).is_file():
+            return f"missing: file_name begins with the folder's own name {first!r}"
+        return "missing"
 
 
 def coco(root: Path, split: str) -> Listing:
@@ -76,7 +81,7 @@ def coco(root: Path, split: str) -> Listing:
     folders = [folder for folder in (root / split, root / "images" / split) if folder.is_dir()]
     if not folders:
         raise UserError(f"no images: neither {root / split} nor {root / 'images' / split} is a folder")
-    fields = read_json(annotations)
+    fields = read_json(annotations, surrogates=True)
     for name in ("images", "annotations"):
         if not isinstance(fields.get(name), list):
             raise UserError(f"{annotations}: wanted a list {name!r}, as in COCO's captions")
@@ -94,9 +99,9 @@ def coco(root: Path, split: str) -> Listing:
         row = row if isinstance(row, dict) else {}
         key, file = row.get("id"), row.get("file_name")
         if type(key) is not int or not 0 <= key < MAX_KEY:
-            odd.append(ListedImage(0, _shown(file), (), f"its id is {key!r}, wanted a whole number"))
+            odd.append(ListedImage(0, shown(file), (), f"its id is {key!r}, wanted a whole number"))
         elif key in entries:
-            odd.append(ListedImage(0, _shown(file), (), f"its id {key} stands for {entries[key].file} already"))
+            odd.append(ListedImage(0, shown(file), (), f"its id {key} stands for {entries[key].file} already"))
         else:
             found = [text for _, text in sorted(captions.pop(key, []), key=lambda pair: pair[0])]
             entries[key] = _entry(key, file, found)
@@ -116,10 +121,10 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
         UserError: The file is missing, empty, not UTF-8, or no line of it has the caption field.
     """
     path = root / "metadata.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} is missing; it wants lines of file_name and {caption_field}")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; it wants lines of file_name and {caption_field}") from error
+        lines = read_file(path).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from error
     captions: dict[str, list[Any]] = {}
@@ -130,7 +135,9 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line, "", surrogates=True)
+            if not isinstance(row, dict):
+                raise TypeError
             fields |= set(row)
             file, text = row["file_name"], row[caption_field]
         except (ValueError, TypeError, KeyError):
@@ -151,7 +158,7 @@ def metadata_folder(root: Path, caption_field: str = "text") -> Listing:
 
 def _entry(key: int, file: Any, texts: Iterable[Any]) -> ListedImage:
     """An entry with its good captions; what is wrong with it, or with the others, is written down."""
-    entry = with_captions(ListedImage(key, _shown(file), ()), texts)
+    entry = with_captions(ListedImage(key, shown(file), ()), texts)
     problem = path_problem(file)
     return replace(entry, problem=problem) if problem else entry
 
@@ -166,8 +173,8 @@ def with_captions(entry: ListedImage, texts: Iterable[Any]) -> ListedImage:
             refused.append((repr(text), "not a text"))
         elif not caption:
             refused.append((text, "empty"))
-        elif _shown(caption) != caption:
-            refused.append((_shown(caption), "not valid Unicode"))
+        elif shown(caption) != caption:
+            refused.append((shown(caption), "not valid Unicode"))
         elif caption in good:
             refused.append((caption, "duplicate"))
         else:
@@ -180,7 +187,7 @@ def path_problem(file: Any) -> str | None:
     """Why a listed name is not one of a file below the folder of images; None if it is."""
     if not isinstance(file, str) or not file:
         return f"file_name is {file!r}, wanted a text"
-    if "\0" in file or _shown(file) != file:
+    if "\0" in file or shown(file) != file:
         return "file_name is not valid Unicode"
     for path in (PurePosixPath(file), PureWindowsPath(file)):
         if path.is_absolute() or path.drive or path.root or ".." in path.parts:
@@ -188,6 +195,6 @@ def path_problem(file: Any) -> str | None:
     return None
 
 
-def _shown(text: Any) -> str:
+def shown(text: Any) -> str:
     """As text that any file can hold: JSON may name half of a surrogate pair."""
     return str(text).encode(errors="backslashreplace").decode()

@@ -1,29 +1,38 @@
 """Image files before they are decoded: is this a whole picture, how large is it upright, which part of it is a view.
 
-Colours, grey, palettes, alpha and CMYK become RGB as with `convert("RGB")` of PIL. Two things are done otherwise than
-in the authors' loader: an EXIF orientation is obeyed, because captions describe the upright picture, and a file that is
-damaged, or no image of the kind that its name says, is dropped with its captions instead of moving the rest by one.
+Colours, grey, palettes, alpha and CMYK become RGB as with `convert("RGB")` of PIL, and sixteen bits become eight. Two
+things are done otherwise than in the authors' loader: an EXIF orientation is obeyed, because captions describe the
+upright picture, and a file that is damaged, or no image of the kind that its name says, is dropped with its captions
+instead of moving the rest by one.
 """
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
+from bilevel_fast.base.limits import PIXELS
 from bilevel_fast.ops.randomness import Stream, uniform
+
+if TYPE_CHECKING:  # imported where it is used: the engine runs without it
+    from PIL import Image
 
 MAX_VIEWS = 2**20
 """Views of one image that differ in their random numbers."""
 MAX_KEY = 2**40
 """Keys of images are below; key * MAX_VIEWS + view is the sample index of a crop."""
 
-_SUFFIXES = {
+SUFFIXES = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe"), "JPEG"),
     ".png": "PNG",
     ".webp": "WEBP",
     ".bmp": "BMP",
 }
+FORMATS = tuple(dict.fromkeys(SUFFIXES.values()))
+"""What pictures are opened as, whatever they are named: other decoders of PIL run programs, as that of EPS does."""
 _ORIENTATION = 0x0112  # EXIF; from 5 on, height and width change places
 
 
@@ -39,17 +48,17 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
         name: Its name, whose ending must say what it is.
 
     Raises:
-        Unusable: It is empty, cut short, no image, or of another kind than its name says.
+        Unusable: It is empty, cut short, no image, too large, or of another kind than its name says.
     """
     from PIL import Image
 
     if not data:
         raise Unusable("empty")
-    wanted = _SUFFIXES.get(PurePosixPath(name).suffix.lower())
+    wanted = SUFFIXES.get(PurePosixPath(name).suffix.lower())
     if wanted is None:
-        raise Unusable(f"its name does not end in one of {', '.join(_SUFFIXES)}")
+        raise Unusable(f"its name does not end in one of {', '.join(SUFFIXES)}")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             kind, (width, height) = image.format, image.size
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
     except Image.UnidentifiedImageError:
@@ -59,9 +68,41 @@ def upright_size(data: bytes, name: str) -> tuple[int, int]:
     kind = "JPEG" if kind == "MPO" else kind  # what cameras write: a JPEG with more JPEGs behind it
     if kind != wanted:
         raise Unusable(f"is {kind}, its name says {wanted}")
+    if width * height > PIXELS:
+        raise Unusable(f"has {width}x{height} pixels, wanted at most {PIXELS} in all")
     if not _is_whole(data, wanted):
         raise Unusable(f"cut short: the end of the {wanted} is missing")
     return (width, height) if turned else (height, width)
+
+
+def decode_rgb(data: bytes, name: str) -> "Image.Image":
+    """An image file as RGB, upright: what `prepare` makes of it, for those who want it whole and not scaled.
+
+    Sixteen bits become eight by division, as DALI has it; PIL would cut grey off at 255. DALI's pixels may differ by
+    one where PIL rounds otherwise: CMYK, and colours of sixteen bits.
+
+    Args:
+        data: The whole file.
+        name: Its name, whose ending must say what it is.
+
+    Raises:
+        Unusable: As `upright_size`, or it cannot be decoded.
+    """
+    from PIL import Image, ImageOps
+
+    upright_size(data, name)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.format == "PNG":
+                image.verify()  # check sums of all chunks, which decoding skips
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                eight = np.round(np.asarray(upright).astype(np.float64) / 257)
+                return Image.fromarray(eight.clip(0, 255).astype(np.uint8)).convert("RGB")
+            return upright.convert("RGB")
+    except Exception as error:  # damaged data makes PIL raise anything
+        raise Unusable(" ".join(str(error).split())) from None
 
 
 def _is_whole(data: bytes, kind: str) -> bool:

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json, write_atomic, write_json
+from bilevel_fast.base.files import clip, read_json, read_json_lines, whole, write_atomic, write_json
+from bilevel_fast.base.limits import CHANNELS, SIDE
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, LeftOut, check_latents, check_sum
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, ahead, decode
-from bilevel_fast.data.listing import ListedImage, Listing
-from bilevel_fast.data.pictures import MAX_VIEWS, Framing, Unusable, upright_size
+from bilevel_fast.data.listing import ListedImage, Listing, path_problem
+from bilevel_fast.data.pictures import MAX_KEY, MAX_VIEWS, Framing, Unusable, upright_size
 from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.folder import ModelFolder
 
@@ -72,9 +73,24 @@ class ImageIndex:
         try:
             framing, dropped = Framing(**fields.pop("framing")), LeftOut(**fields.pop("dropped"))
             shape = tuple(fields.pop("latent_shape"))
-            return cls(framing=framing, dropped=dropped, latent_shape=shape, **fields)
-        except (KeyError, TypeError) as error:
+            index = cls(framing=framing, dropped=dropped, latent_shape=shape, **fields)
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: a field is missing or unknown: {error}") from error
+        whole(index.framing.resolution, f"{path}: resolution", 1, SIDE)
+        whole(index.framing.seed, f"{path}: seed", 0, 2**64 - 1)
+        wrong = {
+            "root": type(index.root) is not str or "\0" in index.root,
+            "framing": type(index.framing.flip) is not bool or index.framing.crop not in ("random", "center"),
+            "latent_shape": len(shape) != 3 or not all(type(side) is int and 0 < side <= CHANNELS for side in shape),
+            "vae": type(index.vae) is not str,
+            "backend": type(index.backend) is not str,
+            "samples": type(index.samples) is not int or index.samples < 1,
+            "sha256": type(index.sha256) is not str,
+        }
+        for name, bad in wrong.items():
+            if bad:
+                raise UserError(f"{path}: field {name} is wrong: {clip(getattr(index, name))}")
+        return index
 
 
 def write_list(
@@ -160,10 +176,7 @@ class ImageStream:
         index, device = self.index, torch.device(device)
         self._vae, self._listing = vae, Listing(Path(index.root), ())
         check_sum(path / LIST, index.sha256)
-        lines = (path / LIST).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        rows = [json.loads(line) for line in lines]
-        self._entries = [ListedImage(row["key"], row["file"], tuple(row["captions"])) for row in rows]
-        self._bytes = [row["bytes"] for row in rows]
+        self._entries, self._bytes = read_list(path / LIST)
         backend = pick_backend(index.backend, device)
         self._decoder = Decoder(index.framing.resolution, 1, _CHUNK, backend, device, usable_cores())
 
@@ -230,6 +243,26 @@ class ImageStream:
 
     def _changed(self, entry: ListedImage, reason: str) -> UserError:
         return UserError(f"{self._listing.folder / entry.file}: {reason}; {self.path} was made when it was fine")
+
+
+def read_list(path: Path) -> tuple[list[ListedImage], list[int]]:
+    """The images of an `images.jsonl`, and the bytes of each file.
+
+    Raises:
+        UserError: A line is no image, or names a file outside the folder of images.
+    """
+    entries: list[ListedImage] = []
+    sizes: list[int] = []
+    for number, row in read_json_lines(path):
+        where, captions = f"{path} line {number}", row.get("captions")
+        if problem := path_problem(row.get("file")):
+            raise UserError(f"{where}: {problem}: {clip(row.get('file'))}")
+        if type(captions) is not list or not captions or not all(type(caption) is str for caption in captions):
+            raise UserError(f"{where}: captions is {clip(captions)}, wanted a list of texts")
+        key = whole(row.get("key"), f"{where}: key", 0, MAX_KEY - 1)
+        entries.append(ListedImage(key, row["file"], tuple(captions)))
+        sizes.append(whole(row.get("bytes"), f"{where}: bytes", 0, 2**63))
+    return entries, sizes
 
 
 def open_images(

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import write_atomic, write_json
+from bilevel_fast.base.files import parse_json, read_file, sweep, write_atomic, write_json
 from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Index, LeftOut, Shard
+
+_SHOWN = 3  # reasons in a message
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class CacheWriter:
         self._report: list[str] = []
         self._reported = LeftOut()
         self.path.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
         for name in (INDEX, part.prefix + INDEX):
             if (self.path / name).exists():
                 what = "cache" if name == INDEX else f"{part.prefix.removesuffix('-')} of a cache"
@@ -157,7 +162,7 @@ class CacheWriter:
         if self.entries > self.index.entries:
             self._write()
         if self.part.count == 1 and not self.samples:
-            raise UserError(f"{self.path}: there are no samples to write")
+            raise _nothing(self.path, self._report)
         write_json(self.path / (self.part.prefix + INDEX), self.index.to_dict())
         (self.path / (self.part.prefix + PARTIAL)).unlink(missing_ok=True)
         return join(self.path, self.part.count, self.index)
@@ -206,12 +211,39 @@ def read_report(path: Path) -> list[str]:
     """The lines of a `dropped.jsonl`.
 
     Raises:
-        UserError: It is missing.
+        UserError: It is missing, too large, or not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
+        return read_file(path).decode().removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from error
+
+
+def reasons(report: Sequence[str]) -> "Counter[str]":
+    """How often each reason is given in the lines of a `dropped.jsonl`.
+
+    Raises:
+        UserError: A line is none of such a file.
+    """
+    records = map(_record, report)
+    return Counter(("caption: " if "caption" in record else "") + str(record.get("reason")) for record in records)
+
+
+def _record(line: str) -> dict[str, Any]:
+    record = parse_json(line, f"a line of {DROPPED}")
+    if not isinstance(record, dict):
+        raise UserError(f"a line of {DROPPED}: wanted a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _nothing(path: Path, report: Sequence[str]) -> UserError:
+    """That nothing is left, and why: what was left out, its first one by name, and the most frequent reasons."""
+    if not report:
+        return UserError(f"{path}: there are no samples to write: the source is empty")
+    found = reasons(report).most_common(_SHOWN)
+    why = "; ".join(f"{count} x {reason}" for reason, count in found)
+    first = _record(report[0]).get("file")
+    return UserError(f"{path}: there are no samples to write; all were left out, the first is {first}: {why}")
 
 
 def finished(path: Path, index: Index, part: Part) -> bool:
@@ -246,14 +278,14 @@ def join(path: Path, parts: int, made: Index) -> Cache | None:
         found = [Index.load(path / (prefix + INDEX)) for prefix in prefixes]
         for index in found:
             made.check_same_making(index, path)
-        if not any(index.samples for index in found):
-            raise UserError(f"{path}: there are no samples to write")
         report = [
             line
             for prefix, index in zip(prefixes, found, strict=True)
             if index.dropped.lines
             for line in read_report(path / (prefix + DROPPED))
         ]
+        if not any(index.samples for index in found):
+            raise _nothing(path, report)
         dropped = LeftOut(
             sum(index.dropped.pairs for index in found),
             sum(index.dropped.captions for index in found),

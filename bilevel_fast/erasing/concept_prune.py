@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.limits import LATENTS
 from bilevel_fast.erasing.edit import Job, Outcome, Record, transformers
 from bilevel_fast.erasing.pairs import Frame, Pair, framed
 from bilevel_fast.models.diffusion import Schedule
@@ -92,8 +93,8 @@ class ConceptPrune:
         folder = job.folder
         size = folder.config.sample_size if self.size is None else self.size
         stride = 2 ** (len(folder.config.block_out_channels) - 1)
-        if size % stride:
-            raise UserError(f"--size is {size}; wanted a multiple of the UNet's stride {stride}")
+        if size % stride or size > LATENTS:
+            raise UserError(f"--size is {size}; wanted a multiple of the UNet's stride {stride}, {LATENTS} at most")
         frames = job.frames or FRAMES["things"]
         guidance = folder.family.guidance if self.guidance is None else self.guidance
         prompts = {pair: framed([pair], frames) for pair in job.pairs}

@@ -1,14 +1,13 @@
 """What is to be erased and what should stand in its place: pairs of texts, alone or in sentences, and their checks."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.models.text_encoder import TextEncoder
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.models.text_encoder import TextEncoder, indistinct
+from bilevel_fast.sampling.prompt_table import read_table
 from bilevel_fast.sampling.prompts import same_text
 
 _COLUMNS = ("erase", "guide")
@@ -71,28 +70,20 @@ def read_pairs(path: Path) -> tuple[Pair, ...]:
     """Read a CSV file with the columns `erase` and `guide`, and perhaps `weight`.
 
     Raises:
-        UserError: The file is missing, not UTF-8, lacks a column, holds no pair, or has a weight that is none.
+        UserError: The file is missing, not UTF-8, lacks a column, holds no pair, has a weight that is none, or a row
+            with more or fewer cells than the header. The line is named.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"pair file {path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"pair file {path} is not UTF-8: {error}") from error
-    rows = csv.DictReader(io.StringIO(text, newline=""))
-    columns = rows.fieldnames or []
-    for column in _COLUMNS:
-        if column not in columns:
-            raise UserError(f"pair file {path} has no column {column!r}{nearest(column, columns)}")
+    table = read_table(path, "pair file")
+    table.want(*_COLUMNS)
     pairs: list[Pair] = []
-    for row in rows:
-        weight = (row.get("weight") or "1").strip()
+    for line, cells in table.rows:
+        weight = cells.get("weight") or "1"
         try:
-            pairs.append(Pair((row["erase"] or "").strip(), (row["guide"] or "").strip(), float(weight)))
+            pairs.append(Pair(cells["erase"], cells["guide"], float(weight)))
         except UserError as error:
-            raise UserError(f"pair file {path}, line {rows.line_num}: {error}") from error
+            raise UserError(f"pair file {path}, line {line}: {error}") from error
         except ValueError as error:
-            raise UserError(f"pair file {path}, line {rows.line_num}: weight {weight!r} is no number") from error
+            raise UserError(f"pair file {path}, line {line}: weight {weight!r} is no number") from error
     if not pairs:
         raise UserError(f"pair file {path} holds no pair")
     return tuple(pairs)
@@ -116,7 +107,8 @@ def check(pairs: Sequence[Pair], preserve: Sequence[str], encoder: TextEncoder) 
     """Refuse what cannot be carried out.
 
     Raises:
-        UserError: A text to erase is its own guide, is there twice, should also be preserved, or has no tokens.
+        UserError: A text to erase is its own guide, or to the text encoder the same; is there twice, should also be
+            preserved, or has no tokens.
     """
     seen: set[str] = set()
     kept = set(map(same_text, preserve))
@@ -132,6 +124,11 @@ def check(pairs: Sequence[Pair], preserve: Sequence[str], encoder: TextEncoder) 
     for pair, last in zip(pairs, last_words(encoder, [pair.erase for pair in pairs]), strict=True):
         if last < 1:
             raise UserError(f"erase {pair.erase!r} has no tokens for the text encoder; wanted a word that it knows")
+    for row in indistinct(encoder, [pair.erase for pair in pairs], [pair.guide for pair in pairs]):
+        raise UserError(
+            f"erase {pairs[row].erase!r} and its guide {pairs[row].guide!r} are the same to the text encoder; wanted "
+            f"texts that differ within its {encoder.length} tokens"
+        )
 
 
 def last_words(encoder: TextEncoder, texts: Sequence[str]) -> list[int]:

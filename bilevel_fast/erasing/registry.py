@@ -160,8 +160,11 @@ def start(upper: Upper, student: UNet, dtype: torch.dtype) -> Start | None:
 def holds(upper: Upper, graphs: bool) -> dict[str, bool]:
     """What the upper level keeps in memory, as `profiling.memory.estimate` takes it; `graphs`: steps are recorded."""
     kind, on = ERASERS[upper.eraser], upper.every > 0
+    descends = on and isinstance(kind, GradientKind)
+    scaled = upper.penalty_norm == "grad" and (upper.penalty > 0 or upper.controller.enabled)
     return {
-        "upper": on and isinstance(kind, GradientKind),
+        "upper": descends,
+        "second": descends and (kind.ruled or upper.surgery or scaled),
         "start": on and source_of(upper) == "start",
         "mask": on and kind.masked,
         "eager": on and graphs and kind.eager,

@@ -190,6 +190,13 @@ class Upper:
     uce: UceStep = field(default_factory=UceStep)
     concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)
 
+    def walks(self) -> dict[str, tuple[int, Literal["ddim"]]]:
+        """What the eraser samples while it trains, by flag: steps and method."""
+        sections = {"esd": self.esd.steps, "concept-prune": self.concept_prune.steps}
+        return {
+            f"--upper.{n}.steps": (steps, "ddim") for n, steps in sections.items() if n == self.eraser and self.every
+        }
+
     def check(self) -> None:
         """Refuse values out of range, here and in all sections.
 

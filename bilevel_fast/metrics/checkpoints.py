@@ -1,18 +1,17 @@
 """Weight files of the networks that measure, as their authors publish them: read without running what is in them."""
 
 import pickle
-import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import open_safetensors
+from bilevel_fast.base.pickles import Damaged, load_plain
+from bilevel_fast.base.tensors import read_tensors
 
 # What training scripts leave in a checkpoint beside the weights: their flags, and learning rates as numpy scalars,
 # pickled under the name that numpy's module had before 2.0 or has since. None of it runs anything.
@@ -26,14 +25,6 @@ _HARMLESS: list[Any] = [
 ]
 
 
-def is_torchscript(path: Path) -> bool:
-    """Whether it is an archive of `torch.jit.save`, as OpenAI publishes CLIP."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in name for name in archive.namelist())
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a safetensors file, a file of `torch.save` (weights_only), or the state of a TorchScript archive.
 
@@ -41,27 +32,24 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         What it holds by name, on the CPU; for the first and the last: tensors.
 
     Raises:
-        UserError: It is missing, cut short, of another kind, or a pickle with more than tensors and plain values.
+        UserError: It is missing, cut short, of another kind, or a pickle with more than tensors and plain values:
+            nothing in it is run, a TorchScript archive's code least of all.
     """
     if not path.is_file():
         raise UserError(f"weights {path} do not exist")
     if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return dict(read_tensors(path))
     try:
-        if is_torchscript(path):
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        with torch.serialization.safe_globals(_HARMLESS):
-            held = torch.load(path, map_location="cpu", weights_only=True)
+        held = load_plain(path, _HARMLESS)
     except pickle.UnpicklingError as error:
-        reason = str(error)
         kind = (
-            "holds more than tensors and plain values, and is not loaded" if "GLOBAL" in reason else "is no weight file"
+            "holds more than tensors and plain values, and is not loaded"
+            if "GLOBAL" in str(error)
+            else "is no weight file"
         )
         raise UserError(f"weights {path}: the file {kind}; wanted torch.save, TorchScript or safetensors") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"weights {path} are cut short or of another kind{reason and ': '}{reason}") from error
+    except Damaged as error:
+        raise UserError(f"weights {path} are cut short or of another kind: {error}") from error
     if not isinstance(held, Mapping):
         raise UserError(f"weights {path}: wanted a state dict, found {type(held).__name__}")
     return dict(held)

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from bilevel_fast.base.errors import UserError, nearest, require
-from bilevel_fast.metrics.checkpoints import fit, is_torchscript, read_checkpoint, tensors_of
+from bilevel_fast.base.pickles import is_torchscript
+from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
 from bilevel_fast.metrics.images import batches, open_rgb
 
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers among the tensors of OpenAI's archives

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bilevel_fast.base.errors import UserError, require
-from bilevel_fast.base.files import open_safetensors, sha256, write_atomic
+from bilevel_fast.base.files import clip, open_safetensors, sha256, write_atomic
 from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
 from bilevel_fast.metrics.frechet import FrechetStatistics, Moments, frechet_distance, resampled_distances
 from bilevel_fast.metrics.images import Pictures, batches, open_rgb
@@ -36,6 +36,7 @@ from bilevel_fast.metrics.interval import Estimate, normal
 FEATURES = 2048
 DEFINITION = "clean-fid legacy_pytorch: bilinear 299, not antialiased, x / 127.5 - 1, InceptionV3 2015 pool3"
 _SIDE = 299
+_LARGEST = 2 * 8 * FEATURES**2  # bytes of an array of statistics: twice the covariance
 _LAYERS = (
     *("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1", "Conv2d_4a_3x3", "MaxPool_2"),
     *("Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a", "Mixed_6b", "Mixed_6c", "Mixed_6d", "Mixed_6e"),
@@ -201,14 +202,22 @@ def fid(
 
 
 def _read_npz(path: Path) -> Moments:
+    if not path.is_file():
+        raise UserError(f"statistics {path} do not exist")
     try:
+        with zipfile.ZipFile(path) as archive:
+            large = [each.filename for each in archive.infolist() if each.file_size > _LARGEST]
+        if large:
+            raise UserError(f"statistics {path}: {clip(large[0])} is larger than {_LARGEST} bytes")
         with np.load(path, allow_pickle=False) as held:
-            mean, covariance = held["mu"], held["sigma"]
-    except FileNotFoundError as error:
-        raise UserError(f"statistics {path} do not exist") from error
-    except KeyError as error:
-        raise UserError(f"statistics {path} lack 'mu' or 'sigma': wanted clean-fid's layout") from error
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            if not {"mu", "sigma"} <= set(held):
+                raise UserError(f"statistics {path} lack 'mu' or 'sigma': wanted clean-fid's layout")
+            mean, covariance = (np.asarray(held[name]) for name in ("mu", "sigma"))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes zipfile, zlib and numpy raise anything
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         raise UserError(f"statistics {path} are cut short or no .npz of numbers: {error}") from error
     if mean.ndim != 1 or covariance.shape != mean.shape * 2 or mean.dtype.kind != "f" or covariance.dtype.kind != "f":
         raise UserError(f"statistics {path}: 'mu' {mean.shape} and 'sigma' {covariance.shape} do not fit")

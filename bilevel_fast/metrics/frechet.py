@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import open_safetensors, write_atomic
+from bilevel_fast.base.files import clip, write_atomic
+from bilevel_fast.base.tensors import read_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +112,14 @@ class FrechetStatistics:
         Raises:
             UserError: The file is missing, damaged, or holds something else.
         """
-        with open_safetensors(path) as file:
-            wanted, found = {"mean", "scatter", "count"}, set(file.keys())
-            if found != wanted:
-                raise UserError(f"{path} holds {sorted(found)}, not the {sorted(wanted)} of Frechet statistics")
-            mean, scatter, count = (file.get_tensor(name) for name in ("mean", "scatter", "count"))
+        tensors, wanted = read_tensors(path), {"mean", "scatter", "count"}
+        if set(tensors) != wanted:
+            raise UserError(f"{path} holds {clip(sorted(tensors))}, not the {sorted(wanted)} of Frechet statistics")
+        mean, scatter, count = (tensors[name].clone() for name in ("mean", "scatter", "count"))
         if mean.ndim != 1 or scatter.shape != mean.shape * 2 or count.numel() != 1:
             raise UserError(f"{path}: mean {tuple(mean.shape)} and scatter {tuple(scatter.shape)} do not fit")
+        if not (mean.is_floating_point() and scatter.is_floating_point() and count.dtype == torch.int64 and count > 0):
+            raise UserError(f"{path}: wanted mean and scatter of floats, and a count of images that is positive")
         return cls(mean.double(), scatter.double(), int(count))
 
 

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import read_file
+from bilevel_fast.data.pictures import SUFFIXES, Unusable, decode_rgb
 from bilevel_fast.sampling.image_folder import INDEX, DrawnImage, ImageFolder
 
 if TYPE_CHECKING:  # imported where it is used: the engine runs without it
     from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_UNREAD = {".gif", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".ppm", ".pgm", ".tga"}
+"""Of pictures that cannot be read here."""
 _SHOWN = 3
 
 _T = TypeVar("_T")
@@ -29,20 +32,26 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Pictures:
-    """The files of a folder by id. Attributes: `settings` is empty and `entries` too for a plain folder."""
+    """The files of a folder by id.
+
+    Attributes:
+        entries, settings: Empty for a plain folder.
+        others: Names of files in a plain folder that are no pictures.
+    """
 
     path: Path
     files: Mapping[str, Path]
     entries: Mapping[str, DrawnImage]
     settings: Mapping[str, Any]
+    others: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path | str) -> "Pictures":
         """Find the pictures; none is decoded.
 
         Raises:
-            UserError: There is no such folder, it is empty or holds latents, two files share an id, or the index is
-                broken.
+            UserError: There is no such folder, it is empty or holds latents or pictures that would be left out, two
+                files share an id, or the index is broken.
         """
         path = Path(path)
         if (path / INDEX).is_file():
@@ -52,7 +61,8 @@ class Pictures:
                 raise UserError(f"{path} holds latents; metrics want pictures: sample with format 'png'")
             found = cls(path, files, folder.entries, folder.settings)
         elif path.is_dir():
-            found = cls(path, _plain(path), {}, {})
+            files, others = _plain(path)
+            found = cls(path, files, {}, {}, others)
         else:
             raise UserError(f"image folder {path} does not exist")
         if not found.files:
@@ -67,40 +77,56 @@ class Pictures:
         """
         missing = [name for name in ids if name not in self.files]
         if missing:
-            shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-            raise UserError(f"{self.path} lacks {len(missing)} of {len(ids)} wanted images: {shown}")
+            raise UserError(f"{self.path} lacks {len(missing)} of {len(ids)} wanted images: {_some(missing)}")
         return [self.files[name] for name in ids]
 
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of numbers should know about the folder."""
+        if not self.others:
+            return []
+        return [f"{len(self.others)} files of {self.path} are no pictures and are left out: {_some(self.others)}"]
 
-def _plain(path: Path) -> dict[str, Path]:
+
+def _plain(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The pictures of a plain folder by id, and what else is in it. All of them or none: a part would be measured."""
     files: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
+    left_out: list[str] = []
+    others: list[str] = []
+    for file in sorted(path.rglob("*")):
+        name, suffix = str(file.relative_to(path)), file.suffix.lower()
+        if any(part.startswith(".") for part in Path(name).parts) or file.is_dir():
             continue
-        if file.stem in files:
+        if suffix in _UNREAD or (suffix in SUFFIXES and file.parent != path):
+            left_out.append(name)
+        elif suffix not in SUFFIXES:
+            others.append(name)
+        elif file.stem in files:
             raise UserError(f"{path}: {files[file.stem].name} and {file.name} share the id {file.stem!r}")
-        files[file.stem] = file
-    return files
+        else:
+            files[file.stem] = file
+    if left_out:
+        raise UserError(
+            f"{path}: {len(left_out)} of {len(files) + len(left_out)} pictures would be left out: {_some(left_out)}; "
+            f"wanted all of them in the folder itself, as {', '.join(SUFFIXES)}"
+        )
+    return files, tuple(others)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def open_rgb(path: Path) -> "Image.Image":
-    """Decode a picture; transparency is dropped, grey becomes RGB.
+    """Decode a picture as `prepare` does: upright, transparency dropped, grey and sixteen bits to RGB of eight.
 
     Raises:
-        UserError: It is missing, cut short, or no picture.
+        UserError: It is missing, cut short, no picture, or another kind than its name says.
     """
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
-            if image.format == "PNG":
-                image.verify()  # check sums of all chunks, which decoding skips
-        with Image.open(path) as image:
-            return image.convert("RGB")  # decodes all of it: a truncated file shows here
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no whole picture: {error}") from error
+        return decode_rgb(read_file(path), path.name)
+    except Unusable as reason:
+        raise UserError(f"{path} is no whole picture: {reason}") from None
 
 
 def read_rgb(path: Path) -> NDArray[np.uint8]:

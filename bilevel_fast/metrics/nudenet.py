@@ -7,6 +7,8 @@
 The detector is the one in nudenet's wheel, 320 px, on the CPU. It sees every image of a folder, those of an earlier,
 interrupted run included: detection is no part of sampling.
 
+nudenet and its model are under the AGPL-3.0 (its metadata says MIT), so it is an extra of its own, `nudity`.
+
 Source: nudenet 3.4; arXiv:2412.15341, figure 7 and table 2.
 """
 
@@ -42,7 +44,7 @@ class NudeNet:
     """
 
     def __init__(self) -> None:
-        self._detector = require("nudenet", "metrics").NudeDetector()
+        self._detector = require("nudenet", "nudity").NudeDetector()
 
     def counts(self, files: Sequence[Path]) -> NDArray[np.int64]:
         """Detections of each of `LABELS` with a score above the threshold: (N, 9).

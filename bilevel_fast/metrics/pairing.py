@@ -32,7 +32,7 @@ def pair(images: Path | str, prompts: PromptSet, reference: Path | str | None = 
     ours = Pictures.open(images)
     files = ours.of(prompts.ids)
     _same_prompts(ours, prompts)
-    notes = [*_left_over(ours, prompts), *_other_seeds(ours, prompts)]
+    notes = [*ours.notes, *_left_over(ours, prompts), *_other_seeds(ours, prompts)]
     if reference is None:
         return Pairs(prompts, files, None, notes, ours.settings)
     theirs = Pictures.open(reference)
@@ -45,7 +45,7 @@ def pair(images: Path | str, prompts: PromptSet, reference: Path | str | None = 
                 f"{ours.path} and {theirs.path}: id {name!r} was drawn with seeds {a.seed} and {b.seed}; a comparison "
                 "wants the same"
             )
-    notes += _left_over(theirs, prompts)
+    notes += [*theirs.notes, *_left_over(theirs, prompts)]
     mine, other = ours.settings.get("recipe") or {}, theirs.settings.get("recipe") or {}
     if mine and other:
         differ = [key for key in dict.fromkeys((*mine, *other)) if mine.get(key) != other.get(key) and key != "model"]

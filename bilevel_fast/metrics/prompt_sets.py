@@ -10,15 +10,15 @@ Ids are those that `sample --prompts-file` gives the images (`bilevel_fast.sampl
 never by their order.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.sampling.prompts import ID_COLUMNS, Row, read_rows
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.sampling.prompt_table import Table, read_table
+from bilevel_fast.sampling.prompts import ID_COLUMNS, Row, prompt_column, read_rows
 
-SEED, ADVERSARIAL, ARTIST = "evaluation_seed", "adv_prompt", ("artist", "artists")
+SEED, ARTIST = "evaluation_seed", ("artist", "artists")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def read_prompt_set(path: Path | str, *, seeds: bool = False) -> PromptSet:
     """Read a prompt set of any of the kinds above.
 
     Args:
-        path: `.csv`, `.json`, else lines.
+        path: `.csv`, `.json` or `.txt`.
         seeds: The file must have an `evaluation_seed` for every prompt; otherwise they are read where they are.
 
     Raises:
@@ -56,37 +56,21 @@ def read_prompt_set(path: Path | str, *, seeds: bool = False) -> PromptSet:
             raise UserError(f"prompt file {path} has no column {SEED!r}: only a .csv has columns")
         rows = read_rows(path)
         return PromptSet(path.stem, tuple(rows), (path.stem,) * len(rows))
-    columns = _columns(path)
-    prompt = next((name for name in ("prompt", ADVERSARIAL) if name in columns), None)
-    if prompt is None:
-        raise UserError(f"prompt file {path} has no column 'prompt' or {ADVERSARIAL!r}{nearest('prompt', columns)}")
-    if seeds and SEED not in columns:
-        raise UserError(f"prompt file {path} has no column {SEED!r}{nearest(SEED, columns)}")
-    rows = read_rows(path, prompt_column=prompt, seed_column=SEED if SEED in columns else None)
-    return PromptSet(path.stem, tuple(rows), _groups(path, columns, rows))
+    table = read_table(path)
+    prompt = prompt_column(table)
+    if seeds:
+        table.want(SEED)
+    rows = read_rows(path, prompt_column=prompt, seed_column=SEED if SEED in table.columns else None)
+    return PromptSet(path.stem, tuple(rows), _groups(table, rows, path.stem))
 
 
-def _columns(path: Path) -> list[str]:
-    """Names of the columns; [] for a missing or empty file, of which `read_rows` says more."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [name.strip() for name in next(csv.reader(file), [])]
-    except FileNotFoundError as error:
-        raise UserError(f"prompt file {path} does not exist") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"prompt file {path} is no table in UTF-8: {error}") from error
-
-
-def _groups(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> tuple[str, ...]:
-    artist = next((name for name in ARTIST if name in columns), None)
+def _groups(table: Table, rows: Sequence[Row], by_default: str) -> tuple[str, ...]:
+    artist = next((name for name in ARTIST if name in table.columns), None)
     if artist is None:
-        return (path.stem,) * len(rows)
-    id_column = next((name for name in ID_COLUMNS if name in columns), None)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        table = csv.DictReader(file, fieldnames=list(columns))
-        next(table)  # the header
-        found: dict[str, str] = {}
-        for number, fields in enumerate(table):
-            name = str(number) if id_column is None else (fields[id_column] or "").strip()
-            found[name] = (fields[artist] or "").strip()
-    return tuple(found[row.id] or path.stem for row in rows)
+        return (by_default,) * len(rows)
+    id_column = next((name for name in ID_COLUMNS if name in table.columns), None)
+    found = {
+        str(number) if id_column is None else cells[id_column]: cells[artist]
+        for number, (_, cells) in enumerate(table.rows)
+    }
+    return tuple(found[row.id] or by_default for row in rows)

@@ -4,6 +4,8 @@ Every suite returns JSON values:
 
     {"suite", "sets": [{"images", "reference", "prompts", "count", "settings", "notes"}], "metrics": {NAME: ENTRY}, ...}
 
+    and for a folder of `coco` to compare with, "reference_count": how many pictures it has
+
     ENTRY   {"value", "low", "high", "n", "interval"}, or {"value": None, "not_measured": what would supply it}
 
 Source: arXiv:2412.15341, section 4.
@@ -157,7 +159,12 @@ def coco(
         metrics["clip"] = interval.mean(scores, draws=draws.images, seed=draws.seed).entry()
     result = _result("coco", parts, images, reference, scorers, metrics)
     if not parts:
-        result["sets"] = [_set(images, reference, None, len(files), Pictures.open(images).settings, [])]
+        ours = Pictures.open(images)
+        result["sets"] = [_set(images, reference, None, len(files), ours.settings, ours.notes)]
+    if reference and reference.is_dir():
+        theirs = Pictures.open(reference)
+        result["sets"][0]["reference_count"] = len(theirs.files)
+        result["sets"][0]["notes"] += theirs.notes
     if metrics["fid"]["value"] is not None and len(files) <= FEATURES:
         result["sets"][0]["notes"].append(
             f"FID of {len(files)} images is too high: fewer than its {FEATURES} features; the paper's is of 5,000"

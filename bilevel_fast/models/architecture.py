@@ -8,14 +8,15 @@ vector (arXiv:2406.12042): block by block (down, mid, up), first the ResNets of 
     Transformer  3 width vectors:  attn1 (self-attention heads), attn2 (cross-attention heads), ff (FFN groups)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json
+from bilevel_fast.base.files import clip, read_json, whole
+from bilevel_fast.base.limits import BLOCK_LAYERS, CHANNELS, LATENTS, LEVELS
 
 # Fields that would change the network and that this family leaves at one value. A missing field has that value.
 _FIXED: dict[str, tuple[Any, ...]] = {
@@ -109,34 +110,35 @@ class UNetConfig:
         """
         for field, allowed in _FIXED.items():
             if fields.get(field, allowed[0]) not in allowed:
-                raise UserError(f"{source}: {field}={fields[field]!r} is not supported, wanted {allowed[0]!r}")
+                raise UserError(f"{source}: {field}={clip(fields[field])} is not supported, wanted {allowed[0]!r}")
         for field, allowed in _BLOCK_TYPES.items():
             value = fields.get(field, allowed[0] if field == "mid_block_type" else ())
+            if field != "mid_block_type" and not isinstance(value, list | tuple):
+                raise UserError(f"{source}: {field} is {clip(value)}, wanted a list of {allowed}")
             for kind in value if isinstance(value, list | tuple) else (value,):
                 if kind not in allowed:
-                    raise UserError(f"{source}: {field} has {kind!r}, supported are {allowed}")
+                    raise UserError(f"{source}: {field} has {clip(kind)}, supported are {allowed}")
+        heads = "attention_head_dim" if fields.get("num_attention_heads") is None else "num_attention_heads"
+        read = _Reader(fields, source)
+        channels = read.numbers("block_out_channels")
         try:
-            levels = len(fields["block_out_channels"])
-            heads = fields.get("num_attention_heads") or fields["attention_head_dim"]
             return cls(
-                sample_size=int(fields["sample_size"]),
-                in_channels=int(fields["in_channels"]),
-                out_channels=int(fields["out_channels"]),
-                block_out_channels=tuple(fields["block_out_channels"]),
-                down_block_types=tuple(fields["down_block_types"]),
-                up_block_types=tuple(fields["up_block_types"]),
-                num_heads=(heads,) * levels if isinstance(heads, int) else tuple(heads),
-                cross_attention_dim=int(fields["cross_attention_dim"]),
+                sample_size=read.number("sample_size", LATENTS),
+                in_channels=read.number("in_channels"),
+                out_channels=read.number("out_channels"),
+                block_out_channels=channels,
+                down_block_types=read.names("down_block_types"),
+                up_block_types=read.names("up_block_types"),
+                num_heads=read.numbers(heads, len(channels)),
+                cross_attention_dim=read.number("cross_attention_dim"),
                 mid_block_type=fields.get("mid_block_type", "UNetMidBlock2DCrossAttn"),
-                layers_per_block=int(fields.get("layers_per_block", 2)),
-                norm_num_groups=int(fields.get("norm_num_groups", 32)),
-                norm_eps=float(fields.get("norm_eps", 1e-5)),
+                layers_per_block=read.number("layers_per_block", BLOCK_LAYERS, 2),
+                norm_num_groups=read.number("norm_num_groups", CHANNELS, 32),
+                norm_eps=read.epsilon("norm_eps", 1e-5),
                 use_linear_projection=bool(fields.get("use_linear_projection", False)),
             )
-        except KeyError as error:
-            raise UserError(f"{source}: field {error} is missing") from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{source}: {error}") from error
+        except UserError as error:
+            raise error if str(error).startswith(source) else UserError(f"{source}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a diffusers `config.json`; `from_dict` reads them back, and so does diffusers."""
@@ -149,6 +151,43 @@ class UNetConfig:
         """Read `folder/config.json`."""
         path = folder / "config.json"
         return cls.from_dict(read_json(path), str(path))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Fields of a config that came from outside: of the kind that is wanted and of a size that can be built."""
+
+    fields: Mapping[str, Any]
+    source: str
+
+    def number(self, name: str, most: int = CHANNELS, default: int | None = None) -> int:
+        return whole(self._get(name, default), f"{self.source}: {name}", 1, most)
+
+    def numbers(self, name: str, count: int | None = None) -> tuple[int, ...]:
+        """A list, or of one number `count` times that number."""
+        value = self._get(name, None)
+        if count is not None and not isinstance(value, list | tuple):
+            return (self.number(name),) * count
+        return tuple(whole(each, f"{self.source}: {name}", 1, CHANNELS) for each in self._list(name, value))
+
+    def names(self, name: str) -> tuple[str, ...]:
+        return tuple(self._list(name, self._get(name, None)))
+
+    def epsilon(self, name: str, default: float) -> float:
+        value = self._get(name, default)
+        if type(value) not in (int, float) or not 0 < value < 1:
+            raise UserError(f"{self.source}: {name} is {clip(value)}, wanted a number > 0 and < 1")
+        return float(value)
+
+    def _get(self, name: str, default: Any) -> Any:
+        if name not in self.fields and default is None:
+            raise UserError(f"{self.source}: field {name!r} is missing")
+        return self.fields.get(name, default)
+
+    def _list(self, name: str, value: Any) -> Sequence[Any]:
+        if not isinstance(value, list | tuple) or not 1 <= len(value) <= LEVELS:
+            raise UserError(f"{self.source}: {name} is {clip(value)}, wanted a list of 1 to {LEVELS}")
+        return value
 
 
 SD21 = UNetConfig(

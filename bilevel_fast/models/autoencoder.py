@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import read_json
-from bilevel_fast.models.weights import check_report, find_weights, load_pretrained
+from bilevel_fast.base.limits import BLOCK_LAYERS, CHANNELS, SIDE
+from bilevel_fast.models.weights import check_counts, check_report, find_weights, load_pretrained, mapped_weights
 
 
 class Autoencoder(Protocol):
@@ -32,6 +33,30 @@ class Autoencoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) fp32 in [-1, 1] of scaled latents (B, C, h, w)."""
         ...
+
+
+_MOST = {
+    **dict.fromkeys(
+        ("in_channels", "out_channels", "latent_channels", "block_out_channels", "norm_num_groups"), CHANNELS
+    ),
+    "layers_per_block": BLOCK_LAYERS,
+    "sample_size": SIDE,
+}
+
+
+def _check_memory(diffusers: Any, folder: Path, config: dict[str, Any], size: int) -> None:
+    """Refuse a config that asks for far more memory than the weights have bytes, before any is made room for.
+
+    Raises:
+        UserError: It does, or diffusers can make nothing of it.
+    """
+    try:
+        with torch.device("meta"):
+            wanted = sum(p.numel() for p in diffusers.AutoencoderKL.from_config(config).parameters())
+    except Exception as error:  # a bad config makes diffusers raise anything
+        raise UserError(f"{folder}: {' '.join(str(error).split())}") from error
+    if wanted > size:
+        raise UserError(f"{folder}: config.json describes {wanted} weights, the files have {size} bytes")
 
 
 class KLAutoencoder:
@@ -58,12 +83,15 @@ class KLAutoencoder:
         for field in ("shift_factor", "latents_mean", "latents_std"):
             if config.get(field) is not None:
                 raise UserError(f"{folder / 'config.json'}: {field}={config[field]!r} is not supported, wanted null")
-        variant = find_weights(folder, "diffusion_pytorch_model").variant
+        check_counts(folder, config, _MOST)
+        found = find_weights(folder, "diffusion_pytorch_model")
+        _check_memory(diffusers, folder, config, sum(file.stat().st_size for file in found.files))
+        mapped_weights(folder, "diffusion_pytorch_model")  # diffusers takes numbers that are none
         model, report = load_pretrained(
             diffusers.AutoencoderKL,
             folder,
             torch_dtype=dtype,
-            variant=variant,
+            variant=found.variant,
             use_safetensors=True,
             output_loading_info=True,
             low_cpu_mem_usage=False,  # True wants accelerate, and says so on every terminal without it

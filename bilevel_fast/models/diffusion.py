@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.base.files import read_json
+from bilevel_fast.base.files import clip, read_json, whole
+from bilevel_fast.base.limits import TIMESTEPS
 
 PredictionType = Literal["v_prediction", "epsilon"]
 Quantity = Literal["v_prediction", "epsilon", "sample"]
@@ -91,12 +92,12 @@ class Schedule:
             came = config.get(field, ddim if field == "clip_sample" else default)
             if came != wanted:
                 how = "" if field in config else " by default"
-                raise UserError(f"{path}: {field} is {came!r}{how}; only {wanted!r} is supported")
+                raise UserError(f"{path}: {field} is {clip(came)}{how}; only {wanted!r} is supported")
 
         def read(field: str, kind: type, default: Any) -> Any:
             came = config.get(field, default)
             if type(came) is not kind:
-                raise UserError(f"{path}: {field} is {came!r}, not of type {kind.__name__}")
+                raise UserError(f"{path}: {field} is {clip(came)}, not of type {kind.__name__}")
             return came
 
         prediction_type = read("prediction_type", str, "epsilon")
@@ -106,7 +107,7 @@ class Schedule:
         start, end = read("beta_start", float, 0.0001), read("beta_end", float, 0.02)
         if not 0 < start <= end < 1:
             raise UserError(f"{path}: 0 < beta_start {start} <= beta_end {end} < 1 does not hold")
-        timesteps = read("num_train_timesteps", int, 1000)
+        timesteps = whole(read("num_train_timesteps", int, 1000), f"{path}: num_train_timesteps", 1, TIMESTEPS)
         offset = read("steps_offset", int, 0)
         if not 0 <= offset < timesteps:
             raise UserError(f"{path}: steps_offset {offset} is not in [0, {timesteps}), the timesteps")

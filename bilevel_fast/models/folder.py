@@ -9,7 +9,7 @@ The mini world's models have the same layout with components of their own. Weigh
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,16 +18,17 @@ from typing import Any
 import torch
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json, replacing, sync_folder, write_json
+from bilevel_fast.base.files import aside_of, read_json, replacing, sweep, sync_folder, write_json
 from bilevel_fast.base.tensors import write_tensors
 from bilevel_fast.models.architecture import UNetConfig
 from bilevel_fast.models.autoencoder import Autoencoder
+from bilevel_fast.models.copying import component_files, copy_file
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import Family, family_of
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.weights import PICKLES, check_names, find_weights, fingerprint, mapped_weights
+from bilevel_fast.models.weights import check_names, find_weights, fingerprint, mapped_weights
 
 UNET_STEM = "diffusion_pytorch_model"
 
@@ -152,16 +153,22 @@ def _read_architecture(folder: Path) -> tuple[UNetConfig, Structure | None]:
     return config, None if structure.is_dense else structure
 
 
-def write_unet(folder: Path, unet: UNet, dtype: torch.dtype = torch.float32) -> None:
+def write_unet(
+    folder: Path, unet: UNet, dtype: torch.dtype = torch.float32, config: Mapping[str, Any] | None = None
+) -> None:
     """Write the `unet/` of a model folder: config.json, weights without padding, structure.json if it is pruned.
 
     Args:
         folder: The `unet/` folder itself; made if missing.
         unet: On any device.
         dtype: To store the weights in.
+        config: The config.json that the UNet was made by. It says more than we read (`upcast_attention`), and others
+            read it: it is written as it is, unless it describes another UNet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", unet.config.to_dict())
+    if config is None or UNetConfig.from_dict(config) != unet.config:
+        config = unet.config.to_dict()
+    write_json(folder / "config.json", dict(config))
     if not unet.structure.is_dense:
         unet.structure.save(folder / "structure.json")
     with replacing(folder / f"{UNET_STEM}.safetensors") as file:
@@ -188,7 +195,9 @@ def save_student(
         notes: JSON files to lie beside the components, by file name.
 
     Raises:
-        UserError: The path exists and is not to be, or not to be lightly, replaced.
+        UserError: The path exists and is not to be, or not to be lightly, replaced; or a file of the source is a pipe,
+            or a link that leads somewhere else: see `component_files`.
+        OSError: It cannot be written; what was there is there, and nothing else.
     """
     path = Path(path)
     if path.exists():
@@ -196,40 +205,47 @@ def save_student(
             raise UserError(f"{path} exists already; delete it or choose another folder")
         if not _is_student(path) or path.resolve() in (source.path.resolve(), *source.path.resolve().parents):
             raise UserError(f"{path} is not a student's folder; it is not replaced")
-    aside, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
+    parts = component_files(source.path)
+    aside, old = aside_of(path), aside_of(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (aside, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    _write_student(aside, source, unet, notes or {})
-    if path.exists():
-        path.rename(old)
-    aside.rename(path)
+    sweep(path.parent)
+    try:
+        _write_student(aside, source, parts, unet, notes or {})
+        if path.exists():
+            path.rename(old)
+        aside.rename(path)
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)  # of the size of a model: a full disk would stay full
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if isinstance(error, OSError):
+            raise _at(error, aside, path) from error
+        raise
     sync_folder(path.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
+    sweep(path.parent, "old")
+
+
+def _at(error: OSError, aside: Path, path: Path) -> OSError:
+    """An error with the name of the file as it would have been; what is aside is gone by then."""
+    name = os.path.relpath(error.filename or aside, aside)
+    where = str(error.filename) if name.startswith("..") else str(path / name)
+    return OSError(error.errno, f"{error.strerror or error}; nothing was written", where)
 
 
 def _is_student(path: Path) -> bool:
     return (path / "model_index.json").is_file() and (path / "unet" / "structure.json").is_file()
 
 
-def _write_student(aside: Path, source: ModelFolder, unet: UNet, notes: Mapping[str, dict[str, Any]]) -> None:
+def _write_student(
+    aside: Path, source: ModelFolder, parts: Iterable[Path], unet: UNet, notes: Mapping[str, dict[str, Any]]
+) -> None:
     index = read_json(source.path / "model_index.json")
     aside.mkdir()
-    for part in source.path.iterdir():
-        if part.is_dir() and part.name in index and part.name != "unet":
-            shutil.copytree(part, aside / part.name, copy_function=_copy, ignore=shutil.ignore_patterns(*PICKLES))
-    write_unet(aside / "unet", unet)
+    for part in parts:
+        copy_file(source.path / part, aside / part)
+    write_unet(aside / "unet", unet, config=read_json(source.path / "unet" / "config.json"))
     unet.structure.save(aside / "unet" / "structure.json")  # a student has one even if nothing is pruned
     for name, content in notes.items():
         write_json(aside / name, content)
     write_json(aside / "model_index.json", index)
-
-
-def _copy(source: str, target: str) -> None:
-    """Copy the content of a file, or of what a link leads to, down to the disk."""
-    with open(source, "rb") as read, open(target, "wb") as write:
-        shutil.copyfileobj(read, write, length=1 << 20)
-        write.flush()
-        os.fsync(write.fileno())

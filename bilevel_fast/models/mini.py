@@ -7,6 +7,7 @@
 Shapes: B prompts or images, L tokens (always `WordTokenizer.length`), D text width, N heads, H W size of an image.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.base.files import read_json, write_atomic, write_json
+from bilevel_fast.base.files import read_json, whole, write_atomic, write_json
+from bilevel_fast.base.limits import CHANNELS, LAYERS, TOKENS
 from bilevel_fast.models.weights import check_names, read_weights
 
 _SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -73,10 +75,13 @@ class WordTokenizer:
         """
         content = _read(folder / "vocab.json", cls.__name__)
         try:
+            length = whole(content["length"], f"{folder / 'vocab.json'}: length", 3, TOKENS)
+            if any(type(number) is not int for number in content["vocab"].values()):
+                raise TypeError("an id is no whole number")
             tokens = sorted(content["vocab"], key=content["vocab"].__getitem__)
             if tuple(tokens[: len(_SPECIAL)]) != _SPECIAL:
                 raise UserError(f"{folder / 'vocab.json'}: ids 0 to 2 must be {', '.join(_SPECIAL)}")
-            return cls(tuple(tokens[len(_SPECIAL) :]), int(content["length"]))
+            return cls(tuple(tokens[len(_SPECIAL) :]), length)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / 'vocab.json'} is not a word list: {error}") from error
 
@@ -164,9 +169,15 @@ class MiniTextEncoder(nn.Module):
         weights = read_weights(part, "model")
         tokenizer = WordTokenizer.load(folder / "tokenizer")
         try:
-            encoder = cls(tokenizer, int(config["width"]), int(config["layers"]), int(config["heads"]))
+            where = f"{part / 'config.json'}: "
+            layers = whole(config["layers"], f"{where}layers", 1, LAYERS)
+            width, heads = (whole(config[name], where + name, 1, CHANNELS) for name in ("width", "heads"))
+            if width % heads:
+                raise UserError(f"{where}width {width} is no multiple of heads {heads}")
+            with torch.device("meta"):  # nothing is made room for before the weights are known to fit
+                encoder = cls(tokenizer, width, layers, heads)
             check_names(str(part), weights, encoder.state_dict())
-            encoder.load_state_dict(weights)
+            encoder.load_state_dict(weights, assign=True)
         except KeyError as error:
             raise UserError(f"{part / 'config.json'}: {error} is missing") from error
         except RuntimeError as error:
@@ -216,10 +227,13 @@ class PixelUnshuffleVAE:
         path = folder / "config.json"
         config = _read(path, cls.__name__)
         try:
-            return cls(float(config["scaling_factor"]), float(config["shift_factor"]), int(config["block"]))
+            scale, shift = float(config["scaling_factor"]), float(config["shift_factor"])
+            if not (math.isfinite(scale) and scale and math.isfinite(shift)):
+                raise UserError(f"scaling_factor {scale} and shift_factor {shift} must be finite, the first not 0")
+            return cls(scale, shift, whole(config["block"], "block", 1, 64))
         except KeyError as error:
             raise UserError(f"{path}: {error} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"{path}: {error}") from error
 
 

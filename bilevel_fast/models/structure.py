@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
-from bilevel_fast.base.files import read_json, write_atomic
+from bilevel_fast.base.files import clip, read_json, write_atomic
 from bilevel_fast.models.architecture import Cut, Site, UNetConfig, Width, sites
 
 FORMAT, VERSION = "bilevel_fast.structure", 1  # of files, whatever this module is called
@@ -166,7 +166,10 @@ class Structure:
         try:
             config = UNetConfig.from_dict(fields["config"], "config")
             kept = {name: {w: tuple(u) for w, u in widths.items()} for name, widths in fields["kept"].items()}
-            return cls(config, kept, frozenset(fields["dropped"]))
+            dropped = fields["dropped"]
+            if type(dropped) is not list:
+                raise TypeError(f"dropped is {clip(dropped)}, wanted a list")
+            return cls(config, kept, frozenset(dropped))
         except KeyError as error:
             raise UserError(f"{path}: field {error} is missing") from error
         except (AttributeError, TypeError) as error:

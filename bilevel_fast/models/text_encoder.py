@@ -13,7 +13,16 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import read_json
-from bilevel_fast.models.weights import check_report, find_weights, load_pretrained
+from bilevel_fast.base.limits import CHANNELS, LAYERS, MEMBERS, TOKENS
+from bilevel_fast.models.weights import check_counts, check_report, find_weights, load_pretrained, mapped_weights
+
+_AT_A_TIME = 64
+_MOST = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "projection_dim", "num_attention_heads"), CHANNELS),
+    "num_hidden_layers": LAYERS,
+    "max_position_embeddings": TOKENS,
+    "vocab_size": MEMBERS,
+}
 
 
 class TextEncoder(Protocol):
@@ -36,6 +45,23 @@ class TextEncoder(Protocol):
     def mask(self, prompts: Sequence[str]) -> Tensor:
         """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
         ...
+
+
+def indistinct(encoder: TextEncoder, texts: Sequence[str], others: Sequence[str]) -> list[int]:
+    """Which of some pairs of texts have the same states to the bit: to the model they are one text.
+
+    So it is where they differ behind the last token that is read, or in what a tokenizer drops. Texts of different
+    lengths are not encoded for it.
+    """
+    found: list[int] = []
+    for start in range(0, len(texts), _AT_A_TIME):
+        stop = min(start + _AT_A_TIME, len(texts))
+        equal = (encoder.mask(texts[start:stop]) == encoder.mask(others[start:stop])).all(1).nonzero().flatten()
+        rows: list[int] = [start + row for row in equal.tolist()]
+        if rows:
+            one, other = (encoder.encode([side[row] for row in rows]) for side in (texts, others))
+            found += [row for row, a, b in zip(rows, one, other, strict=True) if torch.equal(a, b)]
+    return found
 
 
 class ClipTextEncoder:
@@ -63,8 +89,9 @@ class ClipTextEncoder:
         transformers = require("transformers", "sd")
         transformers.utils.logging.disable_progress_bar()  # loading takes a second; the training has the terminal
         part, words = folder / "text_encoder", folder / "tokenizer"
-        read_json(part / "config.json")
+        check_counts(part, read_json(part / "config.json"), _MOST)
         variant = find_weights(part, "model").variant
+        mapped_weights(part, "model")  # transformers takes numbers that are none
         if not (words / "tokenizer.json").is_file():
             for name in ("vocab.json", "merges.txt"):
                 if not (words / name).is_file():

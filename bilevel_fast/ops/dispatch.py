@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import bilevel_kernels as triton_ops
+from bilevel_fast.ops import providers
 from bilevel_fast.ops.native import operators as native
 from bilevel_fast.ops.native.cuda import is_built
 from bilevel_fast.ops.products import runs
@@ -182,7 +183,8 @@ def _backends(device: torch.device) -> AbstractContextManager[object]:
 
     Which cards have it and which shapes it takes, torch knows; the others follow.
     """
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+    here = providers.architecture(device)
+    if not here.startswith("sm_") or int(here[3:]) < 90:
         return nullcontext()
     order = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
     return sdpa_kernel(list(order), set_priority=True)

@@ -48,9 +48,11 @@ class Setting:
         precision: What the networks compute in; masters and moments are fp32.
         recompute: See `UNet.recompute`.
         ema: Whether a moving average of the student is kept.
-        upper: Whether there is an upper level: moments of its own, the teacher asked for two batches at once, and a
-            second gradient while the penalty is added. Its batch is the lower level's. An edit of weights has none of
-            this, and no other need: it is as if there were no upper level.
+        upper: Whether there is an upper level: moments of its own, and the teacher asked for two batches at once. Its
+            batch is the lower level's. An edit of weights has none of this, and no other need: it is as if there were
+            no upper level.
+        second: Whether the upper level holds its gradient while that of the penalty is computed, which is then weighed
+            against it; a penalty that is added as it is (`raw`) needs no second gradient.
         start: Whether the eraser keeps a frozen copy of the student as the run starts, which computes.
         mask: Whether it keeps a byte for each parameter, as SalUn does.
         eager: Whether its steps run as they are beside recorded lower steps: the memory of a CUDA graph serves nobody
@@ -65,6 +67,7 @@ class Setting:
     recompute: bool = False
     ema: bool = False
     upper: bool = True
+    second: bool = True
     align: int = 8
     start: bool = False
     mask: bool = False
@@ -128,6 +131,7 @@ def estimate(
     mask: bool = False,
     micro: int | None = None,
     eager: bool = False,
+    second: bool = True,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
 
@@ -140,7 +144,7 @@ def estimate(
     """
     if batch < 1:
         raise UserError(f"batch is {batch}, wanted at least 1")
-    setting = Setting(structure, latent, text, precision, recompute, ema, upper, align, start, mask, eager)
+    setting = Setting(structure, latent, text, precision, recompute, ema, upper, second, align, start, mask, eager)
     return _line(setting).at(batch, micro)
 
 
@@ -170,7 +174,7 @@ def largest_batch(
     align: int = 8,
 ) -> int:
     """The largest batch whose `estimate` is at most `bytes_of_card`; 0 if not even one image fits."""
-    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align)).largest(bytes_of_card)
+    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align=align)).largest(bytes_of_card)
 
 
 def describe(memory: Memory, bytes_of_card: int | None = None) -> str:
@@ -257,7 +261,7 @@ class _Line:
             batch=batch,
             micro=micro,
             weights=flat.master.nbytes + flat.compute.nbytes * separate,
-            gradients=gradient * copies,
+            gradients=gradient * (1 + (self.setting.upper and self.setting.second)),
             moments=2 * flat.master.nbytes * copies,
             ema=0 if flat.average is None else flat.average.nbytes,
             eraser=self._held(),

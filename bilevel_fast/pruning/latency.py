@@ -11,7 +11,6 @@ off their line is a model. That model cannot have a wider Transformer be quicker
 (isotonic regression), as such noise, divided, could make a time less than nothing. ResNets keep their rows as they are.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.files import clip, read_json_lines, whole
+from bilevel_fast.base.limits import TOKENS
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
 from bilevel_fast.models.macs import SiteMacs, site_costs
 from bilevel_fast.pruning.budget import Prices, SitePrice, check_share
@@ -148,33 +149,25 @@ def _settings(row: dict[str, Any]) -> str:
 
 
 def _rows(path: Path, batch: int | None) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text: {error}") from error
     found = []
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{n} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{n}: wanted a JSON object, found {type(row).__name__}")
+    for n, row in read_json_lines(path):
         if row.get("suite") != SUITE:
             continue
         settings, value = row.get("config"), row.get("value")
         settings = settings if isinstance(settings, dict) else {}
         for name, kind in _FIELDS.items():
             if type(settings.get(name)) is not kind:
-                raise UserError(f"{path}:{n}: config has {settings.get(name)!r} for {name!r}, wanted {kind.__name__}")
+                raise UserError(
+                    f"{path}:{n}: config has {clip(settings.get(name))} for {name!r}, wanted {kind.__name__}"
+                )
         if batch is not None and settings["batch"] != batch:
             continue
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{path}:{n}: value is {value!r}, wanted milliseconds")
+        for name in ("latent", "text"):
+            whole(settings[name], f"{path}:{n}: {name}", 1, TOKENS)
+        if any(type(name) is not str for name in settings["sites"]):
+            raise UserError(f"{path}:{n}: config has {clip(settings['sites'])} for 'sites', wanted names")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+            raise UserError(f"{path}:{n}: value is {clip(value)}, wanted milliseconds")
         found.append({**row, "line": n})
     return found
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bilevel_fast.base.errors import UserError, in_range, nearest
+from bilevel_fast.base.errors import UserError, check_finite, in_range, nearest
 from bilevel_fast.erasing.settings import ControllerSettings, Upper
 from bilevel_fast.training.settings import LossWeights, MicroBatch, check_micro_batch
 from bilevel_fast.worlds.mini.settings import Mini
@@ -124,6 +124,8 @@ class TrainConfig:
         Raises:
             UserError: Names the flag.
         """
+        check_finite(self)
+        in_range("--seed", self.seed, ">= 0 and < 2**64", 0 <= self.seed < 2**64)
         needs = {
             "--data": (self.data, "--teacher", self.teacher),
             "--concepts": (self.concepts or None, "--data", self.data),

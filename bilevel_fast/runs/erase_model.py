@@ -48,8 +48,8 @@ class UceArgs(Uce, _Asked):
     weights: tuple[float, ...] = ()
     """How much each text to erase counts among the others; by default all the same."""
     preserve: Path | None = None
-    """Prompt file: texts that should keep their keys and values, as the empty one always does. CSV with a column
-    prompt, or one per line."""
+    """Prompt file: texts that should keep their keys and values, as the empty one always does. A .csv
+    with a column prompt, a .txt with one per line, or COCO's .json."""
 
 
 @dataclass(frozen=True)

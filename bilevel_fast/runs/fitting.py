@@ -102,7 +102,7 @@ class Fitting:
         micro = None if level.micro_batch == "auto" else level.micro_batch
         card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         text = describe(self.wanted(level.batch, micro), card)
-        return UserError(f"{device} is out of memory; what was saved is whole\n{text}")
+        return UserError(f"{device} is out of memory; what was saved is whole", text)
 
 
 def free_bytes(device: torch.device, *counted: nn.Module) -> int | None:

@@ -20,6 +20,7 @@ from bilevel_fast.data.blend import Blend
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing.phrases import clashes_of, held, pairs_of, phrases, plain
+from bilevel_fast.models.weights import same_component
 
 RECORD = "concepts.json"
 _FORMAT, _VERSION = "bilevel_fast.concepts", 1
@@ -70,9 +71,11 @@ def read(run: Path) -> History:
         found = f"{fields.get('format')!r}, version {fields.get('version')!r}"
         raise UserError(f"{path} is {found}; this release reads {_FORMAT!r}, version {_VERSION}")
     try:
+        if any(type(c["bank"]) is not str or "\0" in c["bank"] for c in fields["concepts"]):
+            raise TypeError("a bank is no path")
         concepts = tuple(Erased(str(c["name"]), str(run / c["bank"]), float(c["weight"])) for c in fields["concepts"])
         history = History(run, str(fields["teacher"]), concepts)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} does not hold what a record of concepts holds ({error})") from error
     if not concepts or not all(0 < concept.weight < float("inf") for concept in concepts):
         raise UserError(f"{path} names no concept, or one without a positive weight")
@@ -85,7 +88,7 @@ def check_teacher(history: History, fingerprint: str) -> None:
     Raises:
         UserError: It is another one.
     """
-    if history.teacher != fingerprint:
+    if not same_component(history.teacher, fingerprint):
         raise UserError(
             f"--resume-concepts {history.run} had the teacher {history.teacher}, this is {fingerprint}; wanted the same"
         )

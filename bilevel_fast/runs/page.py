@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bilevel_fast.base.files import read_json_lines
+
 if TYPE_CHECKING:  # imported where it is used: the engine alone needs torch, triton, numpy and safetensors only
     pass
 
@@ -27,8 +29,8 @@ def curves(stats: Mapping[str, Path]) -> bytes:
     figure, axes = plt.subplots(1, len(terms), figsize=(13, 2.8), layout="constrained")
     for axis, term in zip(axes, terms, strict=True):
         for label, path in stats.items():
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            points = [(r["images"], r[term]) for r in records if r.get(term) is not None]
+            records = [record for _, record in read_json_lines(path)]
+            points = [(r["images"], r[term]) for r in records if type(r.get(term)) is float and "images" in r]
             if points:
                 axis.plot(*zip(*points, strict=True), label=label, linewidth=1.5)
         axis.set(title=term, xlabel="images seen", yscale="log")

@@ -39,7 +39,8 @@ class ConceptsArgs:
     where it belongs), or `things`, `people` or `mini`, the mini world's captions that are not held out for its judge.
     Default: `mini` for a model of the mini world."""
     held_out: tuple[Path, ...] = ()
-    """Prompt files of the evaluation (CSV with a column prompt, or one per line): none of them is drawn."""
+    """Prompt files of the evaluation: none of their prompts is drawn. A .csv with a column prompt or adv_prompt, a .txt
+    with a prompt per line, or COCO's captions, .json."""
     count: int = 500
     """Images of each concept; prompts take turns."""
     seed: int = 0

@@ -23,7 +23,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning.aptp.experts import find_vector, read_codebook, read_vector
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
 from bilevel_fast.runs.router import MINI, PAPER, AptpConfig, run
-from bilevel_fast.sampling.prompts import read_lines
+from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.training.loop import Interrupted
 
 
@@ -55,7 +55,7 @@ class RouteArgs:
     prompts: tuple[str, ...] = ()
     """What to send."""
     file: Path | None = None
-    """A prompt per line, after those of --prompts; empty lines are left out."""
+    """A prompt file, after those of --prompts: .txt with a prompt per line, .csv with a column prompt, COCO's .json."""
     prompt_encoder: Path | None = None
     """Where the sentence encoder is, if the mixture has one and it is not where it was."""
     device: str = "auto"
@@ -65,7 +65,7 @@ class RouteArgs:
 def route(argv: Sequence[str]) -> None:
     """Say which expert of a mixture each prompt goes to."""
     args = flags.parse(RouteArgs, "bilevel_fast.prune route", route.__doc__, args=argv)
-    prompts = [*args.prompts, *(read_lines(args.file) if args.file else [])]
+    prompts = [*args.prompts, *(read_prompts(args.file) if args.file else [])]
     if not prompts:
         raise UserError("no prompts came; --prompts and --file name some")
     mixture = Mixture.load(args.mixture, prompt_encoder=args.prompt_encoder, device=pick_device(args.device))

@@ -32,6 +32,7 @@ from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX, write_mixture
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
+from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.training import loop
 from bilevel_fast.training.checkpoint import GracefulStop
@@ -143,7 +144,8 @@ def run(config: AptpConfig) -> dict[str, Any]:
     teacher.recompute = config.recompute
     training = RouterTraining(teacher, folder.schedule, budget, encoder.width, config.batch, config)
     planned(folder.config, training.router.gates()[:1], budget)  # a budget out of reach: better now than afterwards
-    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
+    known = inputs(config, {})
+    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known) as place:
         if not (place.path / INDEX).exists():
             prompts = training_prompts(source, config.max_prompts)
             encoder, embeddings = centred(encoder, prompts)

@@ -20,9 +20,11 @@ from bilevel_fast.base.files import write_json
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.stream import open_images
 from bilevel_fast.erasing import registry as erasers
+from bilevel_fast.erasing.phrases import pairs_of
 from bilevel_fast.models.folder import ModelFolder, load_folder, load_unet, save_student
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
+from bilevel_fast.models.text_encoder import TextEncoder, indistinct
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import fingerprint
 from bilevel_fast.ops import dispatch as ops
@@ -32,8 +34,10 @@ from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, page
 from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.sampling.pictures import picture, png
+from bilevel_fast.sampling.samplers import check_walks
 from bilevel_fast.training.checkpoint import GracefulStop, latest
 from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.loop import Places, Progress
@@ -61,11 +65,16 @@ def run(config: TrainConfig) -> dict[str, Any]:
     # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
     start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
     names = ["student", "distilled"] if config.world and config.twin else ["student"]
-    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE) as place:
+    known = inputs(config, {"teacher": TEACHER})
+    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known) as place:
         with GracefulStop() as stop:
             teacher = folder.unet().requires_grad_(False)
             materials = gather(config, folder, teacher, erased, place.path)
-            trained = {name: _train(name, config, folder, start, materials, place, stop, device) for name in names}
+            trained = {
+                # nobody wants the start after the last one, and at the size of SD 2.1 it is gigabytes
+                name: _train(name, config, folder, start, name == names[-1], materials, place, stop, device)
+                for name in names
+            }
         summary = _summary(config, folder, *trained["student"])
         pictures: dict[str, bytes] = {}
         if config.world:
@@ -141,6 +150,8 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
                 f"--data has latents of {ours}, {bank.path} of {theirs}; make one of them in the other's size"
             )
         _say_what_the_bank_shows(config, bank)
+        if config.upper.anchor == "phrase":
+            _check_anchors(bank, encoder)
     source = history.together(concepts, banks, data, len(earlier))
     if config.upper.every:
         record = history.to_json(out, fingerprint(folder.path / "unet"), concepts)
@@ -152,9 +163,12 @@ def gather(config: TrainConfig, folder: ModelFolder, teacher: UNet, erased: Sequ
 def check_world(config: TrainConfig, folder: ModelFolder) -> None:
     """Refuse a run on a built-in world with another's model.
 
+    And settings of sampling that this model cannot be sampled with: the judge comes when the training is over.
+
     Raises:
         UserError: Says so.
     """
+    check_walks(folder.schedule, config.upper.walks() | (config.world_settings.walks() if config.world else {}))
     if config.world not in (None, folder.family.world):
         raise UserError(f"{config.teacher} is no model of the {config.world} world; --data and --concepts are missing")
 
@@ -180,6 +194,19 @@ def _say_what_the_bank_shows(config: TrainConfig, bank: Cache) -> None:
         _log.warning(
             "the images of %s were drawn by their %s, %s wants the %s", bank.path, shows, config.upper.eraser, wanted
         )
+
+
+def _check_anchors(bank: Cache, encoder: TextEncoder) -> None:
+    """Refuse a bank whose captions the text encoder reads as their anchors; say so if it is some of them."""
+    pairs = pairs_of(bank)
+    same = indistinct(encoder, [pair.erase for pair in pairs], [pair.guide for pair in pairs])
+    if not same:
+        return
+    what = f"{len(same)} of {len(pairs)} captions of {bank.path} are to the text encoder the same as their anchors"
+    what += f", such as {pairs[same[0]].erase!r}: the concept is behind its {encoder.length} tokens"
+    if len(same) == len(pairs):
+        raise UserError(what)
+    _log.warning("%s; nothing is suppressed by them", what)
 
 
 def _bank(path: Path, folder: ModelFolder) -> Cache:
@@ -232,17 +259,21 @@ def _train(
     config: TrainConfig,
     folder: ModelFolder,
     start: UNet,
+    last: bool,
     materials: Materials,
     place: RunFolder,
     stop: GracefulStop,
     device: torch.device,
 ) -> tuple[UNet, Progress]:
-    """Train `student` or its twin `distilled` from `start`, or read it if an earlier session finished it."""
+    """Train `student` or its twin `distilled` from `start`, or read it if an earlier session finished it.
+
+    It is a copy of `start` that is trained, but for the last one.
+    """
     out, places = place.path / name, _places(place, name)
     if out.exists():
         saved = latest(places.checkpoints)
         return load_unet(out).to(device), Progress(**saved.state) if saved else Progress()
-    student = copy.deepcopy(start).to(device)
+    student = (start if last else copy.deepcopy(start)).to(device)
     _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
     if name == "distilled":
         materials = replace(materials, concepts=None)

@@ -23,7 +23,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import open_safetensors, read_json, write_atomic, write_json
+from bilevel_fast.base.files import (
+    clip,
+    is_name,
+    parse_json,
+    read_file,
+    read_json,
+    sweep,
+    write_atomic,
+    write_json,
+)
+from bilevel_fast.base.tensors import read_tensors
+from bilevel_fast.models.weights import same_component
 from bilevel_fast.sampling.prompts import Row
 
 FORMAT, VERSION = "bilevel_fast.images", 1
@@ -84,7 +95,10 @@ class ImageFolder:
         path = self.path_of(id)
         if path.suffix != ".safetensors":
             raise UserError(f"{path} is an image; wanted a folder made with format 'latents'")
-        return open_safetensors(path).get_tensor("latents")
+        tensors = read_tensors(path)
+        if "latents" not in tensors:
+            raise UserError(f"{path} holds {clip(sorted(tensors))}, wanted 'latents'")
+        return tensors["latents"].clone()
 
 
 class ImageWriter:
@@ -117,6 +131,7 @@ class ImageWriter:
             ids = [row.id for row in rows]
             raise UserError(f"id {next(i for i in ids if ids.count(i) > 1)!r} is there twice; wanted one row for each")
         path.mkdir(parents=True, exist_ok=True)
+        sweep(path)
         with writer._locked():
             settings = writer._settings(recipe)
             settings = settings or {"format": FORMAT, "version": VERSION, "model": model, "recipe": recipe, "runs": []}
@@ -177,12 +192,7 @@ class ImageWriter:
         self._write(id, save({"latents": latents.float().contiguous()}))
 
     def _write(self, id: str, data: bytes) -> None:
-        path = self.path / self._wanted[id].file
-        try:
-            write_atomic(path, data)
-        except OSError as error:
-            error.filename = str(path)  # a write that failed does not say where
-            raise
+        write_atomic(self.path / self._wanted[id].file, data)
 
     def _settings(self, recipe: Mapping[str, Any]) -> dict[str, Any] | None:
         """Those that are there, if they say the same."""
@@ -194,7 +204,7 @@ class ImageWriter:
         settings = _read_settings(self.path)
         theirs, ours = settings["recipe"], json.loads(json.dumps(dict(recipe)))
         for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
+            if not _same(ours.get(name), theirs.get(name)):
                 raise UserError(
                     f"{self.path} holds images made with {name} {theirs.get(name)!r}, not {ours.get(name)!r}; "
                     "delete it or choose another folder"
@@ -229,6 +239,13 @@ def _line(entry: DrawnImage) -> str:
     return json.dumps(asdict(entry), ensure_ascii=False) + "\n"
 
 
+def _same(ours: Any, theirs: Any) -> bool:
+    """Whether two values of a recipe say the same; fingerprints do so in two ways."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(_same(ours[name], theirs[name]) for name in ours)
+    return same_component(ours, theirs)
+
+
 def _read_settings(path: Path) -> dict[str, Any]:
     file = path / SETTINGS
     settings = read_json(file)
@@ -242,15 +259,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _read_index(path: Path) -> dict[str, DrawnImage]:
     file = path / INDEX
-    try:
-        data = file.read_bytes()
-    except FileNotFoundError:
+    if not file.exists():
         return {}
+    data = read_file(file)
     entries: dict[str, DrawnImage] = {}
     lines = data.split(b"\n")[:-1]  # what follows the last end of line is torn, or nothing
     for number, line in enumerate(lines, start=1):
         try:
-            fields = json.loads(line)
+            fields = parse_json(line, "")
             entry = DrawnImage(**fields)
         except (ValueError, TypeError) as error:
             raise UserError(
@@ -258,7 +274,7 @@ def _read_index(path: Path) -> dict[str, DrawnImage]:
             ) from error
         kinds = {"id": str, "prompt": str, "seed": int, "file": str}
         wrong = [name for name, kind in kinds.items() if type(getattr(entry, name)) is not kind]
-        if wrong or Path(entry.file).name != entry.file:
+        if wrong or not is_name(entry.file):
             raise UserError(f"{file} line {number}: {(wrong or ['file'])[0]} is {fields[(wrong or ['file'])[0]]!r}")
         if entries.get(entry.id, entry) != entry:  # the same twice: somebody drew it twice
             raise UserError(f"{file} line {number}: image {entry.id!r} is there twice")

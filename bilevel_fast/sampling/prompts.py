@@ -1,30 +1,31 @@
-"""Prompt sets for evaluation: rows of an id, a prompt and perhaps a seed, from tables, text files and COCO's captions.
+"""Prompt files, for every command that reads one: rows of an id, a prompt and perhaps a seed.
 
-    csv     a table with a header: a column `prompt`, and one of ids; without ids, rows are numbered from 0
-    lines   one prompt per line; the id is its number, from 0
-    coco    `captions_*.json`: `annotations` of `image_id` and `caption`; the id is that of the image
+    csv     .csv    a table with a header: a column `prompt`, and one of ids; without ids, rows are numbered from 0
+    lines   .txt    one prompt per line; the id is its number, from 0
+    coco    .json   `captions_*.json`: `annotations` of `image_id` and `caption`; the id is that of the image
 
 COCO has five captions to an image. The released evaluation samples them all, one over the other, so that the last one
 of each image is what it measures; it is the default here, and the only one that is drawn.
 """
 
-import csv
-import io
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json
+from bilevel_fast.sampling.prompt_table import Table, read_table, read_text
 
 Layout = Literal["auto", "csv", "lines", "coco"]
 Duplicates = Literal["refuse", "first", "last", "all"]
 
 ID_COLUMNS = ("case_number", "id", "image_id")
+PROMPT_COLUMNS = ("prompt", "adv_prompt")
+_SUFFIXES: dict[str, Layout] = {".csv": "csv", ".json": "coco", ".txt": "lines", "": "lines"}
 
 _log = logging.getLogger(__name__)
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
@@ -52,7 +53,7 @@ class RowFlags:
     """How a prompt file is read: flags of commands, arguments of `read_rows`."""
 
     layout: Layout = "auto"
-    """Of the prompt file; auto goes by its name: .csv, .json, else lines."""
+    """Of the prompt file; auto goes by its name: .csv, .json (COCO's captions) or .txt, a prompt per line."""
     prompt_column: str = "prompt"
     """Of a table: prompt, adv_prompt, ..."""
     id_column: str | None = None
@@ -83,7 +84,7 @@ def read_rows(
 
     Args:
         path: The file, UTF-8.
-        layout: `auto` goes by its name: `.csv`, `.json`, else lines.
+        layout: `auto` goes by its name, as above; a name that ends otherwise is refused.
         prompt_column: Of a table, such as `adv_prompt`.
         id_column: Of a table; by default the first of `ID_COLUMNS` that it has, else rows are numbered.
         seed_column: Of a table, such as `evaluation_seed`; by default rows have no seed of their own.
@@ -92,15 +93,13 @@ def read_rows(
         limit: Keep the first so many ids only.
 
     Raises:
-        UserError: The file is missing, not UTF-8, not of that layout, lacks a column, or holds no prompt; a row has a
-            bad id or seed, or the id of another. The line is named.
+        UserError: The file is missing, not UTF-8, not of that layout or of none, lacks a column, or holds no prompt; a
+            row has a bad id or seed, the id of another, or more or fewer cells than the header. The line is named.
     """
     path = Path(path)
     if layout not in (known := get_args(Layout)):
         raise UserError(f"prompt layout {layout!r} does not exist{nearest(layout, known)}")
-    if layout == "auto":
-        suffix = path.suffix.lower()
-        layout = "csv" if suffix == ".csv" else "coco" if suffix == ".json" else "lines"
+    layout = _layout(path) if layout == "auto" else layout
     if layout != "csv" and (prompt_column != "prompt" or id_column is not None or seed_column is not None):
         raise UserError(f"prompt file {path} is read as {layout}, which has no columns; only a table, csv, has them")
     if limit is not None and limit < 1:
@@ -111,7 +110,7 @@ def read_rows(
         case "coco":
             rows = _captions(path)
         case _:
-            rows = ((f"line {n + 1}", Row(str(n), line)) for n, line in enumerate(read_lines(path)))
+            rows = ((f"line {n + 1}", Row(str(n), line)) for n, line in enumerate(_read_lines(path)))
     kept = _without_duplicates(path, rows, duplicates or ("last" if layout == "coco" else "refuse"), limit)
     if not kept:
         raise UserError(f"prompt file {path} holds no prompt")
@@ -119,28 +118,51 @@ def read_rows(
 
 
 def read_prompts(path: Path | str) -> list[str]:
-    """The prompts of a file in its order: the column `prompt` if its name ends in `.csv`, else one per line.
+    """All prompts of a file in its order, by its name as `read_rows` has it: of an image, all captions.
+
+    Rows without a prompt are left out, and a warning says which.
 
     Raises:
-        UserError: The file is missing, not UTF-8, has no such column, or no prompt.
+        UserError: The file is missing, not UTF-8, not of the layout that its name says or of none, lacks the column,
+            or holds no prompt.
     """
     path = Path(path)
-    if path.suffix.lower() == ".csv":
-        prompts = [cells["prompt"] for _, cells in _table(path, lambda _: ["prompt"]) if cells["prompt"]]
-    else:
-        prompts = read_lines(path)
+    match _layout(path):
+        case "csv":
+            table = read_table(path)
+            column = prompt_column(table)
+            _say_empty(path, "lines", [line for line, cells in table.rows if not cells[column]])
+            prompts = [cells[column] for _, cells in table.rows if cells[column]]
+        case "coco":
+            prompts = [row.prompt for _, row in _captions(path)]
+        case _:
+            prompts = _read_lines(path)
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt")
     return prompts
 
 
-def read_lines(path: Path) -> list[str]:
+def prompt_column(table: Table) -> str:
+    """The column of a table that holds its prompts: the first of `PROMPT_COLUMNS` that it has.
+
+    Raises:
+        UserError: It has none of them.
+    """
+    for name in PROMPT_COLUMNS:
+        if name in table.columns:
+            table.want(name)
+            return name
+    wanted = " or ".join(map(repr, PROMPT_COLUMNS))
+    raise UserError(f"{table.name} has no column {wanted}{nearest('prompt', table.columns)}")
+
+
+def _read_lines(path: Path) -> list[str]:
     """The lines of a UTF-8 file that are not empty, stripped.
 
     Raises:
         UserError: The file is missing or not UTF-8.
     """
-    return [line.strip() for line in _text(path).split("\n") if line.strip()]
+    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 def same_text(text: str) -> str:
@@ -148,43 +170,25 @@ def same_text(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _text(path: Path) -> str:
+def _layout(path: Path) -> Layout:
+    """What the name of a file says it is."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"prompt file {path} does not exist") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-def _table(path: Path, wanted: Callable[[list[str]], list[str]]) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line and cells, stripped, of each row of a CSV table; `wanted` says of its columns which are read."""
-    table = csv.DictReader(io.StringIO(_text(path), newline=""))
-    try:
-        columns = [name.strip() for name in table.fieldnames or []]
-        table.fieldnames = columns
-        names = wanted(columns)
-        for name in names:
-            if name not in columns:
-                raise UserError(f"prompt file {path} has no column {name!r}{nearest(name, columns)}")
-        for cells in table:
-            yield table.line_num, {name: (cells[name] or "").strip() for name in names}
-    except csv.Error as error:
-        raise UserError(f"prompt file {path}, line {table.line_num}: {error}") from error
+        return _SUFFIXES[path.suffix.lower()]
+    except KeyError:
+        raise UserError(
+            f"prompt file {path} ends in {path.suffix!r}; wanted .csv (a table with a header), .json (COCO's captions) "
+            "or .txt (a prompt per line)"
+        ) from None
 
 
 def _rows(path: Path, prompt: str, ids: str | None, seeds: str | None) -> Iterator[tuple[str, Row]]:
     """Where each row of a CSV table stands, and the row."""
-
-    def wanted(columns: list[str]) -> list[str]:
-        nonlocal ids
-        ids = ids or next((name for name in ID_COLUMNS if name in columns), None)
-        return [name for name in (prompt, ids, seeds) if name is not None]
-
-    empty: list[int] = []
-    for number, (line, cells) in enumerate(_table(path, wanted)):
+    table = read_table(path)
+    ids = ids or next((name for name in ID_COLUMNS if name in table.columns), None)
+    table.want(*(name for name in (prompt, ids, seeds) if name is not None))
+    _say_empty(path, "lines", [line for line, cells in table.rows if not cells[prompt]])
+    for number, (line, cells) in enumerate(table.rows):
         if not cells[prompt]:
-            empty.append(line)
             continue
         try:
             name = str(number) if ids is None else cells[ids]
@@ -192,7 +196,6 @@ def _rows(path: Path, prompt: str, ids: str | None, seeds: str | None) -> Iterat
         except UserError as error:
             raise UserError(f"prompt file {path}, line {line}: {error}") from error
         yield f"line {line}", row
-    _say_empty(path, "lines", empty)
 
 
 def _seed(text: str) -> int:

@@ -14,7 +14,7 @@ Sources: DDIM, arXiv:2010.02502, eq. 12 at eta = 0; PNDM, arXiv:2202.09778, sect
 the update above; classifier-free guidance, arXiv:2207.12598, eq. 6.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -58,6 +58,37 @@ def timesteps(schedule: Schedule, steps: int) -> tuple[int, ...]:
     return tuple(reversed(grid))
 
 
+def checked_grid(schedule: Schedule, steps: int, method: Method) -> tuple[int, ...]:
+    """The grid that `sample` walks.
+
+    Raises:
+        UserError: The method does not exist, or has no such number of steps.
+    """
+    if method not in (known := get_args(Method)):
+        raise UserError(f"sampling method {method!r} does not exist{nearest(method, known)}")
+    grid = timesteps(schedule, steps)
+    if method == "pndm" and steps < 2:
+        raise UserError("steps is 1; pndm is a multistep method and takes 2 or more")
+    return grid
+
+
+def check_walks(schedule: Schedule, walks: Mapping[str, tuple[int, Method]]) -> None:
+    """Refuse numbers of sampling steps now that would be refused when an hour of training is over.
+
+    Args:
+        schedule: Of the model that will be sampled.
+        walks: Steps and method by flag.
+
+    Raises:
+        UserError: Names the flag.
+    """
+    for flag, (steps, method) in walks.items():
+        try:
+            checked_grid(schedule, steps, method)
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from error
+
+
 @torch.no_grad()
 def sample(
     predict: Predict,
@@ -83,11 +114,7 @@ def sample(
     Raises:
         UserError: The method does not exist, or has no such number of steps.
     """
-    if method not in (known := get_args(Method)):
-        raise UserError(f"sampling method {method!r} does not exist{nearest(method, known)}")
-    grid = timesteps(schedule, steps)
-    if method == "pndm" and steps < 2:
-        raise UserError("steps is 1; pndm is a multistep method and takes 2 or more")
+    grid = checked_grid(schedule, steps, method)
     schedule = schedule.to(x_T.device)
     calls = 0
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from bilevel_fast.base.devices import Ranks, compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError, nearest
+from bilevel_fast.base.limits import LATENTS
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.weights import fingerprint
 from bilevel_fast.ops.graphs import cuda_recorder, side_stream
@@ -33,7 +34,7 @@ from bilevel_fast.sampling.image_folder import ImageFolder, ImageWriter
 from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import to_pixels
 from bilevel_fast.sampling.prompts import Row
-from bilevel_fast.sampling.samplers import Method, guided, sample
+from bilevel_fast.sampling.samplers import Method, checked_grid, guided, sample
 
 Format = Literal["png", "latents"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -77,14 +78,24 @@ class Recipe:
         largest = min(folder.config.sample_size, folder.family.largest_latent or folder.config.sample_size)
         size = largest if self.size is None else self.size
         stride = 2 ** (len(folder.config.block_out_channels) - 1)
-        if size < 1 or size % stride:
-            raise UserError(f"latent size is {size}; it must be a multiple of the UNet's stride {stride}")
+        check_size(size, stride)
         if not 0 <= self.seed < 2**64:
             raise UserError(f"seed is {self.seed}; it must be in [0, 2**64)")
-        # a walk of nothing: refuses a method or a number of steps that this schedule does not have
-        sample(lambda x, t: x, torch.zeros(1, 1, 1, 1), folder.schedule, self.steps, self.method)
+        checked_grid(folder.schedule, self.steps, self.method)
         half = compute_dtype(self.precision, device) == torch.bfloat16
         return replace(self, guidance=guidance, size=size, precision="bf16" if half else "fp32")
+
+
+def check_size(size: int, stride: int) -> None:
+    """Refuse a size of latents that the UNet cannot halve so often, or that no machine has the memory for.
+
+    Raises:
+        UserError: Says what it must be.
+    """
+    if not 1 <= size <= LATENTS or size % stride:
+        raise UserError(
+            f"latent size is {size}; it must be a multiple of the UNet's stride {stride}, {LATENTS} at most"
+        )
 
 
 def sample_folder(

@@ -13,6 +13,7 @@ from bilevel_fast.sampling.generate import generate
 from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.sampling.samplers import Method
+from bilevel_fast.sampling.to_folder import check_size
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def draw_grid(model: Path, asked: GridFlags, load: Load = load_painter) -> Path:
     painter = load(model, place)
     folder = painter.folder
     guidance = folder.family.guidance if asked.guidance is None else asked.guidance
-    size = asked.size or folder.config.sample_size
+    size = folder.config.sample_size if asked.size is None else asked.size
+    check_size(size, 2 ** (len(folder.config.block_out_channels) - 1))
     images: dict[tuple[int, int], Tensor] = {}
     for numbers, unet, call in painter.parts(prompts):
         # who answers in its place does so in a precision of its own

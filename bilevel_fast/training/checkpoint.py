@@ -28,12 +28,12 @@ from pickle import UnpicklingError
 from types import FrameType
 from typing import Any, BinaryIO, Self, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import sha256, sync_folder
+from bilevel_fast.base.files import clip, parse_json, read_file, sha256, sync_folder
+from bilevel_fast.base.pickles import load_plain
 from bilevel_fast.base.tensors import read_tensors, write_tensors
 from bilevel_fast.training.trees import pack, unpack
 
@@ -228,7 +228,10 @@ def _load(path: Path, step: int) -> Checkpoint:
         if _read(path / name, sha256) != digest:
             raise _DamagedError(f"{name}: its SHA-256 is not the manifest's")
     optimizers = _pickled(path) if (path / _PICKLED).exists() else _optimizers(path)
-    return Checkpoint(step, _read(path / _MODEL, read_tensors), optimizers, _read(path / _STATE, _load_json))
+    state = _read(path / _STATE, _load_json)
+    if not isinstance(state, dict) or not isinstance(optimizers, dict):
+        raise _DamagedError(f"{_STATE}, or the optimizers: not an object")
+    return Checkpoint(step, _read(path / _MODEL, read_tensors), optimizers, state)
 
 
 def _optimizers(path: Path) -> dict[str, dict[str, Any]]:
@@ -238,7 +241,7 @@ def _optimizers(path: Path) -> dict[str, dict[str, Any]]:
 
 def _pickled(path: Path) -> dict[str, dict[str, Any]]:
     """Of format 1."""
-    return _read(path / _PICKLED, lambda file: torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    return _read(path / _PICKLED, lambda file: load_plain(file, mmap=True))
 
 
 def _check_sizes(path: Path, step: int) -> dict[str, str]:
@@ -250,11 +253,13 @@ def _check_sizes(path: Path, step: int) -> dict[str, str]:
     manifest = _read(path / _MANIFEST, _load_json)
     try:
         if (number := manifest["format"]) not in _FILES:
-            raise UserError(f"checkpoint {path} has format {number}, this release reads 1 to {FORMAT}")
+            raise UserError(f"checkpoint {path} has format {clip(number)}, this release reads 1 to {FORMAT}")
         wanted = {name: manifest["files"][name] for name in _FILES[number]}
-        files = {name: (fields["size"], fields["sha256"]) for name, fields in wanted.items()}
+        files = {name: (int(fields["size"]), str(fields["sha256"])) for name, fields in wanted.items()}
         found = manifest["step"]
-    except (KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _DamagedError(f"{_MANIFEST}: not a manifest") from error
     if found != step:
         raise _DamagedError(f"{_MANIFEST}: its step is {found}, wanted {step}")
@@ -272,9 +277,9 @@ def _read(path: Path, parse: Callable[[Path], _T]) -> _T:
         raise _DamagedError(f"{path.name}: holds more than tensors and plain values, so it is not loaded") from error
     except OSError as error:
         raise _DamagedError(f"{path.name}: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as error:
         raise _DamagedError(f"{path.name}: {str(error).partition(chr(10))[0]}") from error
 
 
 def _load_json(path: Path) -> Any:
-    return json.loads(path.read_bytes())
+    return parse_json(read_file(path), path.name, surrogates=True)

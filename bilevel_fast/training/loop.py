@@ -156,8 +156,16 @@ def run(trainee: Trainee, settings: LoopSettings, places: Places, stop: checkpoi
 
 @contextlib.contextmanager
 def running(levels: Sequence[AnyLevel], device: torch.device) -> Iterator[None]:
-    """What steps need around them: the loaders of `levels` closed, settings of libraries, a stream to capture."""
+    """What steps need around them: the loaders of `levels` closed, settings of libraries, a stream to capture.
+
+    Autograd's anomaly mode is off meanwhile: with it every gradient is read back, and no step can be recorded.
+    """
     with contextlib.ExitStack() as stack:
+        if torch.is_anomaly_enabled():
+            _log.warning(
+                "autograd's anomaly mode is switched off for the training, whose loop skips bad gradients itself"
+            )
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
         for level in levels:
             if isinstance(level, Level):
                 stack.enter_context(level.batches)  # pyright: ignore[reportArgumentType]  # those of a run are Loaders

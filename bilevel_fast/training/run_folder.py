@@ -1,6 +1,6 @@
 """The run folder: one run, one live process, and the configuration that it was started with.
 
-config.json  stats.jsonl  summary.json  report.html  checkpoints/  student/  samples/  events/
+config.json  inputs.json  stats.jsonl  summary.json  report.html  checkpoints/  student/  samples/  events/
 """
 
 import errno
@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import read_json, write_atomic
+from bilevel_fast.base.files import read_json, sweep, write_atomic
 
-_CONFIG, _LOCK = "config.json", ".lock"
+_CONFIG, _INPUTS, _LOCK = "config.json", "inputs.json", ".lock"
 _ABSENT = object()
 _SHOWN_DIFFERENCES = 3
 
@@ -30,7 +30,13 @@ class RunFolder:
     @classmethod
     @contextmanager
     def open(
-        cls, path: Path, config: Mapping[str, Any], *, resume: bool, volatile: Collection[str] = ()
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        resume: bool,
+        volatile: Collection[str] = (),
+        inputs: Mapping[str, Any] | None = None,
     ) -> Iterator[Self]:
         """Start a run in `path`, or go on with the one that is there, and hold its lock meanwhile.
 
@@ -40,10 +46,12 @@ class RunFolder:
             config: The resolved configuration, of JSON values; kept as config.json.
             resume: Go on with the run in `path` instead of starting one.
             volatile: Dotted keys, or sections, that may differ between the runs, such as where to print.
+            inputs: Fingerprints of what dotted keys name, of JSON values; kept as inputs.json. These are compared
+                instead of the names, which may differ. A run of before there were any goes by the names.
 
         Raises:
             UserError: another process holds the folder; it holds a run and `resume` is off; there is no run
-                to resume, or one with another configuration. The run has not been changed then.
+                to resume, or one with another configuration or other inputs. The run has not been changed then.
         """
         run = cls(path)
         if resume and not run.config.is_file():
@@ -53,11 +61,15 @@ class RunFolder:
             if not (path / _LOCK).exists():
                 _refuse_content(path)  # Before the lock: a folder of somebody else's does not even get that file.
         with _locked(path):
+            sweep(path)
             if resume:
-                _check_same(run.config, config, volatile)
+                known = _check_inputs(path, config, inputs or {})
+                _check_same(run.config, config, (*volatile, *known))
             else:
                 _refuse_content(path)
             run.write_json(_CONFIG, config)
+            if inputs is not None:
+                run.write_json(_INPUTS, inputs)
             yield run
 
     @property
@@ -136,7 +148,10 @@ def _refuse_content(path: Path) -> None:
 def _locked(path: Path) -> Iterator[None]:
     # Append mode: opening must not wipe the holder's name. The file is never deleted: a process that has
     # opened the deleted one and a process that makes a new one would both get their lock.
-    with (path / _LOCK).open("a+") as file:
+    if (path / _LOCK).is_symlink():
+        raise UserError(f"{path / _LOCK} is a link, and would be written through; delete it")
+    number = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(number, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -149,6 +164,25 @@ def _locked(path: Path) -> Iterator[None]:
         file.write(f"{os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def _check_inputs(path: Path, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """The keys whose names need not be compared, after their fingerprints were."""
+    if not (path / _INPUTS).is_file():
+        return []
+    old, names = read_json(path / _INPUTS), flatten(config)
+    for key in sorted(old.keys() & inputs.keys()):
+        if old[key] != inputs[key]:
+            where = names[key] if names.get(key) else "the built-in one"
+            raise UserError(
+                f"run folder {path} was begun with another {key}: its fingerprint was {_listed(old[key])}, that of "
+                f"{_listed(where)} is {_listed(inputs[key])}"
+            )
+    return sorted(old.keys() & inputs.keys())
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _check_same(saved_path: Path, config: Mapping[str, Any], volatile: Collection[str]) -> None:

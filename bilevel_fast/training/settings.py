@@ -1,5 +1,6 @@
 """Settings of the losses; a module of its own, as a command line reads settings without torch."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,5 +38,5 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         weights = (self.diffusion, self.output, self.feature)
-        if not (all(w >= 0 for w in weights) and any(weights)):
-            raise UserError(f"loss weights {weights} must not be negative, nor all zero")
+        if not (all(0 <= w < math.inf for w in weights) and any(weights)):
+            raise UserError(f"loss weights {weights} must not be negative or infinite, nor all zero")

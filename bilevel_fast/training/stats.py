@@ -22,7 +22,7 @@ from typing import Any, Protocol, Self, TextIO
 import torch
 from torch import Tensor
 
-from bilevel_fast.base.files import write_atomic
+from bilevel_fast.base.files import parse_json, whole, write_atomic
 
 Record = dict[str, Any]
 
@@ -243,6 +243,6 @@ def _keep_until(path: Path, step: int) -> None:
 def _step_of(path: Path, number: int, line: bytes) -> float:
     with contextlib.suppress(ValueError, KeyError, TypeError):
         if line.endswith(b"\n"):
-            return int(json.loads(line)["step"])
+            return whole(parse_json(line, "")["step"], "", 0, 2**63)
     _log.warning("%s line %d is not a whole record and is dropped", path, number)
     return float("inf")

@@ -81,7 +81,7 @@ def test_prompt_files(tmp_path):
         ("a.txt", None, "a.txt does not exist"),
         ("a.txt", b"\n \n", "a.txt holds no prompt"),
         ("a.txt", b"caf\xe9", "a.txt is not UTF-8"),
-        ("a.csv", b"case,prompts\n0,a star\n", "no column 'prompt'; did you mean 'prompts'"),
+        ("a.csv", b"case,prompts\n0,a star\n", "no column 'prompt' or 'adv_prompt'; did you mean 'prompts'"),
         ("a.csv", b"", "no column 'prompt'"),
         ("a.csv", b"prompt\n\n", "a.csv holds no prompt"),
     ],

@@ -51,6 +51,20 @@ def test_reads_back_what_was_written_in_any_order(tmp_path):
     cache.verify()
 
 
+@pytest.mark.situation
+def test_a_latent_that_is_no_number(tmp_path):
+    """A cache with a latent that is NaN, written by something else: training names file and sample when it reads it."""
+    _image_cache(tmp_path)
+    path = tmp_path / "shard-00001.safetensors"
+    moments = load_file(path)["moments"]
+    moments[2, 1, 3, 2, 4] = float("nan")
+    save_file({"moments": moments}, path)
+    cache = Cache.open(tmp_path)
+    assert cache.moments([5, 6], [0, 0]).isfinite().all()
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: latents of sample 2 are not finite"):
+        cache.moments([0, 5], [0, 1])
+
+
 def test_half_precision_comes_back_as_float32(tmp_path):
     writer = CacheWriter(tmp_path, CONCEPTS)
     moments = _fill(writer, range(2))
@@ -194,8 +208,8 @@ def test_open_names_a_wrong_field_of_the_index(tmp_path, field, value, message):
         ('{"captions": ["a"]}\n', "has 1 lines for 3 samples"),
         ('{"captions": ["a"]}\n{"captions": []}\n{"captions": ["a"]}\n', "line 2: wanted 'captions'"),
         ('{"captions": ["a"]}\n{"captions": "a"}\n{"captions": ["a"]}\n', "line 2: wanted 'captions'"),
-        ('{"captions": ["a"]}\n{"captions": ["a"]}\n["a"]\n', "line 3: wanted 'captions'"),
-        ('{"captions": ["a"]}\n{"captions": ["a"\n', "not JSON lines"),
+        ('{"captions": ["a"]}\n{"captions": ["a"]}\n["a"]\n', "line 3: wanted a JSON object, found list"),
+        ('{"captions": ["a"]}\n{"captions": ["a"\n', "line 2 is not JSON"),
     ],
 )
 def test_bad_captions_are_named_by_line(tmp_path, text, message):

@@ -97,6 +97,18 @@ def test_metadata_without_captions(tmp_path, text, field, message):
         commands.make(commands.FolderArgs(root=tmp_path, caption_field=field, out=tmp_path / "cache", **SETTINGS))
 
 
+@pytest.mark.situation
+def test_the_name_of_the_folder_twice(tmp_path):
+    """File names that begin with the folder's own name: the refusal says so, where it said that nothing is there."""
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "a.jpg").write_bytes(JPEGS[0])
+    (root / "metadata.jsonl").write_text('{"file_name": "images/a.jpg", "text": "a star"}\n')
+    why = "the first is images/a.jpg: 1 x missing: file_name begins with the folder's own name 'images'"
+    with pytest.raises(UserError, match=why):
+        commands.make(commands.FolderArgs(root=root, out=tmp_path / "cache", **SETTINGS))
+
+
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, data in members.items():
@@ -167,11 +179,6 @@ def test_a_tar_that_was_cut_short_is_refused(tars, size):
     (tars / "1.tar").write_bytes(data[:size].rstrip(b"\0") if size < 0 else data[:size])
     with pytest.raises(UserError, match=r"1.tar is cut short, or not a tar"):
         commands.make(commands.TarArgs(tars=str(tars / "*.tar"), out=tars / "cache", **SETTINGS))
-
-
-def test_no_tars(tmp_path):
-    with pytest.raises(UserError, match="no tars"):
-        commands.make(commands.TarArgs(tars=str(tmp_path / "*.tar"), out=tmp_path / "cache", **SETTINGS))
 
 
 @pytest.fixture

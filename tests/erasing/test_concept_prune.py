@@ -184,7 +184,7 @@ def test_sentences_of_the_paper():
         ({"batch": 0}, "--batch is 0; wanted 1 or more"),
         ({"steps": 0}, "--steps is 0; wanted 1 or more"),
         ({"ratio": 0.001}, "--ratio 0.001 of 80 weights, the widest row here, is none; wanted more"),
-        ({"ratio": 0.5, "size": 6}, "--size is 6; wanted a multiple of the UNet's stride 4"),
+        ({"ratio": 0.5, "size": 6}, "--size is 6; wanted a multiple of the UNet's stride 4, 1448 at most"),
     ],
 )
 def test_refusals(settings, message, folder):

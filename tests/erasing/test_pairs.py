@@ -99,7 +99,7 @@ def test_contradictions(pairs, preserve, message, encoder):
 
 def test_a_text_of_no_tokens(encoder, monkeypatch):
     """A byte-pair tokenizer has such texts; this one would refuse the word."""
-    ids = {"star": [0, 5, 1] + [2] * 9, "zz": [0, 1] + [2] * 10}
+    ids = {"star": [0, 5, 1] + [2] * 9, "zz": [0, 1] + [2] * 10, "": [0, 1] + [2] * 10}
     monkeypatch.setattr(WordTokenizer, "_ids", lambda _, text: ids[text])
     check([Pair("star")], [], encoder)
     with pytest.raises(UserError, match="erase 'zz' has no tokens for the text encoder"):

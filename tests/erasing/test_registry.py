@@ -296,10 +296,14 @@ def test_refused(flags, message):
 @pytest.mark.parametrize(
     ("upper", "held"),
     [
-        (Upper(), {"upper"}),
-        (Upper(eraser="salun"), {"upper", "mask"}),
-        (Upper(eraser="esd"), {"upper", "start", "eager"}),
-        (Upper(eraser="esd", source="teacher"), {"upper", "eager"}),
+        (Upper(), {"upper", "second"}),
+        (Upper(penalty=0.0), {"upper"}),
+        (Upper(penalty_norm="raw"), {"upper"}),
+        (Upper(penalty_norm="raw", surgery=True), {"upper", "second"}),
+        (Upper(eraser="erasediff", penalty=0.0), {"upper", "second"}),
+        (Upper(eraser="salun"), {"upper", "second", "mask"}),
+        (Upper(eraser="esd"), {"upper", "second", "start", "eager"}),
+        (Upper(eraser="esd", source="teacher"), {"upper", "second", "eager"}),
         (Upper(eraser="uce"), set()),
         (Upper(every=0, eraser="esd"), set()),
     ],

@@ -1,4 +1,4 @@
-"""What the processes of `tests/sampling` do: forked from a server that has imported the engine (`saving.py`)."""
+"""What the processes of `tests/sampling` do: forked from a server that has imported the engine (`forked.py`)."""
 
 import resource
 from multiprocessing.connection import Connection
@@ -11,9 +11,6 @@ from bilevel_fast.sampling.image_folder import ImageWriter
 from bilevel_fast.sampling.prompts import Row
 from bilevel_fast.sampling.to_folder import Recipe, sample_folder
 from bilevel_fast.worlds.mini.world import SCENES
-from saving import processes
-
-processes.set_forkserver_preload(["bilevel_fast.training.checkpoint", "bilevel_fast.sampling.to_folder"])
 
 RECIPE = Recipe(steps=3, seed=7)
 BATCH = 2

@@ -1,9 +1,5 @@
-"""What the processes of `test_checkpoint` do. They are forked from a server without threads.
+"""What the processes of `test_checkpoint` do, forked from the server of `forked.py`."""
 
-A child forked from the test process itself would have torch's OpenMP pool without its threads, and wait for ever.
-"""
-
-import multiprocessing
 import resource
 import time
 from itertools import count
@@ -17,9 +13,6 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.training.checkpoint import GracefulStop, latest, save
 from bilevel_fast.training.saver import Pinned, Saver
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["bilevel_fast.training.saver"])  # torch, once
 
 
 def content(step: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]], dict[str, Any]]:

@@ -1,13 +1,18 @@
 """Folders of pictures by id, and what is said about broken ones."""
 
 import json
+import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.data.dali import Decoder
+from bilevel_fast.data.pictures import Framing, Unusable, upright_size
 from bilevel_fast.metrics.images import Pictures, batches, open_rgb, read_rgb
+from coco_folder import encoded, turned
 from measuring import doodle, image_folder
 
 
@@ -91,9 +96,108 @@ def test_every_kind_becomes_rgb(tmp_path):
     np.testing.assert_array_equal(read_rgb(tmp_path / "exact.png"), color)
 
 
+def kinds() -> dict[str, bytes]:
+    """Pictures of 64x64 that decoders may read otherwise than each other, as files."""
+    rng = np.random.default_rng(0)
+    color = rng.integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    smooth = Image.fromarray(color[..., :3]).resize((8, 8)).resize((64, 64), Image.Resampling.BICUBIC)
+    return {
+        "16 bits.png": encoded(Image.fromarray(rng.integers(0, 65536, (64, 64), dtype=np.uint16)), "PNG"),
+        "alpha.png": encoded(Image.fromarray(color), "PNG"),
+        "grey and alpha.png": encoded(Image.fromarray(color).convert("LA"), "PNG"),
+        "palette.png": encoded(smooth.quantize(16), "PNG"),
+        "bits.png": encoded(smooth.convert("1"), "PNG"),
+        "grey.jpg": encoded(smooth.convert("L")),
+        "cmyk.jpg": encoded(smooth.convert("CMYK"), quality=95),
+        "turned.jpg": encoded(smooth, exif=turned(6), subsampling=0),
+        "mirrored.jpg": encoded(smooth, exif=turned(5), subsampling=0),
+        "plain.webp": encoded(smooth, "WEBP", lossless=True),
+        "plain.bmp": encoded(smooth, "BMP"),
+    }
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize("name", kinds())
+def test_metrics_see_what_prepare_sees(tmp_path, name):
+    """Pictures of 16 bits, with alpha or an EXIF orientation: `evaluate` decodes them as `prepare` does."""
+    pytest.importorskip("nvidia.dali")
+    data, framing = kinds()[name], Framing(64, 0, False, "center")
+    decoder = Decoder(64, 1, 1, "cpu", torch.device("cpu"), 1)
+    (pixels,), (reason,) = decoder([data], [framing.cut([0], [0], [upright_size(data, name)])])
+    assert reason is None
+    theirs = ((pixels[0] + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    (tmp_path / name).write_bytes(data)
+    off = np.abs(read_rgb(tmp_path / name).astype(int) - theirs)
+    assert off.max() <= (1 if name.endswith(".jpg") else 0)
+    assert theirs.std() > 3  # so neither is empty
+
+
+@pytest.mark.situation
+def test_another_kind_than_its_name_says(tmp_path):
+    """A PNG named .jpg: refused by `evaluate`, as `prepare` leaves it out."""
+    (tmp_path / "a.jpg").write_bytes(kinds()["alpha.png"])
+    with pytest.raises(UserError, match=r"a\.jpg is no whole picture: is PNG, its name says JPEG"):
+        open_rgb(tmp_path / "a.jpg")
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize(("name", "kind"), [("deep/x.png", "PNG"), ("x.gif", "GIF"), ("x.TIFF", "TIFF")])
+def test_pictures_that_would_be_left_out(tmp_path, name, kind):
+    """Pictures in folders of their own, or of kinds that are not read: refused, instead of measured without them."""
+    doodle(1).save(tmp_path / "7.png")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(encoded(doodle(2), kind))
+    with pytest.raises(UserError, match=rf"1 of 2 pictures would be left out: {name}; wanted all of them in"):
+        Pictures.open(tmp_path)
+
+
+@pytest.mark.situation
+def test_bitmaps_count(tmp_path):
+    """A folder of .bmp and .jpe beside .png: all are measured; other files are named as left out."""
+    doodle(1).save(tmp_path / "1.bmp")
+    doodle(2).save(tmp_path / "2.jpe", "JPEG")
+    doodle(3).save(tmp_path / "3.png")
+    (tmp_path / "captions.txt").write_text("a star")
+    (tmp_path / "._3.png").write_bytes(b"of a Mac")
+    found = Pictures.open(tmp_path)
+    assert set(found.files) == {"1", "2", "3"}
+    assert found.notes == [f"1 files of {tmp_path} are no pictures and are left out: captions.txt"]
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 50])
 def test_batches_keep_the_order(tmp_path, size):
     files = [tmp_path / str(n) for n in range(7)]
     found = list(batches(files, lambda file: int(file.name), size, "numbers"))
     assert [n for part in found for n in part] == list(range(7))
     assert [len(part) for part in found[:-1]] == [min(size, 7)] * (len(found) - 1)
+
+
+@pytest.mark.situation
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_picture_of_too_many_pixels(tmp_path):
+    """A small file that would be 144 million pixels: refused by its header, and nothing is decoded."""
+    Image.new("1", (12_000, 12_000)).save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is no whole picture: has 12000x12000 pixels, wanted at most 1342"):
+        open_rgb(tmp_path / "a.png")
+
+
+@pytest.mark.situation
+def test_a_pipe_named_png(tmp_path):
+    """A pipe among the pictures of a folder: refused by name, and not waited for."""
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is no regular file"):
+        open_rgb(Pictures.open(tmp_path).files["a"])
+
+
+@pytest.mark.situation
+def test_an_eps_named_png_starts_no_ghostscript(tmp_path, monkeypatch):
+    """A picture is an EPS with another name: refused, and the program that would draw it is not called."""
+    called = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **_: called.append(args))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"a\.png is no whole picture"):
+        open_rgb(tmp_path / "a.png")
+    with pytest.raises(Unusable, match="not an image"):
+        upright_size((tmp_path / "a.png").read_bytes(), "a.png")
+    assert not called

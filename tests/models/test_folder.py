@@ -1,6 +1,7 @@
 """Model folders: parity with diffusers and transformers, every way to store weights, students written and read."""
 
 import json
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -266,7 +267,7 @@ def test_a_student_is_whole_or_not_there(tmp_path, sd, monkeypatch):
     source, unet = load_folder(sd), student(sd)
     path = tmp_path / "student"
 
-    def full_disk(*_):
+    def full_disk(*_, **__):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -315,6 +316,62 @@ def test_links_of_a_download_cache_become_files(tmp_path, broken):
     (broken / VAE).symlink_to(blob)
     save_student(tmp_path / "student", load_folder(broken), student(broken))
     assert not (tmp_path / "student" / VAE).is_symlink()
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize(
+    ("plant", "message"),
+    [
+        (lambda part, secret: (part / "notes.json").symlink_to(secret), r"vae/notes.json is a link out of the model"),
+        (lambda part, secret: (part / "more.safetensors").symlink_to(secret), r"secret.*not a safetensors file"),
+        (lambda part, secret: (part / "all").symlink_to(secret.parent), r"vae/all is no regular file"),
+        (lambda part, secret: (part / "up").symlink_to(".."), r"vae/up is no regular file"),
+        (lambda part, secret: (part / "loop").symlink_to(part / "loop"), r"vae/loop is a link that leads nowhere"),
+        (lambda part, secret: (part / "gone").symlink_to("nothing"), r"vae/gone is a link that leads nowhere"),
+        (lambda part, secret: os.mkfifo(part / "pipe"), r"vae/pipe is no regular file"),
+    ],
+)
+def test_what_is_not_copied_into_a_student(tmp_path, broken, plant, message):
+    """A teacher has a link to a file of yours, or a pipe: the student is refused, and nothing is left aside."""
+    secret = tmp_path / "home" / "secret"
+    secret.parent.mkdir()
+    secret.write_text('{"token": 1}')
+    source, unet = load_folder(broken), student(broken)
+    plant(broken / "vae", secret)
+    with pytest.raises(UserError, match=message):
+        save_student(tmp_path / "out" / "student", source, unet)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.situation
+def test_a_component_that_is_a_link_out_of_the_folder(tmp_path, broken):
+    """A component of a teacher is a link to a folder of yours: refused; one within the teacher is copied."""
+    shutil.copytree(broken / "tokenizer", tmp_path / "home")
+    source, unet = load_folder(broken), student(broken)
+    shutil.move(broken / "tokenizer", broken / "words")
+    (broken / "tokenizer").symlink_to("words")
+    save_student(tmp_path / "within", source, unet)
+    assert (tmp_path / "within/tokenizer/merges.txt").is_file()
+    assert not (tmp_path / "within/tokenizer").is_symlink()
+    (broken / "tokenizer").unlink()
+    (broken / "tokenizer").symlink_to(tmp_path / "home")
+    with pytest.raises(UserError, match="tokenizer is a link out of the model folder"):
+        save_student(tmp_path / "student", source, unet)
+
+
+@pytest.mark.situation
+def test_a_model_in_a_download_cache(tmp_path, broken):
+    """A teacher lies in Hugging Face's cache, all its files links to blobs: its student has files of its own."""
+    blobs, model = tmp_path / "cache/blobs", tmp_path / "cache/snapshots/main"
+    model.parent.mkdir(parents=True)
+    blobs.mkdir()
+    shutil.copytree(broken, model)
+    for number, file in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
+        shutil.move(file, blobs / str(number))
+        file.symlink_to(os.path.relpath(blobs / str(number), file.parent))
+    save_student(tmp_path / "student", load_folder(model), student(model))
+    assert not [path for path in (tmp_path / "student").rglob("*") if path.is_symlink()]
+    assert load_folder(tmp_path / "student").vae_fingerprint == load_folder(broken).vae_fingerprint
 
 
 def test_a_structure_must_fit_config_and_weights(tmp_path, broken):

@@ -1,5 +1,7 @@
 """The closed-form counter against published totals, an independent counter of real modules, and their parameters."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -93,6 +95,28 @@ def test_modules_outside_the_sites():
     groups = {"upsamplers": 33.978, "downsamplers": 2.832, "conv_in": 0.048, "conv_out": 0.047, "time_embedding": 0.002}
     for part, published in {**groups, "conv_norm_out": 0.003}.items():
         assert abs(sum(c for name, c in costs.items() if part in name) - published) <= HALF_DIGIT, part
+
+
+@pytest.mark.parametrize("latent", [32, 64, 96])
+def test_by_module_a_structure_is_what_its_gates_leave_of_the_dense_sum(latent):
+    """Of a site what its width vectors keep of the modules that they narrow, with their biases, and the rest while it
+    stands; SiLU and what lies outside the sites as in the dense UNet."""
+    structure, config = random_structure(SD21, 3, 0.3), SD21
+    dense = Structure.dense(config)
+    rows = {row.name: row.official for row in count(dense, latent, 77).rows}
+    left = count(dense, latent, 77).official_modules - sum(rows[site.name] for site in sites(config))
+    costs = site_costs(config, latent, 77)
+    for site in sites(config):
+        if site.name in structure.dropped:
+            continue
+        pixels = (latent // site.stride) ** 2
+        bias = site.out_channels * (pixels if site.kind == "resnet" else 1)
+        parts = {w.name: (costs[site.name].units[w.name], w.units) for w in site.widths}
+        whole = {name: n * (unit.true + unit.excess) + bias for name, (unit, n) in parts.items()}
+        kept = {name: Fraction(len(structure.kept[site.name][name]), n) for name, (_, n) in parts.items()}
+        left += rows[site.name] - sum(whole.values()) + sum(kept[name] * macs for name, macs in whole.items())
+    assert count(structure, latent, 77).official_modules == left
+    assert structure.dropped
 
 
 def test_published_ratios():

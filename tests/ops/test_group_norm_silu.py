@@ -18,7 +18,7 @@ def dispatched(x, weight, bias, groups, eps, *, time=None, padding=0, silu=True)
     norm = nn.GroupNorm(groups, len(weight), eps)
     del norm.weight, norm.bias  # which would take parameters only
     norm.weight, norm.bias = weight, bias
-    return dispatch._group_norm(x, norm, padding, time, silu)
+    return dispatch._group_norm(x, norm, padding, time, silu)[0]
 
 
 NORM = Norm(dispatched)

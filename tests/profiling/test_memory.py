@@ -56,6 +56,7 @@ def test_what_does_not_depend_on_the_batch_is_what_the_engine_allocates(precisio
     assert flat.average is not None
     assert memory.ema == allocated(flat.average)
     assert memory.teacher_weights == allocated(*UNet(MINI).to(dtype).parameters())
+    assert mini(4, precision=precision, ema=True, align=align, second=False).gradients == memory.gradients // 2
     single = mini(4, precision=precision, upper=False, align=align)
     assert (single.gradients, single.moments, single.ema) == (memory.gradients // 2, memory.moments // 2, 0)
 
@@ -180,7 +181,7 @@ def test_checkpoints_pin_memory_of_the_host_and_take_none_of_the_card():
 def test_upper_steps_that_are_not_recorded_have_activations_of_their_own():
     counted = _Line(Setting(PRUNED, *SIZES))._count(61)
     memory = mini(61, eager=True)
-    assert memory.eager == memory.total - mini(61).total == max(counted.learning, counted.teaching)
+    assert memory.eager == memory.total - mini(61).total == max(*counted.learning, *counted.teaching)
     assert mini(61).eager == 0
 
 
@@ -230,7 +231,7 @@ def test_sd21_takes_seconds():
     """And the numbers that can be worked out by hand: 865.9 M parameters in fp32 and bf16, four moments, a teacher."""
     start = time.process_time()
     memory = estimate(Structure.dense(SD21), 64, 77, 16)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20
     n = 865_910_724
     assert memory.weights == pytest.approx(6 * n, rel=1e-3)
     assert memory.gradients == pytest.approx(4 * n, rel=1e-3)

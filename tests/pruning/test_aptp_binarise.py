@@ -46,10 +46,21 @@ def test_formulas(noisy):
         depths = [0.0] * len(powers)
         for k, site in enumerate(depth_order(TINY)):
             c = sum(powers[: len(powers) - k]) / sum(powers)
-            c = min(max(c, 1e-6), 1 - 1e-6)
-            depths[site] = sigmoid((math.log(c / (1 - c)) + n[plan.widths + k] + 3) / 0.4)
+            depths[site] = sigmoid((math.log((c + 1e-6) / (1 - c + 1e-6)) + n[plan.widths + k] + 3) / 0.4)
         torch.testing.assert_close(gates[row], torch.tensor(wanted + depths), rtol=1e-3, atol=1e-5)
     assert added or noisy
+
+
+@pytest.mark.parametrize("share", [1e-7, 3e-6, 0.5])
+def test_the_logit_of_a_depth(share):
+    """log((c + 1e-6) / (1 - c + 1e-6)) of the second site's c = share; a cut at 1e-6 would differ."""
+    plan = layout(TINY)
+    logits = torch.zeros(1, plan.size, dtype=torch.float64)
+    logits[0, plan.widths :] = -100.0
+    logits[0, plan.widths], logits[0, -1] = math.log(share), math.log1p(-share)
+    gate = binarise(TINY, logits)[0, plan.widths + depth_order(TINY)[1]]
+    wanted = math.log((share + 1e-6) / (1 - share + 1e-6))
+    assert gate.logit().item() * 0.4 - 3 == pytest.approx(wanted, abs=1e-6)
 
 
 def test_open_at_the_start():

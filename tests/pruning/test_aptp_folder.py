@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.files import aside_of
 from bilevel_fast.models.folder import load_folder, load_unet
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning.aptp.encoders import MpnetPrompts, TextPrompts, centred
@@ -95,13 +97,17 @@ def test_routes_are_those_of_the_router(written):
     assert not torch.equal(router.route(torch.cat([encoder.encode([c]) for c in CAPTIONS])), routes)
 
 
-def test_written_again_after_a_kill(written, teacher, tmp_path):
+def test_written_again_after_a_kill(written, teacher, tmp_path, monkeypatch):
     """Half a mixture: an expert is there, another broken, the index missing. No file of the run is touched."""
     path = tmp_path / "run"
     shutil.copytree(written[0], path)
     (path / "mixture.json").unlink()
     (path / "router.safetensors").write_bytes(b"half")
-    (path / "experts" / ".1.tmp").mkdir()
+    done = subprocess.Popen(["true"])
+    done.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: done.pid)
+        aside_of(path / "experts" / "1").mkdir()
     shutil.rmtree(path / "experts" / "2")
     (path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"is not a mixture: mixture.json is missing; its run is not finished"):

@@ -134,8 +134,8 @@ def test_divides_what_a_transformer_saves_by_macs(write):
 @pytest.mark.parametrize(
     ("extra", "batch", "message"),
     [
-        (["no json"], None, "sites.jsonl:13 is not JSON"),
-        (["[1]"], None, "sites.jsonl:13: wanted a JSON object, found list"),
+        (["no json"], None, "sites.jsonl line 13 is not JSON"),
+        (["[1]"], None, "sites.jsonl line 13: wanted a JSON object, found list"),
         ([{"suite": "unet_sites", "value": 1.0}], None, "sites.jsonl:13: config has None for 'sites', wanted list"),
         ([row(FIRST, {"groups": 3}, 1.0, batch="1")], None, "13: config has '1' for 'batch', wanted int"),
         ([row(FIRST, {"groups": 3}, None)], None, "13: value is None, wanted milliseconds"),

@@ -248,7 +248,7 @@ def test_refusals(teacher, run, tmp_path):
         "budget is 0.0, wanted a share of the dense MACs, 0 < budget <= 1": (
             ("laptop", "--teacher", teacher, "--budget", 0, "--out", out)
         ),
-        "budget is nan, wanted a share": ("diff-pruning", "--teacher", teacher, "--budget", "nan", "--out", out),
+        "--budget is nan: wanted finite": ("diff-pruning", "--teacher", teacher, "--budget", "nan", "--out", out),
         "batch of the calibration set: 0, wanted 1": ("laptop", "--teacher", teacher, "--batch", 0, "--out", out),
         "model_index.json is missing": ("uniform", "--teacher", full, "--out", out),
         "pruned is pruned already; wanted a dense model": ("laptop", "--teacher", pruned, "--out", out),

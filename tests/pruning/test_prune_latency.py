@@ -109,7 +109,7 @@ def test_measured_and_projected_rows_do_not_mix(write):
     ("arguments", "message"),
     [
         (("--budget", 0), "budget is 0.0, wanted a share of the dense latency, 0 < budget <= 1"),
-        (("--budget", "nan"), "budget is nan, wanted a share of the dense latency"),
+        (("--budget", "nan"), "--budget is nan: wanted finite"),
         (("--budget", 2), "budget is 2.0, wanted a share of the dense latency"),
         (("--budget", 0.2), r"budget 0.2 is too small: keeping 25% of .* takes 0\.\d{3} of the dense latency"),
         (("--latency", "nowhere.jsonl"), "nowhere.jsonl is missing"),

@@ -1,8 +1,9 @@
 """The command line of `train`, and whole runs on the mini world at the size of the smoke preset."""
 
 import json
+import signal
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
 from bilevel_fast.train import main, parse
+from bilevel_fast.training.checkpoint import latest
 from commands import run_command
+from forked import Started
 
 
 def train(*flags: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -165,20 +168,19 @@ def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = train(*flags, "--out", whole)
     assert result.returncode == 0, result.stderr
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bilevel_fast.train", *flags, "--out", parts], stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("step 4/8"):
-            process.terminate()
+    process = Started("train", *flags, "--out", parts, log=tmp_path / "parts.log")
+    while "\nstep 4/8" not in process.said():
+        assert process.runs(), process.said()
+        time.sleep(0.01)
+    process.send(signal.SIGTERM)
     assert process.wait() == 130
     assert train(*flags, "--out", parts, "--resume").returncode == 0
     first, second = (load_folder(path / "student").unet().state_dict() for path in (whole, parts))
     assert all(value.dtype == torch.float32 for value in first.values())
     assert all(torch.equal(first[k], second[k]) for k in first)
-    trained = torch.load(next(whole.glob("checkpoints/student/step-000008*")) / "optimizer.pt", weights_only=True)
-    assert all(torch.equal(trained["average"][k], first[k]) for k in first)
+    trained = latest(whole / "checkpoints" / "student")
+    assert trained is not None
+    assert all(torch.equal(trained.optimizers["average"][k], first[k]) for k in first)
 
 
 def test_out_of_memory_says_what_would_fit(monkeypatch, tmp_path):

@@ -4,11 +4,14 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs import session
 from bilevel_fast.train import main
 from commands import run_command
 
@@ -32,7 +35,11 @@ def train(world: Path, *flags: str | Path) -> subprocess.CompletedProcess[str]:
     return run_command(main, *command, *STEPS, *flags)
 
 
-def test_bilevel_on_sd_folders(world, tmp_path):
+def test_bilevel_on_sd_folders(world, tmp_path, monkeypatch):
+    def refuse(start):
+        raise AssertionError("a second copy of the only student: gigabytes, for a real one")
+
+    monkeypatch.setattr(session, "copy", SimpleNamespace(deepcopy=refuse))
     out = tmp_path / "run"
     result = train(world, "--preset", "paper", "--lower.warmup", "0", "--upper.warmup", "0", "--out", out)
     assert result.returncode == 0, result.stderr
@@ -71,6 +78,25 @@ def test_resume_on_sd_folders(world, tmp_path):
     assert train(world, "--out", parts, "--resume").returncode == 0
     first, second = (load_folder(path / "student").unet().state_dict() for path in (whole, parts))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.situation
+def test_a_teacher_that_was_changed_in_place(world, tmp_path):
+    """A teacher whose weights change between two sessions: `--resume` is refused; moved folders go on."""
+    mine, out = tmp_path / "mine", tmp_path / "run"
+    shutil.copytree(world, mine)
+    steps = ["--lower.steps", "1", "--out", out]
+    assert train(mine, *steps).returncode == 0
+    moved = mine.rename(tmp_path / "moved")
+    result = train(moved, *steps, "--resume")
+    assert result.returncode == 0, result.stderr
+    path = moved / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    weights["conv_in.bias"] += 1
+    save_file(weights, path, metadata={"format": "pt"})
+    result = train(moved, *steps, "--resume")
+    assert result.returncode == 2
+    assert f"error: run folder {out} was begun with another teacher: its fingerprint was" in result.stderr
 
 
 @pytest.mark.parametrize(

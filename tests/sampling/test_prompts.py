@@ -108,7 +108,7 @@ def test_an_id_that_is_there_twice(tmp_path):
         ("a.csv", ARTIST, {"seed_column": "seed"}, "no column 'seed'; "),
         ("a.csv", ARTIST, {"id_column": "case_numbr"}, "no column 'case_numbr'; did you mean 'case_number'"),
         ("a.csv", "prompt,seed\na,x\n", {"seed_column": "seed"}, "a.csv, line 2: seed 'x' is no integer"),
-        ("a.csv", "prompt,seed\na\n", {"seed_column": "seed"}, "a.csv, line 2: seed '' is no integer"),
+        ("a.csv", "prompt,seed\na,\n", {"seed_column": "seed"}, "a.csv, line 2: seed '' is no integer"),
         ("a.csv", "prompt,seed\na,-1\n", {"seed_column": "seed"}, "a.csv, line 2: seed is -1"),
         ("a.csv", "id,prompt\n../x,a\n", {}, "a.csv, line 2: id '../x' cannot name a file"),
         ("a.csv", "id,prompt\n.x,a\n", {}, "a.csv, line 2: id '.x' cannot name a file"),

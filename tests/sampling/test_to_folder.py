@@ -35,9 +35,9 @@ from bilevel_fast.sampling.samplers import guided
 from bilevel_fast.sampling.samplers import sample as walk
 from bilevel_fast.sampling.to_folder import Recipe, noise_index, sample_folder
 from drawing import BATCH, CAPTIONS, RECIPE, ROWS
+from forked import processes
 from mini_folder import TINY, make_mini_folder
 from replay import on_the_cpu
-from saving import processes
 from sd_folder import make_sd_folder
 
 LATENTS = replace(RECIPE, format="latents")

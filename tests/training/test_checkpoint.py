@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import saving
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.training.checkpoint import Checkpoint, GracefulStop, latest, save
+from forked import processes
 from saving import content
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.json", "optimizer.safetensors", "state.json")
@@ -42,8 +43,8 @@ def assert_is(checkpoint: Checkpoint | None, step: int) -> None:
 
 def start(work: Callable[..., None], folder: Path, *args: int) -> tuple[BaseProcess, Connection]:
     """A process that does `work(folder, events, *args)`, and the end of `events` to receive from."""
-    receiver, sender = saving.processes.Pipe(duplex=False)
-    child = saving.processes.Process(target=work, args=(folder, sender, *args))
+    receiver, sender = processes.Pipe(duplex=False)
+    child = processes.Process(target=work, args=(folder, sender, *args))
     child.start()
     sender.close()  # so that the end of the child is the end of the events
     return child, receiver

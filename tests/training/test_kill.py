@@ -3,13 +3,13 @@
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from forked import Started
 
 # small steps, a checkpoint after each: many different moments to be killed at in little time
 FLAGS = [
@@ -19,8 +19,8 @@ FLAGS = [
 KILLS = 12  # some of them hit the start, some a step, some the end
 
 
-def command(out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "bilevel_fast.train", *FLAGS, "--out", str(out), *more]
+def start(out: Path, *more: str) -> Started:
+    return Started("train", *FLAGS, "--out", out, *more, log=out.with_suffix(".log"))
 
 
 def outcome(out: Path) -> dict[str, bytes]:
@@ -40,12 +40,12 @@ def outcome(out: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory) -> tuple[dict[str, bytes], float]:
     """The outcome of a run in one piece, and the seconds until its first step was done."""
-    out, start = tmp_path_factory.mktemp("untouched") / "run", time.monotonic()
-    process = subprocess.Popen(command(out), stderr=subprocess.PIPE, text=True)
+    out = tmp_path_factory.mktemp("untouched") / "run"
+    Started("train", "--dry-run", log=out.with_suffix(".dry")).wait()  # the server they are forked from is up
+    process, begin = start(out), time.monotonic()
     wait_for_records(process, out, 1)
-    startup = time.monotonic() - start
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    startup = time.monotonic() - begin
+    assert process.wait() == 0, process.said()
     return outcome(out), startup
 
 
@@ -54,25 +54,25 @@ def records(out: Path) -> int:
     return stats.read_text().count("\n") if stats.exists() else 0
 
 
-def wait_for_records(process: subprocess.Popen[str], out: Path, count: int) -> None:
+def wait_for_records(process: Started, out: Path, count: int) -> None:
     while records(out) < count:
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.runs(), process.said()
         time.sleep(0.02)
 
 
-def killed(process: subprocess.Popen[str], out: Path, dice: random.Random, startup: float) -> bool:
+def killed(process: Started, out: Path, dice: random.Random, startup: float) -> bool:
     """Kill at some moment of the start-up, or within some step of the next few; False if the run was done before.
 
     Steps are seen, not timed: on a busy machine they take as long as they take.
     """
     steps, before = dice.randrange(7), records(out)
-    while steps and process.poll() is None and records(out) < before + steps:
+    while steps and process.runs() and records(out) < before + steps:
         time.sleep(0.005)
     time.sleep(dice.uniform(0.0, 0.1 if steps else startup))
-    process.kill()
-    _, errors = process.communicate()
-    assert process.returncode in (0, -signal.SIGKILL), errors
-    return process.returncode != 0
+    process.send(signal.SIGKILL)
+    status = process.wait()
+    assert status in (0, -signal.SIGKILL), process.said()
+    return status != 0
 
 
 @pytest.mark.slow
@@ -85,12 +85,9 @@ def test_kills_change_nothing(untouched, tmp_path):
         finished = False
         while not finished:
             resume = ["--resume"] if (out / "config.json").exists() else []
-            process = subprocess.Popen(
-                command(out, *resume), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-            )
+            process = start(out, *resume)
             if kills == KILLS:
-                _, errors = process.communicate()
-                assert process.returncode == 0, errors
+                assert process.wait() == 0, process.said()
                 finished = True
             elif killed(process, out, dice, startup):
                 kills += 1
@@ -108,29 +105,30 @@ def test_kills_change_nothing(untouched, tmp_path):
 def test_sigterm_saves_and_resumes(untouched, tmp_path):
     expected, _ = untouched
     out = tmp_path / "run"
-    process = subprocess.Popen(command(out, "--checkpoint-every", "1000"), stderr=subprocess.PIPE, text=True)
+    process = start(out, "--checkpoint-every", "1000")
     wait_for_records(process, out, 3)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "stopped after lower step" in errors
-    assert "--resume" in errors
+    process.send(signal.SIGTERM)
+    assert process.wait() == 130
+    assert "stopped after lower step" in process.said()
+    assert "--resume" in process.said()
     checkpoints = sorted((out / "checkpoints" / "student").glob("step-*"))
     assert len(checkpoints) == 1
     assert load_file(checkpoints[0] / "model.safetensors")
-    subprocess.run(command(out, "--resume"), check=True, capture_output=True)
+    again = start(out, "--resume")
+    assert again.wait() == 0, again.said()
     assert outcome(out) == expected
 
 
 @pytest.mark.slow
 def test_a_folder_in_use_is_refused(tmp_path):
     out = tmp_path / "run"
-    first = subprocess.Popen(command(out), stderr=subprocess.PIPE, text=True)
+    first = start(out)
     while not (out / "config.json").exists():
+        assert first.runs(), first.said()
         time.sleep(0.05)
-    second = subprocess.run(command(out, "--resume"), capture_output=True, text=True, check=False)
-    first.kill()
-    first.communicate()
-    assert second.returncode == 2
-    assert second.stderr.startswith("error: ")
-    assert str(first.pid) in second.stderr
+    second = Started("train", *FLAGS, "--out", out, "--resume", log=tmp_path / "second.log")
+    assert second.wait() == 2
+    first.send(signal.SIGKILL)
+    first.wait()
+    assert second.said().startswith("error: ")
+    assert str(first.pid) in second.said()

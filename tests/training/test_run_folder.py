@@ -98,6 +98,16 @@ def test_a_killed_start_does_not_block_the_next(tmp_path: Path) -> None:
         assert run.config.exists()
 
 
+@pytest.mark.situation
+def test_a_planted_lock_is_not_followed(tmp_path: Path) -> None:
+    """Somebody has planted a link where a run keeps its lock: refused, and what it leads to stays as it was."""
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine")
+    assert refused(tmp_path / "run", resume=False).endswith(".lock is a link, and would be written through; delete it")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_resume_goes_on_with_the_same_settings(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, CONFIG, resume=False) as run:
         run.write_text("stats.jsonl", "kept")

@@ -2,7 +2,8 @@
 
     width   g = sigmoid((z + n + b) / tau)                       n Gumbel noise, or 0
     depth   p = softmax(z),  c_k = p_1 + ... + p_(D - k + 1)     so 1 = c_1 >= c_2 >= ... >= c_D
-            m_k = sigmoid((logit(c_k) + n_k + b) / tau)          of the k-th site in `depth_order`
+            m_k = sigmoid((l(c_k) + n_k + b) / tau)              of the k-th site in `depth_order`
+            l(c) = log((c + e) / (1 - c + e)), e = 1e-6          the inverse of sigmoid, finite at 0 and 1
 
 With b = 3 nearly everything is open at the start. A width vector without any gate >= 0.5 gets 0.5 added to its first
 entry: something has to stay. The cumulative sum makes depths go one after the other, the innermost first.
@@ -62,7 +63,8 @@ def binarise(config: UNetConfig, logits: Tensor, noise: Tensor | None = None) ->
     gates = [_open_one(_relax(z + n)) for z, n in zip(widths, width_noise, strict=True)]
     kept = depths.softmax(dim=1).cumsum(dim=1).flip(1)
     order = torch.tensor(depth_order(config), device=logits.device)
-    in_order = _relax(torch.logit(kept, _LOGIT_EPS) + depth_noise)
+    kept = kept.clamp(max=1.0)  # a sum of rounded numbers may be a little more
+    in_order = _relax(((kept + _LOGIT_EPS) / (1.0 - kept + _LOGIT_EPS)).log() + depth_noise)
     return torch.cat([*gates, torch.zeros_like(in_order).index_copy(1, order, in_order)], dim=1)
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, require
-from bilevel_fast.base.files import read_json, sha256
+from bilevel_fast.base.files import parse_json, read_file, read_json, sha256
 from bilevel_fast.models.text_encoder import TextEncoder
-from bilevel_fast.models.weights import DIGEST, check_report, find_weights, load_pretrained
+from bilevel_fast.models.weights import DIGEST, check_report, find_weights, load_pretrained, mapped_weights
 
 CHUNK = 64  # captions encoded at once
 
@@ -116,6 +116,7 @@ class MpnetPrompts:
             raise UserError(f"{folder / 'config.json'}: model_type is {kind!r}, wanted 'mpnet'")
         pooled = _check_modules(folder)
         files = find_weights(folder, "model").files
+        mapped_weights(folder, "model")  # transformers takes numbers that are none
         if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
             raise UserError(f"{folder / 'tokenizer.json'} is missing, and so is vocab.txt")
         transformers = require("transformers", "sd")
@@ -229,12 +230,10 @@ def _check_modules(folder: Path) -> int | None:
     """Refuse what is not a transformer and mean pooling; the width that is pooled, if it is said."""
     path = folder / "modules.json"
     try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
+        modules = parse_json(read_file(path), str(path))
         found = [module["type"].rpartition(".")[2] for module in modules]
         pooling = modules[1]["path"] if len(modules) > 1 else None
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{path} is not a list of modules with a type and a path") from error
     if found not in _MODULES or pooling != _POOLING:
         raise UserError(f"{path} lists {', '.join(found) or 'nothing'}, wanted Transformer, then Pooling in {_POOLING}")

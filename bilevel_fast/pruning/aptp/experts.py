@@ -11,7 +11,6 @@ Legend: K codes, V entries of the architecture vector (1620 for SD 2.1).
 """
 
 import pickle
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.pickles import Damaged, load_plain
 from bilevel_fast.models.architecture import SD21, UNetConfig
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.vector import from_vector, layout
@@ -143,14 +143,12 @@ def _read_gates(path: Path, config: UNetConfig) -> Tensor:
 
 def _load_tensor(path: Path) -> Tensor:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle's protocol: one line about a bad file is enough
-            value: Any = torch.load(path, map_location="cpu", weights_only=True)
+        value: Any = load_plain(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder, wanted a file that torch.save wrote") from error
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (pickle.UnpicklingError, Damaged) as error:
         if code := _code_in(path):
             raise UserError(f"{path} is refused: it holds code ({', '.join(code)}), wanted one tensor") from error
         raise UserError(f"{path} cannot be read as one tensor that torch.save wrote; nothing in it was run") from error
@@ -163,5 +161,5 @@ def _code_in(path: Path) -> Sequence[str]:
     """Names that unpickling would import beyond what tensors need; nothing is imported or run to find out."""
     try:
         return sorted(get_unsafe_globals_in_checkpoint(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, AttributeError, TypeError, OSError):
+    except Exception:  # a damaged file makes it raise anything
         return ()

@@ -23,12 +23,13 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, read_json, sha256, write_atomic, write_json
+from bilevel_fast.base.tensors import read_tensors
 from bilevel_fast.models.architecture import UNetConfig
 from bilevel_fast.models.folder import ModelFolder, load_folder, save_student
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.vector import layout
-from bilevel_fast.models.weights import check_names, fingerprint
+from bilevel_fast.models.weights import check_names, fingerprint, same_component
 from bilevel_fast.pruning.aptp.encoders import PromptEncoder, encode_all, open_encoder
 from bilevel_fast.pruning.aptp.router import Router
 from bilevel_fast.pruning.budget import MacBudget
@@ -130,7 +131,7 @@ class Mixture:
         if folder.config != self.config:
             raise UserError(f"{folder.path} is another base model than that of {self.path}: the UNets' configs differ")
         came = fingerprint(folder.path / "unet")
-        if came != self.teacher["unet"]:
+        if not same_component(came, self.teacher["unet"]):
             wanted = self.teacher["unet"]
             raise UserError(
                 f"{folder.path} is another base model than that of {self.path}: its UNet is {came}, not {wanted}"
@@ -208,7 +209,7 @@ def _read_router(file: Path, config: UNetConfig, experts: int, base: str, digest
     came = (handle.metadata() or {}).get("unet")
     if came != base:
         raise UserError(f"{file} is a router for another base model: its UNet is {came}, the mixture's {base}")
-    tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    tensors = {name: tensor.clone() for name, tensor in read_tensors(file).items()}
     entries, centre = layout(config).size, tensors.get(_CENTRE, torch.empty(0))
     width = centre.numel()
     wanted = {

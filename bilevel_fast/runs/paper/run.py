@@ -18,16 +18,20 @@ from typing import Any
 
 from bilevel_fast.base.devices import machine, pick_device
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import write_atomic
+from bilevel_fast.base.files import read_file, read_json_lines, write_atomic
+from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.runs.paper import report
 from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
 from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.settings import Full, Rows
 from bilevel_fast.sampling.pictures import picture, png
+from bilevel_fast.sampling.samplers import Method, check_walks
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.run_folder import RunFolder
+from bilevel_fast.worlds.mini import TEACHER
 
 _log = logging.getLogger(__name__)
 ROWS = "rows.jsonl"
@@ -51,11 +55,20 @@ def reproduce(
         Interrupted: A stop was asked for; what is measured is kept.
         UserError: The folder holds something else, or a model cannot be made or measured.
     """
+    walks: dict[str, tuple[int, Method]] = {
+        "--rows.esd.sample.steps": (settings.esd.sample.steps, "ddim"),
+        "--rows.concept-prune.steps": (settings.concept_prune.steps, "ddim"),
+        **config.upper.walks(),
+        **({"--full.steps": (full.steps, "pndm")} if full else config.world_settings.walks()),
+    }
+    check_walks(Schedule.load(config.teacher or TEACHER), walks)
     asked = {"run": config.to_dict(), "rows": asdict(settings)} | ({"full": asdict(full)} if full else {})
     volatile = tuple(f"run.{field}" for field in (*VOLATILE, "seed", "erase"))
     there, device = (out / "config.json").exists(), pick_device(config.device)
     same = json.loads(json.dumps(asked, default=str))
-    with RunFolder.open(out, same, resume=there, volatile=volatile) as place, GracefulStop() as stop:
+    settings_of = {"run": config} | ({"full": full} if full else {})
+    known = inputs(settings_of, {"run.teacher": TEACHER}, but=("run.out",))
+    with RunFolder.open(out, same, resume=there, volatile=volatile, inputs=known) as place, GracefulStop() as stop:
         if full is None:
             concepts, benches = config.erase, mini_benches(config, settings, place.path, device, stop)
         else:
@@ -105,14 +118,15 @@ def read(path: Path) -> list[Measured]:
     """Rows measured so far; a last line that a kill cut short is taken out of the file."""
     if not path.exists():
         return []
-    whole, newline, torn = path.read_text(encoding="utf-8").rpartition("\n")
+    whole, newline, torn = read_file(path).rpartition(b"\n")
     if torn:
         _log.warning("%s: its last line was cut short, that row is measured again", path)
-        write_atomic(path, (whole + newline).encode())
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON, line by line: {error}; delete it to measure anew") from error
+        write_atomic(path, whole + newline)
+    found = [row for _, row in read_json_lines(path)]
+    for number, row in enumerate(found, start=1):
+        if missing := [name for name in ("row", "label", "concepts", "seed", "step", "numbers") if name not in row]:
+            raise UserError(f"{path} line {number} has no {missing[0]!r}; delete the file to measure anew")
+    return found
 
 
 def _measure(

@@ -1,5 +1,6 @@
 """What the rows of an experiment are made with, besides the bilevel run itself."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,7 +44,8 @@ class Attack:
     """Learning rate of Adam."""
 
     def __post_init__(self) -> None:
-        for name, good in {"steps": self.steps >= 1, "batch": self.batch >= 1, "lr": self.lr > 0}.items():
+        checks = {"steps": self.steps >= 1, "batch": self.batch >= 1, "lr": 0 < self.lr < math.inf}
+        for name, good in {**checks, "strength": math.isfinite(self.strength)}.items():
             if not good:
                 raise UserError(f"--attack.{name} is {getattr(self, name)}; wanted a positive number")
 
@@ -91,7 +93,7 @@ class Full:
     mma: Path | None = None
     """MMA-Diffusion's prompts: CSV with a column adv_prompt."""
     ring_a_bell: Path | None = None
-    """Ring-A-Bell's prompts, one per line."""
+    """Ring-A-Bell's prompts: .txt, one per line."""
     i2p: Path | None = None
     """I2P's prompts: CSV with a column prompt."""
     clip_weights: Path | None = None
@@ -106,6 +108,11 @@ class Full:
     """Classifier-free guidance of every sample."""
     batch: int = 16
     """Images sampled together."""
+
+    def __post_init__(self) -> None:
+        for name, good in {"steps": self.steps >= 1, "batch": self.batch >= 1}.items():
+            if not good:
+                raise UserError(f"--full.{name} is {getattr(self, name)}; wanted 1 or more")
 
     def paths(self) -> Iterator[tuple[str, Path]]:
         """Every path that was given, with its flag: better looked for before the training than after."""

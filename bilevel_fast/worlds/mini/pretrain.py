@@ -1,7 +1,7 @@
 """Train the mini world's teacher: a text-to-image model of the drawn world, from nothing.
 
-    python -m bilevel_fast.worlds.mini.pretrain                      trains and writes the shipped model folder
-    python -m bilevel_fast.worlds.mini.pretrain --steps 0            measures the model folder that is there
+    python -m bilevel_fast.worlds.mini.pretrain --out FOLDER         trains and writes a model folder
+    python -m bilevel_fast.worlds.mini.pretrain --steps 0            measures the shipped model folder, or that of --out
 
 UNet and text encoder are trained together on the v-prediction loss (arXiv:2202.00512), with captions dropped now and
 then for classifier-free guidance (arXiv:2207.12598); what is kept is an exponential moving average of the weights.
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bilevel_fast.base import errors
-from bilevel_fast.base.errors import UserError
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError, check_finite
 from bilevel_fast.base.files import write_json
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule, noise
@@ -39,8 +39,10 @@ from bilevel_fast.worlds.mini.world import SCENES, WORDS, labels, render
 class PretrainConfig:
     """Train the mini world's teacher."""
 
-    out: Path = TEACHER
-    """The model folder to write."""
+    out: Path | None = None
+    """The model folder to write, or with --steps 0 to measure; by default the shipped one is measured."""
+    overwrite: bool = False
+    """Write into a folder that is there."""
     steps: int = 3200
     """Optimizer steps. 0 measures what `out` holds."""
     batch: int = 32
@@ -62,9 +64,14 @@ class PretrainConfig:
 
     def check(self) -> None:
         """Refuse what cannot run, with a UserError that names the flag."""
+        check_finite(self)
         for field, least in (("steps", 0), ("batch", 1), ("warmup", 1), ("every", 1)):
             if (value := getattr(self, field)) < least:
                 raise UserError(f"--{field} is {value}; wanted {least} or more")
+        if self.steps and self.out is None:
+            raise UserError("--out is missing: the model folder to write")
+        if self.steps and self.out is not None and self.out.exists() and not self.overwrite:
+            raise UserError(f"--out {self.out} exists already; choose another folder, or give --overwrite")
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ def batches(
 
 def train(config: PretrainConfig) -> None:
     """Train, and write a snapshot to `config.out` every so many steps and at the end."""
+    assert config.out is not None
     torch.manual_seed(config.seed)
     schedule, vae, model, average = Schedule.sd(), PixelUnshuffleVAE(), Model(), Model()
     average.load_state_dict(model.state_dict())
@@ -165,13 +173,12 @@ def measure(folder: Path, guidance: float, seed: int = 0) -> Accuracy:
 
 def main() -> None:
     """Train if there are steps to train, then measure."""
-    import tyro
-
-    config = tyro.cli(PretrainConfig)
+    config = flags.parse(PretrainConfig, "bilevel_fast.worlds.mini.pretrain", __doc__)
     config.check()
     if config.steps:
         train(config)
-    print(f"{config.out}: {measure(config.out, config.guidance)}  (guidance {config.guidance})")
+    out = config.out or TEACHER
+    print(f"{out}: {measure(out, config.guidance)}  (guidance {config.guidance})")
 
 
 if __name__ == "__main__":

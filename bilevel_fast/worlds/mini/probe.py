@@ -1,6 +1,6 @@
 """The judge of the mini world: a small CNN that names object, colour and style, and gives features for FID.
 
-    python -m bilevel_fast.worlds.mini.probe  trains the shipped probe (two minutes of one core) and prints its accuracy
+    python -m bilevel_fast.worlds.mini.probe --out FILE  trains a probe (two minutes of one core), prints its accuracy
 
 Trained on drawn images with light blur and noise, so that it reads what a network paints as well.
 Shapes: B images, D = 64 features.
@@ -16,7 +16,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bilevel_fast.base import errors
+from bilevel_fast.base import errors, flags
+from bilevel_fast.base.errors import UserError, in_range
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.weights import read_weights
 from bilevel_fast.ops.randomness import Stream, integers, normal, uniform
@@ -83,7 +84,7 @@ class Probe(nn.Module):
         pairs = zip(seen.logits, labels(scenes), strict=True)
         return Accuracy(*((logits.argmax(1).cpu() == label).float().mean().item() for logits, label in pairs))
 
-    def save(self, path: Path = WEIGHTS) -> None:
+    def save(self, path: Path) -> None:
         """Write the weights in fp16."""
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.half().contiguous() for name, tensor in self.state_dict().items()}
@@ -133,11 +134,28 @@ def _worsen(images: Tensor, seed: int, indices: range) -> Tensor:
     return images + 0.2 * amount[:, 1] * normal(seed, Stream.NOISE, indices, tuple(images.shape[1:]))
 
 
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Train a probe, save it, and print its accuracy on held-out drawings."""
+
+    out: Path
+    """The file to write, NAME.safetensors. Never the shipped one, unless you name it."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+    steps: int = 2000
+    """Optimizer steps."""
+    seed: int = 0
+    """Of the weights and of everything that is drawn."""
+
+
 def main() -> None:
-    """Train the probe, save it over the shipped one, and print its accuracy on held-out drawings."""
-    probe = train()
-    probe.save()
-    print(f"probe on held-out drawings: {Probe.load().accuracy(*fresh_drawings(per_scene=10))}")
+    config = flags.parse(ProbeConfig, "bilevel_fast.worlds.mini.probe", ProbeConfig.__doc__)
+    in_range("--steps", config.steps, ">= 1", config.steps >= 1)
+    in_range("--out", config.out, "a name that ends in .safetensors", config.out.suffix == ".safetensors")
+    if config.out.exists() and not config.overwrite:
+        raise UserError(f"--out {config.out} exists already; choose another file, or give --overwrite")
+    train(config.steps, seed=config.seed).save(config.out)
+    print(f"probe on held-out drawings: {Probe.load(config.out).accuracy(*fresh_drawings(per_scene=10))}")
 
 
 if __name__ == "__main__":

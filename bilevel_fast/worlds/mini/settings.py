@@ -1,8 +1,10 @@
 """Settings of the mini world."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from bilevel_fast.base.errors import in_range
+from bilevel_fast.base.errors import check_finite, in_range
+from bilevel_fast.base.limits import MEMBERS
 
 
 @dataclass(frozen=True)
@@ -26,5 +28,11 @@ class Mini:
 
     def check(self) -> None:
         """Refuse values out of range, with a UserError."""
+        check_finite(self, "--mini.")
         for name in ("images", "bank", "judge_erased", "judge_kept", "bank_steps", "judge_steps"):
-            in_range(f"--mini.{name.replace('_', '-')}", getattr(self, name), ">= 1", getattr(self, name) >= 1)
+            value, flag = getattr(self, name), f"--mini.{name.replace('_', '-')}"
+            in_range(flag, value, f">= 1 and <= {MEMBERS}", 1 <= value <= MEMBERS)
+
+    def walks(self) -> dict[str, tuple[int, Literal["pndm", "ddim"]]]:
+        """What is sampled, by flag: steps and method."""
+        return {"--mini.bank-steps": (self.bank_steps, "pndm"), "--mini.judge-steps": (self.judge_steps, "ddim")}

@@ -133,3 +133,15 @@ def test_sd21_on_meta():
     theirs = diffusers_unet(structure, ours.state_dict())
     assert {k: v.shape for k, v in theirs.state_dict().items()} == {k: v.shape for k, v in ours.state_dict().items()}
     assert sum(p.numel() for p in theirs.parameters()) < 0.8 * 865_910_724
+
+
+def test_shared_weights_are_not_copied():
+    """So that both ways to run SD 2.1 fit into memory."""
+    ours = make(MINI, Structure.uniform(MINI, 0.6))
+    theirs = diffusers_unet(ours.structure, ours.state_dict(), shared=True).eval()
+    copies = diffusers_unet(ours.structure, ours.state_dict()).eval()
+    places = {name: p.data_ptr() for name, p in ours.named_parameters()}
+    assert {name: p.data_ptr() for name, p in theirs.named_parameters()} == places
+    assert not {p.data_ptr() for p in copies.parameters()} & set(places.values())
+    with torch.no_grad():
+        assert torch.allclose(theirs(*inputs(MINI)).sample, copies(*inputs(MINI)).sample, atol=1e-5)

@@ -100,8 +100,8 @@ def test_refuses_tensors_of_the_cpu():
 
 def test_the_current_device_is_left_as_it_was(built_for_cpu):
     """Launches go to the queue's, which is another one."""
-    number = torch.ones(1)
-    tensors = [[x.data_ptr()] for x in torch.ones(4, 8)]
+    number, buffers = torch.ones(1), torch.ones(4, 8)
+    tensors = [[x.data_ptr()] for x in buffers]
     scalars = [number.data_ptr(), number.data_ptr(), None, None]
     built_for_cpu.adamw_ema(*tensors, [], [], [8], 0.9, 0.99, 1e-8, 0.0, 0.0, *scalars)
     assert built_for_cpu.library.device_of_launches() == 1

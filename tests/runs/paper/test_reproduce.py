@@ -1,11 +1,8 @@
 """The command, end to end: on the mini world with a handful of steps, and in full on a small Stable Diffusion."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,6 +13,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_unet
 from bilevel_fast.reproduce import main, parse
 from commands import run_command
+from forked import Started
 
 SMALL = ["--run.preset=smoke", "--run.lower.steps=4", "--run.upper.every=2", "--seeds=0"]
 ROWS = ["--rows.esd.sample.steps=4", "--rows.concept-prune.steps=2", "--rows.attack.steps=2", "--rows.attack.batch=2"]
@@ -134,14 +132,12 @@ def test_attacks(table1):
 def test_a_curve_is_one_training(tmp_path):
     """Stopped by SIGTERM on the way and gone on with, a curve is measured at its steps, each once."""
     flags = ["fig5", *SMALL, "--run.lower.steps", "8", "--out", tmp_path / "run"]
-    command = [sys.executable, "-m", "bilevel_fast.reproduce", *map(str, flags)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "run" / "fig5" / "rows.jsonl").exists() and process.poll() is None:
-            time.sleep(0.05)
-        os.kill(process.pid, signal.SIGTERM)
-        _, error = process.communicate()
-    if process.returncode == 130:  # it stops between training steps, not while it measures
-        assert "the same command goes on" in error
+    process = Started("reproduce", *flags, log=tmp_path / "log")
+    while not (tmp_path / "run" / "fig5" / "rows.jsonl").exists() and process.runs():
+        time.sleep(0.05)
+    process.send(signal.SIGTERM)
+    if process.wait() == 130:  # it stops between training steps, not while it measures
+        assert "the same command goes on" in process.said()
     result = reproduce(*flags)
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path / "run" / "fig5")

@@ -1,0 +1,103 @@
+"""What a user of the wheel gets: every import declared, no licence unasked for, a page that stands alone."""
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import bilevel_fast
+from bilevel_fast import cli
+from bilevel_fast.base.errors import UserError, require
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NAMES = {"PIL": "pillow", "open_clip": "open_clip_torch", "torch_fidelity": "torch-fidelity"}
+NAMES |= {"nvidia": "nvidia-dali-cuda130", "webdataset": "webdataset"}
+EXTRAS = PROJECT["optional-dependencies"]
+NOT_PUBLISHED = {"xformers", "flash_attn", "pytorch_fid"}  # rivals of benchmarks, used where somebody has them
+
+
+def declared(lines: list[str]) -> set[str]:
+    return {re.split(r"[<>=\[;]", line)[0].strip() for line in lines}
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "require":
+            if not isinstance(node.args[0], ast.Constant):
+                continue
+            found.add(node.args[0].value.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"bilevel_fast", "bilevel_kernels"}
+
+
+@pytest.mark.situation
+def test_every_import_is_declared():
+    """The wheel is installed where torch is a build for the CPU: triton comes along, as all that is imported."""
+    files = [*(ROOT / "bilevel_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
+    names = set().union(*map(imported, files))
+    known = declared(PROJECT["dependencies"]) | set().union(*(declared(EXTRAS[name]) for name in EXTRAS))
+    assert {NAMES.get(name, name) for name in names} - NOT_PUBLISHED <= known
+    assert {"torch", "triton"} <= declared(PROJECT["dependencies"])
+
+
+@pytest.mark.situation
+def test_what_is_under_another_licence_comes_only_by_name():
+    """Somebody installs all extras of the metrics: nudenet, which is AGPL-3.0, is not among them."""
+    assert declared(EXTRAS["nudity"]) == {"nudenet"}
+    for name, lines in EXTRAS.items():
+        assert name in ("nudity", "test") or not [line for line in lines if re.search("nudenet|nudity", line)], name
+    assert "AGPL-3.0" in (ROOT / "README.md").read_text()
+    assert "AGPL-3.0" in (ROOT / PROJECT["readme"]).read_text()
+
+
+@pytest.mark.situation
+def test_a_missing_package_is_said_so_that_a_user_of_the_wheel_can_install_it():
+    """An optional package is not there: the command that installs it works without a checkout."""
+    with pytest.raises(UserError, match=r"run: pip install 'bilevel-fast\[data\]'$"):
+        require("no_such_package", "data")
+    text = "".join(path.read_text() for path in (ROOT / "bilevel_fast").rglob("*.py"))
+    asked = set(re.findall(r"require\([^()]*, \"(\w+)\"\)", text))
+    assert asked
+    assert asked <= set(EXTRAS)
+
+
+def test_the_page_of_the_wheel_stands_alone():
+    """No picture and no link that leads to a file which the wheel does not hold."""
+    page = (ROOT / PROJECT["readme"]).read_text()
+    assert not re.findall(r"\]\((?!https?:)[^)]*\)|<img", page)
+    assert set(re.findall(r"bilevel-fast\[(\w+)\]", page)) == set(EXTRAS) - {"test", "dev"}
+
+
+def test_typed():
+    assert (ROOT / "bilevel_fast" / "py.typed").is_file()
+    assert (ROOT / "kernels" / "bilevel_kernels" / "py.typed").is_file()
+    assert "Typing :: Typed" in PROJECT["classifiers"]
+
+
+@pytest.mark.situation
+def test_version(monkeypatch, capsys):
+    """`bilevel-fast --version`: says which release it is."""
+    monkeypatch.setattr("sys.argv", ["bilevel-fast", "--version"])
+    cli.main()
+    assert capsys.readouterr().out == f"bilevel-fast {PROJECT['version']}\n"
+    assert bilevel_fast.__version__ == PROJECT["version"]
+    found = importlib.metadata.packages_distributions().get("bilevel_fast")
+    assert not found or importlib.metadata.version("bilevel-fast") == PROJECT["version"]
+
+
+def test_json_from_outside_has_one_reader():
+    """`json.loads` sets no limits: only `base.files` calls it, and who reads back what it has just dumped."""
+    for path in (ROOT / "bilevel_fast").rglob("*.py"):
+        if path.name in ("files.py", "providers.py", "profile.py") and path.parent.name in ("base", "ops", "profiling"):
+            continue  # the reader; a table of ours in the wheel; a trace that the profiler has just written
+        calls = re.findall(r"json\.loads?\((?!json\.dumps)", path.read_text())
+        assert not calls, path
