@@ -57,7 +57,6 @@ class Compiled:
     shared: int  # bytes of a block
     occupancy: float  # resident warps of the most that an SM holds
     tensor_core: int | None  # instructions; None where they were not counted
-    per_mma: float | None  # instructions of the loop that multiplies, for each that does; None where there is no such
     wide_copies: int | None  # instructions that load or copy 16 bytes
     double: int | None  # fp64 arithmetic instructions
     sass: str
@@ -155,24 +154,10 @@ def _read(kernel: Any, sm: int, wanted: Wanted) -> Compiled:
         shared=meta.shared,
         occupancy=_occupancy(CARDS[sm], meta.num_warps, registers, meta.shared),
         tensor_core=count(TENSOR_CORE),
-        per_mma=per_mma(sass) if counted else None,
         wide_copies=count(r"\b(?:LDG|LDGSTS)\.E\S*\.128|\bUTMALDG"),
         double=count(r"\bD(?:ADD|MUL|FMA|SETP)\b|\.F64\b"),
         sass=sass,
     )
-
-
-def per_mma(sass: str) -> float | None:
-    """How many instructions the loop with the most tensor-core instructions issues for each of those; None without."""
-    lines = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
-    loops = []
-    for end, text in lines:
-        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", text)
-        if target and int(target[1], 16) <= end:
-            body = [text for at, text in lines if int(target[1], 16) <= at <= end]
-            loops.append((sum(bool(re.search(TENSOR_CORE, text)) for text in body), -len(body)))
-    most, length = max(loops, default=(0, 0))
-    return round(-length / most, 2) if most else None
 
 
 @lru_cache

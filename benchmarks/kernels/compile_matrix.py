@@ -6,10 +6,9 @@
     python -m benchmarks.kernels.compile_matrix --check --one-card    what CI has time for
 
 The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units, and heads of
-SD 1.x; a few of them in fp16, with TF32 and at batch 16 as well, which only differ in what they are specialised for.
+SD 1.x. A few of them in fp16, with TF32 and at batch 16 as well, each launch for one card.
 A row is worse if it spills, needs more shared memory than the card has, computes in fp64, holds fewer warps on an SM
-than the committed row, or lost its tensor-core instructions or 16-byte copies. `per_mma`, what a loop of products
-issues for each of them, is to be looked at: no row is judged by it.
+than the committed row, or lost its tensor-core instructions or 16-byte copies.
 """
 
 import json
@@ -42,7 +41,7 @@ class Variant:
     Attributes:
         dtype: Of the tensors.
         skip: Words of cases that are left out: between dense and 0.55, 0.80 shows nothing new.
-        few: Only so many cases, spread over all.
+        few: Only so many cases, spread over all, and of each launch one card, which its name decides.
         tf32: Whether fp32 products may take it.
         ops: Only these; all if None.
     """
@@ -106,7 +105,7 @@ def compile_one(op: str, name: str, sm: int, one_card: bool = False) -> list[Row
     variant = VARIANTS[name]
 
     def asked(kernel: str, config: str) -> Literal["nothing", "resources", "instructions"]:
-        if one_card and card_of(kernel, config) != sm:
+        if (one_card or variant.few) and card_of(kernel, config) != sm:
             return "nothing"
         return "resources" if one_card and _number(kernel, config) // len(CARDS) % 4 else "instructions"
 
@@ -193,7 +192,7 @@ def text(row: Row) -> str:
     return (
         f"sm_{row['sm']} {row['dtype']:15} {row['kernel']:36} {row['registers']:3} regs  {row['spills']:3} B spilled  "
         f"{row['shared']:6} B shared  {row['occupancy']:4.0%} occupied  {row['tensor_core']} mma  "
-        f"{row['per_mma']} a mma  {row['wide_copies']} x 16 B  {row['double']} f64  {row['case']}  {row['config']}"
+        f"{row['wide_copies']} x 16 B  {row['double']} f64  {row['case']}  {row['config']}"
     )
 
 

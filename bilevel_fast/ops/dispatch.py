@@ -57,8 +57,8 @@ def group_norm_silu_of_two(x: Tensor, skip: Tensor, norm: nn.GroupNorm) -> tuple
     Returns:
         (B, C, H, W), and what to go on with: both, or one tensor that holds both where they had to be joined.
     """
-    providers = _group_norm_providers(x, norm) if runs(x) and x.dtype == skip.dtype else []
-    able = "triton" in providers and bool(skip.numel()) and skip.is_contiguous(memory_format=torch.channels_last)
+    known = _group_norm_providers(x, norm) if runs(x) and x.dtype == skip.dtype else []
+    able = "triton" in known and bool(skip.numel()) and skip.is_contiguous(memory_format=torch.channels_last)
     if choose("group_norm_silu", x.device, x.numel() + skip.numel(), *["triton"] * able) == "triton":
         return norm_of_two(x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps)
     h, x = group_norm_silu_and_input(torch.cat([x, skip], dim=1), norm)

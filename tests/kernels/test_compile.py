@@ -215,25 +215,3 @@ def test_tensor_core_instructions_have_other_names_on_each_card():
     ):
         assert re.search(aot.TENSOR_CORE, f"        /*0010*/   {name}"), name
     assert not re.search(aot.TENSOR_CORE, "IMAD.MOV.U32 R1, FFMA UTCBAR")
-
-
-LOOPS = """
-        /*0000*/                   MOV R1, c[0x0][0x28] ;                 /* 0x00000a0000017a02 */
-                                                                          /* 0x000fe40000000f00 */
-        /*0010*/                   LDSM.16.M88.4 R4, [R2] ;               /* 0x00000000020e783b */
-        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;   /* 0x0000000604087241 */
-        /*0030*/                   HMMA.16816.F32.BF16 R12, R4, R6, R12 ; /* 0x0000000604087241 */
-        /*0040*/               @P0 BRA 0x30 ;                             /* 0xffffffe000000947 */
-        /*0050*/               @P1 BRA 0x10 ;                             /* 0xffffffc000000947 */
-        /*0060*/                   BRA 0x80 ;                             /* 0x0000001000000947 */
-        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;   /* 0x0000000604087241 */
-        /*0080*/                   EXIT ;                                 /* 0x000000000000794d */
-        /*0090*/                   BRA 0x90;                              /* 0xfffffff000007947 */
-"""
-
-
-def test_instructions_for_each_product_are_those_of_its_loop():
-    """The loop with the most products, not what is outside of it; the jump to itself behind EXIT is no loop of them."""
-    assert aot.per_mma(LOOPS) == 5 / 2
-    assert aot.per_mma(LOOPS.replace("HMMA", "FFMA")) is None
-    assert aot.per_mma("") is None

@@ -270,14 +270,16 @@ def test_a_resnet_behind_a_skip_connection_joins_and_adds_nothing(monkeypatch):
 
 
 def test_a_resnet_behind_a_skip_connection_is_the_same_unjoined(monkeypatch):
-    torch.manual_seed(1)
+    """Against modules in fp64: what is off is the rounding of sums over pixels, sqrt(n) eps at most. A bias has no more
+    terms than that, and all other errors are smaller.
+    """
     resnet = UNet(TINY).up_blocks[1].resnets[0]
     assert resnet.conv_shortcut is not None
     leaves = [torch.randn(2, c, 40, 36).to(memory_format=torch.channels_last).requires_grad_() for c in (32, 16)]
     leaves.append(torch.randn(2, 64, requires_grad=True))
     upstream = torch.randn(2, 16, 40, 36)
 
-    def results(provider):
+    def results(provider, resnet, leaves, upstream):
         monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
         with Counter() as counter:
             out = resnet(*leaves)
@@ -285,8 +287,12 @@ def test_a_resnet_behind_a_skip_connection_is_the_same_unjoined(monkeypatch):
         assert joined == (provider == "torch")
         return [out, *torch.autograd.grad(out, [*leaves, *resnet.parameters()], upstream)]
 
-    for found, expected in zip(results("triton"), results("torch"), strict=True):
-        assert (found - expected).norm() < 1e-4 * expected.norm()
+    found = results("triton", resnet, leaves, upstream)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = results("torch", copy.deepcopy(resnet).double(), wide, upstream.double())
+    allowed = (2 * 40 * 36) ** 0.5 * torch.finfo(torch.float32).eps
+    for mine, gold in zip(found, exact, strict=True):
+        assert (mine - gold).norm() < allowed * gold.norm()
 
 
 def features(dtype=torch.float32):
