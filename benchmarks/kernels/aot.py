@@ -40,6 +40,8 @@ CARDS = {
     86: Card(warps=48, blocks=16, shared=100 << 10, block_shared=99 << 10),
     89: Card(warps=48, blocks=24, shared=100 << 10, block_shared=99 << 10),
     90: Card(warps=64, blocks=32, shared=228 << 10, block_shared=227 << 10),
+    100: Card(warps=64, blocks=32, shared=228 << 10, block_shared=227 << 10),
+    120: Card(warps=48, blocks=24, shared=100 << 10, block_shared=99 << 10),
 }
 
 
@@ -170,25 +172,40 @@ def _occupancy(card: Card, warps: int, registers: int, shared: int) -> float:
     return blocks * warps / card.warps
 
 
-def compile_op(
-    op: str, dtype: str, sm: int, skip: tuple[str, ...] = (), wanted: Wanted = lambda kernel, config: "instructions"
-) -> list[tuple[str, Compiled]]:
-    """(case, kernel) of every kernel that the benchmark cases of an op launch at batch 2; each kernel once.
+def spread(cases: list[Any], few: int | None) -> list[Any]:
+    """So many of them, far from each other; every other one is at an odd place, where backward passes often are."""
+    if few is None or len(cases) <= few:
+        return cases
+    places = ((number * len(cases) // few) | (number % 2) for number in range(few))
+    return [cases[min(place, len(cases) - 1)] for place in places]
 
-    Cases with one of the words of `skip` in their names are left out, and kernels of which nothing is `wanted`.
+
+def compile_op(
+    op: str,
+    dtype: str,
+    sm: int,
+    skip: tuple[str, ...] = (),
+    wanted: Wanted = lambda kernel, config: "instructions",
+    batch: int = 2,
+    few: int | None = None,
+) -> list[tuple[str, Compiled]]:
+    """(case, kernel) of every kernel that the benchmark cases of an op launch; each kernel once.
+
+    Cases with one of the words of `skip` in their names are left out, and kernels of which nothing is `wanted`. Of the
+    others only a `few` are taken where that is a number, see `spread`.
     """
     import importlib
 
     import torch
 
     cases = importlib.import_module(f"benchmarks.kernels.cases.{op}").cases(
-        2, torch.device("cpu"), getattr(torch, dtype)
+        batch, torch.device("cpu"), getattr(torch, dtype)
     )
+    cases = [case for case in cases if not set(skip) & set(case.name.split())]
+    cases = spread(cases, few)
     rows: list[tuple[str, Compiled]] = []
     with offline(sm, wanted) as compiled:
         for case in cases:
-            if set(skip) & set(case.name.split()):
-                continue
             before = len(compiled)
             call: Callable[[], object] = case.providers["triton"]()
             call()

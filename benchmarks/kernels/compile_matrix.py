@@ -5,7 +5,8 @@
     python -m benchmarks.kernels.compile_matrix --write    replaces this triton's rows in the table, or those of --op
     python -m benchmarks.kernels.compile_matrix --check --one-card    what CI has time for
 
-The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units.
+The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units, and heads of
+SD 1.x. A few of them in fp16, with TF32 and at batch 16 as well, each launch for one card.
 A row is worse if it spills, needs more shared memory than the card has, computes in fp64, holds fewer warps on an SM
 than the committed row, or lost its tensor-core instructions or 16-byte copies.
 """
@@ -20,6 +21,7 @@ from multiprocessing import get_context
 from typing import Any, Literal
 from zlib import crc32
 
+import torch
 import triton
 
 from benchmarks import RESULTS
@@ -30,8 +32,37 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import write_atomic
 
 TABLE = RESULTS / "compile_matrix.jsonl"
-# Of each dtype, the kept ratios left out: between dense and 0.55, 0.80 shows nothing new.
-DTYPES = {"bfloat16": ("0.80",), "float32": ("0.80", "0.55")}
+PRODUCTS = ("structured_conv2d", "pruned_attention", "linear_geglu")  # what has tf32
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Cases of one kind.
+
+    Attributes:
+        dtype: Of the tensors.
+        skip: Words of cases that are left out: between dense and 0.55, 0.80 shows nothing new.
+        few: Only so many cases, spread over all, and of each launch one card, which its name decides.
+        tf32: Whether fp32 products may take it.
+        ops: Only these; all if None.
+    """
+
+    dtype: str
+    skip: tuple[str, ...]
+    batch: int = 2
+    few: int | None = None
+    tf32: bool = False
+    ops: tuple[str, ...] | None = None
+
+
+# What a row says under `dtype` -> what that is
+VARIANTS = {
+    "bfloat16": Variant("bfloat16", ("0.80",)),
+    "float32": Variant("float32", ("0.80", "0.55")),
+    "float16": Variant("float16", ("0.80", "0.55"), few=4),
+    "float32 as tf32": Variant("float32", ("0.80", "0.55"), few=4, tf32=True, ops=PRODUCTS),
+    "bfloat16 b16": Variant("bfloat16", ("0.80", "0.55"), batch=16, few=4),
+}
 VERSION = triton.__version__  # other compilers make other code: each has rows of its own
 KEY = ("op", "dtype", "sm", "kernel", "case", "config")
 
@@ -47,8 +78,8 @@ class Settings:
     check: bool = False
     """Compare with the committed table; exit with 1 if a row is worse."""
     one_card: bool = False
-    """Compile each launch for one card only, which its name decides, so that all cards are seen. Count the instructions
-    of every fourth: to disassemble a kernel takes as long as to compile it."""
+    """Compile each launch for one card only, which its name decides, so that all cards are seen; no variant of a few
+    cases. Count the instructions of every fourth: to disassemble a kernel takes as long as to compile it."""
     write: bool = False
     """Replace the rows of this triton in the committed table, or those of `op` among them."""
     json: bool = False
@@ -64,17 +95,25 @@ def _number(kernel: str, config: str) -> int:
     return crc32(f"{kernel} {config}".encode())
 
 
-def compile_one(op: str, dtype: str, sm: int, one_card: bool = False) -> list[Row]:
-    """The rows of one op for one card. Runs in a process of its own."""
+def wanted(op: str, name: str, one_card: bool = False) -> bool:
+    """Whether an op is compiled in that variant: where each launch is for one card only, not if it has few cases."""
+    variant = VARIANTS[name]
+    return (variant.ops is None or op in variant.ops) and not (one_card and variant.few)
 
-    def wanted(kernel: str, config: str) -> Literal["nothing", "resources", "instructions"]:
-        if one_card and card_of(kernel, config) != sm:
+
+def compile_one(op: str, name: str, sm: int, one_card: bool = False) -> list[Row]:
+    """The rows of one op and variant for one card. Runs in a process of its own."""
+    variant = VARIANTS[name]
+
+    def asked(kernel: str, config: str) -> Literal["nothing", "resources", "instructions"]:
+        if (one_card or variant.few) and card_of(kernel, config) != sm:
             return "nothing"
         return "resources" if one_card and _number(kernel, config) // len(CARDS) % 4 else "instructions"
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.tf32
     rows = []
-    for case, kernel in compile_op(op, dtype, sm, DTYPES[dtype], wanted):
-        row = {"suite": "compile_matrix", "triton": VERSION, "op": op, "dtype": dtype, "case": case, **asdict(kernel)}
+    for case, kernel in compile_op(op, variant.dtype, sm, variant.skip, asked, variant.batch, variant.few):
+        row = {"suite": "compile_matrix", "triton": VERSION, "op": op, "dtype": name, "case": case, **asdict(kernel)}
         del row["sass"]
         rows.append({**row, "occupancy": round(kernel.occupancy, 3), "fits": kernel.fits})
     return rows
@@ -84,7 +123,11 @@ def compile_all(ops: Iterable[str], one_card: bool = False) -> list[Row]:
     """All rows, in a fixed order, compiled by as many processes as there are cores."""
     os.environ.pop("TRITON_INTERPRET", None)  # the processes inherit the environment
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
-        jobs = [pool.submit(compile_one, *job, one_card) for job in product(ops, DTYPES, CARDS)]
+        jobs = [
+            pool.submit(compile_one, op, name, sm, one_card)
+            for op, name, sm in product(ops, VARIANTS, CARDS)
+            if wanted(op, name, one_card)
+        ]
         return [row for job in jobs for row in job.result()]
 
 
@@ -148,7 +191,7 @@ def replaced(table: list[Row], rows: list[Row], ops: Iterable[str]) -> list[Row]
 
 def text(row: Row) -> str:
     return (
-        f"sm_{row['sm']} {row['dtype']:8} {row['kernel']:36} {row['registers']:3} regs  {row['spills']:3} B spilled  "
+        f"sm_{row['sm']} {row['dtype']:15} {row['kernel']:36} {row['registers']:3} regs  {row['spills']:3} B spilled  "
         f"{row['shared']:6} B shared  {row['occupancy']:4.0%} occupied  {row['tensor_core']} mma  "
         f"{row['wide_copies']} x 16 B  {row['double']} f64  {row['case']}  {row['config']}"
     )
@@ -163,7 +206,11 @@ def main() -> None:
     ops = OPS if settings.op is None else (settings.op,)
     table = [row for row in load() if row["op"] in ops] if settings.check else []
     if settings.one_card:
-        table = [row for row in table if card_of(row["kernel"], row["config"]) == row["sm"]]
+        table = [
+            row
+            for row in table
+            if card_of(row["kernel"], row["config"]) == row["sm"] and wanted(row["op"], row["dtype"], one_card=True)
+        ]
     rows = compile_all(ops, settings.one_card)
     for row in rows if settings.json or not settings.check else []:
         print(json.dumps(row) if settings.json else text(row))

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import RESULTS, ROOT
 from benchmarks.kernels.cases import OPS
-from benchmarks.kernels.compile_matrix import version
+from benchmarks.kernels.compile_matrix import VARIANTS, version
 from benchmarks.kernels.goals import goals
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.files import write_atomic
@@ -64,7 +64,7 @@ def summary() -> list[str]:
 def compiled(rows: list[Row]) -> list[str]:
     """One line per kernel and dtype: the worst over all cases of each card, by the newest triton."""
     newest = max(map(version, rows), key=lambda name: [int(part) for part in name.split(".")])
-    rows = [row for row in rows if version(row) == newest]
+    rows = [row for row in rows if version(row) == newest and VARIANTS[row["dtype"]].few is None]
     groups: dict[tuple[str, str, str], dict[int, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[row["op"], row["kernel"], row["dtype"]][row["sm"]].append(row)

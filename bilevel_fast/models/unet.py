@@ -33,9 +33,11 @@ from bilevel_fast.ops.dispatch import (
     group_norm_and_input,
     group_norm_silu,
     group_norm_silu_and_input,
+    group_norm_silu_of_two,
     linear,
 )
 from bilevel_fast.ops.products import lay_together, products
+from bilevel_fast.ops.shortcut import widened
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,18 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor | None, time: Tensor) -> Tensor:
         """x (B, C, H, W), skip (B, C_skip, H, W) or None, time = SiLU of the time embedding (B, 4 C_0)."""
-        if skip is not None:
-            x = torch.cat([x, skip], dim=1)
-        h, x = group_norm_silu_and_input(x, self.norm1)
-        h = self.conv1(h)
-        h = self.conv2(group_norm_silu(h, self.norm2, self.pad, self.time_emb_proj(time)))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        if skip is None:
+            h, x = group_norm_silu_and_input(x, self.norm1)
+            sources = (x,)
+        else:
+            h, sources = group_norm_silu_of_two(x, skip, self.norm1)
+        h = group_norm_silu(self.conv1(h), self.norm2, self.pad, self.time_emb_proj(time))
+        widen = self.conv_shortcut
+        whole = None if widen is None else widened(h, self.conv2, sources, widen)
+        if whole is not None:
+            return whole
+        x = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
+        return self.conv2(h) + (x if widen is None else widen(x))
 
 
 _PADDED = {"conv1.weight": 0, "conv1.bias": 0, "time_emb_proj.weight": 0, "time_emb_proj.bias": 0, "conv2.weight": 1}

@@ -19,8 +19,10 @@ import bilevel_kernels as triton_ops
 from bilevel_fast.ops import providers
 from bilevel_fast.ops.native import operators as native
 from bilevel_fast.ops.native.cuda import is_built
+from bilevel_fast.ops.products import runs
 from bilevel_fast.ops.providers import choose
 from bilevel_kernels.group_norm_silu import group_norm_silu_and_input as group_norm_with_input
+from bilevel_kernels.group_norm_silu import group_norm_silu_of_two as norm_of_two
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,6 +46,23 @@ def group_norm_silu_and_input(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Te
     while it computes the norm's. It is x, or shares its memory; leave it as it is.
     """
     return _group_norm(x, norm, padding=0, time=None, silu=True, again=True)
+
+
+def group_norm_silu_of_two(x: Tensor, skip: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """SiLU(GroupNorm) of x and a skip connection one behind the other, and both for the connection around the norm.
+
+    Args:
+        x, skip: (B, C_i, H, W).
+
+    Returns:
+        (B, C, H, W), and what to go on with: both, or one tensor that holds both where they had to be joined.
+    """
+    known = _group_norm_providers(x, norm) if runs(x) and x.dtype == skip.dtype else []
+    able = "triton" in known and bool(skip.numel()) and skip.is_contiguous(memory_format=torch.channels_last)
+    if choose("group_norm_silu", x.device, x.numel() + skip.numel(), *["triton"] * able) == "triton":
+        return norm_of_two(x, skip, norm.weight, norm.bias, norm.num_groups, norm.eps)
+    h, x = group_norm_silu_and_input(torch.cat([x, skip], dim=1), norm)
+    return h, (x,)
 
 
 def group_norm_and_input(x: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
@@ -201,8 +220,12 @@ def missing(device: torch.device) -> dict[str, str]:
 def geglu(x: Tensor, proj: nn.Linear) -> Tensor:
     """The first half of proj(x) times the exact GELU of the second: (..., C) -> (..., F) (arXiv:2002.05202)."""
     numel = x.numel() // proj.in_features * proj.out_features
-    if choose("geglu", x.device, numel, *["triton"] * triton_runs(x)) == "triton":
-        return triton_ops.geglu(F.linear(x, proj.weight), proj.bias)
+    weight, ours = proj.weight, triton_runs(x)
+    able = ours and x.numel() > 0 and weight.dtype == x.dtype and x.is_contiguous() and weight.is_contiguous()
+    if choose("linear_geglu", x.device, numel, *["triton"] * able) == "triton":
+        return triton_ops.linear_geglu(x, weight, proj.bias)
+    if choose("geglu", x.device, numel, *["triton"] * ours) == "triton":
+        return triton_ops.geglu(F.linear(x, weight), proj.bias)
     value, gate = proj(x).chunk(2, dim=-1)
     return value * F.gelu(gate)
 

@@ -62,10 +62,15 @@ def _weights(layers: Sequence[nn.Module]) -> list[Tensor]:
     return [layer.weight for layer in layers]  # pyright: ignore[reportReturnType]
 
 
-def _able(x: Tensor, layers: Sequence[nn.Module]) -> bool:
+def runs(x: Tensor) -> bool:
+    """Whether layers over x may be joined: not while torch.compile traces, on a CPU, or where torch is to run all."""
     if torch.compiler.is_compiling() or asked_for() == "torch" or not x.numel():
         return False
-    if x.device.type == "cpu" and not (triton_ops.INTERPRETED and asked_for() == "triton"):
+    return x.device.type != "cpu" or (triton_ops.INTERPRETED and asked_for() == "triton")
+
+
+def _able(x: Tensor, layers: Sequence[nn.Module]) -> bool:
+    if not runs(x):
         return False
     plain = all(
         type(layer) is nn.Linear and layer.bias is None and not (layer._forward_hooks or layer._forward_pre_hooks)

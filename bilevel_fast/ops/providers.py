@@ -6,7 +6,8 @@
 
 An architecture is `cpu` or `sm_90` and the like. `projected` stands for GPUs from sm_80 on, op by op until one was
 measured there: the fused kernels that move fewer bytes than torch's own, which copy channels_last around GroupNorm.
-Attention is on torch there, whose backends are the fastest. What the table does not name runs on torch; but a mixture
+Attention is on torch there, whose backends are the fastest. `projected before sm_90` adds what trades cuBLAS for fewer
+bytes: an H100 multiplies too fast for that. What the table does not name runs on torch; but a mixture
 batch runs on Triton on any GPU: torch has no op that does several experts at once.
 `BILEVEL_FAST_OPS=torch` (or another provider) in the environment overrules the table, wherever that provider can take
 the inputs.
@@ -26,10 +27,10 @@ VARIABLE = "BILEVEL_FAST_OPS"
 PROVIDERS = ("torch", "native", "triton", "cuda", "xformers")
 SIZES = {"small": 2**18, "medium": 2**22}  # elements below which a tensor is of the class; "large" from there on
 
-PROJECTED = "projected"
+PROJECTED, BEFORE_SM_90 = "projected", "projected before sm_90"
 
-# architecture, or `projected` -> op -> size class -> provider, or several from the fastest on: the first that can take
-# the inputs runs
+# architecture, or one of these two -> op -> size class -> provider, or several from the fastest on: the first that can
+# take the inputs runs
 TABLE: dict[str, dict[str, dict[str, str | list[str]]]] = json.loads(
     (Path(__file__).parent / "providers.json").read_text()
 )
@@ -59,7 +60,10 @@ def choose(op: str, device: torch.device, numel: int, *able: str, default: str =
 
 def table(here: str) -> Mapping[str, Mapping[str, str | list[str]]]:
     """op -> size class -> provider on an architecture: what was measured there, and what is projected for the rest."""
-    return (TABLE.get(PROJECTED, {}) if is_projected(here) else {}) | TABLE.get(here, {})
+    guessed = TABLE.get(PROJECTED, {}) if is_projected(here) else {}
+    if guessed and int(here[3:]) < 90:
+        guessed = guessed | TABLE.get(BEFORE_SM_90, {})
+    return guessed | TABLE.get(here, {})
 
 
 def is_projected(here: str) -> bool:
@@ -104,7 +108,7 @@ def notes(device: torch.device, missing: Mapping[str, str]) -> list[str]:
     elif measured:
         return []
     else:
-        known = ", ".join(sorted(set(TABLE) - {PROJECTED})) or "none"
+        known = ", ".join(sorted(set(TABLE) - {PROJECTED, BEFORE_SM_90})) or "none"
         said = f"no op was measured on {here} (only on {known}), torch runs them all"
     return [f"{said}; to measure: OUT=results bash benchmarks/gpu.sh"]
 

@@ -221,7 +221,7 @@ _KIND_OF = {
     "conv": "convolution cudnn_convolution _convolution _slow_conv mkldnn_convolution",
     "attention": "_scaled_dot_product _flash_attention _efficient_attention efficient_attention "
     "flash_ =bmm =baddbmm _softmax _safe_softmax",
-    "linear": "=mm =mv =dot =addmm =addmv =_scaled_mm",
+    "linear": "=mm =mv =dot =addmm =addmm_ =addmv =_scaled_mm",
     "norm": "native_group_norm native_layer_norm group_norm native_batch_norm cudnn_batch_norm",
     "optimizer": "_fused_adam _fused_sgd",
     "copy": "_to_copy =clone copy_ _foreach_copy_ =cat =stack =repeat _local_scalar_dense slice_backward "
@@ -321,6 +321,7 @@ _FACTORS = {
     "bmm": ("self", "mat2"),
     "_scaled_mm": ("self", "mat2"),
     "addmm": ("mat1", "mat2"),
+    "addmm_": ("mat1", "mat2"),
     "baddbmm": ("batch1", "batch2"),
 }
 

@@ -5,7 +5,7 @@
     dv = dy g Phi(g)        dg = dy v (Phi(g) + g phi(g))        dbias = sum over rows of (dv, dg)
 
 Why fused  eager runs three kernels forward and five backward, the last reading dx again for dbias; here one launch each
-           way and a small sum. `_normal_cdf` takes half the instructions of erf, which on an A100 or H100 are about
+           way and a small sum. `normal_cdf` takes half the instructions of erf, which on an A100 or H100 are about
            as dear as the memory traffic
 
 Shapes     x: (B, T, 2F) or any (..., 2F), bias: (2F,) -> y: (..., F); groups not kept are zero in y, dx and dbias
@@ -60,7 +60,7 @@ def geglu_ref(x: Tensor, bias: Tensor | None = None, kept: Kept | None = None) -
 
 
 @triton.jit
-def _normal_cdf(g):
+def normal_cdf(g):
     """Phi(g): eight multiply-adds and one exp2 instead of the two polynomials and the exp2 of erf."""
     z = tl.abs(g)
     p = _C8 * z + _C7
@@ -120,7 +120,7 @@ def _geglu_fwd_kernel(
         if bias_ptr is not None:
             v += bias_v[None, :]
             g += bias_g[None, :]
-        y = v * (g * _normal_cdf(g))  # 0 in channels that are not kept
+        y = v * (g * normal_cdf(g))  # 0 in channels that are not kept
         mask = (t < T)[:, None] & (ch < F)[None, :]
         tl.store(y_ptr + row[:, None] * F + ch[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -161,7 +161,7 @@ def _geglu_bwd_kernel(
         if bias_ptr is not None:
             v += bias_v[None, :]
             g += bias_g[None, :]
-        cdf = _normal_cdf(g)
+        cdf = normal_cdf(g)
         pdf = tl.exp2(-0.72134752 * (g * g) - 1.32574806)  # log2(e) / 2 and log2(sqrt(2 pi))
         dv = dy * (g * cdf)
         dg = dy * v * (cdf + g * pdf)

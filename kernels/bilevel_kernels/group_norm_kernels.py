@@ -5,6 +5,8 @@ Tiles     A sample is K tiles of TILE pixels. Kernels over tiles have one progra
 Small     Where all pixels of a group fit one tile, one kernel does everything, with a program for each (group, sample).
 Order     `gn_out_kernel` and `gn_dx_kernel` read again what the kernel before them read, and walk backwards: what it
           read last is what the L2 cache still holds.
+Two       x may lie in two tensors, as a skip connection does beside what it is joined to: channels from SPLIT on are in
+          `more`. What is the size of x is read through `_load_input`, out and its gradient are whole
 Padding   Read, as 16-byte loads want whole rows, and replaced by zeros. rstd is 0 there too: so are out and dx.
 """
 
@@ -25,6 +27,24 @@ def _load(ptr, time_ptr, pixel, channel, pixels, C: tl.constexpr, READ: tl.const
 
 
 @triton.jit
+def _load_input(
+    x_ptr, more_ptr, time_ptr, first, pixel, channel, pixels,
+    C: tl.constexpr, ROW: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """As `_load`, of x from pixel `first` on; where there is `more`, it holds the channels from SPLIT on."""
+    if more_ptr is None:
+        tile = _load(x_ptr + first * ROW, time_ptr, pixel, channel, pixels, C, ROW, ROW)
+    else:
+        there = (pixel < pixels)[:, None]
+        x_at = x_ptr + first * SPLIT + pixel[:, None] * SPLIT + channel[None, :]
+        x = tl.load(x_at, mask=there & (channel < SPLIT)[None, :], other=0.0)
+        more_at = more_ptr + first * (ROW - SPLIT) + pixel[:, None] * (ROW - SPLIT) + (channel - SPLIT)[None, :]
+        more = tl.load(more_at, mask=there & ((channel >= SPLIT) & (channel < ROW))[None, :], other=0.0)
+        tile = x.to(tl.float32) + more.to(tl.float32)  # one of them is 0
+    return tile
+
+
+@triton.jit
 def _load_channels(ptr, channel, C: tl.constexpr):
     return tl.load(ptr + channel, mask=channel < C, other=0.0).to(tl.float32)[None, :]
 
@@ -33,6 +53,20 @@ def _load_channels(ptr, channel, C: tl.constexpr):
 def _store(ptr, tile, pixel, channel, pixels, WRITE: tl.constexpr, ROW: tl.constexpr):
     mask = (pixel < pixels)[:, None] & (channel < WRITE)[None, :]
     tl.store(ptr + pixel[:, None] * ROW + channel[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_input(
+    x_ptr, more_ptr, tile, first, pixel, channel, pixels, ROW: tl.constexpr, SPLIT: tl.constexpr
+):  # fmt: skip
+    """What `_load_input` reads, written."""
+    if more_ptr is None:
+        _store(x_ptr + first * ROW, tile, pixel, channel, pixels, ROW, ROW)
+    else:
+        _store(x_ptr + first * SPLIT, tile, pixel, channel, pixels, SPLIT, SPLIT)
+        mask = (pixel < pixels)[:, None] & ((channel >= SPLIT) & (channel < ROW))[None, :]
+        at = more_ptr + first * (ROW - SPLIT) + pixel[:, None] * (ROW - SPLIT) + (channel - SPLIT)[None, :]
+        tl.store(at, tile.to(more_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -53,11 +87,11 @@ def _silu(y, SILU: tl.constexpr):
 
 @triton.jit
 def _xhat_dy(
-    dout_ptr, x_ptr, time_ptr, weight_ptr, bias_ptr, mean, rstd, pixel, channel, pixels,
+    dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, pixels,
     C: tl.constexpr, READ: tl.constexpr, ROW: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
     """Recomputed from x: xhat, and the gradient dy of weight * xhat + bias; that is 0 where there is no dout."""
-    xhat = (_load(x_ptr, time_ptr, pixel, channel, pixels, C, READ, ROW) - mean) * rstd
+    xhat = (x - mean) * rstd
     dy = _load(dout_ptr, None, pixel, channel, pixels, C, READ, ROW)
     if SILU:
         y = xhat * _load_channels(weight_ptr, channel, C) + _load_channels(bias_ptr, channel, C)
@@ -67,14 +101,14 @@ def _xhat_dy(
 
 
 @triton.jit
-def _place(HW, ROW: tl.constexpr, TILE: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
-    """Of this program: sample, tile, offset of the first pixel, pixels from there on, pixels and channels."""
+def _place(HW, TILE: tl.constexpr, BLOCK_C: tl.constexpr, BACKWARDS: tl.constexpr):
+    """Of this program: sample, tile, first pixel of all, pixels from there on, pixels and channels."""
     k, b = tl.program_id(1), tl.program_id(2)
     if BACKWARDS:
         k, b = tl.num_programs(1) - 1 - k, tl.num_programs(2) - 1 - b
     k, b = k.to(tl.int64), b.to(tl.int64)
     pixel, channel = tl.arange(0, TILE), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return b, k, (b * HW + k * TILE) * ROW, (HW - k * TILE).to(tl.int32), pixel, channel
+    return b, k, b * HW + k * TILE, (HW - k * TILE).to(tl.int32), pixel, channel
 
 
 @triton.jit
@@ -135,20 +169,22 @@ def gn_small_fwd_kernel(
 
 @triton.jit
 def gn_tile_moments_kernel(
-    x_ptr,  # (B, HW, ROW)
+    x_ptr,  # (B, HW, SPLIT)
+    more_ptr,  # (B, HW, ROW - SPLIT), or None: x has all of ROW
     time_ptr,  # (B, ROW) or None
     tile_mean_ptr,  # (B, K, C) fp32
     tile_m2_ptr,  # (B, K, C) fp32, sums of squares about tile_mean
     HW,
     C: tl.constexpr,
     ROW: tl.constexpr,
+    SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b, k, first, pixels, pixel, channel = _place(HW, ROW, TILE, BLOCK_C, False)
+    b, k, first, pixels, pixel, channel = _place(HW, TILE, BLOCK_C, False)
     if time_ptr is not None:
         time_ptr += b * ROW
-    h = _load(x_ptr + first, time_ptr, pixel, channel, pixels, C, ROW, ROW)
+    h = _load_input(x_ptr, more_ptr, time_ptr, first, pixel, channel, pixels, C, ROW, SPLIT)
     mean = tl.sum(h, axis=0) / tl.minimum(pixels, TILE)
     d = tl.where((pixel < pixels)[:, None], h - mean[None, :], 0.0)
     at = (b * tl.num_programs(1) + k) * C + channel
@@ -198,7 +234,8 @@ def gn_moments_kernel(
 
 @triton.jit
 def gn_out_kernel(
-    x_ptr,  # (B, HW, ROW)
+    x_ptr,  # (B, HW, SPLIT)
+    more_ptr,  # (B, HW, ROW - SPLIT), or None: x has all of ROW
     time_ptr,  # (B, ROW) or None
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
@@ -208,19 +245,21 @@ def gn_out_kernel(
     HW,
     C: tl.constexpr,
     ROW: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b, _, first, pixels, pixel, channel = _place(HW, ROW, TILE, BLOCK_C, True)
+    b, _, first, pixels, pixel, channel = _place(HW, TILE, BLOCK_C, True)
     if time_ptr is not None:
         time_ptr += b * ROW
     mean = _load_groups(mean_ptr + b * (C // WIDTH), channel, C, WIDTH)
     rstd = _load_groups(rstd_ptr + b * (C // WIDTH), channel, C, WIDTH)
-    xhat = (_load(x_ptr + first, time_ptr, pixel, channel, pixels, C, ROW, ROW) - mean) * rstd
+    h = _load_input(x_ptr, more_ptr, time_ptr, first, pixel, channel, pixels, C, ROW, SPLIT)
+    xhat = (h - mean) * rstd
     y = xhat * _load_channels(weight_ptr, channel, C) + _load_channels(bias_ptr, channel, C)
-    _store(out_ptr + first, _silu(y, SILU), pixel, channel, pixels, ROW, ROW)
+    _store(out_ptr + first * ROW, _silu(y, SILU), pixel, channel, pixels, ROW, ROW)
 
 
 # --- backward -------------------------------------------------------------------------------
@@ -261,17 +300,15 @@ def gn_small_bwd_kernel(
         time_ptr += row
     mean, rstd = tl.load(mean_ptr + b * (C // WIDTH) + g), tl.load(rstd_ptr + b * (C // WIDTH) + g)
     w = _load_channels(weight_ptr, channel, WIDTH)
-    xhat, dy = _xhat_dy(
-        dout_ptr, x_ptr, time_ptr, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU
-    )
+    x = _load(x_ptr, time_ptr, pixel, channel, HW, WIDTH, WIDTH, C)
+    xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU)
     dweight, dbias = tl.sum(dy * xhat, axis=0), tl.sum(dy, axis=0)
     tl.store(dweight_ptr + row + channel, dweight, mask=channel < WIDTH)
     tl.store(dbias_ptr + row + channel, dbias, mask=channel < WIDTH)
     c0, c1 = tl.sum(dbias[None, :] * w) / (HW * WIDTH), tl.sum(dweight[None, :] * w) / (HW * WIDTH)
     # again, out of the L1 cache: kept in registers, the two tiles spill
-    xhat, dy = _xhat_dy(
-        dout_ptr, x_ptr, time_ptr, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU
-    )
+    x = _load(x_ptr, time_ptr, pixel, channel, HW, WIDTH, WIDTH, C)
+    xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU)
     dx = (dy * w - c0 - xhat * c1) * rstd
     if dtime_ptr is not None:
         dtime = tl.sum(tl.where((pixel < HW)[:, None], dx, 0.0), axis=0)
@@ -285,7 +322,8 @@ def gn_small_bwd_kernel(
 @triton.jit
 def gn_tile_sums_kernel(
     dout_ptr,  # (B, HW, ROW)
-    x_ptr,  # (B, HW, ROW)
+    x_ptr,  # (B, HW, SPLIT)
+    more_ptr,  # (B, HW, ROW - SPLIT), or None: x has all of ROW
     time_ptr,  # (B, ROW) or None
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
@@ -297,20 +335,20 @@ def gn_tile_sums_kernel(
     HW,
     C: tl.constexpr,
     ROW: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b, k, first, pixels, pixel, channel = _place(HW, ROW, TILE, BLOCK_C, False)
+    b, k, first, pixels, pixel, channel = _place(HW, TILE, BLOCK_C, False)
     if time_ptr is not None:
         time_ptr += b * ROW
     mean = _load_groups(mean_ptr + b * (C // WIDTH), channel, C, WIDTH)
     rstd = _load_groups(rstd_ptr + b * (C // WIDTH), channel, C, WIDTH)
-    dout_ptr, x_ptr = dout_ptr + first, x_ptr + first
-    xhat, dy = _xhat_dy(
-        dout_ptr, x_ptr, time_ptr, weight_ptr, bias_ptr, mean, rstd, pixel, channel, pixels, C, ROW, ROW, SILU
-    )
+    x = _load_input(x_ptr, more_ptr, time_ptr, first, pixel, channel, pixels, C, ROW, SPLIT)
+    dout_ptr += first * ROW
+    xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, pixels, C, ROW, ROW, SILU)
     at = (b * tl.num_programs(1) + k) * C + channel
     tl.store(dy_ptr + at, tl.sum(dy, axis=0), mask=channel < C)
     tl.store(dy_xhat_ptr + at, tl.sum(dy * xhat, axis=0), mask=channel < C)
@@ -362,7 +400,8 @@ def gn_means_kernel(
 @triton.jit
 def gn_dx_kernel(
     dout_ptr,  # (B, HW, ROW)
-    x_ptr,  # (B, HW, ROW)
+    x_ptr,  # (B, HW, SPLIT)
+    more_ptr,  # (B, HW, ROW - SPLIT), or None: x has all of ROW
     time_ptr,  # (B, ROW) or None
     weight_ptr,  # (C,)
     bias_ptr,  # (C,)
@@ -370,18 +409,20 @@ def gn_dx_kernel(
     rstd_ptr,  # (B, G) fp32
     c0_ptr,  # (B, G) fp32
     c1_ptr,  # (B, G) fp32
-    dx_ptr,  # (B, HW, ROW)
+    dx_ptr,  # (B, HW, SPLIT)
+    dmore_ptr,  # (B, HW, ROW - SPLIT) or None
     dskip_ptr,  # (B, HW, ROW) or None, of any distance between pixels
     skip_row,
     HW,
     C: tl.constexpr,
     ROW: tl.constexpr,
+    SPLIT: tl.constexpr,
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    b, k, first, pixels, pixel, channel = _place(HW, ROW, TILE, BLOCK_C, True)
+    b, _, first, pixels, pixel, channel = _place(HW, TILE, BLOCK_C, True)
     if time_ptr is not None:
         time_ptr += b * ROW
     groups = b * (C // WIDTH)
@@ -389,15 +430,14 @@ def gn_dx_kernel(
     rstd = _load_groups(rstd_ptr + groups, channel, C, WIDTH)
     c0 = _load_groups(c0_ptr + groups, channel, C, WIDTH)
     c1 = _load_groups(c1_ptr + groups, channel, C, WIDTH)
-    dout_ptr, x_ptr = dout_ptr + first, x_ptr + first
-    xhat, dy = _xhat_dy(
-        dout_ptr, x_ptr, time_ptr, weight_ptr, bias_ptr, mean, rstd, pixel, channel, pixels, C, ROW, ROW, SILU
-    )
+    x = _load_input(x_ptr, more_ptr, time_ptr, first, pixel, channel, pixels, C, ROW, SPLIT)
+    dout_ptr += first * ROW
+    xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, pixels, C, ROW, ROW, SILU)
     dx = (dy * _load_channels(weight_ptr, channel, C) - c0 - xhat * c1) * rstd
     if dskip_ptr is not None:
-        dskip_ptr += (b * HW + k * TILE) * skip_row
+        dskip_ptr += first * skip_row
     dx = _plus_skip(dx, dskip_ptr, skip_row, pixel, channel, pixels, ROW)
-    _store(dx_ptr + first, dx, pixel, channel, pixels, ROW, ROW)
+    _store_input(dx_ptr, dmore_ptr, dx, first, pixel, channel, pixels, ROW, SPLIT)
 
 
 @triton.jit

@@ -12,7 +12,18 @@ from typing import Any
 import pytest
 
 from benchmarks.kernels import aot
-from benchmarks.kernels.compile_matrix import KEY, VERSION, card_of, check, complaints, replaced, version
+from benchmarks.kernels.cases import OPS
+from benchmarks.kernels.compile_matrix import (
+    KEY,
+    VARIANTS,
+    VERSION,
+    card_of,
+    check,
+    complaints,
+    replaced,
+    version,
+    wanted,
+)
 
 ROOT = Path(__file__).parents[2]
 GOOD: dict[str, Any] = {
@@ -43,6 +54,21 @@ def test_one_card_each_covers_all_cards():
     share = Counter(card_of(*launch) for launch in launches)
     assert share.keys() == set(aot.CARDS)
     assert max(share.values()) < 2 * min(share.values())
+
+
+def test_a_few_cases_are_far_apart_and_of_both_directions():
+    cases = [f"{level} {way}" for level in range(4) for way in ("fwd", "bwd")]
+    assert aot.spread(cases, 4) == ["0 fwd", "1 bwd", "2 fwd", "3 bwd"]
+    assert aot.spread(cases[:5], 4) == ["0 fwd", "0 bwd", "1 fwd", "1 bwd"]
+    assert aot.spread(cases[:3], 4) == aot.spread(cases[:3], None) == cases[:3]
+
+
+def test_variants_of_a_few_cases_are_left_to_the_full_table():
+    """CI compiles no more for them. Only ops with matrix products have TF32."""
+    names = [name for name in VARIANTS if wanted("pruned_attention", name, one_card=True)]
+    assert names == ["bfloat16", "float32"]
+    assert [name for name in VARIANTS if not wanted("geglu", name)] == ["float32 as tf32"]
+    assert all(wanted(op, name) for op in OPS for name in ("float16", "bfloat16 b16"))
 
 
 BAD = """

@@ -11,7 +11,10 @@ from bilevel_kernels.group_norm_silu import (
     group_norm_silu_and_input,
     group_norm_silu_bwd,
     group_norm_silu_fwd,
+    group_norm_silu_of_two,
     group_norm_silu_ref,
+    group_norm_silu_two_bwd,
+    group_norm_silu_two_fwd,
 )
 from group_norm_contract import (
     BF16,
@@ -158,6 +161,133 @@ def test_the_input_comes_back_as_it_is(gn):
     torch.testing.assert_close(only, torch.autograd.grad(group_norm_silu(x, weight, bias, ODD[1], EPS).sum(), x)[0])
 
 
+TWO = [  # of TILED without padding and time, and how many channels are in the first tensor
+    (TILED[2], 64),  # whole blocks of channels
+    ((2, 3, 50, 18, 15, 0), 37),  # the border cuts a block and a group
+]
+NAMES_OF_TWO = ("out", "dx", "dmore", "dweight", "dbias")
+
+
+def run_two(norm, tensors, leave, silu=True):
+    """out and gradients where both inputs are used again behind the norm, but for those that `leave` names."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    x, more, weight, bias = leaves
+    out, sources = norm(x, more, weight, bias, silu)
+    given = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    around = given.flip(0).to(memory_format=torch.channels_last)
+    used, start = out.mul(given).sum(), 0
+    for number, source in enumerate(sources):
+        if number not in leave:
+            used = used + source.mul(around[:, start : start + source.shape[1]]).sum()
+        start += source.shape[1]
+    return [out.detach(), *torch.autograd.grad(used, leaves)]
+
+
+def two_ref(groups):
+    def fn(x, more, weight, bias, silu):
+        return group_norm_silu_ref(torch.cat([x, more], 1), weight, bias, groups, EPS, silu=silu), (x, more)
+
+    return fn
+
+
+def of_two(groups):
+    return lambda x, more, weight, bias, silu: group_norm_silu_of_two(x, more, weight, bias, groups, EPS, silu=silu)
+
+
+def make_two(gn, shape, split, dtype=F32):
+    x, weight, bias, _ = make(gn, shape, dtype, time=False)
+    parts = (part.contiguous(memory_format=torch.channels_last) for part in (x[:, :split], x[:, split:]))
+    return [*parts, weight, bias]
+
+
+def check_two(shape, tensors, leave=(), silu=True):
+    ref = two_ref(shape[1])
+    nchw = [t.contiguous() for t in tensors]
+    gold, eager = run_two(ref, [t.double() for t in nchw], leave, silu), run_two(ref, nchw, leave, silu)
+    found = run_two(of_two(shape[1]), tensors, leave, silu)
+    for name, f, e, g in zip(NAMES_OF_TWO, found, eager, gold, strict=True):
+        assert_no_worse_than_eager(name, f, e, g)
+    return found
+
+
+@pytest.mark.parametrize(("shape", "split", "dtype"), [(*TWO[0], F32), (*TWO[1], F32), (*TWO[1], BF16)], ids=ids)
+def test_an_input_in_two_tensors(shape, split, dtype, gn):
+    tensors = make_two(gn, shape, split, dtype)
+    out, dx, dmore, *_ = check_two(shape, tensors)
+    assert (dx.shape, dmore.shape) == (tensors[0].shape, tensors[1].shape)
+    whole = torch.cat(tensors[:2], 1).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(out, group_norm_silu(whole, *tensors[2:], shape[1], EPS)), "bits of the joined input"
+
+
+@pytest.mark.parametrize("leave", [(0,), (1,), (0, 1)], ids=str)
+def test_two_tensors_of_which_one_or_none_is_used_again(leave, gn):
+    check_two(TWO[1][0], make_two(gn, *TWO[1]), leave, silu=False)
+
+
+def test_two_tensors_of_small_groups_are_joined(gn):
+    tensors = make_two(gn, SMALL[1], 80)
+    assert [t.shape[1] for t in of_two(SMALL[1][1])(*tensors, True)[1]] == [200]
+    check_two(SMALL[1], tensors)
+
+
+def test_gradients_that_lie_side_by_side_are_not_copied():
+    like = [torch.empty(2, c, 3, 4).to(memory_format=torch.channels_last) for c in (5, 6)]
+    whole = torch.randn(2, 11, 3, 4).to(memory_format=torch.channels_last)
+    joined = op._joined(whole.split([5, 6], 1), like)
+    assert torch.equal(joined, whole)
+    assert joined.data_ptr() == whole.data_ptr()
+    first, second = whole.split([5, 6], 1)
+    for parts in ((first, second.clone()), (first.contiguous(), second), (whole[:, 6:], whole[:, :6])):
+        assert torch.equal(op._joined(parts, like), torch.cat(parts, 1))
+    assert torch.equal(op._joined((None, second), like)[:, 5:], second)
+    assert op._joined((None, None), like) is None
+
+
+def test_two_tensors_are_well_formed_custom_ops(gn):
+    x, more, weight, bias = make_two(gn, *TWO[1])
+    checks = ("test_schema", "test_faketensor")  # autograd is around them, not in them
+    settings = (TWO[1][0][1], EPS, True)
+    out, mean, rstd = group_norm_silu_two_fwd(x, more, weight, bias, *settings)
+    torch.library.opcheck(group_norm_silu_two_fwd, (x, more, weight, bias, *settings), test_utils=checks)
+    saved = (torch.ones_like(out), x, more, weight, bias, mean, rstd, True)
+    torch.library.opcheck(group_norm_silu_two_bwd, (*saved, None), test_utils=checks)
+    torch.library.opcheck(group_norm_silu_two_bwd, (*saved, torch.ones_like(out)), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"more": lambda t: t[:1]}, r"more: shape \(1, 113, 18, 15\), expected that of x, \(2, 37, 18, 15\), but for"),
+        ({"more": lambda t: t.half()}, "more: torch.float16 on .*, x is torch.float32 on"),
+        ({"more": lambda t: t.contiguous()}, "more: strides .* are not channels_last"),
+        ({"x": lambda t: t.double(), "more": lambda t: t.double()}, "x: torch.float64, expected"),
+        ({"weight": lambda t: t[1:]}, r"weight: shape \(149,\), expected \(150,\)"),
+        ({"groups": lambda _: 7}, "groups: 7 do not divide 150 channels"),
+    ],
+)
+def test_refuses_two(change, message, gn):
+    given = dict(zip(("x", "more", "weight", "bias"), make_two(gn, *TWO[1]), strict=True)) | {"groups": 3}
+    given |= {name: f(given[name]) for name, f in change.items()}
+    with pytest.raises(ValueError, match=message):
+        group_norm_silu_of_two(**given, eps=EPS)
+
+
+TWO_MUTANTS = [
+    ("x_at = x_ptr + first * SPLIT + pixel", "x_at = x_ptr + pixel"),
+    ("more_at = more_ptr + first * (ROW - SPLIT)", "more_at = more_ptr"),
+    ("x.to(tl.float32) + more.to(tl.float32)", "x.to(tl.float32)"),
+    ("_store(x_ptr + first * SPLIT, tile", "_store(x_ptr, tile"),
+    ("tl.store(at, tile.to(more_ptr", "tl.store(at, 0.0 * tile.to(more_ptr"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), TWO_MUTANTS)
+def test_planted_bug_of_two_tensors_is_found(old, new, gn, tmp_path, monkeypatch):
+    monkeypatch.setattr(op, "kernels", mutated(group_norm_kernels.__file__, old, new, tmp_path))
+    with pytest.raises(AssertionError, match=r"error .*, eager has|non-finite elements"):
+        check_two(TWO[1][0], make_two(gn, *TWO[1]))
+
+
 def test_copies_a_gradient_only_if_it_must():
     strides = op._pixel_stride
     x = torch.empty(2, 6, 4, 5).contiguous(memory_format=torch.channels_last)
@@ -214,7 +344,7 @@ MUTANTS = [  # a shape, and a bug that its check must find
     (PADDED, "dbias * w - HW * c0 - xhat * c1", "dbias * w - HW * c0"),
     (PADDED, "xhat = tl.where((pixel < pixels)[:, None], xhat, 0.0)", "pass"),
     (PADDED, "tl.store(dy_xhat_ptr + at,", "tl.store(dy_xhat_ptr + at - k * C,"),  # a tile not stored
-    (PADDED, "_store(dx_ptr + first, dx, pixel, channel, pixels, ROW, ROW)", "pass"),
+    (PADDED, "_store_input(dx_ptr, dmore_ptr, dx, first, pixel, channel, pixels, ROW, SPLIT)", "pass"),
 ]
 
 
@@ -230,7 +360,7 @@ SKIP_MUTANTS = [
     (ODD, "dskip_ptr += b * HW * skip_row + g * WIDTH", "dskip_ptr += b * HW * skip_row"),
     (ODD, "pixel[:, None] * row + channel", "pixel[:, None] * 21 + channel"),
     (PADDED, "dx = _plus_skip(dx, dskip_ptr, skip_row, pixel, channel, pixels, ROW)", "pass"),
-    (PADDED, "dskip_ptr += (b * HW + k * TILE) * skip_row", "dskip_ptr += first"),
+    (PADDED, "dskip_ptr += first * skip_row", "dskip_ptr += first * ROW"),
 ]
 
 

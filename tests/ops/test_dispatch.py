@@ -23,6 +23,7 @@ from bilevel_fast.ops.dispatch import (
     group_norm_and_input,
     group_norm_silu,
     group_norm_silu_and_input,
+    group_norm_silu_of_two,
     linear,
 )
 from bilevel_fast.ops.native import GroupNorm, operators
@@ -115,6 +116,21 @@ def test_time_and_padding(provider, monkeypatch):
     out = group_norm_silu(padded, norm, padding=3, time=time)
     torch.testing.assert_close(out[:, :24], F.silu(norm(x + time[:, :24, None, None])), rtol=1e-4, atol=1e-5)
     assert not out[:, 24:].any()
+
+
+@pytest.mark.parametrize("provider", ["torch", "native", "triton"])
+def test_a_norm_of_two_tensors(provider, monkeypatch):
+    """As of one that holds both; with Triton, where groups are large, they are not joined."""
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    x, skip = (torch.randn(2, c, 24, 20).to(memory_format=torch.channels_last) for c in (37, 23))
+    norm = nn.GroupNorm(3, 60)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    h, sources = group_norm_silu_of_two(x, skip, norm)
+    assert len(sources) == (2 if provider == "triton" else 1)
+    whole = torch.cat([x, skip], 1)
+    assert torch.equal(torch.cat(sources, 1), whole)
+    torch.testing.assert_close(h, F.silu(norm(whole)), rtol=1e-4, atol=1e-5)
+    assert len(group_norm_silu_of_two(x.contiguous(), skip.contiguous(), norm)[1]) == 1
 
 
 def test_native_group_norm_is_a_well_formed_operator():
@@ -231,6 +247,54 @@ def test_backward_of_a_transformer_and_a_resnet_adds_no_gradients_of_residual_co
     assert counts["aten::sum"] == (3 if level == "linear" else 2)  # of biases: time, ff, projection out
 
 
+def test_a_resnet_behind_a_skip_connection_joins_and_adds_nothing(monkeypatch):
+    """On meta, forward and backward. What is added: the biases of conv2 and the shortcut, whose gradient is one."""
+    monkeypatch.setenv("BILEVEL_FAST_OPS", "triton")
+    with torch.device("meta"):
+        unet = UNet(TINY).to(torch.bfloat16)
+        x, skip = (
+            torch.randn(2, c, 64, 64, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+            for c in (32, 16)
+        )
+        time = torch.randn(2, 64, dtype=torch.bfloat16)
+        leaves = [x.requires_grad_(), skip.requires_grad_()]
+        with AsOnGPU():
+            unet.up_blocks[1].resnet(0, *leaves, time, None)
+        with Counter() as counter:
+            out = unet.up_blocks[1].resnet(0, *leaves, time, None)
+            out.backward(torch.randn_like(out))
+    large = Tally(cost.op for cost in counter.costs if cost.bytes >= out.numel() * 2)
+    assert not large["aten::cat"] + large["aten::add"] + large["aten::clone"]
+    assert large["aten::addmm_"] == 2
+    assert large["bilevel_kernels::group_norm_silu_two_bwd"] == 1
+
+
+def test_a_resnet_behind_a_skip_connection_is_the_same_unjoined(monkeypatch):
+    """Against modules in fp64: what is off is the rounding of sums over pixels, sqrt(n) eps at most. A bias has no more
+    terms than that, and all other errors are smaller.
+    """
+    resnet = UNet(TINY).up_blocks[1].resnets[0]
+    assert resnet.conv_shortcut is not None
+    leaves = [torch.randn(2, c, 40, 36).to(memory_format=torch.channels_last).requires_grad_() for c in (32, 16)]
+    leaves.append(torch.randn(2, 64, requires_grad=True))
+    upstream = torch.randn(2, 16, 40, 36)
+
+    def results(provider, resnet, leaves, upstream):
+        monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+        with Counter() as counter:
+            out = resnet(*leaves)
+        joined = any(cost.op == "aten::cat" for cost in counter.costs)
+        assert joined == (provider == "torch")
+        return [out, *torch.autograd.grad(out, [*leaves, *resnet.parameters()], upstream)]
+
+    found = results("triton", resnet, leaves, upstream)
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    exact = results("torch", copy.deepcopy(resnet).double(), wide, upstream.double())
+    allowed = (2 * 40 * 36) ** 0.5 * torch.finfo(torch.float32).eps
+    for mine, gold in zip(found, exact, strict=True):
+        assert (mine - gold).norm() < allowed * gold.norm()
+
+
 def features(dtype=torch.float32):
     shapes = [(2, 24, 3, 5), (2, 8, 1, 1)]
     student = [torch.randn(s, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_() for s in shapes]
@@ -336,7 +400,7 @@ def test_providers_are_asked_for_what_they_are_measured_on(monkeypatch):
     monkeypatch.setattr(ops, "choose", lambda op, *args: asked.add(op) or providers.choose(op, *args))
     unet, inputs = unet_and_inputs()
     unet(*inputs)
-    assert asked == {"group_norm_silu", "layer_norm", "pruned_attention", "geglu"}
+    assert asked == {"group_norm_silu", "layer_norm", "pruned_attention", "geglu", "linear_geglu"}
     assert asked <= set(OPS)
 
 

@@ -98,6 +98,16 @@ def test_new_cards_have_projected_defaults_until_they_are_measured(card, op, new
     assert choose("new", device, 8, "triton") == new
 
 
+@pytest.mark.parametrize(("card", "chosen"), [("sm_75", "torch"), ("sm_86", "triton"), ("sm_90", "torch"),
+                                              ("sm_100", "torch"), ("cpu", "torch")])  # fmt: skip
+def test_older_cards_have_projected_defaults_of_their_own(card, chosen, monkeypatch):
+    device = on(card, monkeypatch)
+    monkeypatch.setitem(providers.TABLE, "projected before sm_90", {"older": {"small": "triton"}})
+    assert choose("older", device, 8, "triton") == chosen
+    monkeypatch.setitem(providers.TABLE, card, {"older": {"small": "torch"}})
+    assert choose("older", device, 8, "triton") == "torch", "measured"
+
+
 def test_a_run_says_which_defaults_are_projected(monkeypatch):
     assert notes(on("sm_90", monkeypatch), {}) == [
         "projected, not measured on sm_90: triton runs new; to measure: OUT=results bash benchmarks/gpu.sh"
@@ -134,7 +144,7 @@ def test_a_step_on_a_new_card_copies_no_activation(monkeypatch):
 def test_the_shipped_table_is_well_formed():
     shipped = json.loads((Path(providers.__file__).parent / "providers.json").read_text())
     for architecture, table in shipped.items():
-        assert architecture in ("cpu", "projected") or architecture.startswith("sm_")
+        assert architecture in ("cpu", providers.PROJECTED, providers.BEFORE_SM_90) or architecture.startswith("sm_")
         for sizes in table.values():
             assert set(sizes) <= {*providers.SIZES, "large"}
             for ranking in sizes.values():

@@ -1,4 +1,7 @@
-"""GroupNorm + SiLU of SD 2.1's ResNets at 512 px: inside, as pruning leaves them, and at the concatenated inputs."""
+"""GroupNorm + SiLU of SD 2.1's ResNets at 512 px: inside, as pruning leaves them, and at the concatenated inputs.
+
+Those are measured joined, and `in two` tensors as training has them: with the gradient of the connection around.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +12,13 @@ from torch import Tensor
 
 from benchmarks.kernels.cases import Case, Provider, compiled
 from benchmarks.measure import Unavailable
-from bilevel_kernels.group_norm_silu import group_norm_silu, group_norm_silu_bytes, group_norm_silu_ref
+from bilevel_kernels.group_norm_silu import (
+    group_norm_silu,
+    group_norm_silu_and_input,
+    group_norm_silu_bytes,
+    group_norm_silu_of_two,
+    group_norm_silu_ref,
+)
 
 EPS = 1e-5
 ALIGN = 8  # pruned channels are stored in multiples of this
@@ -52,12 +61,58 @@ class Layer:
 LEVELS = ((10, 64), (20, 32), (40, 16), (40, 8))  # group width, size
 KEPT = (("dense", 32), ("0.80", 25), ("0.55", 17))  # groups
 CONCATENATED = ((30, 64), (60, 32), (80, 16))  # never pruned, no time embedding
+FIRST = 2 / 3  # of the channels, before the skip connection
 
 
 def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
     layers = [Layer(n, g, *level, True, device, dtype) for level in LEVELS for n, g in KEPT]
     layers += [Layer("concatenated", 32, *level, False, device, dtype) for level in CONCATENATED]
-    return [_case(layer, batch, backward) for layer in layers for backward in (False, True)]
+    found = [_case(layer, batch, backward) for layer in layers for backward in (False, True)]
+    joined = [layer for layer in layers if layer.name == "concatenated"]
+    return found + [_in_two(layer, batch, backward) for layer in joined for backward in (False, True)]
+
+
+def _in_two(layer: Layer, batch: int, backward: bool) -> Case:
+    C, size, settings = layer.channels, layer.size, (layer.groups, EPS)
+    split = int(FIRST * C) // 64 * 64
+
+    def provider(op: Callable[..., tuple[Tensor, ...]]) -> Provider:
+        """`op` returns the norm, and what goes on around it."""
+
+        def make() -> Callable[[], object]:
+            def tensor(*shape: int) -> Tensor:
+                filled = torch.empty if layer.device.type == "cpu" else torch.randn
+                return filled(shape, device=layer.device, dtype=layer.dtype)
+
+            maps = [
+                tensor(batch, c, size, size).contiguous(memory_format=torch.channels_last) for c in (split, C - split)
+            ]
+            leaves = [t.requires_grad_() for t in (*maps, tensor(C), tensor(C))]
+            if not backward:
+                return lambda: op(*leaves)
+            results = op(*leaves)
+            dout, around = (tensor(batch, C, size, size).contiguous(memory_format=torch.channels_last) for _ in "12")
+            given = (dout, *around.split([t.shape[1] for t in results[1:]], dim=1))
+            return lambda: torch.autograd.grad(results, leaves, given, retain_graph=True)
+
+        return make
+
+    def triton(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        out, sources = group_norm_silu_of_two(x, more, weight, bias, *settings)
+        return out, *sources
+
+    def joined(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return group_norm_silu_and_input(torch.cat([x, more], 1), weight, bias, *settings)
+
+    def torch_(x: Tensor, more: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        whole = torch.cat([x, more], 1)
+        return group_norm_silu_ref(whole, weight, bias, *settings), whole
+
+    numel = batch * C * size**2
+    moved = group_norm_silu_bytes(numel, layer.dtype.itemsize, backward) + backward * numel * layer.dtype.itemsize
+    name = f"{C}x{size}x{size} b{batch} in two {'bwd' if backward else 'fwd'}"
+    rivals = {"torch": provider(torch_), "joined": provider(joined)}
+    return Case("group_norm_silu", name, {"triton": provider(triton), **rivals}, bytes=moved, numel=numel)
 
 
 def _case(layer: Layer, batch: int, backward: bool) -> Case:

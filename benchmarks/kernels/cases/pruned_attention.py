@@ -1,4 +1,4 @@
-"""SD 2.1's attention at 512 px: over its own tokens, and over 77 text tokens; heads of 64.
+"""SD 2.1's attention at 512 px: over its own tokens, and over 77 text tokens; heads of 64, and those of SD 1.x.
 
 `triton` works on dense projections with kept lists; all others on the projections of the physically pruned model.
 `torch` is what the trainer runs: SDPA, which chooses its backend.
@@ -20,6 +20,7 @@ from bilevel_kernels.pruned_attention import pruned_attention, pruned_attention_
 
 LEVELS = ((5, 4096), (10, 1024), (20, 256), (20, 64))  # heads, tokens
 HEAD_DIM, TEXT = 64, 77
+OLDER = ((40, 4096), (80, 1024), (160, 256))  # SD 1.x: eight heads of so many channels, and tokens
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -30,11 +31,16 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
-    return [
+    found = [
         _case(batch, tokens, keys, heads, ratio, backward, device, dtype, f"{name} {heads}x{tokens} b{batch} {label}")
         for heads, tokens in LEVELS
         for name, keys in (("self", tokens), ("cross", TEXT))
         for label, ratio in (("dense", 1.0), ("0.80", 0.80), ("0.55", 0.55))
+        for backward in (False, True)
+    ]
+    return found + [
+        _case(batch, tokens, tokens, 8, 1.0, backward, device, dtype, f"self 8x{tokens} of {D} b{batch} dense", D)
+        for D, tokens in OLDER
         for backward in (False, True)
     ]
 
@@ -49,17 +55,18 @@ def _case(
     device: torch.device,
     dtype: torch.dtype,
     name: str,
+    head_dim: int = HEAD_DIM,
 ) -> Case:
     count = max(1, int(ratio * heads))
     kept = Kept.same(heads, sorted(random.Random(0).sample(range(heads), count))) if ratio < 1 else None
-    width = batch * count * HEAD_DIM
+    width = batch * count * head_dim
     return Case(
         "pruned_attention",
         f"{name} {'bwd' if backward else 'fwd'}",
-        _providers(batch, tokens, keys, heads, count, kept, device, dtype, backward),
+        _providers(batch, tokens, keys, heads, count, kept, device, dtype, backward, head_dim),
         bytes=pruned_attention_bytes(tokens, keys, width, dtype.itemsize, backward),
         flops=pruned_attention_flops(tokens, keys, width, backward),
-        numel=batch * tokens * heads * HEAD_DIM,
+        numel=batch * tokens * heads * head_dim,
     )
 
 
@@ -73,11 +80,12 @@ def _providers(
     device: torch.device,
     dtype: torch.dtype,
     backward: bool,
+    head_dim: int,
 ) -> dict[str, Provider]:
     def provider(attend: Attend, width: int) -> Provider:
         def make() -> Callable[[], object]:
             new = torch.empty if device.type == "cpu" else torch.randn
-            q, k, v = (new(batch, n, width * HEAD_DIM, device=device, dtype=dtype) for n in (tokens, keys, keys))
+            q, k, v = (new(batch, n, width * head_dim, device=device, dtype=dtype) for n in (tokens, keys, keys))
             if not backward:
                 with torch.no_grad():
                     attend(q, k, v)
@@ -99,7 +107,7 @@ def _providers(
             raise Unavailable(f"xformers: {error}") from error
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.unflatten(-1, (count, HEAD_DIM)) for x in (q, k, v))
+            q, k, v = (x.unflatten(-1, (count, head_dim)) for x in (q, k, v))
             try:
                 return attend(q, k, v).flatten(-2)
             except NotImplementedError as error:
@@ -127,5 +135,5 @@ def _providers(
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    q, k, v = (x.unflatten(-1, (heads, HEAD_DIM)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2)
