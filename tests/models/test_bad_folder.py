@@ -112,7 +112,7 @@ BAD = {
     "vae shape": (edit("vae/config.json", latent_channels=8), r"vae: .*shape"),
     "vae shifted": (edit("vae/config.json", shift_factor=0.1), r"shift_factor=0.1 is not supported"),
     "text width": (edit("unet/config.json", cross_attention_dim=48), r"states are 32 wide, the UNet reads 48"),
-    "inpainting": (edit("unet/config.json", in_channels=9), r"4 latent channels, the UNet reads 9 and writes 4"),
+    "inpainting": (edit("unet/config.json", in_channels=9), r"in_channels is 9: an inpainting UNet"),
     "structure broken": (
         lambda p: (p / "unet/structure.json").write_text("{"), r"structure.json is not JSON"
     ),

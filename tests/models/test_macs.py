@@ -140,8 +140,8 @@ def flops_and_params(structure: Structure, latent: int, text: int, align: int = 
     config = structure.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         model = UNet(config, structure, align)
-        x, states = torch.empty(1, config.in_channels, latent, latent), torch.empty(1, text, config.cross_attention_dim)
-        model(x, torch.empty(1), states)
+        states = torch.empty(1, text + config.extra_rows, config.cross_attention_dim)
+        model(torch.empty(1, config.in_channels, latent, latent), torch.empty(1), states)
     return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
 
