@@ -5,6 +5,7 @@ import random
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.diffusers_unet import Hooked
 from bilevel_fast.models.architecture import UNetConfig, sites, with_blocks
@@ -86,3 +87,13 @@ def assert_equals_diffusers(ours: UNet, theirs, tolerance: float = 1e-4) -> None
     gradients = dict(theirs.named_parameters())
     for key, p in ours.named_parameters():
         assert relative(p.grad, gradients[key].grad) <= tolerance, key
+
+
+def flops_and_params(structure: Structure, latent: int, text: int, align: int = 1) -> tuple[int, int]:
+    """FLOPs of a forward pass by torch's own counter, and parameters; without memory."""
+    config = structure.config
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = UNet(config, structure, align)
+        states = torch.empty(1, text + config.extra_rows, config.cross_attention_dim)
+        model(torch.empty(1, config.in_channels, latent, latent), torch.empty(1), states)
+    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())

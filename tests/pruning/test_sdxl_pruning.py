@@ -16,13 +16,14 @@ from bilevel_fast.models.macs import count
 from bilevel_fast.models.sdxl import SDXL, SDXL_FAMILY
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.models.vector import layout
+from bilevel_fast.models.vector import layout, to_vector
 from bilevel_fast.pruning import FIXED, METHODS, CalibrationSet, MacBudget, learned, method
 from bilevel_fast.pruning.aptp.binarise import binarise, depth_chains, harden
 from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.losses import GatePrices
 from bilevel_fast.pruning.aptp.train import RouterConfig, mean_pool, train
 from bilevel_fast.pruning.layers import cheapest_drops, layers
+from bilevel_fast.pruning.picture import picture
 from bilevel_fast.pruning.planner import DROP, spend
 from bilevel_fast.pruning.sdxl_shapes import SHAPES, structure
 from planning import ones
@@ -106,8 +107,6 @@ def test_a_transformer_goes_with_its_last_block():
 
 
 def test_gates_cost_what_the_structures_cost():
-    from bilevel_fast.models.vector import to_vector
-
     prices = GatePrices(SDXL_LIKE, LATENT, TEXT)
     members = {s.name for s in sites(SDXL_LIKE) if not s.depth_bit}
     for seed in range(4):
@@ -229,6 +228,18 @@ def test_a_shape_of_another_unet(changes, message):
         method("koala-700m")(unet, MacBudget(1.0, 64, 77), ())
 
 
+def test_the_picture_shows_what_a_shape_drops():
+    lines = picture(structure(SDXL, "koala-700m"), MacBudget(1.0, 128, 77).prices(SDXL)).splitlines()[1:]
+    shown = {line.split()[0]: line.split()[1:] for line in lines}
+    assert list(shown) == [site.name for site in sites(SDXL)]
+    outer = "down_blocks.2.attentions"
+    for name in (f"{outer}.1", f"{outer}.1.transformer_blocks.0", f"{outer}.0.transformer_blocks.5"):
+        assert shown[name][1] == "0%"
+        assert shown[name][-1] == "dropped"
+    assert shown[f"{outer}.0"][1:] == ["100%", "0.00%"]
+    assert shown[f"{outer}.0.transformer_blocks.4"][3:5] == ["attn1", "20/20"]
+
+
 def test_a_budget_below_a_shape():
     with torch.device("meta"):
         unet = UNet(SDXL)
@@ -242,7 +253,11 @@ def test_a_budget_below_a_shape():
 def test_plans_of_the_real_size_take_less_than_a_second():
     """Widths alone; and with every transformer block to drop."""
     importance = ones(SDXL)
-    start = time.process_time()
-    found = spend(SDXL, MacBudget(0.55, 128, 77), importance)
-    assert time.process_time() - start < 1
-    assert 0.549 <= count(found, 128, 77).ratio <= 0.55
+    for names in ([], [s.name for s in sites(SDXL) if s.depth_bit]):
+        for name in names:
+            importance[name][DROP] = torch.tensor(-0.5, dtype=torch.float64)
+        start = time.process_time()
+        found = spend(SDXL, MacBudget(0.55, 128, 77), importance, droppable=names, min_keep=0.1)
+        assert time.process_time() - start < 1
+        assert 0.549 <= count(found, 128, 77).ratio <= 0.55
+        assert bool(names) == any("transformer_blocks" in name for name in found.dropped)
