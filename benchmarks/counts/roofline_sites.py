@@ -31,8 +31,8 @@ from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.architecture import Site
+from bilevel_fast.models.layers import ResNet, Transformer
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import ResNet, Transformer
 from bilevel_fast.profiling.cost import Cost, Counter
 
 ALIGN = 8

@@ -20,8 +20,9 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing.phrases import span
+from bilevel_fast.models.layers import Attention
 from bilevel_fast.models.text_encoder import TextEncoder
-from bilevel_fast.models.unet import Attention, UNet
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.phases import phase

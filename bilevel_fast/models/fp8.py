@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import bilevel_kernels as triton_ops
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.unet import GEGLU, Transformer, UNet
+from bilevel_fast.models.layers import GEGLU, Transformer
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.providers import choose
 
 E4M3 = torch.float8_e4m3fn
@@ -90,7 +91,7 @@ class Fp8Linear(nn.Module):
 
 
 class Fp8GEGLU(nn.Module):
-    """`unet.GEGLU` over an Fp8Linear. `ops.geglu` reads the weight of an nn.Linear, so this stands in its place."""
+    """`layers.GEGLU` over an Fp8Linear. `ops.geglu` reads the weight of an nn.Linear, so this stands in its place."""
 
     def __init__(self, proj: Fp8Linear):
         super().__init__()

@@ -18,8 +18,9 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, sites, with_emptied
+from bilevel_fast.models.layers import Dropped
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import Dropped, UNet
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.native import plan
 from bilevel_fast.pruning.budget import Budget, Calibration
 from bilevel_fast.pruning.calibration import CalibrationSet, numbered

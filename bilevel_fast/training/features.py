@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.unet import ResNet, Transformer, UNet
+from bilevel_fast.models.layers import ResNet, Transformer
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.dispatch import Branch
 from bilevel_fast.training.settings import LossWeights
 

@@ -17,7 +17,8 @@ from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import noise
 from bilevel_fast.models.folder import load_folder, load_unet
 from bilevel_fast.models.fp8 import CARDS, E4M3, Fp8GEGLU, Fp8Linear, _check_card, kd_error, quantise, to_fp8
-from bilevel_fast.models.unet import GEGLU, UNet
+from bilevel_fast.models.layers import GEGLU
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, integers, normal
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import SCENES, render

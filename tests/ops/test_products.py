@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from bilevel_fast.models.architecture import MINI, sites
-from bilevel_fast.models.unet import Attention, UNet
+from bilevel_fast.models.layers import Attention
+from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops import products as module
 from bilevel_fast.ops.products import lay_together, products
 from bilevel_fast.profiling.cost import Counter

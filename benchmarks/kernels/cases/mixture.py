@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.cases import Case, Provider
-from bilevel_fast.models.unet import Attention, FeedForward
+from bilevel_fast.models.layers import Attention, FeedForward
 from bilevel_fast.ops.providers import ops
 from bilevel_fast.pruning.aptp import mixed_ops
 from bilevel_kernels.kept import Kept, counts

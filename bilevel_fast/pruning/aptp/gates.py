@@ -23,17 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bilevel_fast.models.architecture import UNetConfig, sites
-from bilevel_fast.models.unet import (
-    Attention,
-    FeedForward,
-    Prediction,
-    ResNet,
-    Sites,
-    Transformer,
-    TransformerBlock,
-    UNet,
-    whole,
-)
+from bilevel_fast.models.layers import Attention, FeedForward, ResNet, Transformer, TransformerBlock, whole
+from bilevel_fast.models.unet import Prediction, Sites, UNet
 from bilevel_fast.models.vector import layout
 from bilevel_fast.ops.dispatch import Branch, attention, group_norm_silu
 

@@ -18,18 +18,9 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, sites
+from bilevel_fast.models.layers import Attention, FeedForward, ResNet, Transformer, TransformerBlock, whole
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.models.unet import (
-    Attention,
-    FeedForward,
-    Prediction,
-    ResNet,
-    Sites,
-    Transformer,
-    TransformerBlock,
-    UNet,
-    whole,
-)
+from bilevel_fast.models.unet import Prediction, Sites, UNet
 from bilevel_fast.ops.dispatch import Branch
 from bilevel_fast.pruning.aptp import mixed_ops
 from bilevel_kernels.kept import Kept

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import bilevel_kernels as triton_ops
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.unet import Attention, FeedForward, ResNet
+from bilevel_fast.models.layers import Attention, FeedForward, ResNet
 from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops.providers import choose
 from bilevel_kernels.kept import Kept
