@@ -38,7 +38,7 @@ SMALL = {
     "prepare check": [],
     "prepare concepts": ["--count", "2", "--steps", "3", "--batch", "2"],
     "prune magnitude": [],
-    "prune aptp": ["--steps", "2", "--batch", "8", "--pretrain", "2", "--images", "16", "--experts", "2"],
+    "prune aptp": ["--steps", "2", "--batch", "4", "--pretrain", "1", "--images", "16", "--experts", "2"],
     "prune route": [],
     "erase uce": [],
     "erase concept-prune": ["--steps", "2"],
