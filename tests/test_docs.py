@@ -30,7 +30,6 @@ ELSEWHERE = {"--help", "--version", "--rehearse"}  # of every command, of `bilev
 PICTURES = ["--resolution", "64", "--batch", "2", "--per-file", "2", "--threads", "1"]
 FEW = ["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "3"]
 SHORT = ["--lower.steps", "1", "--lower.batch", "2", "--upper.batch", "2", "--upper.every", "1"]
-MINI = [*SHORT, *FEW, "--mini.images", "8", "--mini.bank", "2", "--mini.bank-steps", "3", "--no-twin"]
 SMALL = {
     "prepare coco": PICTURES,
     "prepare folder": PICTURES,
@@ -38,19 +37,19 @@ SMALL = {
     "prepare check": [],
     "prepare concepts": ["--count", "2", "--steps", "3", "--batch", "2"],
     "prune magnitude": [],
-    "prune aptp": ["--steps", "2", "--batch", "8", "--pretrain", "2", "--images", "16", "--experts", "2"],
+    "prune aptp": ["--steps", "2", "--batch", "4", "--pretrain", "1", "--images", "16", "--experts", "2"],
     "prune route": [],
     "erase uce": [],
     "erase concept-prune": ["--steps", "2"],
-    "train": MINI,
+    "train": SHORT,
     "sample": ["--steps", "3"],
     "evaluate": FEW,
-    "profile": [*MINI, "--steps", "1", "--warmup", "0"],
 }
 """What makes a command small enough to run here."""
 PARSED = {
     "prune import-aptp": "wants files of APTP's authors; tests/pruning/test_aptp_import.py",
     "reproduce": "minutes; tests/runs/paper",
+    "smoke": "docs/api.md trains with it below; tests/runs, tests/profiling",
     "--suite": "wants weights of metrics; tests/metrics",
     "benchmarks": "tests/benchmarks",
 }
@@ -143,11 +142,7 @@ def test_what_is_documented_runs(place, monkeypatch):
     for command in documented():
         if why_not(command) is not None:
             continue
-        small = SMALL[command.name]
-        if command.name == "train" and "--data" in command.arguments:
-            small = SHORT
-        if "--dry-run" in command.arguments:
-            small = []
+        small = [] if "--dry-run" in command.arguments else SMALL[command.name]
         done = run_command(command.main(), *command.arguments, *small)
         if done.returncode:
             wrong.append(f"{command.line} {' '.join(small)}\n{done.stdout[-300:]}{done.stderr[-600:]}")

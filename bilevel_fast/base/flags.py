@@ -81,7 +81,8 @@ class _Aside(io.StringIO):
 def _document(kind: Any) -> None:
     """Give tyro the docstring under each field as one piece: it takes the line breaks of the source for paragraphs."""
     texts: dict[str, str] = {}
-    for owner in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+    owners: list[Any] = [owner for owner in reversed(kind.__mro__) if dataclasses.is_dataclass(owner)]
+    for owner in owners:
         (found,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(found, ast.ClassDef)
         for node, after in pairwise(found.body):
