@@ -2,6 +2,7 @@
 
     python -m benchmarks.counts.launches                    mini world on the CPU, SD 2.1 on the meta device
     python -m benchmarks.counts.launches --only sd21 --json
+    python -m benchmarks.counts.launches --only sdxl        Stable Diffusion XL at 1024 px, and KOALA-700M cut from it
 
 An op counts when torch dispatches it and it would run on a device: views and shapes do not (`profiling.cost`). The
 mini world's steps are the engine's own, optimizer included and the data phase excluded, which works on the host; the
@@ -26,10 +27,12 @@ from benchmarks.structures import structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.models.sdxl import SDXL
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.ops.providers import ops
 from bilevel_fast.profiling.cost import Cost, Counter
 from bilevel_fast.profiling.meta_steps import Steps
+from bilevel_fast.pruning.sdxl_shapes import structure as shape
 from bilevel_fast.runs.assemble import levels
 from bilevel_fast.runs.config import preset
 from bilevel_fast.runs.session import gather, initial_student
@@ -50,8 +53,8 @@ class Settings:
 
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the mini world's steps run."""
-    only: Literal["mini", "sd21"] | None = None
-    """Count only this."""
+    only: Literal["mini", "sd21", "sdxl"] | None = None
+    """Count only this; SDXL is counted only if asked for."""
     json: bool = False
     """One JSON object per row instead of a table."""
 
@@ -80,10 +83,10 @@ def mini_world(device: torch.device) -> dict[str, list[Cost]]:
         return {name: count(lambda level=level: descend(level, 2)) for name, level in both.items()}
 
 
-def sd21(kept: Structure) -> dict[str, list[Cost]]:
-    """A lower and an upper step of a student of SD 2.1, on the meta device in bf16, through torch's ops."""
+def on_meta(kept: Structure, latent: int = LATENT) -> dict[str, list[Cost]]:
+    """A lower and an upper step of a student, on the meta device in bf16, through torch's ops."""
     with ops("torch"):
-        steps = Steps(kept, LATENT, TEXT, BATCH, torch.device("meta"), torch.bfloat16)
+        steps = Steps(kept, latent, TEXT, BATCH, torch.device("meta"), torch.bfloat16)
         levels = {"lower": steps.lower, "upper": steps.upper(ERASER)}
         return {name: steps.count(level) for name, level in levels.items()}
 
@@ -115,8 +118,14 @@ def measure(device: torch.device, only: str | None = None) -> list[Row]:
         where = describe(torch.device("cpu")) | {"device": "meta", "threads": None}
         for label in ("dense", "0.80"):
             config = {"unet": "sd21", "structure": label, "batch": BATCH, "latent": LATENT, "text": TEXT}
-            for name, costs in sd21(structure(label)).items():
+            for name, costs in on_meta(structure(label)).items():
                 found += rows(f"sd21 {label} {name}", costs, "torch", config, where)
+    if only == "sdxl":
+        where, latent = describe(torch.device("cpu")) | {"device": "meta", "threads": None}, SDXL.sample_size
+        for label, kept in (("dense", Structure.dense(SDXL)), ("koala-700m", shape(SDXL, "koala-700m"))):
+            config = {"unet": "sdxl", "structure": label, "batch": BATCH, "latent": latent, "text": TEXT}
+            for name, costs in on_meta(kept, latent).items():
+                found += rows(f"sdxl {label} {name}", costs, "torch", config, where)
     return found
 
 

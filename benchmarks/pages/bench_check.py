@@ -4,7 +4,7 @@
     python -m benchmarks.pages.bench_check --skip compile_matrix   without the part that takes minutes
     python -m benchmarks.pages.bench_check --write                 renew the baseline of this machine
 
-    macs             multiply-accumulates of SD 2.1, dense and cut evenly to 0.80 and 0.55; exact
+    macs             multiply-accumulates of SD 2.1, dense and cut evenly to 0.80 and 0.55, and of SDXL's family; exact
     launches         kernels per lower and per upper step (benchmarks.counts.launches); the same on every machine
     compile_matrix   every kernel as compiled for every card, against its own committed table
     step             the lower step against the released way on one CPU thread: the ratio, since milliseconds drift
@@ -36,6 +36,8 @@ from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.macs import count
+from bilevel_fast.models.sdxl import SDXL_FAMILY
+from bilevel_fast.models.structure import Structure
 
 BASELINE = RESULTS / "baseline.jsonl"
 LATENT, TEXT = 64, 77
@@ -78,13 +80,15 @@ class Found:
 def macs(settings: Settings, baseline: list[Row]) -> Found:
     where = describe(torch.device("cpu")) | {"device": "any machine", "threads": None}
     rows = []
-    for name in ("dense", "0.80", "0.55"):
-        found = count(structure(name), LATENT, TEXT)
+    cases = [(f"sd21 {name}", structure(name), LATENT) for name in ("dense", "0.80", "0.55")]
+    cases += [(name, Structure.dense(config), config.sample_size) for name, config in SDXL_FAMILY.items()]
+    for case, kept, latent in cases:
+        found = count(kept, latent, TEXT)
         shared = {
             "suite": "macs",
-            "case": f"sd21 {name}",
+            "case": case,
             "provider": "closed form",
-            "config": {"latent": LATENT, "text": TEXT},
+            "config": {"latent": latent, "text": TEXT},
         }
         for metric, value, unit in (
             ("macs", found.true, "MAC"),

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from bilevel_fast.base.errors import require
 from bilevel_fast.models.architecture import Site, sites
+from bilevel_fast.models.conditioning import SIZES, unpack
 from bilevel_fast.models.structure import Structure
+
+_ADDITION = ("addition_time_embed", "projection_class_embeddings_input")
 
 
 class DroppedResNet(nn.Module):
@@ -27,6 +30,13 @@ class DroppedResNet(nn.Module):
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         return x[:, : self.channels]
+
+
+class DroppedBlock(nn.Module):
+    """Stands for a dropped transformer block."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
 
 
 class DroppedTransformer(nn.Module):
@@ -61,10 +71,12 @@ def diffusers_unet(structure: Structure, state: Mapping[str, Tensor], *, shared:
 
 
 def _cut(unet: nn.Module, site: Site, structure: Structure) -> None:
+    if site.within in structure.dropped:
+        return  # it went with its Transformer
     if site.name in structure.dropped:
         siblings, _, index = site.name.rpartition(".")
-        resnet = site.kind == "resnet"
-        instead = DroppedResNet(site.out_channels) if resnet else DroppedTransformer()
+        dropped = {"transformer": DroppedTransformer, "transformer_block": DroppedBlock}
+        instead = DroppedResNet(site.out_channels) if site.kind == "resnet" else dropped[site.kind]()
         unet.get_submodule(siblings)[int(index)] = instead  # type: ignore[operator]  # a ModuleList
         return
     module: Any = unet.get_submodule(site.name)
@@ -77,7 +89,9 @@ def _cut(unet: nn.Module, site: Site, structure: Structure) -> None:
         module.norm2 = nn.GroupNorm(units["groups"], inner, norm.eps)
         module.conv2 = nn.Conv2d(inner, site.out_channels, 3, padding=1)
         return
-    (block,) = module.transformer_blocks
+    if site.transformer_block is None:
+        return
+    block: Any = unet.get_submodule(site.transformer_block)
     for name in ("attn1", "attn2"):
         attention, inner = getattr(block, name), sizes[name]
         attention.heads = units[name]
@@ -111,8 +125,12 @@ class Hooked(nn.Module):
         self.found.append(out[0] if isinstance(out, tuple) else out)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """x (B, C, H, W), t (B,), text (B, L, D) -> output (B, C, H, W) and the block outputs."""
-        self.found = []
-        sample = self.unet(x, t, text, return_dict=False)[0]
+        """x, t and text as `UNet.forward` takes them -> output (B, C, H, W) and the block outputs."""
+        self.found, told = [], None
+        if self.unet.config.addition_embed_type is not None:
+            each, total = (self.unet.config[f"{name}_dim"] for name in _ADDITION)
+            text, extra = unpack(text, total - SIZES * each)
+            told = {"text_embeds": extra.pooled, "time_ids": extra.sizes}
+        sample = self.unet(x, t, text, added_cond_kwargs=told, return_dict=False)[0]
         found, self.found = self.found, []  # nothing outlives the step but what the caller keeps
         return sample, found

@@ -45,8 +45,11 @@ def call_of(module: nn.Module, site: Site, size: Model, batch: int, like: Tensor
     config, pixels = size.config, -(-size.latent // site.stride)
     x = tensor(Stream.WORLD, site.in_channels - site.skip_channels, pixels, pixels)
     x = x.contiguous(memory_format=torch.channels_last)
-    if site.kind == "transformer":
-        inputs: tuple[Tensor | None, ...] = (x, tensor(Stream.CAPTION, size.text, config.cross_attention_dim))
+    states = tensor(Stream.CAPTION, size.text, config.cross_attention_dim)
+    if site.kind == "transformer_block":
+        inputs: tuple[Any, ...] = (x.permute(0, 2, 3, 1).flatten(1, 2), states)
+    elif site.kind == "transformer":
+        inputs = (x, states) if site.widths else (x, states, lambda _, block, h, text: h)  # its blocks are sites
     else:
         skip = tensor(Stream.NOISE, site.skip_channels, pixels, pixels) if site.skip_channels else None
         skip = None if skip is None else skip.contiguous(memory_format=torch.channels_last)

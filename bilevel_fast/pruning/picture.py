@@ -28,10 +28,12 @@ def picture(structure: Structure, prices: Prices) -> str:
 
     def line(site: Site) -> str:
         dense, left = prices.sites[site.name].dense, prices.site(structure, site.name)
-        whole = all(structure.count(site, width) == width.units for width in site.widths)
-        bar = BAR if whole else 0 if site.name in structure.dropped else min(max(round(BAR * left / dense), 1), BAR - 1)
+        gone = site.name in structure.dropped
+        whole = not gone and all(structure.count(site, width) == width.units for width in site.widths)
+        bar = BAR if whole else 0 if gone else min(max(round(BAR * left / dense), 1), BAR - 1)
         saved = (dense - left) / prices.dense
-        return f"{site.name:{pad}}  {full * bar + empty * (BAR - bar)} {left / dense:5.0%} {saved:7.2%}  {kept(site)}"
+        shown = f"{site.name:{pad}}  {full * bar + empty * (BAR - bar)} {left / dense:5.0%} {saved:7.2%}  {kept(site)}"
+        return shown.rstrip()  # of a Transformer whose blocks have lines of their own there is nothing to say
 
     head = f"{'site':{pad}}  {f'{prices.what} kept':{BAR + 6}} {'saved':>7}  units kept"
     return "\n".join([head, *map(line, members)])

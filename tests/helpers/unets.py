@@ -5,9 +5,11 @@ import random
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.speed.diffusers_unet import Hooked
 from bilevel_fast.models.architecture import UNetConfig, sites, with_blocks
-from bilevel_fast.models.conditioning import pack, unpack
+from bilevel_fast.models.conditioning import pack
 from bilevel_fast.models.sdxl import SDXL
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
@@ -48,16 +50,6 @@ def inputs(config: UNetConfig, batch: int = 2, side: int = 16, dtype: torch.dtyp
     return x, t, text
 
 
-def call_diffusers(unet, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-    """What a diffusers UNet makes of the inputs of ours."""
-    if unet.config.addition_embed_type is None:
-        return unet(x, t, text).sample
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    states, extra = unpack(text, pooled)
-    told = {"text_embeds": extra.pooled, "time_ids": extra.sizes}
-    return unet(x, t, states, added_cond_kwargs=told).sample
-
-
 def random_structure(config: UNetConfig, seed: int, drop: float) -> Structure:
     """Any units, at least one of each vector; of the sites that can go, the share `drop` is gone."""
     draw = random.Random(seed)
@@ -81,11 +73,7 @@ def assert_equals_diffusers(ours: UNet, theirs, tolerance: float = 1e-4) -> None
     ours.load_state_dict(theirs.state_dict())  # strict
     given = inputs(ours.config)
 
-    blocks: list[Tensor] = []
-    modules = [m for m in (*theirs.down_blocks, theirs.mid_block, *theirs.up_blocks) if m is not None]
-    for module in modules:
-        module.register_forward_hook(lambda m, a, out: blocks.append(out[0] if isinstance(out, tuple) else out))
-    theirs_out = call_diffusers(theirs, *given)
+    theirs_out, blocks = Hooked(theirs)(*given)
     prediction = ours(*given)
 
     assert relative(prediction.out, theirs_out) <= tolerance
@@ -99,3 +87,13 @@ def assert_equals_diffusers(ours: UNet, theirs, tolerance: float = 1e-4) -> None
     gradients = dict(theirs.named_parameters())
     for key, p in ours.named_parameters():
         assert relative(p.grad, gradients[key].grad) <= tolerance, key
+
+
+def flops_and_params(structure: Structure, latent: int, text: int, align: int = 1) -> tuple[int, int]:
+    """FLOPs of a forward pass by torch's own counter, and parameters; without memory."""
+    config = structure.config
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = UNet(config, structure, align)
+        states = torch.empty(1, text + config.extra_rows, config.cross_attention_dim)
+        model(torch.empty(1, config.in_channels, latent, latent), torch.empty(1), states)
+    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())

@@ -4,14 +4,13 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.models.macs import count, dense_true, fixed_costs, site_costs
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
-from unets import random_structure
+from unets import flops_and_params, random_structure
 
 G = 1e9
 HALF_DIGIT = 0.0005 + 1e-9  # the tables print three decimals
@@ -134,15 +133,6 @@ def test_published_ratios():
 
 
 # --- an independent counter ---
-
-
-def flops_and_params(structure: Structure, latent: int, text: int, align: int = 1) -> tuple[int, int]:
-    config = structure.config
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = UNet(config, structure, align)
-        x, states = torch.empty(1, config.in_channels, latent, latent), torch.empty(1, text, config.cross_attention_dim)
-        model(x, torch.empty(1), states)
-    return counter.get_total_flops(), sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

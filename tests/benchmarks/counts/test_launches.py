@@ -45,7 +45,7 @@ def test_both_commands_count_the_same(monkeypatch):
     kept = launches.structure("0.80", tiny=True)
     for name, value in {"LATENT": size.latent, "TEXT": size.text, "BATCH": 2}.items():
         monkeypatch.setattr(launches, name, value)
-    projected, counted = roofline.count(size, kept, 2, "torch"), launches.sd21(kept)
+    projected, counted = roofline.count(size, kept, 2, "torch"), launches.on_meta(kept)
     assert {name: len(costs) for name, costs in counted.items()} == {
         name: len(projected[name]) for name in ("lower", "upper")
     }
