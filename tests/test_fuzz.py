@@ -33,6 +33,7 @@ from bilevel_fast.metrics.prompt_sets import read_prompt_set
 from bilevel_fast.models.architecture import UNetConfig, sites
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import FAMILIES, MINI_INDEX, family_of
+from bilevel_fast.models.kinds import refuse_file
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.vector import layout
@@ -210,6 +211,11 @@ def tensors(folder: Path) -> Path:
     return folder / "w.safetensors"
 
 
+def one_file(folder: Path) -> Path:
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 4, 1, 1)}, folder / "w.safetensors")
+    return folder / "w.safetensors"
+
+
 def shards(folder: Path) -> Path:
     save_file({"a": torch.ones(2)}, folder / "one.safetensors")
     return text("w.safetensors.index.json", json.dumps({"weight_map": {"a": "one.safetensors"}, "m": {}}))(folder)
@@ -241,6 +247,7 @@ def own_statistics(folder: Path) -> Path:
 _STATE = {"model_state_dict": {"module.a": torch.ones(3)}, "args": [1, (2.0, "x")], "step": 3}
 WEIGHTS = {
     "safetensors": (tensors, read_tensors),
+    "one file": (one_file, refuse_file),
     "shards": (shards, lambda p: read_weights(p.parent, "w")),
     "torch.save": (saved(_STATE), lambda p: tensors_of(read_checkpoint(p), "model_state_dict")),
     "torch.save of old": (
