@@ -93,8 +93,8 @@ def fine_tuning_loss(
         if weight := getattr(weights, term):
             for name in names:
                 _check(f"student {name}", inside[name], f"teacher {name}", inside_teacher[name])
-            both = ([heard[name] for name in names] for heard in (inside, inside_teacher))
-            total, terms[term] = feature_kd(*both, weight)
+            mine, theirs = ([heard[name] for name in names] for heard in (inside, inside_teacher))
+            total, terms[term] = feature_kd(mine, theirs, weight)
             weighted.append(total)
     return Loss(torch.stack(weighted).sum(), {name: term for name, term in terms.items() if getattr(weights, name)})
 

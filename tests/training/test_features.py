@@ -34,7 +34,7 @@ def found(unet, noised, text):
         return out
 
     def transformer(name, module, h, text):
-        layers.append(module(h, text, attend))
+        layers.append(module(h, text, lambda _, block, h, text: block(h, text, attend)))
         return layers[-1]
 
     unet(noised.x, noised.t, text, Sites(resnet, transformer))
