@@ -106,7 +106,7 @@ def test_a_checkpoint_of_21(tmp_path, sd21):
         (train.main, ["--preset", "smoke", "--teacher"]),
         (erase.main, ["uce", "--erase", "star", "--model"]),
         (sample.main, ["--prompts", "a red star", "--model"]),
-        (reproduce.main, ["--teacher"]),
+        (reproduce.main, ["table1", "--run.teacher"]),
     ],
 )
 def test_a_checkpoint_as_a_teacher(tmp_path, command, main, flags):

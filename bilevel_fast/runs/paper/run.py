@@ -20,6 +20,7 @@ from bilevel_fast.base.devices import machine, pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import append, read_file, read_json_lines, write_atomic
 from bilevel_fast.models.diffusion import Schedule
+from bilevel_fast.models.family import family_of
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.runs.paper import report
@@ -61,7 +62,9 @@ def reproduce(
         **config.upper.walks(),
         **({"--full.steps": (full.steps, "pndm")} if full else config.world_settings.walks()),
     }
-    check_walks(Schedule.load(config.teacher or TEACHER), walks)
+    teacher = config.teacher or TEACHER
+    family_of(teacher)  # what is no model is named as what it is, before a file of it is missed
+    check_walks(Schedule.load(teacher), walks)
     asked = {"run": config.to_dict(), "rows": asdict(settings)} | ({"full": asdict(full)} if full else {})
     volatile = tuple(f"run.{field}" for field in (*VOLATILE, "seed", "erase"))
     there, device = (out / "config.json").exists(), pick_device(config.device)
