@@ -114,13 +114,14 @@ def _long_run() -> list[str]:
     row = rows.read(SOAK)[-1]
     held = {name: f"{row[name] / 2**20:.1f} MiB" for name in ("memory_grown", "disk_grown", "disk_over_unbroken")}
     most = {name: f"{row['limits'][name] / 2**20:.0f} MiB" for name in held}
+    files, most_files = row["descriptors_grown"], row["limits"]["descriptors_grown"]
     text = (
-        f"`{row['command']}` on {rows.device(row)}, {row['date']}: {row['steps']} steps, killed {row['kills']} times on "
-        "the way, end with the weights of the same run that nobody touched. From its second quarter to its last, that "
-        f"one's memory grew by {held['memory_grown']} (limit {most['memory_grown']}), its open files by "
-        f"{row['descriptors_grown']} (limit {row['limits']['descriptors_grown']}) and its folder by {held['disk_grown']} "
-        f"(limit {most['disk_grown']}); the folder of the run that was killed held {held['disk_over_unbroken']} more "
-        f"than that at most (limit {most['disk_over_unbroken']}, a checkpoint)."
+        f"`{row['command']}` on {rows.device(row)}, {row['date']}: {row['steps']} steps, killed {row['kills']} times "
+        "on the way, end with the weights of the same run that nobody touched. From its second quarter to its last, "
+        f"that one's memory grew by {held['memory_grown']} (limit {most['memory_grown']}), its open files by {files} "
+        f"(limit {most_files}) and its folder by {held['disk_grown']} (limit {most['disk_grown']}); the folder of the "
+        f"run that was killed held {held['disk_over_unbroken']} more than that at most (limit "
+        f"{most['disk_over_unbroken']}, a checkpoint)."
     )
     return ["", "## A long run", "", *textwrap.wrap(text, 118)]
 
