@@ -41,7 +41,7 @@ fuzz: $(VENV)/.installed-test
 # Every command that writes, ten folders each in which it is killed and has no room; then a long run that is killed again
 # and again beside one that is not: 40 minutes on two cores, less with STEPS=200.
 soak: $(VENV)/.installed-test
-	SOAK=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -n $(JOBS) $(ARGS)
+	SOAK=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/training/test_kill.py -n $(JOBS) $(ARGS)
 	$(BIN)/python -m benchmarks.soak --steps $(STEPS)
 
 lint: $(VENV)/.installed-dev

@@ -4,8 +4,8 @@
     python -m benchmarks.soak --steps 200 --kills 4
 
 Looked at four times a second, from outside: memory (`RssAnon`), open descriptors, and the run folder without its logs,
-which grow by a line each step. A long process may hold no more in its last quarter than in its second one, but for
-the limits below; the folder of the run that is killed may hold no more than that of the other, but for a checkpoint
+which grow by a line each step. A long process may hold no more in its last quarter than in its second one, by medians
+and but for the limits below; the folder of the run that is killed may hold no more than that of the other, but for a checkpoint
 that was being written. At the end nothing half-made is left, and the student's weights are the same bytes.
 """
 
@@ -22,6 +22,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -64,11 +65,11 @@ class Held:
     seen: list[tuple[int, int, int, int]] = field(default_factory=list)
 
     def growth(self, column: int, steps: int) -> int:
-        """What the last quarter of the steps holds at most, less what the second one holds at most."""
+        """What the last quarter of the steps holds, less what the second one holds: medians."""
         quarters = [[look[column] for look in self.seen if low <= 4 * look[0] / steps < low + 1] for low in (1, 3)]
         if not all(quarters):
             raise UserError(f"the run was too short to be looked at: {len(self.seen)} looks; wanted more --steps")
-        return max(quarters[1]) - max(quarters[0])
+        return round(median(quarters[1]) - median(quarters[0]))  # a checkpoint that is being written comes and goes
 
     def most(self, column: int) -> int:
         return max(look[column] for look in self.seen)
@@ -91,6 +92,10 @@ def steps_done(out: Path) -> int:
     return stats.read_bytes().count(b"\n") if stats.exists() else 0
 
 
+_stop = threading.Event()
+"""Both runs end with this process."""
+
+
 def session(command: list[str], out: Path, held: Held, goal: float, delay: float) -> int:
     """One process, killed `delay` seconds after it has reached a step; its exit status.
 
@@ -105,7 +110,7 @@ def session(command: list[str], out: Path, held: Held, goal: float, delay: float
             env={**environment(ROOT), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     try:
-        while process.poll() is None:
+        while process.poll() is None and not _stop.is_set():
             done, now = steps_done(out), time.perf_counter()
             with contextlib.suppress(OSError, KeyError):  # it has ended meanwhile
                 opened = len(os.listdir(f"/proc/{process.pid}/fd"))
@@ -137,7 +142,7 @@ def train(out: Path, settings: Settings, kills: int, held: Held) -> None:
         goal = (done + dice.random()) * settings.steps / kills if done < kills else math.inf
         again = ["--resume"] if (out / "config.json").exists() else []
         code = session([*command, *again], out, held, goal, dice.uniform(0, 3))
-        if code == 0:
+        if code == 0 or _stop.is_set():
             return
         if code != -signal.SIGKILL:
             raise UserError(f"a session ended with exit code {code}: {out.with_suffix('.log').read_text()[-2000:]}")
@@ -153,12 +158,18 @@ def measure(settings: Settings, folder: Path) -> tuple[Row, list[str]]:
             train(folder / f"run-{number}", settings, number * settings.kills, helds[number])
         except BaseException as error:
             failures.append(error)
+            _stop.set()
 
     threads = [threading.Thread(target=go, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    finally:
+        _stop.set()
+        for thread in threads:
+            thread.join()
     if failures:
         raise failures[0]
     whole, broken = helds
@@ -189,6 +200,7 @@ def main() -> None:
     settings = flags.parse(Settings, "benchmarks.soak", __doc__)
     if settings.steps < 1 or settings.kills < 1:
         raise UserError(f"--steps {settings.steps} --kills {settings.kills}: wanted at least 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder:
         row, wrong = measure(settings, Path(folder))
     print(json.dumps(row, indent=2))

@@ -7,6 +7,7 @@ A test marked `situation` has a docstring of one line: the situation, a colon, w
 """
 
 import ast
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,20 +113,18 @@ def _long_run() -> list[str]:
     if not SOAK.exists():
         return []
     row = rows.read(SOAK)[-1]
-    grown, limits = (row[name] / 2**20 for name in ("memory_grown", "disk_grown", "disk_over_unbroken")), row["limits"]
-    memory, disk, over = (f"{value:.1f} MiB" for value in grown)
-    allowed = (f"{limits[name] / 2**20:.0f} MiB" for name in ("memory_grown", "disk_grown", "disk_over_unbroken"))
-    most = dict(zip(("memory", "disk", "over"), allowed, strict=True))
-    return [
-        "",
-        "## A long run",
-        "",
-        f"`{row['command']}` on {rows.device(row)}, {row['date']}: {row['steps']} steps, killed {row['kills']} times on",
-        "the way, end with the weights of the same run that nobody touched. From its second quarter to its last,",
-        f"that one's memory grew by {memory} (limit {most['memory']}), its open files by {row['descriptors_grown']} (limit",
-        f"{limits['descriptors_grown']}) and its folder by {disk} (limit {most['disk']}); the folder of the run that",
-        f"was killed held {over} more than that at most (limit {most['over']}, a checkpoint).",
-    ]
+    held = {name: f"{row[name] / 2**20:.1f} MiB" for name in ("memory_grown", "disk_grown", "disk_over_unbroken")}
+    most = {name: f"{row['limits'][name] / 2**20:.0f} MiB" for name in held}
+    files, most_files = row["descriptors_grown"], row["limits"]["descriptors_grown"]
+    text = (
+        f"`{row['command']}` on {rows.device(row)}, {row['date']}: {row['steps']} steps, killed {row['kills']} times "
+        "on the way, end with the weights of the same run that nobody touched. From its second quarter to its last, "
+        f"that one's memory grew by {held['memory_grown']} (limit {most['memory_grown']}), its open files by {files} "
+        f"(limit {most_files}) and its folder by {held['disk_grown']} (limit {most['disk_grown']}); the folder of the "
+        f"run that was killed held {held['disk_over_unbroken']} more than that at most (limit "
+        f"{most['disk_over_unbroken']}, a checkpoint)."
+    )
+    return ["", "## A long run", "", *textwrap.wrap(text, 118)]
 
 
 def _cell(text: str) -> str:

@@ -71,17 +71,28 @@ def claimed(path: Path) -> Iterator[bool]:
         UserError: There is something, another process holds the place, or what is to be a folder is a file.
         OSError: The folder cannot be written to.
     """
-    missing = [folder for folder in path.parents if not os.path.lexists(folder)]
+    with made(path.parent), locked(path.with_name(f".{short(path)}.lock"), str(path)) as left:
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists already; delete it or choose another name")
+        yield left
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder and those above it, made where they are missing; those that stay empty go again.
+
+    Raises:
+        UserError: What is to be a folder is a file.
+        OSError: It cannot be made.
+    """
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    above = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not above.is_dir():
+        raise UserError(f"{folder}: {above} is a file, wanted a folder")
     try:
-        above = next(folder for folder in path.parents if os.path.lexists(folder))
-        if not above.is_dir():
-            raise UserError(f"{path}: {above} is a file, wanted a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.with_name(f".{short(path)}.lock"), str(path)) as left:
-            if os.path.lexists(path):
-                raise UserError(f"{path} exists already; delete it or choose another name")
-            yield left
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        for folder in missing:
+        for each in missing:
             with suppress(OSError):
-                folder.rmdir()
+                each.rmdir()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from bilevel_fast.base.claims import locked
+from bilevel_fast.base.claims import locked, made
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import parse_json, read_file, sweep, write_atomic, write_json
 from bilevel_fast.data.cache import DROPPED, DTYPES, INDEX, PARTIAL, Cache, Index, LeftOut, Shard
@@ -263,14 +263,13 @@ def _nothing(path: Path, report: Sequence[str]) -> UserError:
 
 @contextmanager
 def at_work(path: Path, part: Part = WHOLE) -> Iterator[None]:
-    """Hold the folder of a cache, which is made if missing, or the place of one part in it.
+    """Hold the folder of a cache, or the place of one part in it; it is made if missing, and goes if it stays empty.
 
     Raises:
         UserError: Another process makes the same.
         OSError: It cannot be written to.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    with locked(path / f".{part.prefix}lock", str(path)):
+    with made(path), locked(path / f".{part.prefix}lock", str(path)):
         yield
 
 

@@ -6,6 +6,7 @@ import os
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,7 +118,8 @@ def test_another_tar_of_the_same_size(tmp_path, monkeypatch):
     index, framing = Index("images", (4, 2, 2), "vae"), encode.Framing(8, 0)
 
     def source_of() -> str:
-        encode.encode(first, tmp_path / "cache", index, framing, None, None, batch=1, per_file=1, part=Part(1, 2))
+        nobody: Any = None
+        encode.encode(first, tmp_path / "cache", index, framing, nobody, nobody, batch=1, per_file=1, part=Part(1, 2))
         return seen.pop()
 
     now, before = encode._digest(same), encode._digest(former)

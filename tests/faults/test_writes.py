@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from every_command import COMMANDS, SLOW, Command, filled, leftovers, make_world, outcome
-from faults import Fault
 from forked import Started
+from mishap import Fault
 
 SOAK = "SOAK" in os.environ
 CHAINS = int(os.environ.get("SOAK") or 20) if SOAK else 1

@@ -65,7 +65,7 @@ COMMANDS = {
         "erase uce --model IN/teacher --erase in~the~style~of~waves --device cpu --out OUT/erased", "erased"
     ),
     "train": Command(
-        f"train --preset smoke {_TRAIN} {_JUDGE} --lower.steps 4 --checkpoint-every 2 --out OUT/run",
+        f"train --preset smoke {_TRAIN} {_JUDGE} --no-twin --lower.steps 4 --checkpoint-every 2 --out OUT/run",
         "run", "config.json", "--resume",
     ),
     "sample --prompts": Command(
@@ -79,11 +79,11 @@ COMMANDS = {
         "evaluate --suite coco --images IN/drawn --prompts IN/captions.json --device cpu --out OUT/eval.json",
         "eval.json",
     ),
+}  # fmt: skip
+SLOW = {
     "rows of a benchmark": Command(
         "benchmarks.counts.roofline_sites --card A6000 --tiny --out OUT/rows.jsonl", "rows.jsonl"
     ),
-}  # fmt: skip
-SLOW = {
     "profile": Command(
         f"profile --preset smoke {_TRAIN} --steps 1 --warmup 0 --profile-out OUT/profile", "profile", "trace.json",
         "--overwrite",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_fast.base import errors
-from faults import Fault
+from mishap import Fault
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(
