@@ -95,7 +95,7 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(flags, tmp_path):
 
 @pytest.mark.situation
 def test_a_killed_rank_is_named_by_the_one_that_is_left(flags, tmp_path):
-    """a rank is killed: one line by another names rank, machine and process, and all end within 15 s"""
+    """a rank is killed: one line by another names rank, machine and process, and all end within seconds"""
     crew, begun = in_steps(tmp_path / "run", *flags), time.monotonic()
     crew.ranks[1].send(signal.SIGKILL)
     assert crew.wait() == [2, -signal.SIGKILL]
