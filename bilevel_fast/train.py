@@ -8,6 +8,7 @@ torchrun --standalone --nproc-per-node 8 -m bilevel_fast.train --scale.leaves 8 
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,6 +37,8 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 
 def main() -> None:
+    if "RANK" in os.environ:  # read when torch is loaded: or a rank that is gone leaves a stack of C++ beside our line
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     config = parse(sys.argv[1:])
     if config.dry_run:

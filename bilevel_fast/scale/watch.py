@@ -60,17 +60,21 @@ class Watch:
         self._clock, self._end = clock, end
         self._beats, self._word, self._limit = 0, "", LIMIT
         self._last: list[bytes] = [b""] * world
-        self._since, self._lost = [clock()] * world, 0
+        self._since, self._answered = [clock()] * world, clock()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        jobs = (self._run, self._guard)
+        self._threads = [threading.Thread(target=job, name="watch", daemon=True) for job in jobs]
 
     def start(self) -> None:
-        self._thread.start()
+        self._answered = self._clock()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
 
     def hurry(self) -> None:
         """A collective has failed: that is not a rank that is only slow."""
@@ -98,13 +102,12 @@ class Watch:
             self.beat()
             words = self.store.multi_get([_key(rank) for rank in range(self.world)])
         except RuntimeError:
-            self._lost += 1
             if self._last[0].startswith(b'["failed'):
                 self._end(None)
-            elif self._lost * EVERY >= PATIENCE:
-                self._end(f"rank 0, on {self.names[0]}, is gone, or the process that started it; go on with --resume")
+            elif self._clock() - self._answered >= PATIENCE:
+                self._end(self._lost())
             return
-        now, self._lost = self._clock(), 0
+        now = self._answered = self._clock()
         for rank, word in enumerate(words):
             if word != self._last[rank]:
                 self._last[rank], self._since[rank] = word, now
@@ -124,9 +127,24 @@ class Watch:
         speaks = not failed[first] and all(gone[: self.rank])
         self._end(line if speaks else None)
 
+    def guard(self) -> None:
+        """End the process if the store has not answered for too long: who hosts it is stopped, and `look` waits."""
+        if self._clock() - self._answered > LIMIT:
+            self._end(self._lost())
+
+    def _lost(self) -> str | None:
+        """What rank 1 says of a store that is gone: nobody can say who is left."""
+        if self.rank != 1:
+            return None
+        return f"rank 0, on {self.names[0]}, is gone, or the process that started it; go on with --resume"
+
     def _run(self) -> None:
         while not self._stopped.wait(EVERY):
             self.look()
+
+    def _guard(self) -> None:
+        while not self._stopped.wait(EVERY):
+            self.guard()
 
 
 def _key(rank: int) -> str:

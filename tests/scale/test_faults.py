@@ -95,7 +95,7 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step(flags, tmp_path):
 
 @pytest.mark.situation
 def test_a_killed_rank_is_named_by_the_one_that_is_left(flags, tmp_path):
-    """a rank is killed: one line by another names rank, machine and process, and all end within 15 s"""
+    """a rank is killed: one line by another names rank, machine and process, and all end within seconds"""
     crew, begun = in_steps(tmp_path / "run", *flags), time.monotonic()
     crew.ranks[1].send(signal.SIGKILL)
     assert crew.wait() == [2, -signal.SIGKILL]
@@ -107,13 +107,14 @@ def test_a_killed_rank_is_named_by_the_one_that_is_left(flags, tmp_path):
 
 
 @pytest.mark.situation
-def test_a_rank_that_hangs_is_named(flags, tmp_path):
+@pytest.mark.parametrize("hangs", [0, 1])  # the first hosts what they talk through
+def test_a_rank_that_hangs_is_named(flags, tmp_path, hangs):
     """a rank hangs, or its machine is cut off: the same, after ten seconds of silence"""
     crew, begun = in_steps(tmp_path / "run", *flags), time.monotonic()
-    crew.ranks[1].send(signal.SIGSTOP)
-    assert crew.ranks[0].wait(60) == 2
+    crew.ranks[hangs].send(signal.SIGSTOP)
+    assert crew.ranks[1 - hangs].wait(60) == 2
     (line,) = errors_of(crew.said())
-    assert line.startswith("error: rank 1, on ")
+    assert line.startswith(f"error: rank {hangs}, on ")
     print(f"the other is gone after {time.monotonic() - begun:.1f} s")
     assert LIMIT - EVERY <= time.monotonic() - begun <= LIMIT + 3 * EVERY + BUSY
 
@@ -274,6 +275,7 @@ def test_the_first_rank_is_killed_under_torchrun(flags, tmp_path):
         text, _ = agent.communicate(timeout=120)
     (line,) = errors_of(text)
     assert line.startswith("error: rank 0, on ")
+    assert "frame #" not in text
     print(f"all gone after {time.monotonic() - begun:.1f} s")
     assert time.monotonic() - begun <= PATIENCE + 3 * EVERY + BUSY
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
@@ -282,7 +284,7 @@ def test_the_first_rank_is_killed_under_torchrun(flags, tmp_path):
 @pytest.mark.faults
 def test_torchrun_starts_ranks_again_which_go_on_from_the_last_checkpoint(flags, tmp_path):
     """The same command, without --resume."""
-    steps = [*flags, "--lower.steps", "40", "--checkpoint-every", "1"]
+    steps = [*flags, "--lower.steps", "16", "--checkpoint-every", "1"]
     whole, out = tmp_path / "whole", tmp_path / "run"
     assert run_command(main, *steps, "--out", whole).returncode == 0
     agent = start(2, "-m", "bilevel_fast.train", *steps, "--out", out, restarts=3)
@@ -308,7 +310,7 @@ def test_ranks_of_torchrun_that_are_started_differently(flags, tmp_path):
 def test_kill_any_rank_at_any_moment_and_go_on_with_any_number(flags, tmp_path):
     """As often as that happens, the end has the bits of a run that nobody touched."""
     kills, dice, done = int(os.environ.get("BILEVEL_FAST_KILLS", "10")), random.Random(0), 0
-    steps = [*flags, "--lower.steps", "24", "--checkpoint-every", "1"]
+    steps = [*flags, "--lower.steps", "12", "--checkpoint-every", "1"]
     whole, out, finished = tmp_path / "whole", tmp_path / "run-0", 0
     assert run_command(main, *steps, "--out", whole).returncode == 0
     while done < kills:
@@ -319,9 +321,11 @@ def test_kill_any_rank_at_any_moment_and_go_on_with_any_number(flags, tmp_path):
             time.sleep(0.005)
         time.sleep(dice.uniform(0, 0.2 if more else 2.0))
         crew.ranks[dice.randrange(len(crew.ranks))].send(signal.SIGKILL)
+        for rank in crew.ranks:
+            rank.send(signal.SIGTERM)  # as torchrun does; who has not met the others yet would wait for minutes
         codes = crew.wait()
         done += -signal.SIGKILL in codes
-        assert set(codes) <= {0, 2, -signal.SIGKILL}, crew.said()
+        assert set(codes) <= {0, 2, -signal.SIGKILL, -signal.SIGTERM}, crew.said()
         if (out / "summary.json").exists():
             assert_same(out, whole)
             finished += 1

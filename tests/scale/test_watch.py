@@ -99,4 +99,20 @@ def test_a_lost_store_ends_its_users_and_says_whose_it_was():
     ranks.words = None
     ranks.run(PATIENCE + 1)
     assert set(ranks.ended) == {0, 1, 2, 3}
-    assert "rank 0, on node0 process 100, is gone" in ranks.ended[1][1]
+    assert all(PATIENCE <= when - 2 <= PATIENCE + EVERY for when, _ in ranks.ended.values())
+    lines = {rank: line for rank, (_, line) in ranks.ended.items() if line}
+    assert lines.keys() == {1}
+    assert lines[1].startswith("rank 0, on node0 process 100, is gone, or the process that started it")
+
+
+def test_a_store_that_does_not_answer_is_one_that_is_lost():
+    """`look` waits for it; the other thread does not."""
+    ranks = Ranks()
+    ranks.run(2)
+    for watch in ranks.watches:
+        ranks.now = 2 + LIMIT
+        watch.guard()
+        assert not ranks.ended
+    ranks.now += EVERY
+    ranks.watches[1].guard()
+    assert ranks.ended[1][1].startswith("rank 0, on node0 process 100, is gone, or the process that started it")
