@@ -4,11 +4,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import SD21, UNetConfig, sites
 from bilevel_fast.models.conditioning import with_sizes
+from bilevel_fast.models.macs import count
 from bilevel_fast.models.sdxl import SDXL, SDXL_FAMILY
+from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from unets import assert_equals_diffusers, inputs, make_unet, relative
 
@@ -47,15 +50,18 @@ def test_equals_diffusers(name):
 
 @pytest.mark.parametrize("name", SDXL_FAMILY)
 def test_real_sizes_on_meta(name):
-    """Every key and shape of diffusers, as many parameters as are published, and the block outputs' shapes."""
+    """Every key and shape of diffusers, as many parameters as are published, the block outputs' shapes, and products as
+    torch's own counter has them."""
     config = SDXL_FAMILY[name]
     with torch.device("meta"):
         ours, theirs = UNet(config), diffusers_unet(config)
     assert sum(p.numel() for p in ours.parameters()) == PARAMETERS[name]
     shapes = {k: tuple(v.shape) for k, v in theirs.state_dict().items()}
     assert {k: tuple(v.shape) for k, v in ours.state_dict().items()} == shapes
-    with torch.device("meta"):
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         prediction = ours(torch.empty(1, 4, 128, 128), torch.empty(1), torch.empty(1, 77 + config.extra_rows, 2048))
+    macs = count(Structure.dense(config), 128, 77)
+    assert (2 * macs.products, macs.params) == (counter.get_total_flops(), PARAMETERS[name])
     assert prediction.out.shape == (1, 4, 128, 128)
     found = [tuple(block.shape[1:]) for block in prediction.blocks]
     innermost = [(1280, 32, 32)] * (2 if config.mid_block_type else 1)

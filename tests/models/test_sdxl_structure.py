@@ -32,7 +32,10 @@ def test_a_file_of_version_2(tmp_path):
         structure.save(tmp_path / "structure.json")
         assert Structure.load(tmp_path / "structure.json") == structure
         assert read_json(tmp_path / "structure.json")["version"] == 2
-    assert any(OUTER in random_structure(SDXL_LIKE, seed, 0.4).dropped for seed in range(3))
+    found = [random_structure(SDXL_LIKE, seed, 0.4).dropped for seed in range(3)]
+    shells = {site.name for site in sites(SDXL_LIKE) if not site.widths}
+    assert any(shells & dropped for dropped in found)
+    assert any(".transformer_blocks." in name for dropped in found for name in dropped)
 
 
 @pytest.mark.parametrize("name", PLANNED)
@@ -67,7 +70,7 @@ def test_standing_depths_are_products_along_the_nesting():
         outer = depths[:, number[site.within]] if site.within in number else 1.0
         assert torch.equal(plan.standing(depths)[:, i], depths[:, i] * outer)
     assert BLOCK in number
-    assert (plan.size, plan.widths, len(plan.segments)) == (387, 364, 49)
+    assert (plan.size, plan.widths, len(plan.segments)) == (314, 292, 53)
     plan = layout(SDXL)
     assert (plan.size, plan.widths, len(plan.segments), len(plan.depths)) == (5464, 5384, 227, 80)
 
@@ -154,9 +157,7 @@ def test_products_and_parameters(seed):
     ],
 )
 def test_real_sizes(name, true, official):
-    """At 1024 px: products and parameters by torch's own counter on the meta device, totals as they are documented."""
-    structure = Structure.dense(SDXL_FAMILY[name])
-    macs = count(structure, 128, 77)
-    assert (2 * macs.products, macs.params) == flops_and_params(structure, 128, 77)
+    """At 1024 px, totals as they are documented; `test_sdxl.py` has torch's own counter."""
+    macs = count(Structure.dense(SDXL_FAMILY[name]), 128, 77)
     assert (round(macs.true / 1e9, 3), round(macs.official / 1e9, 3)) == (true, official)
     assert sum(row.params for row in macs.rows) == macs.params
