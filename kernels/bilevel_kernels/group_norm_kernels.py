@@ -3,6 +3,7 @@
 Tiles     A sample is K tiles of TILE pixels. Kernels over tiles have one program for each (block of channels, tile,
           sample); those that join what tiles found have one for each (group, sample).
 Small     Where all pixels of a group fit one tile, one kernel does everything, with a program for each (group, sample).
+          Backward goes through it PART pixels at a time: whole, a large tile spills on some cards
 Order     `gn_out_kernel` and `gn_dx_kernel` read again what the kernel before them read, and walk backwards: what it
           read last is what the L2 cache still holds.
 Two       x may lie in two tensors, as a skip connection does beside what it is joined to: channels from SPLIT on are in
@@ -285,10 +286,11 @@ def gn_small_bwd_kernel(
     WIDTH: tl.constexpr,
     SILU: tl.constexpr,
     TILE: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    pixel, channel = tl.arange(0, TILE), tl.arange(0, BLOCK_W)
+    channel = tl.arange(0, BLOCK_W)
     first, row = b * HW * C + g * WIDTH, b * C + g * WIDTH
     dout_ptr, x_ptr, weight_ptr, bias_ptr = (
         dout_ptr + first,
@@ -298,25 +300,33 @@ def gn_small_bwd_kernel(
     )
     if time_ptr is not None:
         time_ptr += row
+    if dskip_ptr is not None:
+        dskip_ptr += b * HW * skip_row + g * WIDTH
     mean, rstd = tl.load(mean_ptr + b * (C // WIDTH) + g), tl.load(rstd_ptr + b * (C // WIDTH) + g)
     w = _load_channels(weight_ptr, channel, WIDTH)
-    x = _load(x_ptr, time_ptr, pixel, channel, HW, WIDTH, WIDTH, C)
-    xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU)
-    dweight, dbias = tl.sum(dy * xhat, axis=0), tl.sum(dy, axis=0)
+    dweight, dbias = tl.zeros((BLOCK_W,), tl.float32), tl.zeros((BLOCK_W,), tl.float32)
+    for start in range(0, TILE, PART):
+        pixel = start + tl.arange(0, PART)
+        x = _load(x_ptr, time_ptr, pixel, channel, HW, WIDTH, WIDTH, C)
+        xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU)
+        dweight += tl.sum(dy * xhat, axis=0)
+        dbias += tl.sum(dy, axis=0)
     tl.store(dweight_ptr + row + channel, dweight, mask=channel < WIDTH)
     tl.store(dbias_ptr + row + channel, dbias, mask=channel < WIDTH)
     c0, c1 = tl.sum(dbias[None, :] * w) / (HW * WIDTH), tl.sum(dweight[None, :] * w) / (HW * WIDTH)
-    # again, out of the L1 cache: kept in registers, the two tiles spill
-    x = _load(x_ptr, time_ptr, pixel, channel, HW, WIDTH, WIDTH, C)
-    xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU)
-    dx = (dy * w - c0 - xhat * c1) * rstd
+    dtime = tl.zeros((BLOCK_W,), tl.float32)
+    for start in range(0, TILE, PART):
+        # again, out of the L1 cache: kept in registers, the two tiles spill
+        pixel = start + tl.arange(0, PART)
+        x = _load(x_ptr, time_ptr, pixel, channel, HW, WIDTH, WIDTH, C)
+        xhat, dy = _xhat_dy(dout_ptr, x, weight_ptr, bias_ptr, mean, rstd, pixel, channel, HW, WIDTH, WIDTH, C, SILU)
+        dx = (dy * w - c0 - xhat * c1) * rstd
+        if dtime_ptr is not None:
+            dtime += tl.sum(tl.where((pixel < HW)[:, None], dx, 0.0), axis=0)
+        dx = _plus_skip(dx, dskip_ptr, skip_row, pixel, channel, HW, WIDTH)
+        _store(dx_ptr + first, dx, pixel, channel, HW, WIDTH, C)
     if dtime_ptr is not None:
-        dtime = tl.sum(tl.where((pixel < HW)[:, None], dx, 0.0), axis=0)
         tl.store(dtime_ptr + row + channel, dtime.to(dtime_ptr.dtype.element_ty), mask=channel < WIDTH)
-    if dskip_ptr is not None:
-        dskip_ptr += b * HW * skip_row + g * WIDTH
-    dx = _plus_skip(dx, dskip_ptr, skip_row, pixel, channel, HW, WIDTH)
-    _store(dx_ptr + first, dx, pixel, channel, HW, WIDTH, C)
 
 
 @triton.jit

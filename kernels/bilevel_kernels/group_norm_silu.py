@@ -37,6 +37,7 @@ KIND = "norm"
 TILE, BLOCK_C = 128, 64  # pixels and channels of a program: rows of 128 B in 16 bit
 SMALL = 32768  # most bytes of a tile that holds a whole group
 THREAD = 64  # bytes of x in a thread's hands; more cost registers and with them occupancy
+PART = 4096  # elements of such a tile that backward holds at a time
 BLOCK_K = 32  # tiles, or samples, that the second passes add at a time
 
 
@@ -197,7 +198,8 @@ def group_norm_silu_bwd(
     skip = (dskip, 0 if dskip is None else _pixel_stride(dskip))
     small = _small_config(x, padding, groups)
     if small:
-        kernels.gn_small_bwd_kernel[(groups, B)](*inputs, dx, dtime, *per_sample, *skip, HW, C=C, SILU=silu, **small)
+        sizes = {"C": C, "PART": max(1, min(small["TILE"], PART // small["BLOCK_W"])), **small}
+        kernels.gn_small_bwd_kernel[(groups, B)](*inputs, dx, dtime, *per_sample, *skip, HW, SILU=silu, **sizes)
     else:
         shared = (time, weight, bias, (mean, rstd), (dx, None), dtime, per_sample, skip)
         _tiled_bwd(dout, (x, None), *shared, C, silu)

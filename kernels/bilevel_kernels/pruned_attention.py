@@ -235,6 +235,8 @@ def _pruned_attention_dkv_kernel(
 
 def config(queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Tiles of queries by keys."""
+    if dtype == torch.float32 and head_dim > 64 and backward:  # whole rows of heads in registers: more threads for them
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8 if head_dim <= 128 else 16, "num_stages": 1}
     if dtype == torch.float32:  # ieee fp32 products run on the CUDA cores, in registers
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if head_dim > 128 and backward:  # 99 KiB of shared memory are all that a block has on sm_86 and sm_89

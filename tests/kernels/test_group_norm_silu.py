@@ -55,6 +55,33 @@ def test_small_groups_are_one_tile(shape, dtype, gn):
     assert (op._small_config(make(gn, shape, dtype)[0], shape[-1], shape[1]) is not None) == (shape in SMALL)
 
 
+@pytest.fixture
+def in_parts(monkeypatch):
+    """Backward of a group of `ODD` takes 4 of its 15 pixels at a time."""
+    monkeypatch.setattr(op, "PART", 32)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_a_large_tile_is_gone_through_in_parts(gn):
+    check_skip(group_norm_silu_and_input, ODD, make(gn, ODD), "part of a concatenation")
+
+
+@pytest.mark.usefixtures("in_parts")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("dweight += tl.sum(", "dweight = tl.sum("),
+        ("dbias += tl.sum(", "dbias = tl.sum("),
+        ("dtime += tl.sum(tl", "dtime = tl.sum(tl"),
+        ("(0, TILE, PART):\n        # again", "(0, TILE - PART, PART):\n        # again"),
+    ],
+)
+def test_planted_bug_of_parts_is_found(old, new, gn, tmp_path, monkeypatch):
+    monkeypatch.setattr(op, "kernels", mutated(group_norm_kernels.__file__, old, new, tmp_path))
+    with pytest.raises(AssertionError, match=r"error .*, eager has|non-finite elements"):
+        check(group_norm_silu, ODD, make(gn, ODD))
+
+
 def test_more_tiles_than_are_added_at_a_time(gn):
     shape = (1, 2, 2, 65, 65, 4)
     check(group_norm_silu, shape, make(gn, shape))
