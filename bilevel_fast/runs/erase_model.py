@@ -83,10 +83,10 @@ def erase(args: UceArgs | ConceptPruneArgs) -> Erased:
         UserError: Bad input of any kind.
     """
     with claimed(args.out):
-        _erase(args)
+        return _erase(args)
 
 
-def _erase(args: UceArgs | ConceptPruneArgs) -> None:
+def _erase(args: UceArgs | ConceptPruneArgs) -> Erased:
     weights, kept = (args.weights, args.preserve) if isinstance(args, UceArgs) else ((), None)
     pairs = make_pairs(args.erase, args.guide, weights) if args.erase or args.pairs is None else ()
     pairs += read_pairs(args.pairs) if args.pairs is not None else ()
