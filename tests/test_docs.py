@@ -26,6 +26,7 @@ from sd_folder import make_sd_folder
 
 COMMANDS = ROOT / "docs" / "commands.md"
 ELSEWHERE = {"--help", "--version", "--rehearse"}  # of every command, of `bilevel-fast`, and of benchmarks/gpu.sh
+ELSEWHERE |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-conf"}  # of torchrun
 
 PICTURES = ["--resolution", "64", "--batch", "2", "--per-file", "2", "--threads", "1"]
 FEW = ["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "3"]
@@ -47,6 +48,7 @@ SMALL = {
 }
 """What makes a command small enough to run here."""
 PARSED = {
+    "convert": "wants a checkpoint in one file; tests/models/test_single_file.py",
     "prune import-aptp": "wants files of APTP's authors; tests/pruning/test_aptp_import.py",
     "reproduce": "minutes; tests/runs/paper",
     "smoke": "docs/api.md trains with it below; tests/runs, tests/profiling",

@@ -192,7 +192,7 @@ def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
 
 
 def test_out_of_memory_says_what_would_fit(monkeypatch, tmp_path):
-    def fit(*_):
+    def fit(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("bilevel_fast.runs.assemble.levels", fit)
