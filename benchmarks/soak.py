@@ -5,8 +5,8 @@
 
 Looked at four times a second, from outside: memory (`RssAnon`), open descriptors, and the run folder without its logs,
 which grow by a line each step. A long process may hold no more in its last quarter than in its second one, by medians
-and but for the limits below; the folder of the run that is killed may hold no more than that of the other, but for a checkpoint
-that was being written. At the end nothing half-made is left, and the student's weights are the same bytes.
+and but for the limits below; the folder of the run that is killed may hold no more than that of the other, but for a
+checkpoint that was being written. At the end nothing half-made is left, and the student's weights are the same bytes.
 """
 
 import contextlib
