@@ -82,14 +82,15 @@ class Team:
             raise UserError(f"MASTER_PORT is {port!r}, wanted a number")
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         try:
-            store, rank, world = next(dist.rendezvous("env://", ranks.rank, ranks.world, timeout=_START))
+            found = dist.rendezvous("env://", ranks.rank, ranks.world, timeout=_START)  # pyright: ignore[reportPrivateImportUsage]
+            store, rank, world = next(found)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_NEVER)
         except (RuntimeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
                 f"rank {ranks.rank} of {ranks.world} did not meet the others at {host}:{port}: {reason}"
             ) from error
-        self._store = dist.PrefixStore("bilevel_fast", store)
+        self._store = dist.PrefixStore("bilevel_fast", store)  # pyright: ignore[reportPrivateImportUsage]
         name = f"{os.uname().nodename} process {os.getpid()}"
         names = [str(found) for found in self._told(name)]
         self._watch = Watch(self._store, self.rank, self.world, names)

@@ -164,7 +164,7 @@ class ShardedParameters(FlatParameters):
         self._check_fits(state)
         for name, place in self._state_of(self.compute).items():
             if name in self._layouts:
-                inside = place.storage_offset() - self.compute.storage_offset() - self._layouts[name][0]
+                inside = int(place.storage_offset() - self.compute.storage_offset()) - self._layouts[name][0]
                 rows = self.master if buffer is None else buffer
                 self._put(rows, name, state[name], inside, place.stride())
             else:
