@@ -11,6 +11,7 @@ first blocks stay. That is our choice: the published weights were trained for lo
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.architecture import Site, UNetConfig, sites
@@ -19,6 +20,11 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.bk_sdm import within_budget
 from bilevel_fast.pruning.budget import Budget, Calibration
+
+_PLACES: tuple[tuple[Literal["down", "mid", "up"], int], ...] = (
+    ("down", 1), ("down", 2), ("mid", 0), ("up", 0), ("up", 1),
+)  # fmt: skip
+"""The blocks that have Transformers."""
 
 SHAPES = {"koala-1b": KOALA_1B, "koala-700m": KOALA_700M, "ssd-1b": SSD_1B, "vega": VEGA}
 
@@ -79,7 +85,7 @@ def _check(config: UNetConfig, name: str) -> None:
     if config.down_block_types != SDXL.down_block_types or config.up_block_types != SDXL.up_block_types:
         found = ", ".join(config.down_block_types)
         raise UserError(f"{wanted} down blocks {', '.join(SDXL.down_block_types)}, this UNet has {found}")
-    for place, index in (("down", 1), ("down", 2), ("mid", 0), ("up", 0), ("up", 1)):
+    for place, index in _PLACES:
         if place == "mid" and config.mid_block_type != SDXL.mid_block_type:
             raise UserError(f"{wanted} a mid block {SDXL.mid_block_type}, this UNet has {config.mid_block_type}")
         layers, found = SDXL.depths(place, index), config.depths(place, index)

@@ -86,6 +86,7 @@ def assert_equals_diffusers(ours: UNet, theirs, tolerance: float = 1e-4) -> None
     prediction.out.backward(upstream)
     gradients = dict(theirs.named_parameters())
     for key, p in ours.named_parameters():
+        assert p.grad is not None
         assert relative(p.grad, gradients[key].grad) <= tolerance, key
 
 
