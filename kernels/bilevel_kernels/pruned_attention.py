@@ -10,6 +10,7 @@ Shapes     q: (B, T, N D); k, v: (B, S, N D) -> out: (B, T, N D); lse: (B, N, T)
 Dtypes     fp32 | fp16 | bf16, the same of all; softmax and sums in fp32; p and ds rounded to it before products
 Layout     contiguous; or q, k and v are thirds of one (B, T, 3 N D), or k and v halves of one (B, S, 2 N D), as one
            product makes them, and so are their gradients then
+           the gradient of fp32 heads of more than 128 channels spills registers: slow, and its shared memory is 65 KiB
 Numerics   online softmax; one pass over k for dq, one over q for dk and dv: no atomics, the same bits every run
 Traffic    k and v once for every BLOCK_M queries; results are filled with zeros first where heads are dropped
 Source     FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2
@@ -236,7 +237,7 @@ def _pruned_attention_dkv_kernel(
 def config(queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Tiles of queries by keys."""
     if dtype == torch.float32 and head_dim > 64 and backward:  # whole rows of heads in registers: more threads for them
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8 if head_dim <= 128 else 16, "num_stages": 1}
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
     if dtype == torch.float32:  # ieee fp32 products run on the CUDA cores, in registers
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if head_dim > 128 and backward:  # 99 KiB of shared memory are all that a block has on sm_86 and sm_89
