@@ -7,10 +7,10 @@ Why fused  heads are addressed where they lie: no gather, no copy, no (T, S) mat
            and a masked head is a program that ends at once, where eager computes all heads and multiplies by masks
 
 Shapes     q: (B, T, N D); k, v: (B, S, N D) -> out: (B, T, N D); lse: (B, N, T) fp32, in powers of two
-Dtypes     fp32 | fp16 | bf16, the same of all; softmax and sums in fp32; p and ds rounded to it before products
+Dtypes     fp32 | fp16 | bf16, the same of all; softmax and sums in fp32; p and ds rounded to it before products.
+           In fp32, heads of more than 64 channels spill registers: they run, but slowly
 Layout     contiguous; or q, k and v are thirds of one (B, T, 3 N D), or k and v halves of one (B, S, 2 N D), as one
            product makes them, and so are their gradients then
-           the gradient of fp32 heads of more than 128 channels spills registers: slow, and its shared memory is 65 KiB
 Numerics   online softmax; one pass over k for dq, one over q for dk and dv: no atomics, the same bits every run
 Traffic    k and v once for every BLOCK_M queries; results are filled with zeros first where heads are dropped
 Source     FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2
