@@ -47,8 +47,8 @@ class _Widened(torch.autograd.Function):
         return branch
 
     @staticmethod
-    def backward(ctx, given: Tensor):
-        weight, *sources = ctx.saved_tensors
+    def backward(ctx, *upstream: Tensor):
+        (given,), (weight, *sources) = upstream, ctx.saved_tensors
         _, needs_weight, *needs = ctx.needs_input_grad
         rows = _rows(given.contiguous(memory_format=torch.channels_last))
         dweight = torch.empty_like(weight) if needs_weight else None
