@@ -74,7 +74,7 @@ def main() -> None:
         print(json.dumps(config.to_dict(), indent=2))
         return
     # after parsing: --help and a typo should not wait for the engine
-    from bilevel_fast.base.claims import locked
+    from bilevel_fast.base.claims import locked, made
     from bilevel_fast.base.devices import machine, pick_device
     from bilevel_fast.base.files import scratch
     from bilevel_fast.profiling import picture
@@ -83,6 +83,7 @@ def main() -> None:
     picture.check_free(config.profile_out, config.overwrite)
     device = pick_device(config.device)
     with (
+        made(config.profile_out),
         scratch(config.profile_out) as folder,
         locked(config.profile_out / ".lock", f"--profile-out {config.profile_out}"),
     ):

@@ -156,7 +156,7 @@ class AsOnGPU(TorchDispatchMode):
         if found is not None:
             return found.again(), found
         out = _as_cudnn(func, args, func(*args, **kwargs))
-        return out, None if key is None else meta_memo.remember(key, out)
+        return out, None if key is None else meta_memo.remember(key, args, kwargs, out)
 
 
 class Counter(AsOnGPU):

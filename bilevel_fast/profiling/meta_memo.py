@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -36,11 +37,13 @@ class Remembered:
 
 
 _known: dict[Any, Remembered] = {}
+_undeclared: set[torch._ops.OpOverload] = set()
+"""Ops that have returned an argument's storage although their schema does not say so, as `aten::_unsafe_view`."""
 
 
 def key(func: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> Any | None:
     """What decides the sizes of an op's results; None where something else may, or where arguments are changed."""
-    if not _makes_new(func):
+    if func in _undeclared or not _makes_new(func):
         return None
     storages: dict[int, int] = {}
     try:
@@ -55,9 +58,13 @@ def recall(key: Any) -> Remembered | None:
     return _known.get(key)
 
 
-def remember(key: Any, out: Any) -> Remembered | None:
+def remember(key: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Remembered | None:
     """Keep what an op has made; None if that is more than tensors of the meta device with storages of their own."""
     seen: set[int] = set()
+    given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+    if any(isinstance(t, Tensor) and t.untyped_storage()._cdata in given for t in tree_leaves(out)):
+        _undeclared.add(key[0])
+        return None
     try:
         found = _known[key] = Remembered(_spec(out, seen))
     except _NotPlain:

@@ -210,7 +210,8 @@ def _restore(trainee: Trainee, folder: Path, team: Team) -> Progress:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"checkpoint {found.step} in {folder} does not fit this {trainee.name}: {reason}") from error
-    checkpoint.tidy(folder, progress.step)
+    if team.rank == 0:
+        checkpoint.tidy(folder, progress.step)
     _log.info("resuming after %s %d, from %s", trainee.step_name, progress.step, folder)
     return progress
 

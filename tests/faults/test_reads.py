@@ -125,6 +125,7 @@ def test_another_tar_of_the_same_size(tmp_path, monkeypatch):
     now, before = encode._digest(same), encode._digest(former)
     assert source_of() == now
     begun = replace(index, recipe={"source": before}).to_dict()
+    (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "part-00000-of-00002-index.partial.json").write_text(json.dumps(begun))
     assert source_of() == before
 

@@ -232,7 +232,7 @@ def test_every_operator_of_the_kernels_has_a_kind():
     names = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("bilevel_kernels::")}
     assert len(names) >= 13
     assert {name for name in names if not name.startswith(tuple(_OURS))} == set()
-    assert {module.KIND for module in _OURS.values()} == set(KINDS) - {"linear", "copy", "other"}
+    assert {module.KIND for module in _OURS.values()} == set(KINDS) - {"copy", "other"}
 
 
 def test_triton_ops_count_what_they_keep():

@@ -92,7 +92,16 @@ def test_what_changes_arguments_or_shows_them_or_is_elsewhere_is_not_remembered(
 
 def test_a_result_that_does_not_fill_its_storage_is_made_anew():
     out = torch.as_strided(empty(20), (2, 3), (8, 1))
-    key = meta_memo.key(ATEN.add.Tensor, (empty(2, 3), 1), {})
-    assert meta_memo.remember(key, out) is None
-    assert meta_memo.remember(key, [empty(2), torch.zeros(2)]) is None
+    given = (empty(2, 3), 1)
+    key = meta_memo.key(ATEN.add.Tensor, given, {})
+    assert meta_memo.remember(key, given, {}, out) is None
+    assert meta_memo.remember(key, given, {}, [empty(2), torch.zeros(2)]) is None
     assert meta_memo.recall(key) is None
+
+
+def test_a_view_that_no_schema_declares_stays_one():
+    """`_unsafe_view` says that its result is new."""
+    x = empty(3, 4)
+    with AsOnGPU():
+        views = [ATEN._unsafe_view(x, [12]) for _ in range(2)]
+    assert {t.untyped_storage()._cdata for t in views} == {x.untyped_storage()._cdata}

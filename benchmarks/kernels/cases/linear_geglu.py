@@ -15,8 +15,7 @@ KEPT = (("dense", 32), ("0.80 sliced", 25), ("0.55 sliced", 17))
 
 def _apart(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What the trainer runs otherwise on a GPU."""
-    product = torch.nn.functional.linear(x, weight)
-    return geglu(product, bias) if x.is_cuda else linear_geglu_ref(x, weight, bias)
+    return geglu(torch.nn.functional.linear(x, weight), bias) if x.is_cuda else linear_geglu_ref(x, weight, bias)
 
 
 def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
