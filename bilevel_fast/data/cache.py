@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.base.files import clip, is_name, open_safetensors, read_json, read_json_lines, sha256
+from bilevel_fast.base.files import clip, is_name, open_safetensors, parse_json, read_json, read_json_lines, sha256
 from bilevel_fast.base.limits import CHANNELS, PIXELS
 from bilevel_fast.models.architecture import UNetConfig
 from bilevel_fast.models.conditioning import SIZES
@@ -306,7 +306,8 @@ class _Moments:
         with path.open("rb") as file:
             self._state = _state(file.fileno())
             length = int.from_bytes(file.read(8), "little")  # what follows was checked when it was opened above
-            self._start = 8 + length + json.loads(file.read(length))["moments"]["data_offsets"][0]
+            header = parse_json(file.read(length), str(path))
+        self._start = 8 + length + header["moments"]["data_offsets"][0]
 
     def read(self, sample: int, view: int) -> Tensor:
         """(2C, H, W), as stored.
