@@ -49,7 +49,7 @@ SMALL = {
 """What makes a command small enough to run here."""
 PARSED = {
     "convert": "wants a checkpoint in one file; tests/models/test_single_file.py",
-    "sdxl/": "the same commands as for sd21/; tests/runs/test_sdxl_chain.py",
+    **dict.fromkeys(("sdxl/", "run/student", "erased/"), "Stable Diffusion XL; tests/runs/test_sdxl_chain.py"),
     "prune import-aptp": "wants files of APTP's authors; tests/pruning/test_aptp_import.py",
     "reproduce": "minutes; tests/runs/paper",
     "smoke": "docs/api.md trains with it below; tests/runs, tests/profiling",
