@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 _PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_Made = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 class _NotPlain(Exception):

@@ -4,6 +4,7 @@ import pytest
 
 from bilevel_fast import erase, evaluate, prune, reproduce
 from bilevel_fast.base import alone
+from bilevel_fast.base.errors import UserError
 
 
 @pytest.mark.situation
@@ -27,3 +28,6 @@ def test_one_process_of_torchrun_is_alone(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     alone.alone("bilevel_fast.prune")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes of bilevel_fast\.prune"):
+        alone.alone("bilevel_fast.prune")

@@ -77,7 +77,7 @@ def test_every_spacing_is_that_of_diffusers(scheduler, spacing, steps):
     [("pndm", PNDMScheduler, False), ("ddim", DDIMScheduler, False), ("ddim", DDIMScheduler, True)],
 )
 def test_a_grid_from_the_last_timestep_down(method, scheduler, zero):
-    """A folder with `timestep_spacing: trailing`, zero terminal SNR or not: drawn as diffusers draws it."""
+    """A folder with `timestep_spacing` trailing, zero terminal SNR or not: drawn as diffusers draws it."""
     schedule = Schedule.scaled_linear(timestep_spacing="trailing", zero_terminal_snr=zero)
     x_T = torch.randn(3, 4, 6, 10)
     theirs = reference(scheduler.from_config(schedule.to_dict()), x_T, 25)
@@ -103,7 +103,7 @@ def test_each_step_ends_where_the_next_begins():
 
 @pytest.mark.situation
 def test_one_step_of_a_grid_that_ends_at_zero():
-    """One sampling step of a folder with `timestep_spacing: linspace`: refused; it would be the step at the end."""
+    """One sampling step of a folder with `timestep_spacing` linspace: refused; it would be the step at the end."""
     with pytest.raises(UserError, match="steps is 1; the model's timestep_spacing 'linspace' takes 2 or more"):
         timesteps(Schedule.scaled_linear(timestep_spacing="linspace"), 1)
 
