@@ -16,7 +16,7 @@ from bilevel_fast.data.sources import LatentSource, MemorySource
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import DIGEST, digest_of
 from bilevel_fast.runs.assemble import Materials
-from bilevel_fast.runs.config import TrainConfig
+from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.scale.team import Team
 from bilevel_fast.training.run_folder import RunFolder, flatten
 
@@ -74,8 +74,10 @@ def run_folder(
     with contextlib.ExitStack() as stack:
         place = RunFolder(config.out)
         if team.rank == 0:
-            settings = config.to_dict()
-            opening = RunFolder.open(config.out, settings, resume=config.resume, volatile=volatile, inputs=known)
+            unset = preset(config.preset).to_dict()
+            opening = RunFolder.open(
+                config.out, config.to_dict(), resume=config.resume, volatile=volatile, inputs=known, unset=unset
+            )
             place = stack.enter_context(opening)
         team.first(lambda: None)
         yield place

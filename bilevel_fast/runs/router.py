@@ -145,7 +145,9 @@ def run(config: AptpConfig) -> dict[str, Any]:
     training = RouterTraining(teacher, folder.schedule, budget, encoder.width, config.batch, config)
     planned(folder.config, training.router.gates()[:1], budget)  # a budget out of reach: better now than afterwards
     known = inputs(config, {})
-    with RunFolder.open(config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known) as place:
+    with RunFolder.open(
+        config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known, unset=MINI.to_dict()
+    ) as place:
         if not (place.path / INDEX).exists():
             prompts = training_prompts(source, config.max_prompts)
             encoder, embeddings = centred(encoder, prompts)

@@ -37,6 +37,7 @@ class RunFolder:
         resume: bool,
         volatile: Collection[str] = (),
         inputs: Mapping[str, Any] | None = None,
+        unset: Mapping[str, Any] | None = None,
     ) -> Iterator[Self]:
         """Start a run in `path`, or go on with the one that is there, and hold its lock meanwhile.
 
@@ -48,6 +49,7 @@ class RunFolder:
             volatile: Dotted keys, or sections, that may differ between the runs, such as where to print.
             inputs: Fingerprints of what dotted keys name, of JSON values; kept as inputs.json. These are compared
                 instead of the names, which may differ. A run of before there were any goes by the names.
+            unset: The configuration where nobody sets anything: what a run had of settings that are newer than it.
 
         Raises:
             UserError: another process holds the folder; it holds a run and `resume` is off; there is no run
@@ -64,7 +66,7 @@ class RunFolder:
             sweep(path)
             if resume:
                 known = _check_inputs(path, config, inputs or {})
-                _check_same(run.config, config, (*volatile, *known))
+                _check_same(run.config, config, (*volatile, *known), unset or {})
             else:
                 _refuse_content(path)
             run.write_json(_CONFIG, config)
@@ -185,12 +187,14 @@ def _listed(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _check_same(saved_path: Path, config: Mapping[str, Any], volatile: Collection[str]) -> None:
-    old, new = flatten(read_json(saved_path)), flatten(json.loads(json.dumps(config)))
+def _check_same(
+    saved_path: Path, config: Mapping[str, Any], volatile: Collection[str], unset: Mapping[str, Any]
+) -> None:
+    old, new, usual = (flatten(json.loads(json.dumps(each))) for each in (read_json(saved_path), config, unset))
     differences = [
         f"{key} was {_shown(old, key)}, is {_shown(new, key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, _ABSENT) != new.get(key, _ABSENT)
+        if old.get(key, usual.get(key, _ABSENT)) != new.get(key, _ABSENT)
         and not any(key == name or key.startswith(f"{name}.") for name in volatile)
     ]
     if differences:

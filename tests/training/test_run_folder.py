@@ -117,6 +117,25 @@ def test_resume_goes_on_with_the_same_settings(tmp_path: Path) -> None:
         assert json.loads(run.config.read_text())["steps"] == 200, "the record is of the run as it goes on"
 
 
+def test_a_setting_that_is_newer_than_the_run_was_as_it_is_where_nobody_sets_it(tmp_path: Path) -> None:
+    """A run of an earlier release is gone on with after an upgrade that brought a setting, unless that is set."""
+    with RunFolder.open(tmp_path, CONFIG, resume=False):
+        pass
+    unset = CONFIG | {"solver": "constant", "lower": {**CONFIG["lower"], "gamma": None, "lr": 9.0}}
+    newer = CONFIG | {"solver": "constant", "lower": {**CONFIG["lower"], "gamma": None}}
+    with RunFolder.open(tmp_path, newer, resume=True, unset=unset):
+        pass
+    with RunFolder.open(tmp_path / "b", CONFIG, resume=False):
+        pass
+    for other in (newer | {"solver": "bome"}, newer | {"lower": CONFIG["lower"] | {"gamma": 5.0}}):
+        with pytest.raises(UserError, match=r"with other settings: \S+ was absent, is "):
+            with RunFolder.open(tmp_path / "b", other, resume=True, unset=unset):
+                pass
+    assert refused(tmp_path / "b", newer, resume=True).endswith(
+        'gamma was absent, is null; solver was absent, is "constant"'
+    )
+
+
 def test_resume_names_the_settings_that_differ(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, CONFIG, resume=False):
         pass

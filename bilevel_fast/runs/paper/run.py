@@ -21,7 +21,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import append, read_file, read_json_lines, write_atomic
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import family_of
-from bilevel_fast.runs.config import VOLATILE, TrainConfig
+from bilevel_fast.runs.config import VOLATILE, TrainConfig, preset
 from bilevel_fast.runs.inputs import inputs
 from bilevel_fast.runs.paper import report
 from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
@@ -66,12 +66,14 @@ def reproduce(
     family_of(teacher)  # what is no model is named as what it is, before a file of it is missed
     check_walks(Schedule.load(teacher), walks)
     asked = {"run": config.to_dict(), "rows": asdict(settings)} | ({"full": asdict(full)} if full else {})
+    usual = {"run": preset(config.preset).to_dict(), "rows": asdict(Rows()), "full": asdict(Full())}
     volatile = tuple(f"run.{field}" for field in (*VOLATILE, "seed", "erase"))
     there, device = (out / "config.json").exists(), pick_device(config.device)
-    same = json.loads(json.dumps(asked, default=str))
+    same, unset = (json.loads(json.dumps(each, default=str)) for each in (asked, usual))
     settings_of = {"run": config} | ({"full": full} if full else {})
     known = inputs(settings_of, {"run.teacher": TEACHER}, but=("run.out",))
-    with RunFolder.open(out, same, resume=there, volatile=volatile, inputs=known) as place, GracefulStop() as stop:
+    opening = RunFolder.open(out, same, resume=there, volatile=volatile, inputs=known, unset=unset)
+    with opening as place, GracefulStop() as stop:
         if full is None:
             concepts, benches = config.erase, mini_benches(config, settings, place.path, device, stop)
         else:
