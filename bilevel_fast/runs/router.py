@@ -126,6 +126,7 @@ def run(config: AptpConfig) -> dict[str, Any]:
         Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
     device = pick_device(config.device)
+    RunFolder(config.out).check(config.resume)
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)
     folder = load_folder(config.teacher, device)

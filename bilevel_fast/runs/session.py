@@ -62,6 +62,7 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
     """
     started = time.perf_counter()
     device = pick_device(config.device)
+    team.first(lambda: RunFolder(config.out).check(config.resume))
     erased = erased_concepts(config)
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)

@@ -56,12 +56,9 @@ class RunFolder:
                 to resume, or one with another configuration or other inputs. The run has not been changed then.
         """
         run = cls(path)
-        if resume and not run.config.is_file():
-            raise UserError(f"there is no run to resume in {path}: {run.config} does not exist")
+        run.check(resume)  # before the lock: a folder of somebody else's does not even get that file
         if not resume:
             _make(path)
-            if not (path / _LOCK).exists():
-                _refuse_content(path)  # Before the lock: a folder of somebody else's does not even get that file.
         with _locked(path):
             sweep(path)
             if resume:
@@ -73,6 +70,17 @@ class RunFolder:
             if inputs is not None:
                 run.write_json(_INPUTS, inputs)
             yield run
+
+    def check(self, resume: bool) -> None:
+        """Look whether a run can begin, or go on, here, and write nothing: better before the work than after it.
+
+        Raises:
+            UserError: There is no run to resume; or without `resume` something lies here. Who holds it, `open` says.
+        """
+        if resume and not self.config.is_file():
+            raise UserError(f"there is no run to resume in {self.path}: {self.config} does not exist")
+        if not resume and self.path.is_dir() and not _is_held(self.path / _LOCK):
+            _refuse_content(self.path)
 
     @property
     def config(self) -> Path:
@@ -166,6 +174,18 @@ def _locked(path: Path) -> Iterator[None]:
         file.write(f"{os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def _is_held(lock: Path) -> bool:
+    """Whether a live process has this lock."""
+    if not lock.is_file() or lock.is_symlink():
+        return lock.is_symlink()
+    with lock.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _check_inputs(path: Path, config: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:

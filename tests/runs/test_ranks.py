@@ -1,4 +1,4 @@
-"""The folder of a run whose release had fewer settings."""
+"""The folder of a run: one of an earlier release, and one that is not free."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ import pytest
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json, write_json
+from bilevel_fast.runs import session
 from bilevel_fast.runs.config import VOLATILE, preset
 from bilevel_fast.runs.ranks import run_folder
 from bilevel_fast.scale.team import ALONE
@@ -26,3 +27,14 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path):
         pass
     with run_folder(again, VOLATILE, {}, ALONE) as place:
         assert read_json(place.config)["lower"]["weights"] == config.to_dict()["lower"]["weights"]
+
+
+@pytest.mark.situation
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_folder_that_cannot_be_the_runs_is_refused_before_the_work(tmp_path, resume):
+    """--out holds something else, or no run to resume: said before a model is read or pruned, which takes minutes."""
+    (tmp_path / "mine.txt").write_text("mine")
+    config = replace(preset("smoke"), out=tmp_path, resume=resume, teacher=tmp_path / "read later, and missing")
+    with pytest.raises(UserError, match="no run to resume" if resume else "already holds a run"):
+        session.run(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -117,6 +117,16 @@ def test_resume_goes_on_with_the_same_settings(tmp_path: Path) -> None:
         assert json.loads(run.config.read_text())["steps"] == 200, "the record is of the run as it goes on"
 
 
+def test_a_folder_is_looked_at_without_a_trace(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "new").check(resume=False)
+    assert not (tmp_path / "new").exists()
+    with RunFolder.open(tmp_path / "a", CONFIG, resume=False) as run:
+        run.check(resume=False)  # whoever holds it is named by `open`, which knows
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder(tmp_path / "a").check(resume=False)
+    RunFolder(tmp_path / "a").check(resume=True)
+
+
 def test_a_setting_that_is_newer_than_the_run_was_as_it_is_where_nobody_sets_it(tmp_path: Path) -> None:
     """A run of an earlier release is gone on with after an upgrade that brought a setting, unless that is set."""
     with RunFolder.open(tmp_path, CONFIG, resume=False):
@@ -128,12 +138,11 @@ def test_a_setting_that_is_newer_than_the_run_was_as_it_is_where_nobody_sets_it(
     with RunFolder.open(tmp_path / "b", CONFIG, resume=False):
         pass
     for other in (newer | {"solver": "bome"}, newer | {"lower": CONFIG["lower"] | {"gamma": 5.0}}):
-        with pytest.raises(UserError, match=r"with other settings: \S+ was absent, is "):
-            with RunFolder.open(tmp_path / "b", other, resume=True, unset=unset):
-                pass
-    assert refused(tmp_path / "b", newer, resume=True).endswith(
-        'gamma was absent, is null; solver was absent, is "constant"'
-    )
+        opening = RunFolder.open(tmp_path / "b", other, resume=True, unset=unset)
+        with pytest.raises(UserError, match=r"with other settings: \S+ was absent, is "), opening:
+            pass
+    line = refused(tmp_path / "b", newer, resume=True)
+    assert line.endswith('gamma was absent, is null; solver was absent, is "constant"')
 
 
 def test_resume_names_the_settings_that_differ(tmp_path: Path) -> None:
