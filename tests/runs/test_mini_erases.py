@@ -1,4 +1,4 @@
-"""That the main job erases: the mini world with the settings of its preset, but smaller batches, fewer steps and samples."""
+"""That the main job erases: the settings of the mini world's preset, but smaller batches, fewer steps and samples."""
 
 import json
 
