@@ -115,15 +115,11 @@ def _fuzzing() -> list[str]:
     found = rows.read(FUZZ)
     last = found[-1]
     same = [row for row in found if all(row[name] == last[name] for name in ("commit", "date", "device"))]
-    least, total, refused = (
-        min(r["value"] for r in same),
-        sum(r["value"] for r in same),
-        sum(r["refused"] for r in same),
-    )
+    tried, refused = [row["value"] for row in same], sum(row["refused"] for row in same)
     text = (
-        f"{rows.device(last)}, commit {last['commit']}, {last['date']}: each of {len(same)} readers was given {least:,} "
-        f"damaged or hostile files or more, {total:,} in all. {refused:,} were refused in one line, the others read; "
-        "nothing else came of any."
+        f"{rows.device(last)}, commit {last['commit']}, {last['date']}: each of {len(same)} readers was given "
+        f"{min(tried):,} damaged or hostile files or more, {sum(tried):,} in all. {refused:,} were refused in one line, "
+        "the others read; nothing else came of any."
     )
     return ["", "## Fuzzing at length", "", *textwrap.wrap(text, 118)]
 
