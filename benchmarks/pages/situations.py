@@ -118,8 +118,8 @@ def _fuzzing() -> list[str]:
     tried, refused = [row["value"] for row in same], sum(row["refused"] for row in same)
     text = (
         f"{rows.device(last)}, commit {last['commit']}, {last['date']}: each of {len(same)} readers was given "
-        f"{min(tried):,} damaged or hostile files or more, {sum(tried):,} in all. {refused:,} were refused in one line, "
-        "the others read; nothing else came of any."
+        f"{min(tried):,} damaged or hostile files or more, {sum(tried):,} in all. {refused:,} were refused in one "
+        "line, the others read; nothing else came of any."
     )
     return ["", "## Fuzzing at length", "", *textwrap.wrap(text, 118)]
 
