@@ -7,6 +7,7 @@ ARGS   ?=
 SUITE  ?= speed.step
 JOBS   ?= auto
 STEPS  ?= 2000
+FUZZ   ?= 10000
 
 SHELL       := /bin/bash
 VENV        := .venv
@@ -34,9 +35,10 @@ train: $(VENV)/.installed-core
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not faults" -n $(JOBS) --dist worksteal $(ARGS)
 
-# 10,000 damaged and hostile files per reader; `make test` tries 300.
+# FUZZ damaged and hostile files per reader; `make test` tries 300. With FUZZ_ROWS=benchmarks/results/fuzz.jsonl each reader
+# that stands them gets a row, of which docs/situations.md is made.
 fuzz: $(VENV)/.installed-test
-	FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
 
 # Every command that writes, ten folders each in which it is killed and has no room; then a long run that is killed again
 # and again beside one that is not: 40 minutes on two cores, less with STEPS=200.

@@ -6,6 +6,9 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
+    from interpreting import quicken
+
+    quicken()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects

@@ -17,7 +17,7 @@ from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 
-PAGE, SOAK = ROOT / "docs" / "situations.md", RESULTS / "soak.jsonl"
+PAGE, SOAK, FUZZ = ROOT / "docs" / "situations.md", RESULTS / "soak.jsonl", RESULTS / "fuzz.jsonl"
 TESTS = ROOT / "tests"
 AREAS = {
     "data": "Images and captions",
@@ -105,7 +105,23 @@ def page(found: list[Situation]) -> str:
         if named:
             lines += ["", f"## {heading}", "", "| situation | what happens | test |", "|---|---|---|"]
             lines += [f"| {_cell(r.what)} | {_cell(r.happens)} | [`{r.name}`](../{r.file}) |" for r in named]
-    return "\n".join(lines + _long_run()) + "\n"
+    return "\n".join(lines + _fuzzing() + _long_run()) + "\n"
+
+
+def _fuzzing() -> list[str]:
+    """What the last `make fuzz` with FUZZ_ROWS tried; a reader that failed has no row, and none stays here that did."""
+    if not FUZZ.exists():
+        return []
+    found = rows.read(FUZZ)
+    last = found[-1]
+    same = [row for row in found if all(row[name] == last[name] for name in ("commit", "date", "device"))]
+    tried, refused = [row["value"] for row in same], sum(row["refused"] for row in same)
+    text = (
+        f"{rows.device(last)}, commit {last['commit']}, {last['date']}: each of {len(same)} readers was given "
+        f"{min(tried):,} damaged or hostile files or more, {sum(tried):,} in all. {refused:,} were refused in one "
+        "line, the others read; nothing else came of any."
+    )
+    return ["", "## Fuzzing at length", "", *textwrap.wrap(text, 118)]
 
 
 def _long_run() -> list[str]:

@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 
 from bilevel_fast.base.errors import UserError
 
+ROWS = os.environ.get("FUZZ_ROWS")
+"""A file that gets a row of each reader that has stood all its inputs; docs/situations.md is made of it."""
+
 EXAMPLES = int(os.environ.get("FUZZ", "300"))
 """Inputs per reader; `make fuzz` sets it to 10,000."""
 _AT_ONCE = 20  # inputs to an example of hypothesis, which takes longer to draw it than a reader to read it
@@ -157,8 +160,11 @@ def fuzz(
         good = path.read_bytes()
         read(path)  # what is good is taken
         refused: list[str] = []
+        tried = 0
 
         def try_one(number: int) -> None:
+            nonlocal tried
+            tried += 1
             path.write_bytes(mutated(good, random.Random(number)))
             try:
                 with watched(Path(name)):
@@ -178,3 +184,17 @@ def fuzz(
 
         attempt()
         assert not refuses or len(refused) > EXAMPLES / 20, "the mutations do not reach the reader"
+        if ROWS:
+            append(Path(ROWS), tried, len(refused))
+
+
+def append(rows: Path, tried: int, refused: int) -> None:
+    """The row of the test that runs."""
+    import torch
+
+    from benchmarks.machine import describe
+    from benchmarks.rows import append_rows
+
+    case = os.environ["PYTEST_CURRENT_TEST"].split("::")[1].removesuffix(" (call)")
+    row = {"suite": "fuzz", "case": case, "provider": "ours", "metric": "inputs", "unit": "files", "value": tried}
+    append_rows(rows, [{**row, "refused": refused, **describe(torch.device("cpu"))}])

@@ -17,7 +17,7 @@ class Recording(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.before = [], {}
+        self.calls, self.alive, self.before = [], [], {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -29,7 +29,12 @@ class Recording(TorchDispatchMode):
                 storage = x.untyped_storage()
                 self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         out = func(*args, **kwargs)
-        self.calls.append((func, args, kwargs, out))  # out stays alive: nobody else gets its memory
+        left = tensors(out)
+        self.alive.append((args, kwargs, out))  # nobody else gets its memory
+        inside = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
+        # a view is not replayed: what it looks at is written by others
+        if func._schema.is_mutable or any(x.untyped_storage().data_ptr() not in inside for x in left):
+            self.calls.append((func, args, kwargs, left))
         return out
 
     def undo(self):
@@ -38,16 +43,15 @@ class Recording(TorchDispatchMode):
 
     @torch.no_grad()
     def replay(self):
-        for func, args, kwargs, out in self.calls:
-            inside = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
-            if not func._schema.is_mutable and all(x.untyped_storage().data_ptr() in inside for x in tensors(out)):
-                continue  # a view: what it looks at is written by others
-            for mine, new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+        for func, args, kwargs, left in self.calls:
+            for mine, new in zip(left, tensors(func(*args, **kwargs)), strict=True):
                 if mine.data_ptr() != new.data_ptr():
                     mine.copy_(new)
 
 
 def tensors(tree):
+    if isinstance(tree, Tensor):  # what most ops leave; to walk a tree takes as long as a small op
+        return [tree]
     return [x for x in tree_flatten(tree)[0] if isinstance(x, Tensor)]
 
 

@@ -20,9 +20,11 @@ from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.training.upper import Suppression
 
 TINY = dataclasses.replace(
-    MINI, in_channels=4, out_channels=4, block_out_channels=(16, 32, 32), num_heads=(1, 2, 2), norm_num_groups=8,
-    cross_attention_dim=16,
+    MINI, in_channels=4, out_channels=4, block_out_channels=(16, 32), num_heads=(1, 2), norm_num_groups=8,
+    cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
 )  # fmt: skip
+"""Every kind of block, once."""
 B, SHAPE, SEED, LR_LOWER, LR_UPPER, WARMUP, ETA = 3, (4, 8, 8), 7, 0.02, 0.05, 4, 1.0
 
 
@@ -43,7 +45,7 @@ def make_batch(level: int, step: int) -> Batch:
 def make_models() -> tuple[UNet, UNet]:
     """A teacher and its pruned student."""
     torch.manual_seed(0)
-    teacher, structure = UNet(TINY), Structure.uniform(TINY, 0.6, ["up_blocks.2.attentions.1"])
+    teacher, structure = UNet(TINY), Structure.uniform(TINY, 0.6, ["up_blocks.1.attentions.1"])
     student = UNet(TINY, structure)
     student.load_state_dict(structure.slice(teacher.state_dict()))
     return teacher, student

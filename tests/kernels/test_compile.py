@@ -20,6 +20,7 @@ from benchmarks.kernels.compile_matrix import (
     card_of,
     check,
     complaints,
+    load_all,
     replaced,
     version,
     wanted,
@@ -41,6 +42,9 @@ def compiling(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_nothing_is_worse_than_the_committed_table():
     """Each launch for one card: all of them take minutes, and `make bench-check` compares those."""
+    compared = sorted({version(row) for row in load_all()})
+    if VERSION not in compared:
+        pytest.skip(f"the committed table has rows of triton {', '.join(compared)}, and this is {VERSION}")
     done = compiling("-m", "benchmarks.kernels.compile_matrix", "--check", "--one-card")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 

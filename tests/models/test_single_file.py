@@ -268,3 +268,30 @@ def test_a_textual_inversion_that_diffusers_has_put_in(tmp_path, sd):
     ids = encoder.tokenizer(["a <star>"]).input_ids[0]
     assert len(ids) == 4  # and the two ends
     assert torch.equal(encoder.model.get_input_embeddings().weight[ids[2]], torch.arange(32.0))
+
+
+def test_a_lora_of_a_model(tmp_path, sd, lora):
+    """A LoRA that diffusers has saved: named as what it is, file and folder; merged as docs/formats.md says, read."""
+    for path in (lora, lora / "pytorch_lora_weights.safetensors"):
+        with pytest.raises(UserError, match=rf"^{path} is a LoRA; merge it into its model with diffusers and peft"):
+            load_folder(path)
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "model")
+    merged, plain = (load_folder(path).unet().state_dict() for path in (tmp_path / "model", sd))
+    assert {name for name in plain if not torch.equal(merged[name], plain[name])} == {
+        name for name in plain if name.endswith("attn2.to_q.weight")
+    }
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, sd):
+    peft = pytest.importorskip("peft", reason="peft, which merges a LoRA, is no dependency of this package")
+    pipeline = StableDiffusionPipeline.from_pretrained(sd)
+    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=r".*attn2\.to_q", init_lora_weights=False))
+    path = tmp_path_factory.mktemp("lora")
+    layers = peft.get_peft_model_state_dict(pipeline.unet)
+    StableDiffusionPipeline.save_lora_weights(path, unet_lora_layers=layers)
+    return path

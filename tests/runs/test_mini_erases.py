@@ -1,4 +1,4 @@
-"""That the main job erases: the mini world with the settings of its preset, fewer steps and fewer judged samples."""
+"""That the main job erases: the settings of the mini world's preset, but smaller batches, fewer steps and samples."""
 
 import json
 
@@ -7,7 +7,10 @@ import pytest
 from bilevel_fast.train import main
 from commands import run_command
 
-SMALLER = {"mini.images": 512, "mini.bank": 24, "mini.judge-erased": 18, "mini.judge-kept": 6, "lower.steps": 80}
+SMALLER = {
+    "mini.images": 512, "mini.bank": 24, "mini.judge-erased": 18, "mini.judge-kept": 6, "lower.steps": 80,
+    "lower.batch": 8, "upper.batch": 8,
+}  # fmt: skip
 
 
 @pytest.mark.slow

@@ -17,6 +17,9 @@ from bilevel_fast.training.checkpoint import latest
 from commands import run_command
 from forked import Started
 
+LITTLE = ["--mini.judge-erased", "1", "--mini.judge-kept", "1", "--mini.judge-steps", "2"]
+"""For runs whose quality nobody looks at."""
+
 
 def train(*flags: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return run_command(main, *flags, cwd=cwd)
@@ -83,7 +86,7 @@ def test_same_seed_same_weights_another_seed_others(smoke_run, tmp_path):
     out, _ = smoke_run
     again, other = tmp_path / "again", tmp_path / "other"
     for path, seed in ((again, 0), (other, 1)):
-        assert train("--preset", "smoke", "--out", path, "--seed", seed, "--no-twin").returncode == 0
+        assert train("--preset", "smoke", "--out", path, "--seed", seed, "--no-twin", *LITTLE).returncode == 0
     first, second, third = (load_folder(p / "student").unet().state_dict() for p in (out, again, other))
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert any(not torch.equal(first[k], third[k]) for k in first)
@@ -172,7 +175,7 @@ def test_a_micro_batch_is_a_part_of_a_leaf():
 
 def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
     """What is saved is fp32 and the average; a stop in between changes no bit."""
-    flags = ["--preset", "smoke", "--no-twin", "--precision", "bf16", "--ema", "0.9", "--recompute"]
+    flags = ["--preset", "smoke", "--no-twin", "--precision", "bf16", "--ema", "0.9", "--recompute", *LITTLE]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = train(*flags, "--out", whole)
     assert result.returncode == 0, result.stderr
@@ -208,7 +211,7 @@ def test_the_error_of_an_fp8_teacher_is_said(monkeypatch, tmp_path):
     from bilevel_fast.models.fp8 import to_fp8
 
     monkeypatch.setattr("bilevel_fast.runs.assemble.to_fp8", lambda unet: to_fp8(unet, emulate=True))
-    result = train("--preset", "smoke", "--no-twin", "--out", tmp_path / "run", "--fp8-teacher")
+    result = train("--preset", "smoke", "--no-twin", "--out", tmp_path / "run", "--fp8-teacher", *LITTLE)
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("fp8 teacher")]
     assert 0.5 < float(line.split("off by ")[1].split(" ")[0]) < 20

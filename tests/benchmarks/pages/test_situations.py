@@ -2,7 +2,10 @@
 
 import pytest
 
+import fuzzing
+from benchmarks.pages import situations as module
 from benchmarks.pages.situations import AREAS, PAGE, page, situations
+from benchmarks.rows import append_rows, read
 from bilevel_fast.base.errors import UserError
 
 MARK = "import pytest\n\n\n@pytest.mark.situation\n"
@@ -34,3 +37,18 @@ def test_a_docstring_that_is_no_row_is_refused(tmp_path, docstring):
     (tmp_path / "tests" / "test_a.py").write_text(f'{MARK}def test_one():\n    """{docstring}"""\n')
     with pytest.raises(UserError, match=r"tests/test_a.py: the docstring of test_one is not `situation"):
         list(situations(tmp_path / "tests"))
+
+
+def test_what_was_fuzzed_is_told(tmp_path, monkeypatch):
+    """Of the last commit; readers with rows of an earlier one alone do not count."""
+    file = tmp_path / "fuzz.jsonl"
+    monkeypatch.setattr(module, "FUZZ", file)
+    fuzzing.append(file, 10_000, 9)
+    append_rows(file, [{**read(file)[0], "commit": "earlier"}])
+    for tried, refused in ((3000, 2000), (4000, 100)):
+        fuzzing.append(file, tried, refused)
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    told = " ".join(page([]).split())
+    assert (
+        "each of 2 readers was given 3,000 damaged or hostile files or more, 7,000 in all. 2,100 were refused" in told
+    )

@@ -11,8 +11,14 @@ from benchmarks.quality import aptp
 from bilevel_fast.base import errors
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
-from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.world import SCENES
+from bilevel_fast.worlds.mini import TEACHER, world
+
+SCENES = world.SCENES[:36]
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(aptp, "SCENES", SCENES)
 
 
 def test_information():
