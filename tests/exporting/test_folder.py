@@ -18,8 +18,8 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder, load_unet
 from bilevel_fast.models.pipeline import load_pipeline
 
-DRAW = (
-    """
+PROMPT = "a red star by monet"
+DRAW = """
 import importlib, json, os, re, sys, numpy, torch
 sys.modules["bilevel_fast"] = None
 for path in sys.argv[2:]:
@@ -34,8 +34,6 @@ for path in sys.argv[2:]:
     numpy.save("drawn.npy", pipeline("a red star by monet", output_type="np", **given).images)
     print(json.dumps([path, type(pipeline.unet).__name__, str(dtype)]))
 """
-    % PROMPT
-)
 
 
 @pytest.fixture(scope="module")

@@ -123,7 +123,7 @@ def test_what_the_original_layout_has_no_place_for(tmp_path, sd21, narrow, make_
 
 @pytest.mark.situation
 def test_a_weight_that_the_original_layout_does_not_know(tmp_path, sd15, monkeypatch):
-    """What diffusers would read from the file differs from the model, in any weight: it is named, nothing is written."""
+    """diffusers would read another weight from a file than the model has: it is named, and nothing is written."""
     monkeypatch.setitem(original._RESNET, "norm1", "out_layers.0")
     monkeypatch.setitem(original._RESNET, "norm2", "in_layers.0")
     with pytest.raises(UserError, match=r"unet: diffusers would read another down_blocks.0.resnets.0.norm1.bias from"):
