@@ -14,7 +14,10 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import aside_of, read_json, sweep, sync_folder, write_atomic, write_json
 from bilevel_fast.exporting.card import render
 from bilevel_fast.exporting.folder import write_components, write_folder, write_weights
+from bilevel_fast.exporting.graphs import write_onnx, write_torch
 from bilevel_fast.exporting.original import original
+from bilevel_fast.exporting.parts import Part, parts
+from bilevel_fast.models.copying import copy_file
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import FAMILIES
 from bilevel_fast.models.folder import ModelFolder, load_folder, load_unet
@@ -26,6 +29,8 @@ TARGETS = {
     "with the file of code that lies in it (trust_remote_code=True)",
     "single-file": "one .safetensors file in the original layout of Stable Diffusion 1.x, 2.x or XL, and the configs "
     "by which it is read",
+    "onnx": "UNet, text encoder and VAE decoder as ONNX files, for any batch, height and width, compared in onnxruntime",
+    "torch": "the same as programs of torch.export, which need torch alone",
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FILE = "model.safetensors"
@@ -79,7 +84,7 @@ def export(args: Args) -> Exported:
             shutil.rmtree(aside, ignore_errors=True)
             raise
         sync_folder(args.out.parent)
-    return Exported(args.out, "\n".join([*(f"{k:<9}{v}" for k, v in made.said), f"{'written':<9}{args.out}"]))
+    return Exported(args.out, "\n".join([*(f"{k:<13}{v}" for k, v in made.said), f"{'written':<13}{args.out}"]))
 
 
 def _folder(folder: ModelFolder, out: Path, args: Args) -> Made:
@@ -122,6 +127,40 @@ def _single_file(folder: ModelFolder, out: Path, args: Args) -> Made:
     return Made("diffusers", snippet, said)
 
 
+def _graphs(folder: ModelFolder, out: Path, args: Args) -> Made:
+    if args.dtype is not None:
+        raise UserError(f"--dtype {args.dtype} is for folder and single-file; {args.target} has fp32 alone")
+    write, runs, library, snippet = _GRAPHS[args.target]
+    out.mkdir()
+    said: list[tuple[str, str]] = []
+    for part in parts(folder):
+        (out / part.name).mkdir()
+        off = write(part, out / part.name)
+        said.append((part.name, f"{part.signature}; in {runs} off by {off:.1g} of the largest number"))
+    for name in ("model_index.json", "unet/config.json"):
+        copy_file(folder.path / name, out / name)
+    write_components(folder.path, out, None, weights=False)
+    return Made(library, snippet, tuple(said))
+
+
+_GRAPHS: dict[str, tuple[Callable[[Part, Path], float], str, str, str]] = {
+    "onnx": (
+        write_onnx,
+        "onnxruntime",
+        "onnx",
+        "import onnxruntime\n\n"
+        'unet = onnxruntime.InferenceSession("unet/model.onnx")\n'
+        "print([(each.name, each.shape) for each in unet.get_inputs()])",
+    ),
+    "torch": (
+        write_torch,
+        "torch.export.load",
+        "pytorch",
+        'import torch\n\nunet = torch.export.load("unet/model.pt2").module()\nprint(unet)',
+    ),
+}
+
+
 def _index(folder: ModelFolder) -> dict[str, Any]:
     """Without what the file does not hold, such as a safety checker: only its config would be there."""
     index = read_json(folder.path / "model_index.json") | {"unet": ["diffusers", "UNet2DConditionModel"]}
@@ -142,4 +181,9 @@ def _dtype(args: Args) -> torch.dtype | None:
     return DTYPES[args.dtype] if args.dtype else None
 
 
-_WAYS: dict[str, Callable[[ModelFolder, Path, Args], Made]] = {"folder": _folder, "single-file": _single_file}
+_WAYS: dict[str, Callable[[ModelFolder, Path, Args], Made]] = {
+    "folder": _folder,
+    "single-file": _single_file,
+    "onnx": _graphs,
+    "torch": _graphs,
+}

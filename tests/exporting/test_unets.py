@@ -64,9 +64,8 @@ PLAIN = {
     "one ResNet in the middle": drop(SD, MID[0], MID[1]),
     "one level": drop(SD, "down_blocks.1.resnets.1", "down_blocks.1.attentions.1", "up_blocks.2.resnets.1",
                       "up_blocks.2.attentions.1"),
-    **{name: sdxl_shapes.structure(XL, name) for name in sdxl_shapes.SHAPES},
-    "blocks": drop(XL, *(f"down_blocks.2.attentions.1.transformer_blocks.{k}" for k in (0, 3, 4))),
-    "nested": drop(SDXL_LIKE, "up_blocks.0.attentions.0.transformer_blocks.1"),
+    **{name: sdxl_shapes.structure(XL, name) for name in ("ssd-1b", "koala-700m")},
+    "blocks": drop(SDXL_LIKE, "up_blocks.0.attentions.0.transformer_blocks.1"),
 }  # fmt: skip
 
 
@@ -81,12 +80,13 @@ def test_whole_layers_are_said_by_a_config(structure):
 
 
 def test_the_shapes_are_those_of_the_published_models():
-    """Of KOALA-700M, with other words: its config says so."""
+    """The same in other words: only of those that have one number for a level there is one."""
     found = plain(sdxl_shapes.structure(XL, "koala-700m")).config
     assert (found.layers_per_block, found.transformer_layers_per_block, found.mid_block_type) == (1, (1, 2, 5), None)
     found = plain(sdxl_shapes.structure(XL, "ssd-1b")).config
     assert found.reverse_transformer_layers_per_block == ((4, 4, 10), (2, 1, 1), 1)
     assert found.mid_block_type == "UNetMidBlock2D"
+    assert plain(sdxl_shapes.structure(XL, "vega")).config.transformer_layers_per_block == (1, 1, 2)
 
 
 UNSAID = {
@@ -125,10 +125,10 @@ def test_a_structure_that_diffusers_has_no_fields_for(structure, message):
 
 
 NARROW = {
-    **{f"SD, {seed}": random_structure(SD, seed, 0.4) for seed in range(2)},
+    "SD": random_structure(SD, 0, 0.4),
     "1.x": random_structure(CONVOLUTIONS, 2, 0.0),
     "mini": random_structure(MINI, 3, 0.5),
-    **{f"XL, {seed}": random_structure(SDXL_LIKE, seed, 0.3) for seed in range(2)},
+    "XL": random_structure(SDXL_LIKE, 0, 0.3),
 }
 
 
@@ -143,7 +143,7 @@ def test_the_file_that_is_shipped_narrows_as_we_do(structure):
 
 def test_what_the_file_was_told_is_kept(tmp_path):
     """diffusers saves such a UNet and reads it again, as any of its own."""
-    structure = NARROW["XL, 0"]
+    structure = NARROW["XL"]
     theirs = PrunedUNet.from_config({**structure.config.to_dict(), "pruned": pruned(structure)})
     theirs.save_pretrained(tmp_path)
     again = PrunedUNet.from_pretrained(tmp_path)
