@@ -1,5 +1,6 @@
 """What is known of a model that is exported, for its card: from its folder, and from the run that it lies in."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
     """The run that a model was trained by.
 
     Attributes:
@@ -67,7 +68,7 @@ def facts(folder: ModelFolder, made: Made) -> Facts:
     Raises:
         UserError: A record beside the model is broken.
     """
-    path, run = folder.path.resolve(), _run(folder.path.resolve())
+    path, run = folder.path.resolve(), read_run(folder.path.resolve())
     hub = hub_name(*(read_json(path / file) for file in ("unet/config.json", "model_index.json")))
     built_in = folder.family.world == "mini" and _same_text_encoder(path)
     base = hub or ("the built-in mini teacher of bilevel-fast" if built_in else "not named in its folder")
@@ -79,7 +80,7 @@ def facts(folder: ModelFolder, made: Made) -> Facts:
         licence={"license": "apache-2.0"} if built_in and not licence else licence,
         structure=tuple(_structure(folder)),
         suppressed=tuple(_suppressed(path, run)),
-        measured=_measured(run) if run else None,
+        measured=measured(run) if run else None,
         unmeasured=tuple(_unmeasured(run)),
         library=made.library,
         snippet=made.snippet,
@@ -87,19 +88,23 @@ def facts(folder: ModelFolder, made: Made) -> Facts:
     )
 
 
-def _run(path: Path) -> _Run | None:
-    """The finished run whose `student` or `distilled` the folder is."""
+def read_run(path: Path) -> Run | None:
+    """The finished run whose `student` or `distilled` a folder is.
+
+    Raises:
+        UserError: Its files are damaged.
+    """
     home = path.parent
     if path.name not in _RUNS or not all((home / name).is_file() for name in ("config.json", "summary.json")):
         return None
-    return _Run(home, read_json(home / "config.json"), read_json(home / "summary.json"))
+    return Run(home, read_json(home / "config.json"), read_json(home / "summary.json"))
 
 
 def _same_text_encoder(path: Path) -> bool:
     return fingerprint(path / "text_encoder") == fingerprint(TEACHER / "text_encoder")
 
 
-def _licence_of_teacher(run: _Run) -> dict[str, str]:
+def _licence_of_teacher(run: Run) -> dict[str, str]:
     teacher = run.config.get("teacher")
     return licence_of(Path(teacher)) if isinstance(teacher, str) and "\0" not in teacher else {}
 
@@ -128,7 +133,7 @@ def _structure(folder: ModelFolder) -> Iterator[str]:
         yield f"{len(gone)} layers dropped: {listed(gone)}"
 
 
-def _suppressed(path: Path, run: _Run | None) -> Iterator[str]:
+def _suppressed(path: Path, run: Run | None) -> Iterator[str]:
     if run and path.name == "student" and (run.path / history.RECORD).is_file():
         upper = run.config.get("upper")
         upper = upper if isinstance(upper, dict) else {}
@@ -140,18 +145,19 @@ def _suppressed(path: Path, run: _Run | None) -> Iterator[str]:
             yield f"{pair.erase!r} became {pair.guide!r}: an edit of the weights, {record.method}"
 
 
-def _measured(run: _Run) -> Measured:
+def measured(run: Run) -> Measured:
+    """What the run has measured of its models, and the command that it was."""
     quality = run.summary.get("quality")
     rows = {
         name: {column: float(value) for column, value in row.items() if type(value) in (int, float)}
         for name, row in (quality.items() if isinstance(quality, dict) else ())
         if isinstance(row, dict)
     }
-    same = len({tuple(row) for row in rows.values()}) == 1
-    return Measured(_command(run.config), rows if same else {})
+    columns = {tuple(row) for row in rows.values()}
+    return Measured(_command(run.config), rows if len(columns) == 1 and columns != {()} else {})
 
 
-def _unmeasured(run: _Run | None) -> Iterator[str]:
+def _unmeasured(run: Run | None) -> Iterator[str]:
     yield "What the precision of the stored weights changes in pictures."
     yield "What the model draws on other prompts than those of the run." if run else "What the model draws."
     yield "Whether a suppressed concept comes back under other words, by an attack or by further training."
@@ -160,7 +166,7 @@ def _unmeasured(run: _Run | None) -> Iterator[str]:
 def _command(config: Mapping[str, Any]) -> str:
     """The command line of a run: its preset, and what it was told beside; without paths of the machine above it."""
     name = config.get("preset")
-    words = ["python -m bilevel_fast.train", f"--preset {name}"]
+    words = ["python -m bilevel_fast.train", _word("--preset", str(name))]
     try:
         known = dict(_flat(preset(str(name)).to_dict()))
     except UserError:  # of another release
@@ -189,5 +195,10 @@ def _word(flag: str, value: Any) -> str:
     if isinstance(value, bool):
         return flag if value else flag.replace("--", "--no-", 1)
     values = value if isinstance(value, list) else [value]
-    shown = [Path(each).name + "/" if isinstance(each, str) and each.startswith("/") else str(each) for each in values]
-    return " ".join([flag, *(f"'{each}'" if " " in each else each for each in shown)])
+    return " ".join([flag, *(shlex.quote(_shown(str(each))) for each in values)])
+
+
+def _shown(text: str) -> str:
+    """Of a path from the root its last name: where it lay on a machine is nobody's business."""
+    text = f"{Path(text).name}/" if text.startswith("/") else text
+    return text if text.isprintable() else repr(text)

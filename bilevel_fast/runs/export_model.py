@@ -29,7 +29,7 @@ TARGETS = {
     "with the file of code that lies in it (trust_remote_code=True)",
     "single-file": "one .safetensors file in the original layout of Stable Diffusion 1.x, 2.x or XL, and the configs "
     "by which it is read",
-    "onnx": "UNet, text encoder and VAE decoder as ONNX files, for any batch, height and width, compared in onnxruntime",
+    "onnx": "UNet, text encoder and VAE decoder as ONNX files for any batch, height and width, compared in onnxruntime",
     "torch": "the same as programs of torch.export, which need torch alone",
 }
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -70,8 +70,7 @@ def export(args: Args) -> Exported:
     Raises:
         UserError: Bad input of any kind, or the target cannot express the model; says why.
     """
-    if args.target not in TARGETS:
-        raise UserError(f"no target {args.target!r}{nearest(args.target, TARGETS)}")
+    check_target(args.target)
     with claimed(args.out):
         folder = load_folder(args.model)
         aside = aside_of(args.out)
@@ -85,6 +84,16 @@ def export(args: Args) -> Exported:
             raise
         sync_folder(args.out.parent)
     return Exported(args.out, "\n".join([*(f"{k:<13}{v}" for k, v in made.said), f"{'written':<13}{args.out}"]))
+
+
+def check_target(name: str) -> None:
+    """Refuse a target that there is not.
+
+    Raises:
+        UserError: The nearest are named.
+    """
+    if name not in TARGETS:
+        raise UserError(f"no target {name!r}{nearest(name, TARGETS)}")
 
 
 def _folder(folder: ModelFolder, out: Path, args: Args) -> Made:
