@@ -20,7 +20,7 @@ from bilevel_fast.exporting.parts import Part, parts
 from bilevel_fast.models.copying import copy_file
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import FAMILIES
-from bilevel_fast.models.folder import ModelFolder, load_folder, load_unet
+from bilevel_fast.models.folder import ModelFolder, in_place, load_folder, load_unet
 from bilevel_fast.runs import export_facts
 from bilevel_fast.runs.export_facts import Made
 
@@ -79,8 +79,10 @@ def export(args: Args) -> Exported:
             made = _WAYS[args.target](folder, aside, args)
             write_atomic(aside / "README.md", render(export_facts.facts(folder, made)).encode())
             aside.rename(args.out)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise in_place(error, aside, args.out) from error
             raise
         sync_folder(args.out.parent)
     return Exported(args.out, "\n".join([*(f"{k:<13}{v}" for k, v in made.said), f"{'written':<13}{args.out}"]))
