@@ -14,7 +14,7 @@ from bilevel_fast.base.tables import table
 
 UNKNOWN = "unknown"
 _HEADER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
-_LICENSE = re.compile(r"^(license(?:_name|_link)?):[ \t]*[\"']?([^\"'\n#]+?)[\"']?[ \t\r]*$", re.MULTILINE)
+_LICENSE = re.compile(r"^(license(?:_name|_link)?):[ \t]*[\"']?([^\"'\n#]+?)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from bilevel_fast.models.architecture import sites
 from bilevel_fast.models.folder import load_folder, save_student
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.pruning import bk_sdm, sdxl_shapes
+from bilevel_fast.pruning import bk_sdm
 from sd_folder import make_sd_folder
+from sdxl_folder import make_sdxl_folder
 from unets import random_structure, randomise
 
 
@@ -44,8 +46,17 @@ def bk_sdm_base(sd21, make_student) -> Path:
 
 
 @pytest.fixture(scope="session")
-def koala(sdxl, make_student) -> Path:
-    return make_student(sdxl, sdxl_shapes.structure(load_folder(sdxl).config, "koala-700m"))
+def xl(tmp_path_factory) -> Path:
+    return make_sdxl_folder(tmp_path_factory.mktemp("teachers") / "xl", depths=(1, 1, 2))
+
+
+@pytest.fixture(scope="session")
+def shallow_xl(xl, make_student) -> Path:
+    """Without the mid block, a layer of every level, and a transformer block."""
+    config = load_folder(xl).config
+    ends = ("resnets.1", "attentions.1")
+    gone = [site.name for site in sites(config) if site.block == "mid_block" or site.name.endswith(ends)]
+    return make_student(xl, Structure.uniform(config, 1.0, [*gone, "up_blocks.0.attentions.0.transformer_blocks.0"]))
 
 
 @pytest.fixture(scope="session")
@@ -55,5 +66,5 @@ def narrow(sd21, make_student) -> Path:
 
 
 @pytest.fixture(scope="session")
-def narrow_xl(sdxl, make_student) -> Path:
-    return make_student(sdxl, random_structure(load_folder(sdxl).config, seed=2, drop=0.3))
+def narrow_xl(xl, make_student) -> Path:
+    return make_student(xl, random_structure(load_folder(xl).config, seed=2, drop=0.3))

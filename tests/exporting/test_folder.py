@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,10 +46,18 @@ def noise(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, bk_sdm_base, koala, narrow, narrow_xl, noise) -> dict[str, tuple[Path, Path, list[str]]]:
+def made(
+    tmp_path_factory, bk_sdm_base, shallow_xl, narrow, narrow_xl, noise
+) -> dict[str, tuple[Path, Path, list[str]]]:
     """Of each student: its folder, what was exported, and what a process without this package said of it."""
     place = tmp_path_factory.mktemp("exported")
-    students = {"bk-sdm": bk_sdm_base, "koala": koala, "narrow": narrow, "narrow-xl": narrow_xl, "half": narrow}
+    students = {
+        "bk-sdm": bk_sdm_base,
+        "xl": shallow_xl,
+        "narrow": narrow,
+        "narrow-xl": narrow_xl,
+        "half": narrow,
+    }
     for name, student in students.items():
         api.export(student, "folder", out=place / name, dtype="bf16" if name == "half" else None)
     hidden = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -62,7 +71,7 @@ def made(tmp_path_factory, bk_sdm_base, koala, narrow, narrow_xl, noise) -> dict
     return {name: (student, place / name, row[1:]) for (name, student), row in zip(students.items(), said, strict=True)}
 
 
-@pytest.mark.parametrize("name", ["bk-sdm", "koala", "narrow", "narrow-xl"])
+@pytest.mark.parametrize("name", ["bk-sdm", "xl", "narrow", "narrow-xl"])
 def test_a_process_without_this_package_draws_the_same(made, noise, name):
     student, out, (kind, _) = made[name]
     assert kind == ("PrunedUNet" if name.startswith("narrow") else "UNet2DConditionModel")

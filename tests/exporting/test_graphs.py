@@ -90,9 +90,9 @@ def test_every_network_of_stable_diffusion(tmp_path, name, target, request):
         assert write(part, tmp_path / part.name) < 1e-4
 
 
-def test_what_xl_is_told_is_what_the_text_tensor_holds(sdxl):
+def test_what_xl_is_told_is_what_the_text_tensor_holds(xl):
     """The text encoder's graph gives states and the pooled state, the UNet's takes them, and the sizes."""
-    folder = load_folder(sdxl)
+    folder = load_folder(xl)
     unet, encoder, _ = parts(folder)
     prompts = ("a photo of a house", "", "a star")
     with torch.no_grad():
