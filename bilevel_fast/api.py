@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bilevel_fast.runs.config import TrainConfig
     from bilevel_fast.runs.config import preset as preset
     from bilevel_fast.runs.erase_model import Erased
+    from bilevel_fast.runs.export_model import Exported
     from bilevel_fast.runs.prune_method import Pruned
     from bilevel_fast.scale.team import Team
     from bilevel_fast.worlds.mini.settings import Mini
@@ -88,6 +89,22 @@ def erase(
 
     kind = erase_model.EDITS[edit]
     return erase_model.erase(kind(out=Path(out), model=Path(model), erase=tuple(phrases), **settings))
+
+
+def export(
+    model: Folder, target: str, *, out: Folder, dtype: Literal["fp32", "fp16", "bf16"] | None = None
+) -> "Exported":
+    """Write a model in a form that other programs read, with a model card: `python -m bilevel_fast.export`.
+
+    Args:
+        model: A model folder.
+        target: A name in `bilevel_fast.runs.export_model.TARGETS`.
+        out: The folder to write; must be new.
+        dtype: Of the weights of `folder` and `single-file`; None leaves each in its own.
+    """
+    from bilevel_fast.runs import export_model
+
+    return export_model.export(export_model.Args(target, Path(model), Path(out), dtype))
 
 
 def evaluate(

@@ -10,6 +10,7 @@ COMMANDS = {
     "convert": "a Stable Diffusion checkpoint in one file to a model folder",
     "train": "prune, distil and suppress concepts in one run",
     "prune": "prune a model folder to a MAC budget",
+    "export": "a model to diffusers, to one file, to ONNX or to torch, with a model card",
     "erase": "erase concepts from any model folder by an edit of its weights",
     "prepare": "images and captions to the latent cache that training reads",
     "sample": "prompts to a PNG grid, or a file of them to a folder of images, with any model folder",

@@ -25,6 +25,7 @@ from bilevel_fast.data.stream import ImageIndex, read_list
 from bilevel_fast.data.tars import Tars
 from bilevel_fast.data.writer import CacheWriter
 from bilevel_fast.erasing.pairs import read_pairs
+from bilevel_fast.exporting.card import licence_of
 from bilevel_fast.metrics.checkpoints import read_checkpoint, tensors_of
 from bilevel_fast.metrics.fid import _read_npz
 from bilevel_fast.metrics.frechet import FrechetStatistics
@@ -42,6 +43,8 @@ from bilevel_fast.pruning.aptp.encoders import _check_modules
 from bilevel_fast.pruning.aptp.experts import read_codebook
 from bilevel_fast.pruning.latency import read_latencies
 from bilevel_fast.runs import history
+from bilevel_fast.runs.config import preset
+from bilevel_fast.runs.export_facts import measured, read_run
 from bilevel_fast.runs.paper.run import read as read_measured
 from bilevel_fast.sampling.image_folder import ImageFolder
 from bilevel_fast.sampling.prompts import read_rows
@@ -153,6 +156,18 @@ def erased(folder: Path) -> Path:
     return text("concepts.json", json.dumps(record))(folder)
 
 
+def trained(name: str):
+    """A run as the card of an exported student reads it."""
+
+    def make(folder: Path) -> Path:
+        (folder / "student").mkdir()
+        write_json(folder / "config.json", preset("smoke").to_dict())
+        write_json(folder / "summary.json", {"quality": {"student": {"fid": 3.5}, "teacher": {"fid": 3}}})
+        return folder / name
+
+    return make
+
+
 def sentence_encoder(folder: Path) -> Path:
     write_json(text("1_Pooling/config.json", "")(folder), {"pooling_mode": "mean"})
     modules = [{"type": "a.Transformer"}, {"type": "a.Pooling", "path": "1_Pooling"}]
@@ -196,6 +211,9 @@ READERS = {
         text("rows.jsonl", lines([dict.fromkeys(("row", "label", "concepts", "seed", "step", "numbers"), 1)] * 2)),
         read_measured,
     ),
+    "licence": (text("README.md", "---\nlicense: other\nlicense_name: x\n---\n# a\n"), lambda p: licence_of(p.parent)),
+    "run of a student": (trained("config.json"), lambda p: measured(read_run(p.parent / "student"))),
+    "numbers of a run": (trained("summary.json"), lambda p: measured(read_run(p.parent / "student"))),
     "modules": (sentence_encoder, lambda p: _check_modules(p.parent)),
 }  # fmt: skip
 
@@ -203,7 +221,7 @@ READERS = {
 @pytest.mark.parametrize("name", READERS)
 def test_tables_and_json(name):
     """A config, an index, captions or a table is damaged, or made to mislead: read, or refused in one line."""
-    fuzz(*READERS[name], refuses=name != "metadata")  # of which bad lines are dropped, and said
+    fuzz(*READERS[name], refuses=name not in ("metadata", "licence"))  # bad lines are dropped, and said; no card
 
 
 def tensors(folder: Path) -> Path:

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENGINE = sorted((ROOT / "bilevel_fast").rglob("*.py"))
+SHIPPED = [ROOT / "bilevel_fast" / "exporting" / "pruned_unet.py"]  # copied into what is exported; nothing imports it
+ENGINE = sorted(path for path in (ROOT / "bilevel_fast").rglob("*.py") if path not in SHIPPED)
 KERNELS = sorted((ROOT / "kernels" / "bilevel_kernels").glob("*.py"))
 
 # A package imports from those before it only; packages on one line do not import each other.
 ORDER = [
     *(["base"], ["scale"], ["ops"], ["models"], ["sampling"], ["data"], ["training"]),
-    *(["profiling", "metrics"], ["erasing", "pruning"], ["worlds"], ["runs"]),
+    *(["profiling", "metrics"], ["erasing", "pruning", "exporting"], ["worlds"], ["runs"]),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 ENTRY_POINTS = {
@@ -30,6 +31,7 @@ ENTRY_POINTS = {
     "reproduce",
     "profile",
     "convert",
+    "export",
     "cli",
     "api",
     "__init__",
@@ -52,7 +54,17 @@ ALSO = {
 
 # Imported by the functions that need them: the engine starts fast, and runs where they are absent.
 LAZY = ["diffusers", "transformers", "accelerate", "torchvision", "tensorboard", "matplotlib", "PIL"]
-LAZY += ["nvidia", "webdataset", "open_clip", "nudenet", "torchmetrics", "torch_fidelity"]
+LAZY += [
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "nvidia",
+    "webdataset",
+    "open_clip",
+    "nudenet",
+    "torchmetrics",
+    "torch_fidelity",
+]
 
 
 def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
@@ -161,6 +173,12 @@ def test_kernels_stand_alone():
     plain = "from importlib.machinery import *; sys.meta_path[:] = [BuiltinImporter, FrozenImporter, PathFinder]"
     blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in ("bilevel_fast", *LAZY))
     python(f"import sys; {plain}; {blocked}; import {', '.join(names)}", PYTHONPATH="kernels")
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=relative)
+def test_what_is_shipped_with_a_model_needs_nothing_of_ours(path):
+    assert roots(everywhere(path)) <= {"torch", "diffusers", *sys.stdlib_module_names}
+    assert not [relative(other) for other in ENGINE if module_name(path) in everywhere(other)]
 
 
 def test_the_kernels_folder_is_not_a_package():

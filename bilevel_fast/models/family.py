@@ -51,6 +51,9 @@ class Family:
         return tuple(component for component in self.components if component.startswith("text_encoder"))
 
 
+UNETS = ("UNet2DConditionModel", "PrunedUNet")
+"""The second one is what `exporting` puts into a student's folder for diffusers: for here, the same files."""
+
 MINI_INDEX = {
     "_class_name": "MiniPipeline",
     "scheduler": ["diffusers", "PNDMScheduler"],
@@ -67,7 +70,7 @@ FAMILIES = {
             "scheduler": tuple(SCHEDULERS),
             "text_encoder": ("CLIPTextModel",),
             "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
-            "unet": ("UNet2DConditionModel",),
+            "unet": UNETS,
             "vae": ("AutoencoderKL",),
         },
         text_encoder=ClipTextEncoder.load,
@@ -81,7 +84,7 @@ FAMILIES = {
             "text_encoder_2": ("CLIPTextModelWithProjection",),
             "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
             "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
-            "unet": ("UNet2DConditionModel",),
+            "unet": UNETS,
             "vae": ("AutoencoderKL",),
         },
         text_encoder=XlTextEncoder.load,
@@ -89,7 +92,7 @@ FAMILIES = {
         guidance=5.0,
     ),
     "mini": Family(
-        components={part: (pair[1],) for part, pair in MINI_INDEX.items() if part != "_class_name"},
+        components={part: (pair[1],) for part, pair in MINI_INDEX.items() if part != "_class_name"} | {"unet": UNETS},
         text_encoder=lambda folder, device, dtype: MiniTextEncoder.load(folder).to(device, dtype),
         vae=lambda folder, device, dtype: PixelUnshuffleVAE.load(folder / "vae"),
         guidance=3.0,

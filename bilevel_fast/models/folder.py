@@ -227,7 +227,7 @@ def save_student(
         if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"{path} exists already: another process wrote it meanwhile") from error
         if isinstance(error, OSError):
-            raise _at(error, aside, path) from error
+            raise in_place(error, aside, path) from error
         raise
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -241,8 +241,8 @@ def _sweep_old(path: Path, names: Collection[str]) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _at(error: OSError, aside: Path, path: Path) -> OSError:
-    """An error with the name of the file as it would have been; what is aside is gone by then."""
+def in_place(error: OSError, aside: Path, path: Path) -> OSError:
+    """An error, with the name of the file as it would have been; what is aside is gone by then."""
     name = os.path.relpath(error.filename or aside, aside)
     where = str(error.filename) if name.startswith("..") else str(path / name)
     return OSError(error.errno, f"{error.strerror or error}; nothing was written", where)

@@ -64,6 +64,10 @@ COMMANDS = {
     "erase": Command(
         "erase uce --model IN/teacher --erase in~the~style~of~waves --device cpu --out OUT/erased", "erased"
     ),
+    "export": Command(
+        "export folder --model OUT/student --dtype fp16 --out OUT/exported", "exported",
+        first="prune uniform --teacher IN/teacher --budget 0.7 --device cpu --out OUT/student",
+    ),
     "train": Command(
         f"train --preset smoke {_TRAIN} {_JUDGE} --no-twin --lower.steps 4 --checkpoint-every 2 --out OUT/run",
         "run", "config.json", "--resume",
