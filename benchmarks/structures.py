@@ -1,4 +1,4 @@
-"""The UNets that speed is measured on, by name: Stable Diffusion 2.1, dense, pruned and as BK-SDM cuts it.
+"""The UNets that are measured and counted, by name: Stable Diffusion 2.1, dense, pruned and as BK-SDM cuts it; and XL.
 
     dense           the teacher
     0.80, 0.55      the same share of every width vector, and that share of the MACs (`true`) of the dense UNet
@@ -7,6 +7,8 @@
     bk-sdm-base     one ResNet and one Transformer less in every block (arXiv:2305.15798)
     bk-sdm-small    base without the mid block
     bk-sdm-tiny     small without the innermost level
+
+    ssd-1b, koala-700m    of XL alone, in the shapes of the published models
 
 The tiny ones cut the mini world's UNet in the same ways, to rehearse on a CPU. That one has a single layer per block
 already, so its `bk-sdm-base` is the dense UNet again: whatever is measured between the two is noise.
@@ -17,6 +19,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,10 +27,12 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.architecture import MINI, SD21, UNetConfig, sites
 from bilevel_fast.models.macs import count
+from bilevel_fast.models.sdxl import SDXL
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.planner import spend
+from bilevel_fast.pruning.sdxl_shapes import structure as shape
 from bilevel_fast.pruning.uniform import uniform
 
 NAMES = ("dense", "0.80", "0.55", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -68,9 +73,22 @@ def structure(name: str, tiny: bool = False) -> Structure:
         return Structure.dense(size.config)
     if name.startswith("bk-sdm"):
         return Structure.dense(_bk_sdm(name, size.config))
+    return _even(size, float(name))
+
+
+def counted(unet: Literal["sd21", "sdxl"]) -> tuple[Model, dict[str, Structure]]:
+    """What is counted and projected of a UNet: SD 2.1 at 512 px, SDXL at 1024 px, and students by name."""
+    if unet == "sd21":
+        return model(), {name: structure(name) for name in ("dense", "0.80", "0.55")}
+    size = Model("sdxl", SDXL, 128, 77)
+    shapes = {name: shape(SDXL, name) for name in ("ssd-1b", "koala-700m")}
+    return size, {"dense": Structure.dense(SDXL), "0.80": _even(size, 0.8), **shapes}
+
+
+def _even(size: Model, budget: float) -> Structure:
     with torch.device("meta"):
         dense = UNet(size.config)
-    return uniform(dense, MacBudget(float(name), size.latent, size.text))
+    return uniform(dense, MacBudget(budget, size.latent, size.text))
 
 
 def plan(name: str, size: Model) -> Structure:

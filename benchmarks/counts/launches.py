@@ -23,16 +23,14 @@ import torch
 
 from benchmarks.counts.roofline import ERASER
 from benchmarks.machine import describe
-from benchmarks.structures import structure
+from benchmarks.structures import counted, structure
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.models.sdxl import SDXL
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.ops.providers import ops
 from bilevel_fast.profiling.cost import Cost, Counter
 from bilevel_fast.profiling.meta_steps import Steps
-from bilevel_fast.pruning.sdxl_shapes import structure as shape
 from bilevel_fast.runs.assemble import levels
 from bilevel_fast.runs.config import preset
 from bilevel_fast.runs.session import gather, initial_student
@@ -121,10 +119,10 @@ def measure(device: torch.device, only: str | None = None) -> list[Row]:
             for name, costs in on_meta(structure(label)).items():
                 found += rows(f"sd21 {label} {name}", costs, "torch", config, where)
     if only == "sdxl":
-        where, latent = describe(torch.device("cpu")) | {"device": "meta", "threads": None}, SDXL.sample_size
-        for label, kept in (("dense", Structure.dense(SDXL)), ("koala-700m", shape(SDXL, "koala-700m"))):
-            config = {"unet": "sdxl", "structure": label, "batch": BATCH, "latent": latent, "text": TEXT}
-            for name, costs in on_meta(kept, latent).items():
+        where, (size, students) = describe(torch.device("cpu")) | {"device": "meta", "threads": None}, counted("sdxl")
+        for label in ("dense", "koala-700m"):
+            config = {"unet": "sdxl", "structure": label, "batch": BATCH, "latent": size.latent, "text": TEXT}
+            for name, costs in on_meta(students[label], size.latent).items():
                 found += rows(f"sdxl {label} {name}", costs, "torch", config, where)
     return found
 

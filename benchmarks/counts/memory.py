@@ -2,6 +2,7 @@
 
     python -m benchmarks.counts.memory
     python -m benchmarks.counts.memory --batch 16 --json
+    python -m benchmarks.counts.fits                        Stable Diffusion XL, alone and on several cards
 
 Counted on the meta device by `profiling.memory`: bf16, two fp32 AdamWs over fp32 masters, no moving average, torch's
 own kernels. What CUDA and its libraries take is an assumption there, and fragmentation is not counted: leave some room.
@@ -16,12 +17,11 @@ import torch
 
 from benchmarks.cards import CARDS
 from benchmarks.machine import describe
-from benchmarks.structures import model, structure
+from benchmarks.structures import counted
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.profiling.memory import estimate, largest_batch
 
-STRUCTURES = ("dense", "0.80", "0.55")
 # GB that a card is sold with -> bytes that it has for a program
 SIZES = {
     24: CARDS["RTX 4090"].bytes,
@@ -46,13 +46,12 @@ class Settings:
 
 def rows(batch: int) -> Iterator[Row]:
     """For each structure, with recomputation and without: the parts at `batch`, then the largest batch of each card."""
-    size = model()
+    size, structures = counted("sd21")
     versions = {
         key: value for key, value in describe(torch.device("cpu")).items() if key in ("torch", "commit", "date")
     }
-    for name in STRUCTURES:
+    for name, kept in structures.items():
         for recompute in (False, True):
-            kept = structure(name)
             memory = estimate(kept, size.latent, size.text, batch, recompute=recompute)
             shared = {
                 "suite": "memory", "case": f"{name}{', recompute' * recompute}", "provider": "torch",

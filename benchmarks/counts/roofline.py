@@ -2,6 +2,7 @@
 
     python -m benchmarks.counts.roofline                          all cards of benchmarks.cards; needs no GPU
     python -m benchmarks.counts.roofline --card H200 --json
+    python -m benchmarks.counts.roofline --unet sdxl              Stable Diffusion XL at 1024 px
     python -m benchmarks.counts.roofline --validate --device cpu  a step of the mini world, projected and measured
 
 A lower step, and an upper step with and without penalty, run on the meta device in bf16, pruned widths padded to 8 as
@@ -28,7 +29,7 @@ import torch
 from benchmarks.cards import CARDS, Card, Ceilings, this_machine
 from benchmarks.machine import describe
 from benchmarks.measure import interleaved
-from benchmarks.structures import Model, model, structure
+from benchmarks.structures import Model, counted, model
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.erasing.targets import Guidance
@@ -39,7 +40,6 @@ from bilevel_fast.profiling.cost import KINDS, PRODUCTS, Cost
 from bilevel_fast.profiling.meta_steps import Steps
 from bilevel_fast.training.levels import move
 
-STRUCTURES = ("dense", "0.80", "0.55")
 CASES = ("lower", "upper", "upper without penalty")
 PROVIDERS = ("torch", "triton", "products")
 FORMULA = {
@@ -59,6 +59,8 @@ class Settings:
 
     card: str | None = None
     """Only this one; its name or a part of it."""
+    unet: Literal["sd21", "sdxl"] = "sd21"
+    """Whose steps."""
     batch: int = 16
     """Images per step."""
     json: bool = False
@@ -103,20 +105,19 @@ def project(costs: Iterable[Cost], card: Card) -> dict[str, Any]:
     }
 
 
-def rows(cards: dict[str, Card], batch: int) -> Iterator[Row]:
+def rows(cards: dict[str, Card], batch: int, unet: Literal["sd21", "sdxl"] = "sd21") -> Iterator[Row]:
     """One row for each card, structure, case and provider."""
-    size = model()
+    size, structures = counted(unet)
     versions = {
         key: value for key, value in describe(torch.device("cpu")).items() if key in ("torch", "commit", "date")
     }
-    for name in STRUCTURES:
-        kept = structure(name)
+    for name, kept in structures.items():
         config = {"unet": size.name, "structure": name, "batch": batch, "latent": size.latent, "text": size.text}
         config |= {"mac_ratio": macs.count(kept, size.latent, size.text).ratio, "dtype": "bfloat16"}
-        counted = {provider: count(size, kept, batch, provider) for provider in ("torch", "triton")}
+        of = {provider: count(size, kept, batch, provider) for provider in ("torch", "triton")}
         for case in CASES:
-            products = [cost for cost in counted["torch"][case] if cost.kind in PRODUCTS]
-            costs = {"torch": counted["torch"][case], "triton": counted["triton"][case], "products": products}
+            products = [cost for cost in of["torch"][case] if cost.kind in PRODUCTS]
+            costs = {"torch": of["torch"][case], "triton": of["triton"][case], "products": products}
             for place, card in cards.items():
                 rates = {"matmul_tflop_per_s": card.matmul / 1e12, "gb_per_s": card.bytes_per_s / 1e9}
                 for provider in PROVIDERS:
@@ -159,13 +160,13 @@ def table(found: list[Row]) -> str:
     lines = [
         f"{first['device']}: R = {rates['matmul_tflop_per_s']:.1f} TFLOP/s (measured by others), "
         f"W = {rates['gb_per_s']:.0f} GB/s (data sheet); projections, batch {first['config']['batch']}",
-        f"{'MACs':6}{'case':24}{'ops':10}{'ms':>8}{'img/s':>8}{'MFU':>6}{'ops':>7}{'host ms':>9}   share of the time",
+        f"{'MACs':11}{'case':24}{'ops':10}{'ms':>8}{'img/s':>8}{'MFU':>6}{'ops':>7}{'host ms':>9}   share of the time",
     ]
     for row in found:
         shares = sorted(((ms / row["value"], kind) for kind, ms in row["parts_ms"].items()), reverse=True)
         share = "  ".join(f"{kind} {part:.0%}" for part, kind in shares if part >= 0.005)
         lines.append(
-            f"{row['config']['structure']:6}{row['case']:24}{row['provider']:10}{row['value']:8.1f}"
+            f"{row['config']['structure']:11}{row['case']:24}{row['provider']:10}{row['value']:8.1f}"
             f"{row['images_per_second']:8.1f}{row['mfu']:6.0%}{row['launches']:7}{row['host_ms']:9.1f}   {share}"
         )
     return "\n".join(lines)
@@ -206,7 +207,7 @@ def main() -> None:
                 f"measured {row['value']:.1f} ms ({row['p20']:.1f} .. {row['p80']:.1f}), error {row['error']:+.0%}"
             )
         return
-    found = list(rows(chosen(settings.card), settings.batch))
+    found = list(rows(chosen(settings.card), settings.batch, settings.unet))
     if settings.json:
         for row in found:
             print(json.dumps(row))

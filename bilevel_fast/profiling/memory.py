@@ -13,7 +13,7 @@ our Triton ops keep less.
 """
 
 import weakref
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,10 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import Prediction
 from bilevel_fast.profiling.cost import AsOnGPU
 from bilevel_fast.profiling.meta_steps import Steps, random_batch
+from bilevel_fast.scale.rows import buckets
+from bilevel_fast.training.features import Heard, listening
 from bilevel_fast.training.lower import Answered
+from bilevel_fast.training.settings import LossWeights
 
 OUTSIDE = 2**30
 """Bytes of the CUDA context, of loaded kernels and of cuDNN's and cuBLAS's workspaces. An assumption, not a count."""
@@ -35,6 +38,7 @@ COUNTED_AT = (8, 24)
 """Batch sizes at which activations are counted."""
 
 _GIB = 2**30
+_USUAL = LossWeights()
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Setting:
         eager: Whether its steps run as they are beside recorded lower steps: the memory of a CUDA graph serves nobody
             else, so they have activations of their own.
         align: As `UNet`; the engine pads to 8 on a GPU.
+        weights: Of the lower loss: a term that compares what is inside the networks keeps it.
     """
 
     structure: Structure
@@ -72,6 +77,7 @@ class Setting:
     start: bool = False
     mask: bool = False
     eager: bool = False
+    weights: LossWeights = field(default_factory=LossWeights)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,9 +92,14 @@ class Memory:
     batch: int
     micro: int
     """Images that are computed at once."""
+    ranks: int
+    """Processes with a card each, of which this is one."""
+    leaves: int
+    """Parts of the batch of all ranks together; `batch` is one of them."""
     weights: int
     """The student's fp32 masters, and the bf16 copy that computes."""
     gradients: int
+    """And what several leaves are added up in."""
     moments: int
     ema: int
     eraser: int
@@ -97,7 +108,7 @@ class Memory:
     """The activations of upper steps that are not recorded, beside those of the lower ones."""
     teacher_weights: int
     teacher_activations: int
-    """The teacher's answer to the lower batch, and the batch: kept for the upper level."""
+    """The teacher's answer to the lower batch, what was heard inside it, and the batch: kept for the upper level."""
     student_activations: int
     """What autograd keeps between forward and backward."""
     workspace: int
@@ -109,7 +120,7 @@ class Memory:
     @property
     def parts(self) -> dict[str, int]:
         """The fields in bytes by name; they sum up to `total`."""
-        own = ("setting", "batch", "micro", "host")
+        own = ("setting", "batch", "micro", "ranks", "leaves", "host")
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in own}
 
     @property
@@ -132,20 +143,27 @@ def estimate(
     micro: int | None = None,
     eager: bool = False,
     second: bool = True,
+    weights: LossWeights = _USUAL,
+    ranks: int = 1,
+    leaves: int = 1,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
 
     Args:
-        batch: Images per step.
+        batch: Images per step; of a leaf, where there are several.
         micro: Images that are computed at once; None: all of them.
+        ranks: Processes that share the leaves, each with a GPU of its own.
+        leaves: Equal parts of a batch, a multiple of `ranks`.
 
     Raises:
-        UserError: `latent`, `text` or `batch` is not positive.
+        UserError: `latent`, `text` or `batch` is not positive, or a term of `weights` finds nothing in the student.
     """
     if batch < 1:
         raise UserError(f"batch is {batch}, wanted at least 1")
-    setting = Setting(structure, latent, text, precision, recompute, ema, upper, second, align, start, mask, eager)
-    return _line(setting).at(batch, micro)
+    setting = Setting(
+        *(structure, latent, text, precision, recompute, ema, upper, second, align, start, mask, eager, weights)
+    )
+    return _line(setting).at(batch, micro, ranks, leaves)
 
 
 def largest_micro_batch(memory: Memory, bytes_of_card: int) -> int:
@@ -159,7 +177,8 @@ def largest_micro_batch(memory: Memory, bytes_of_card: int) -> int:
     """
     line, batch = _line(memory.setting), memory.batch
     sizes = (size for size in range(batch, 0, -1) if batch % size == 0)
-    return next((size for size in sizes if line.at(batch, size).total <= bytes_of_card), 0)
+    shared = memory.ranks, memory.leaves
+    return next((size for size in sizes if line.at(batch, size, *shared).total <= bytes_of_card), 0)
 
 
 def largest_batch(
@@ -172,9 +191,15 @@ def largest_batch(
     ema: bool = False,
     upper: bool = True,
     align: int = 8,
+    weights: LossWeights = _USUAL,
+    ranks: int = 1,
 ) -> int:
-    """The largest batch whose `estimate` is at most `bytes_of_card`; 0 if not even one image fits."""
-    return _line(Setting(structure, latent, text, precision, recompute, ema, upper, align=align)).largest(bytes_of_card)
+    """The largest batch whose `estimate` is at most `bytes_of_card`; 0 if not even one image fits.
+
+    With several ranks that is a leaf, one for each.
+    """
+    setting = Setting(structure, latent, text, precision, recompute, ema, upper, align=align, weights=weights)
+    return _line(setting).largest(bytes_of_card, ranks)
 
 
 def describe(memory: Memory, bytes_of_card: int | None = None) -> str:
@@ -190,11 +215,12 @@ def describe(memory: Memory, bytes_of_card: int | None = None) -> str:
     )
     if bytes_of_card is None:
         return text
-    found = _line(setting).largest(bytes_of_card)
+    found = _line(setting).largest(bytes_of_card, memory.ranks)
     text += f"\nthe card has {bytes_of_card / _GIB:.1f} GiB; " + _fits(found)
     if setting.recompute:
         return text
-    return text + f"; with --recompute, {_fits(_line(replace(setting, recompute=True)).largest(bytes_of_card))}"
+    found = _line(replace(setting, recompute=True)).largest(bytes_of_card, memory.ranks)
+    return text + f"; with --recompute, {_fits(found)}"
 
 
 def _fits(batch: int) -> str:
@@ -239,19 +265,27 @@ class _Line:
         self.setting = setting
         steps = Steps(
             *(setting.structure, setting.latent, setting.text, 1, torch.device("meta"), setting.dtype),
-            *(setting.align, setting.ema),
+            *(setting.align, setting.ema, setting.weights),
         )
         steps.student.recompute = setting.recompute
         self._flat, self._fine_tuning = steps.flat, steps.fine_tuning
         self._counts = tuple(self._count(batch) for batch in COUNTED_AT)
 
-    def at(self, batch: int, micro: int | None = None) -> Memory:
-        micro = micro or batch
-        flat, copies = self._flat, 1 + self.setting.upper
-        separate = flat.compute is not flat.master
+    def at(self, batch: int, micro: int | None = None, ranks: int = 1, leaves: int = 1) -> Memory:
+        """For a leaf of so many images; `leaves` is at least `ranks`."""
+        micro, leaves = micro or batch, max(leaves, ranks)
+        flat, copies, width = self._flat, 1 + self.setting.upper, self.setting.dtype.itemsize
+        rows = whole = flat.master.numel()
+        own = flat.compute is not flat.master  # rows of what computes, written before they are sent
         gradient = flat.gradient.nbytes if micro == batch else flat.master.nbytes
+        found = gradient  # by backward
+        if shared := leaves > 1:
+            rows = sum(bucket.size for bucket in buckets(whole, ranks))
+            whole, gradient = ranks * rows, 4 * rows
+            # of n leaves, log2(n) fp32 sums (`scale.rows.Counter`)
+            found = whole * (width if micro == batch else 4) + 4 * whole * (leaves // ranks - 1).bit_length()
         # torch's AdamW wants an fp32 copy of a bf16 gradient
-        updating = flat.master.nbytes if gradient < flat.master.nbytes else 0
+        updating = flat.master.nbytes if gradient < 4 * rows else 0
         low, high = self._counts
         kept = self._between(low.kept, high.kept, micro)
         moments = [*zip(low.teaching, high.teaching, strict=True), *zip(low.learning, high.learning, strict=True)]
@@ -260,14 +294,16 @@ class _Line:
             setting=self.setting,
             batch=batch,
             micro=micro,
-            weights=flat.master.nbytes + flat.compute.nbytes * separate,
-            gradients=gradient * (1 + (self.setting.upper and self.setting.second)),
-            moments=2 * flat.master.nbytes * copies,
-            ema=0 if flat.average is None else flat.average.nbytes,
-            eraser=self._held(),
+            ranks=ranks,
+            leaves=leaves,
+            weights=4 * rows + width * whole * (own or shared) + width * rows * (own and shared),
+            gradients=gradient * (self.setting.upper and self.setting.second) + gradient * shared + found,
+            moments=8 * rows * copies,
+            ema=4 * rows * self.setting.ema,
+            eraser=self._held(rows),
             eager=peak * self.setting.eager,
             teacher_weights=sum(p.nbytes for p in self._fine_tuning.answers.teacher.unet.parameters()),
-            teacher_activations=self._between(low.answered, high.answered, batch),
+            teacher_activations=self._between(low.answered, high.answered, batch * leaves // ranks),
             student_activations=kept,
             workspace=max(peak, updating) - kept + OUTSIDE,
             host=self._pinned(),
@@ -286,19 +322,22 @@ class _Line:
         first, last = COUNTED_AT
         return few + (many - few) * (images - first) // (last - first)
 
-    def _held(self) -> int:
+    def _held(self, rows: int) -> int:
         copy = sum(p.numel() for p in self._flat.module.parameters()) * self.setting.dtype.itemsize
-        return copy * self.setting.start + self._flat.master.numel() * self.setting.mask
+        return copy * self.setting.start + rows * self.setting.mask
 
-    def largest(self, bytes_of_card: int) -> int:
-        if self.at(1).total > bytes_of_card:
+    def largest(self, bytes_of_card: int, ranks: int) -> int:
+        def fit(batch: int) -> bool:
+            return self.at(batch, ranks=ranks).total <= bytes_of_card
+
+        if not fit(1):
             return 0
         fits, too_large = 1, 2
-        while self.at(too_large).total <= bytes_of_card:
+        while fit(too_large):
             fits, too_large = too_large, 2 * too_large
         while too_large - fits > 1:
             middle = (fits + too_large) // 2
-            fits, too_large = (middle, too_large) if self.at(middle).total <= bytes_of_card else (fits, middle)
+            fits, too_large = (middle, too_large) if fit(middle) else (fits, middle)
         return fits
 
     def _count(self, batch: int) -> _Activations:
@@ -309,14 +348,21 @@ class _Line:
         with _Weighing() as teaching:
             answer = answers.teacher.predict(both, asked.text)
         answer = Prediction(_first(answer.out, batch), tuple(_first(block, batch) for block in answer.blocks))
-        answered = Answered(noised, given.text, answer)
-        held = (answer.out, *answer.blocks, noised.x, noised.t, noised.target, noised.weight, given.text)
+        heard: Heard = {}
+        if answers.listens:
+            with _Weighing(), listening(answers.teacher.unet, answers.listens) as heard:
+                answer = answers.teacher.predict(noised, given.text)
+        answered = Answered(noised, given.text, answer, heard)
+        held = (answer.out, *answer.blocks, *heard.values())
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}  # some are one
+        inputs = (noised.x, noised.t, noised.target, noised.weight, given.text)
         with _Weighing() as learning:
             loss = self._fine_tuning.loss(answered).total
             kept = learning.now
             loss.backward()
         self._flat.collect()
-        return _Activations(sum(t.nbytes for t in held), kept, teaching.history, learning.history)
+        weighed = sum(storages.values()) + sum(t.nbytes for t in inputs)
+        return _Activations(weighed, kept, teaching.history, learning.history)
 
     def _batch(self, images: int) -> Batch:
         setting = self.setting

@@ -16,6 +16,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.profiling.cost import Cost, Counter
 from bilevel_fast.training.levels import Level, move
+from bilevel_fast.training.losses import DEFAULT_WEIGHTS, LossWeights
 from bilevel_fast.training.lower import Answers, FineTuning
 from bilevel_fast.training.optim import LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
@@ -35,10 +36,11 @@ class Steps:
         dtype: What the networks compute in.
         align: As `UNet`; the engine pads to 8 on a GPU.
         average: Whether a moving average of the student is kept.
+        weights: Of the lower loss.
 
     Attributes:
         flat: The student's parameters.
-        lower: The lower level, with the default weights of its loss.
+        lower: The lower level.
     """
 
     def __init__(
@@ -51,13 +53,14 @@ class Steps:
         dtype: torch.dtype,
         align: int = 8,
         average: bool = False,
+        weights: LossWeights = DEFAULT_WEIGHTS,
     ):
         with device:
             self.flat = FlatParameters(student := UNet(structure.config, structure, align), dtype, average)
             teacher = Teacher(UNet(structure.config).to(dtype))
         self.student = student
         self.batch = random_batch(structure.config, latent, text, batch, device)
-        self.fine_tuning = FineTuning(self.flat, Answers(teacher, Schedule.sd().to(device), seed=0))
+        self.fine_tuning = FineTuning(self.flat, Answers(teacher, Schedule.sd().to(device), seed=0), weights)
         self.lower = Level(
             "lower", lambda _: self.batch, self.fine_tuning, LevelOptimizer(self.flat, lr=1e-6, warmup=1)
         )

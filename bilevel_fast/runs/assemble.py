@@ -73,7 +73,8 @@ def levels(
     schedule = materials.schedule.to(device)
     student.recompute = config.recompute
     suppress = materials.concepts is not None and upper.every > 0
-    micro = _fitting(config, student, materials, device).micro_batches(free_bytes(device, student, materials.teacher))
+    free = free_bytes(device, student, materials.teacher)
+    micro = _fitting(config, student, materials, device, team).micro_batches(free)
     micro, leaves = (team.least(micro[0]), team.least(micro[1])), config.scale.leaves
     leaf = (lower.batch // leaves, upper.batch // leaves)
     split = micro[0] < leaf[0] or (suppress and micro[1] < leaf[1])
@@ -137,10 +138,10 @@ def _flat(config: TrainConfig, student: UNet, dtype: torch.dtype, split: bool, t
     )
 
 
-def _fitting(config: TrainConfig, student: UNet, materials: Materials, device: torch.device) -> Fitting:
-    dtype, graphs = compute_dtype(config.precision, device), config.graphs and device.type == "cuda"
+def _fitting(config: TrainConfig, student: UNet, materials: Materials, device: torch.device, team: Team) -> Fitting:
+    dtype, graphs = compute_dtype(config.precision, device), config.graphs and device.type == "cuda" and team.world == 1
     latent, text = materials.data.latent_shape[-1], materials.text_encoder.length
-    return Fitting(config, student.structure, latent, text, dtype, graphs)
+    return Fitting(config, student.structure, latent, text, dtype, graphs, team.world)
 
 
 def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
@@ -190,4 +191,4 @@ def fit(
             lower.optimizer.flat.release()
         return progress
     except torch.OutOfMemoryError as error:
-        raise _fitting(config, student, materials, device).out_of_memory(device) from error
+        raise _fitting(config, student, materials, device, team).out_of_memory(device) from error

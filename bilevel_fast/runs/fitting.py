@@ -26,6 +26,7 @@ class Fitting:
         text: Text tokens.
         dtype: What the networks compute in.
         graphs: Whether steps are recorded as CUDA graphs.
+        ranks: Processes that share the leaves of a batch.
     """
 
     config: TrainConfig
@@ -34,9 +35,10 @@ class Fitting:
     text: int
     dtype: torch.dtype
     graphs: bool = False
+    ranks: int = 1
 
     def wanted(self, batch: int, micro: int | None = None) -> Memory:
-        """What a training takes whose steps of both levels are of so many images."""
+        """What a training takes of one rank whose leaves, of both levels, are of so many images."""
         config = self.config
         return estimate(
             self.structure,
@@ -47,6 +49,9 @@ class Fitting:
             recompute=config.recompute,
             ema=config.ema is not None,
             micro=micro,
+            weights=config.lower.weights,
+            ranks=self.ranks,
+            leaves=config.scale.leaves,
             **erasers.holds(config.upper, self.graphs),
         )
 
@@ -102,7 +107,7 @@ class Fitting:
         level = upper if self._descends and upper.batch > lower.batch else lower
         micro = None if level.micro_batch == "auto" else level.micro_batch
         card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        text = describe(self.wanted(level.batch, micro), card)
+        text = describe(self.wanted(level.batch // self.config.scale.leaves, micro), card)
         return UserError(f"{device} is out of memory; what was saved is whole", text)
 
 

@@ -36,8 +36,7 @@ class LossWeights:
     feature: float = 0.1
     """Against the teacher's block outputs."""
     self_attention: float = 0.0
-    """Against the outputs of the teacher's self-attentions, of those that the student has kept (KOALA). The memory
-    model does not count what this term and `layer` keep."""
+    """Against the outputs of the teacher's self-attentions, of those that the student has kept (KOALA)."""
     layer: float = 0.0
     """Against the outputs of the teacher's ResNets and Transformers, of those that the student has kept (SSD-1B)."""
 

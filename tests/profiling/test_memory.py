@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
+from bilevel_fast.base.devices import Ranks
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.references import Start
 from bilevel_fast.erasing.saliency import SalUn
@@ -29,10 +30,13 @@ from bilevel_fast.profiling.memory import (
     estimate,
     largest_batch,
 )
-from bilevel_fast.training.losses import fine_tuning_loss
+from bilevel_fast.scale.team import Team
+from bilevel_fast.training.features import listened_to, listening
+from bilevel_fast.training.losses import DEFAULT_WEIGHTS, LossWeights, fine_tuning_loss
 from bilevel_fast.training.optim import AdamW
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.saver import Pinned
+from bilevel_fast.training.sharded import ShardedParameters
 
 PRUNED = Structure.uniform(MINI, 0.6)
 SIZES = (MINI.sample_size, 12)
@@ -61,17 +65,27 @@ def test_what_does_not_depend_on_the_batch_is_what_the_engine_allocates(precisio
     assert (single.gradients, single.moments, single.ema) == (memory.gradients // 2, memory.moments // 2, 0)
 
 
-def step(batch, recompute=False):
-    """A student's loss on the meta device, in bf16; the teacher's answers are tensors of their own."""
+def step(batch, recompute=False, weights=DEFAULT_WEIGHTS):
+    """A student's loss on the meta device, in bf16; the teacher's answers, also from inside, are tensors of their own.
+
+    Returns:
+        What the teacher answers, what was heard inside it, the loss.
+    """
     with torch.device("meta"):
         student, teacher = UNet(MINI, PRUNED, 8).bfloat16(), UNet(MINI).bfloat16()
         latents, text = torch.empty(batch, 12, *SIZES[:1] * 2), torch.empty(batch, 12, 64)
         t, weight = torch.empty(batch, dtype=torch.int64), torch.empty(batch)
-    student.recompute = recompute
-    with torch.no_grad():
+    student.recompute, names = recompute, listened_to(student, weights)
+    with torch.no_grad(), AsOnGPU(), listening(teacher, names) as told:
         answer = teacher(latents, t, text)
     noised = Noised(latents, t, torch.empty_like(latents), weight)
-    return answer, lambda: fine_tuning_loss(student(latents, t, text), answer, noised).total
+
+    def loss():
+        with listening(student, names) as heard:
+            out = student(latents, t, text)
+        return fine_tuning_loss(out, answer, noised, weights, heard, told).total
+
+    return answer, told, loss
 
 
 def saved_bytes(call: Callable[[], Tensor]) -> int:
@@ -112,16 +126,23 @@ def _leaves(out: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_activations_are_those_that_autograd_keeps(recompute):
-    """By hooks of autograd, and by weighing all that is alive: two ways to the same bytes."""
-    answer, loss = step(5, recompute)
-    memory = mini(5, recompute=recompute)
+@pytest.mark.parametrize("term", [None, "self_attention", "layer"])
+def test_activations_are_those_that_autograd_keeps(recompute, term):
+    """By hooks of autograd, and by weighing all that is alive: two ways to the same bytes. With each lower loss."""
+    weights = LossWeights(**({term: 1.0} if term else {}))
+    answer, told, loss = step(5, recompute, weights)
+    memory = mini(5, recompute=recompute, weights=weights)
     # the hooks see the batch's SNR weights as well, which the engine holds with the answer; it holds the loss besides
     scalars = memory.student_activations - saved_bytes(loss)
     assert abs(scalars) < 256
-    blocks = sum(t.numel() for t in (answer.out, *answer.blocks))
+    held = {t.untyped_storage()._cdata: t.numel() for t in (answer.out, *answer.blocks, *told.values())}
     inputs = 2 * 12 * 16 * 16 * 4 + 8 + 4 + 12 * 64 * 4
-    assert memory.teacher_activations == 2 * blocks + 5 * inputs
+    assert memory.teacher_activations == 2 * sum(held.values()) + 5 * inputs
+    assert bool(term) == bool(told)
+    if term:
+        usual = mini(5, recompute=recompute)
+        assert memory.teacher_activations > usual.teacher_activations
+        assert memory.student_activations > usual.student_activations
 
 
 @pytest.mark.parametrize(("precision", "recompute"), [("bf16", False), ("bf16", True), ("fp32", False)])
@@ -163,6 +184,31 @@ def test_what_an_eraser_holds():
     mask = SalUn(copy, flat, torch.ones_like(flat.master, dtype=torch.bool)).still
     assert mini(4, start=True, mask=True).eraser == size + mask.nbytes
     assert mini(4).eraser == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("world", "leaves", "split"), [(2, 2, False), (3, 3, True), (2, 8, False), (1, 4, True)])
+def test_what_a_rank_holds_is_what_sharded_parameters_allocate(precision, world, leaves, split):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    team = Team(Ranks(0, world))
+    flat = ShardedParameters(UNet(MINI, PRUNED, 8), dtype, average=True, summed=split, team=team, leaves=leaves)
+    moments = [m for rule in (AdamW(flat), AdamW(flat)) for m in (rule.first, rule.second)]
+    for _ in range(leaves // world):
+        total = flat._counter.add(flat.local)
+    sums = [] if total is flat.local else list(flat._counter._free)
+    memory = mini(4, micro=2 if split else None, precision=precision, ema=True, ranks=world, leaves=leaves)
+
+    def allocated(*tensors):
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+    assert memory.weights == allocated(flat.master, flat.compute, flat.rows)
+    assert memory.gradients == 2 * allocated(flat.gradient) + allocated(flat.local, *sums)
+    assert memory.moments == allocated(*moments)
+    assert flat.average is not None
+    assert memory.ema == allocated(flat.average)
+    alone, each = mini(4, micro=2, precision=precision, ema=True), leaves // world
+    assert memory.teacher_activations == each * alone.teacher_activations
+    assert memory.student_activations == mini(2 if split else 4, precision=precision).student_activations
 
 
 def test_checkpoints_pin_memory_of_the_host_and_take_none_of_the_card():

@@ -74,6 +74,23 @@ def test_losses_over_whole_batches_are_not_split(eraser):
         fitting(with_upper(config, micro_batch=2)).micro_batches(None)
 
 
+def test_losses_that_listen_take_more():
+    listening = replace(PAPER, lower=replace(PAPER.lower, weights=replace(PAPER.lower.weights, layer=1.0)))
+    card = fitting().wanted(64, 16).total
+    assert fitting().micro_batches(card) == (16, 16)
+    assert fitting(listening).wanted(64, 16).total > card
+    assert fitting(listening).micro_batches(card)[0] < 16
+
+
+def test_ranks_share_what_is_trained():
+    """What does not fit alone fits where four share it; a leaf is a quarter of the batch."""
+    four = replace(fitting(replace(PAPER, scale=replace(PAPER.scale, leaves=4))), ranks=4)
+    card = four.wanted(16).total
+    assert four.micro_batches(card) == (16, 16)
+    assert fitting().wanted(16).total > card
+    assert replace(four, ranks=1).wanted(16).total > card
+
+
 def test_an_edit_has_no_upper_batch():
     plan = fitting(with_upper(PAPER, eraser="uce"))
     assert plan.micro_batches(plan.wanted(64, 4).total) == (4, 64)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from functools import partial
 
 import pytest
 import torch
@@ -27,9 +26,8 @@ PLACES = {name: CARDS[name] for name in ("RTX A6000", "H200")}
 
 def shrink(monkeypatch, module):
     """The mini world's UNet in place of SD 2.1."""
-    monkeypatch.setattr(module, "model", lambda tiny=True: SMALL)
-    monkeypatch.setattr(module, "structure", partial(structures.structure, tiny=True))
-    monkeypatch.setattr(module, "STRUCTURES", NAMES)
+    students = {name: structures.structure(name, tiny=True) for name in NAMES}
+    monkeypatch.setattr(module, "counted", lambda unet: (SMALL, students))
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +216,7 @@ def test_committed_rows():
 
 
 def test_output(projected, run, monkeypatch):
-    monkeypatch.setattr(roofline, "rows", lambda cards, batch: (r for r in projected[0] if r["device"] in cards))
+    monkeypatch.setattr(roofline, "rows", lambda cards, batch, unet: (r for r in projected[0] if r["device"] in cards))
     code, out, err = run(roofline, "--card", "h200", "--batch", 2)
     assert (code, err) == (0, "")
     lines = out.rstrip().splitlines()
