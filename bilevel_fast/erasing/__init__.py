@@ -8,6 +8,7 @@ An upper step, in its order:
     targets, esd, saliency, attention    erasers with a loss on concept images
     loop_edits     edits of weights, made again at every upper step
     subsets        parameters that upper steps move
+    solvers        how two gradients become one direction
     controller     chooses lambda and when upper steps come
 
 By itself (`python -m bilevel_fast.erase`):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.data.bank import Shows
-from bilevel_fast.erasing import loop_edits
+from bilevel_fast.erasing import loop_edits, solvers
 from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
 from bilevel_fast.erasing.references import Itself, Source, Start
@@ -161,10 +161,12 @@ def holds(upper: Upper, graphs: bool) -> dict[str, bool]:
     """What the upper level keeps in memory, as `profiling.memory.estimate` takes it; `graphs`: steps are recorded."""
     kind, on = ERASERS[upper.eraser], upper.every > 0
     descends = on and isinstance(kind, GradientKind)
-    scaled = upper.penalty_norm == "grad" and (upper.penalty > 0 or upper.controller.enabled)
+    moves = upper.penalty_schedule != "constant"
+    scaled = (upper.penalty_norm == "grad" or moves) and (upper.penalty > 0 or upper.controller.enabled)
+    ruled = kind.ruled or upper.solver != "penalty"
     return {
         "upper": descends,
-        "second": descends and (kind.ruled or upper.surgery or scaled),
+        "second": descends and (ruled or upper.surgery or scaled),
         "start": on and source_of(upper) == "start",
         "mask": on and kind.masked,
         "eager": on and graphs and kind.eager,
@@ -218,10 +220,7 @@ def check(upper: Upper, default: Upper | None = None) -> None:
                 f"--upper.{name.replace('_', '-')} is {value}, but eraser {upper.eraser!r} does not read it; "
                 f"those that do: {readers}"
             )
-    if ERASERS[upper.eraser].ruled and upper.surgery:
-        raise UserError(
-            f"--upper.surgery given with eraser {upper.eraser!r}, which weighs the two gradients by its own rule"
-        )
+    solvers.check(upper, default or Upper(), ERASERS[upper.eraser].ruled)
     if upper.controller.enabled:
         _check_controller(upper)
 

@@ -182,6 +182,12 @@ class Upper:
     (benchmarks.quality.frontier). erasediff weighs by a rule of its own and does not read it."""
     penalty_norm: Literal["grad", "raw"] = "grad"
     """`grad` first scales the penalty's gradient to the norm of the suppression gradient; `raw` is the paper's."""
+    penalty_schedule: Literal["constant", "rising", "linear", "falling"] = "constant"
+    """How lambda goes on from --upper.penalty over upper steps k = 0, 1, ...: rising times (k + 1)^(1/4), linear times
+    min(10, (k + 1) / 10), falling times 1 + (k + 1)^(-1/7) / 10."""
+    solver: Literal["penalty", "bome"] = "penalty"
+    """What makes one direction of the two gradients: `penalty` adds lambda times the lower loss's; `bome` has no
+    lambda, and adds as much of it as the lower loss needs to fall (bilevel_fast.erasing.solvers)."""
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     ablation: Ablation = field(default_factory=Ablation)
     esd: EsdSettings = field(default_factory=EsdSettings)

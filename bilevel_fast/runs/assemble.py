@@ -16,7 +16,7 @@ from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.blend import Shares, weights_of
 from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.erasing import loop_edits
+from bilevel_fast.erasing import loop_edits, solvers
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing.attention import Words
 from bilevel_fast.erasing.controller import Controller
@@ -120,11 +120,16 @@ def levels(
             *(upper, lower.steps, device, len(shares.weights), lambda sample: shares(sample)[0], together),
             (leaves, team.ranks.leaves(leaves)),
         )
-    penalty = upper.penalty if controller is None else controller.penalty
+    making, penalty = optimizer(lr=upper.lr, warmup=upper.warmup), upper.penalty
+    if controller is not None:
+        penalty = controller.penalty
+    elif upper.penalty_schedule != "constant":
+        # the optimizer counts upper steps, on the device and in checkpoints
+        penalty = partial(solvers.weight_at, upper.penalty_schedule, upper.penalty, making.steps)
     suppression = Suppression(
-        fine_tuning, eraser, penalty, upper.penalty_norm, hold=hold, surgery=upper.surgery, micro=micro[1]
-    )
-    making = optimizer(lr=upper.lr, warmup=upper.warmup)
+        *(fine_tuning, eraser, penalty, upper.penalty_norm), hold=hold, surgery=upper.surgery, micro=micro[1],
+        rule=solvers.rule_of(upper),
+    )  # fmt: skip
     second = Level("upper", loader(batches), suppression, making, eraser=eraser)
     return (first, second) if controller is None else controller.take(first, second)
 

@@ -100,8 +100,7 @@ class Suppression:
     Args:
         lower: Its student, teacher and last batch are the upper level's as well.
         eraser: Gives the loss of the concept batch.
-        penalty: lambda; an eraser with a rule of its own does not read it. A tensor () where it changes from step to
-            step: only for `grad`.
+        penalty: lambda; a rule does not read it. Where it changes from step to step, a tensor () or what makes one.
         penalty_norm: `grad` scales the penalty's gradient to the norm of the suppression gradient before lambda;
             `raw` adds lambda L_ft as the paper writes it.
         hold: Zeroes the gradient of parameters that the upper level leaves alone, if there are such. A gradient that
@@ -110,20 +109,23 @@ class Suppression:
         surgery: Whether the suppression gradient first loses what runs against the lower loss's gradient.
         micro: Images of the concept batch that are computed at once; the batch is a multiple of it. None: all of them.
             The lower loss takes the parts in which the lower level has asked the teacher.
+        rule: How both gradients become one; that of the eraser goes before it. None: by lambda.
     """
 
     def __init__(
         self,
         lower: FineTuning,
         eraser: Eraser,
-        penalty: float | Tensor,
+        penalty: float | Tensor | Callable[[], Tensor],
         penalty_norm: PenaltyNorm,
         hold: Callable[[], object] = lambda: None,
         surgery: bool = False,
         micro: int | None = None,
+        rule: Rule | None = None,
     ):
         self.lower, self.eraser, self.flat, self.penalty = lower, eraser, lower.flat, penalty
         self.penalty_norm: PenaltyNorm = penalty_norm
+        self._own = rule
         self.surgery, self._hold, self.micro = surgery, hold, micro
         lower.answers.keeps |= self._asks_lower
 
@@ -138,24 +140,33 @@ class Suppression:
         assert last, "an upper step follows a lower step"
         penalties = (lower.loss(answered) for answered in last)
         # a rule's weights change from step to step: what is shown is the plain sum
-        weight = 1.0 if eraser.rule else self.penalty
-        if self.penalty_norm == "raw" and not self.surgery and not eraser.rule:
-            assert not isinstance(weight, Tensor), "lambda moves under `grad` only"
+        weight, shown = 1.0 if self._rule else self.penalty, dict[str, Tensor]()
+        if callable(weight):
+            shown["lambda"] = weight = weight()
+        if self.penalty_norm == "raw" and not self.surgery and not self._rule and not isinstance(weight, Tensor):
             penalty = self._descend(penalties, len(last), weight, add=True)
         else:
             with phase("losses"):
                 suppression = self.flat.gradient.clone()
             penalty = self._descend(penalties, len(last))
             with phase("losses"):
-                (eraser.rule or self._add)(suppression, self.flat)
+                if self._rule:
+                    self._rule(suppression, self.flat)
+                else:
+                    self._add(suppression, self.flat, weight)
         with phase("losses"):
             total = loss.total + weight * penalty.total
-        return Loss(total, {**loss.terms, "penalty": penalty.total})
+        return Loss(total, {**loss.terms, "penalty": penalty.total, **shown})
+
+    @property
+    def _rule(self) -> Rule | None:
+        return self.eraser.rule or self._own
 
     @property
     def _asks_lower(self) -> bool:
         """Whether the lower loss has a part in the gradient."""
-        return isinstance(self.penalty, Tensor) or bool(self.penalty) or self.surgery or self.eraser.rule is not None
+        moves = isinstance(self.penalty, Tensor) or callable(self.penalty)
+        return moves or bool(self.penalty) or self.surgery or self._rule is not None
 
     def _descend(self, parts: Iterable[Loss], count: int, weight: float = 1.0, add: bool = False) -> Loss:
         loss = descend(parts, count, self.flat, weight, add)
@@ -163,7 +174,7 @@ class Suppression:
         self.eraser.hold()
         return loss
 
-    def _add(self, suppression: Tensor, flat: FlatParameters) -> None:
+    def _add(self, suppression: Tensor, flat: FlatParameters, weight: float | Tensor) -> None:
         """Add lambda times the penalty's gradient, scaled to the norm of the suppression gradient if so asked.
 
         Adam forgets the scale of a gradient but not its direction: lambda = 100 on the raw one leaves nothing of the
@@ -172,11 +183,11 @@ class Suppression:
         if self.surgery:
             project(suppression, flat.gradient, flat.dot)
         if self.penalty_norm == "grad":
-            scale = (self.penalty * flat.norm(suppression) / flat.norm()).to(flat.gradient.dtype)
-            torch.addcmul(suppression, flat.gradient, scale, out=flat.gradient)
+            weight = weight * flat.norm(suppression) / flat.norm()
+        if isinstance(weight, Tensor):
+            torch.addcmul(suppression, flat.gradient, weight.to(flat.gradient.dtype), out=flat.gradient)
         else:
-            assert not isinstance(self.penalty, Tensor), "lambda moves under `grad` only"
-            torch.add(suppression, flat.gradient, alpha=self.penalty, out=flat.gradient)
+            torch.add(suppression, flat.gradient, alpha=weight, out=flat.gradient)
 
 
 def project(gradient: Tensor, other: Tensor, dot: Callable[[Tensor, Tensor], Tensor]) -> None:

@@ -1,0 +1,146 @@
+"""Who is compared with the bilevel loop, with which settings, and in which order; no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from benchmarks.rows import Row
+
+Way = Literal["distilled", "loop", "two-stage", "repair", "one level", "uce"]
+SEED = 3
+"""Of the tuning, which no table shows."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a student is made.
+
+    Attributes:
+        way: See `rivals`.
+        upper: Settings of the upper level that are not the preset's.
+        lower: The same of the lower level.
+        steps: Upper steps of a two-stage way, steps of the one level; 0 is as many as the loop takes.
+        weight: Of L_CU in one level; of the preserved texts for UCE, 0 being its default.
+        all_tokens: UCE moves all tokens that differ from the anchor's.
+        tuned: Whose tries on seed `SEED` decide the rest; empty for settings that stand here.
+    """
+
+    way: Way
+    upper: Mapping[str, Any] = field(default_factory=dict)
+    lower: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 0
+    weight: float = 0.0
+    all_tokens: bool = False
+    tuned: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cases that are shown together.
+
+    Attributes:
+        cases: By name.
+        seeds: One after the other.
+        budget: MACs that pruning leaves.
+        style: What is erased.
+        erased, kept: Samples judged, of the erased style and of each other one.
+    """
+
+    cases: Mapping[str, Recipe]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: float = 0.80
+    style: str = "pointillism"
+    erased: int = 72
+    kept: int = 36
+
+
+LOOP = Recipe("loop")
+BOME = Recipe("loop", {"solver": "bome"})
+REPLAY, REPAIR, ONE = (Recipe(way, tuned=way) for way in ("two-stage", "repair", "one level"))
+UCE_ALL = Recipe("uce", all_tokens=True, tuned="uce, all tokens")
+
+_LR = 1.5e-4  # the preset's upper level
+TRIES: dict[str, dict[str, Recipe]] = {
+    "two-stage": {
+        f"two-stage lr {lr:g} lambda {penalty:g}": Recipe("two-stage", {"lr": lr, "penalty": penalty})
+        for lr, penalty in ((_LR, 1.0), (_LR / 2, 1.0), (2 * _LR, 1.0), (_LR, 3.0))
+    },
+    "repair": {
+        f"repair lr {lr:g} after {steps}": Recipe("repair", {"lr": lr}, steps=steps)
+        for lr, steps in ((_LR, 30), (_LR, 15), (_LR / 2, 30), (_LR, 10))
+    },
+    "one level": {f"one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (1.0, 0.3, 3.0)},
+    "uce, all tokens": {
+        f"uce all tokens hold {hold:g}": Recipe("uce", weight=hold, all_tokens=True) for hold in (0.1, 1.0)
+    },
+    "schedule": {
+        f"schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
+    },
+    "esd, two-stage": {
+        f"esd two-stage {subset} lr {lr:g}": Recipe(
+            "two-stage", {"eraser": "esd", "esd_steps": 20, "subset": subset, "lr": lr}
+        )
+        for subset, lr in (("esd-x", _LR), ("full", _LR), ("full", 2 * _LR))
+    },
+}
+"""By family, the tries; of as good ones the first is taken."""
+
+_MAIN = {"distilled": Recipe("distilled"), "bilevel": LOOP, "bome": BOME}
+_RIVALS = {"two-stage, replay": REPLAY, "two-stage, repair": REPAIR, "one level": ONE}
+
+PLANS: dict[str, Plan] = {
+    "tuning": Plan(
+        {"distilled": _MAIN["distilled"]} | TRIES["two-stage"] | TRIES["repair"] | TRIES["one level"], (SEED,),
+        erased=36, kept=18,
+    ),
+    "main": Plan(_MAIN | _RIVALS),
+    "tuning-2": Plan({"distilled": _MAIN["distilled"]} | TRIES["uce, all tokens"] | TRIES["schedule"], (SEED,), erased=36, kept=18),
+    "closed": Plan({"uce": Recipe("uce"), "uce, all tokens": UCE_ALL}),
+    "tight": Plan(_MAIN | _RIVALS, budget=0.55),
+    "other": Plan(_MAIN | _RIVALS, style="waves"),
+    "solvers": Plan(
+        {
+            "schedule": Recipe("loop", tuned="schedule"),
+            "controller": Recipe("loop", {"controlled": True}),
+        }
+    ),
+    "null": Plan(
+        {
+            f"null anchor, lr x {factor}": Recipe("loop", {"anchor": "null", "lr": factor * _LR})
+            for factor in (1, 3, 10)
+        }
+        | {"null anchor, raw 100, lr x 10": Recipe("loop", {"anchor": "null", "lr": 10 * _LR, "penalty": 100.0, "penalty_norm": "raw"})},
+        (0,),
+    ),
+    "tuning-3": Plan({"distilled": _MAIN["distilled"]} | TRIES["esd, two-stage"], (SEED,), erased=36, kept=18),
+    "esd": Plan(
+        {
+            "two-stage ESD, replay": Recipe("two-stage", tuned="esd, two-stage"),
+            "bilevel, ESD inside": Recipe("loop", {"eraser": "esd", "esd_steps": 20, "source": "teacher"}),
+        }
+    ),
+}  # fmt: skip
+"""In order of worth."""
+
+
+def miss(row: Row, distilled: Row) -> float:
+    """concept_hit + (1 - content_kept) + (1 - other_style_hit) + fid / fid of the distilled student of the same seed."""
+    wrong = row["concept_hit"] + (1 - row["content_kept"]) + (1 - row["other_style_hit"])
+    return wrong + row["fid"] / distilled["fid"]
+
+
+def tried(family: str, rows: list[Row]) -> dict[str, float]:
+    """The tries of a family that have a row, with their `miss`."""
+    mine = [row for row in rows if row["seed"] == SEED]
+    distilled = {row["plan"]: row for row in mine if row["case"] == "distilled"}
+    found = {row["case"]: row for row in mine if row["plan"] in distilled}
+    return {case: miss(found[case], distilled[found[case]["plan"]]) for case in TRIES[family] if case in found}
+
+
+def chosen(case: str, recipe: Recipe, rows: list[Row]) -> Recipe:
+    """A recipe with the settings of its best try; the first of its family where none has a row."""
+    if not recipe.tuned:
+        return recipe
+    tries = tried(recipe.tuned, rows)
+    name = min(tries, key=tries.__getitem__) if tries else next(iter(TRIES[recipe.tuned]))
+    return replace(TRIES[recipe.tuned][name], tuned=recipe.tuned)

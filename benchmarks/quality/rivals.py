@@ -1,0 +1,270 @@
+"""The bilevel loop against rivals that are as well tuned and get the same budget; the mini world.
+
+    python -m benchmarks.quality.rivals run tuning main   some of `PLANS`, by default all; rows that are there stay
+    python -m benchmarks.quality.rivals report          the tables, from benchmarks/results/rivals.jsonl
+
+All students of a seed start from the same pruned student, see the same lower batches and the same concept images, and
+are judged on the same noise. What a row has cost is in it: gradients of L_ft and of L_CU, and concept images.
+
+    loop        K lower steps, an upper step (`upper` says with which eraser, solver and lambda)
+    two-stage   distilled, then as many upper steps as the loop takes, each with the penalty on a new lower batch
+    repair      distilled, then upper steps without a penalty, then as many lower steps as the loop's penalties
+    one level   one AdamW on L_ft + weight L_CU, the concept batch cut so that it sees as many concept images
+    uce         distilled, then the closed form, over the tokens behind the last word, or over all that differ
+
+Rivals are tuned on seed 3, which no table shows: `miss` of `tables` decides, and all tries keep their rows.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks import RESULTS
+from benchmarks.machine import describe
+from benchmarks.quality import rival_tables
+from benchmarks.quality.lab import CPU, Lab, append, read
+from benchmarks.quality.rival_cases import PLANS, Plan, Recipe, chosen
+from benchmarks.rows import Row
+from bilevel_fast.base import errors
+from bilevel_fast.base.errors import UserError
+from bilevel_fast.data.bank import Concept, anchor_for
+from bilevel_fast.data.batch import Batch
+from bilevel_fast.erasing import uce
+from bilevel_fast.erasing.edit import Job
+from bilevel_fast.erasing.pairs import Frame, Pair
+from bilevel_fast.models.text_encoder import token_states
+from bilevel_fast.models.unet import UNet
+from bilevel_fast.runs.config import preset
+from bilevel_fast.training.levels import Level, bilevel, descend
+from bilevel_fast.training.losses import Loss
+from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAnswers
+from bilevel_fast.training.lower import descend as gradient_of
+from bilevel_fast.training.upper import Suppression
+from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.judge import is_held_out
+from bilevel_fast.worlds.mini.probe import Probe
+from bilevel_fast.worlds.mini.world import SCENES, STYLES
+
+ROWS = RESULTS / "rivals.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train and judge what some plans lack."""
+
+    plans: tyro.conf.Positional[tuple[str, ...]] = tuple(PLANS)
+    """Of PLANS, one after the other."""
+    seeds: tuple[int, ...] = ()
+    """Of these alone; by default of all that the plan has."""
+    only: tuple[str, ...] = ()
+    """These cases alone; by default all."""
+    cache: Path = Path("runs/rivals")
+    """Where banks and students are kept."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Print the tables."""
+
+
+class Remembered(SharedAnswers):
+    """Asks the teacher once per lower batch, whichever student comes first."""
+
+    def __init__(self, other: Answers):
+        super().__init__(other.teacher, other.schedule, other.seed, other.snr_gamma)
+        self._known: dict[int, tuple[Answered, ...]] = {}
+
+    def __call__(self, parts: Sequence[Batch]) -> Iterator[Answered]:
+        first = int(parts[0].index[0])
+        if first not in self._known:
+            self._known[first] = tuple(map(self.ask, parts))
+        self.last = self._known[first]
+        return iter(self.last)
+
+
+class OneLevel:
+    """The gradient of L_ft + weight L_CU: what a single optimizer descends."""
+
+    def __init__(self, lower: FineTuning, upper: Level, weight: float):
+        assert isinstance(upper.gradient, Suppression)
+        self.lower, self.upper, self.eraser, self.weight, self.step = lower, upper, upper.gradient.eraser, weight, 0
+
+    def __call__(self, batch: Batch) -> Loss:
+        lower, found = self.lower, self.lower(batch)
+        concept = self.upper.batches(self.step)
+        self.step += 1
+        loss = self.eraser.loss(lower.student, lower.answers, concept)
+        other = gradient_of([loss], 1, lower.flat, self.weight, add=True)
+        return Loss(found.total + self.weight * other.total, {**found.terms, **other.terms})
+
+
+class Bench:
+    """Makes and judges the students of one plan and seed."""
+
+    def __init__(self, plan: Plan, seed: int, cache: Path, settings: str = "mini"):
+        config = replace(preset(settings), seed=seed, erase=(plan.style,))
+        config = replace(
+            config,
+            prune=replace(config.prune, budget=plan.budget),
+            mini=replace(config.mini, judge_erased=plan.erased, judge_kept=plan.kept),
+        )
+        self.plan, self.place = plan, cache / f"{plan.style}-{plan.budget:g}-{seed}"
+        self.lab = Lab.set_up(config, self.place / "bank")
+        self.lab = replace(self.lab, answers=Remembered(self.lab.answers))
+        self.config, self.steps = config, config.lower.steps
+        self.upper_steps = self.steps // config.upper.every
+
+    def make(self, case: str, recipe: Recipe) -> tuple[UNet, Row]:
+        """The student of a case, and what it has cost; read from the cache if it is there."""
+        file, start = self.place / f"{case.replace(' ', '-')}.safetensors", time.process_time()
+        student = self.lab.student()
+        if case == "teacher":
+            return self.lab.teacher, {"lower_gradients": 0, "upper_gradients": 0, "concept_images": 0}
+        cost = self._cost(recipe)
+        if file.exists():
+            student.load_state_dict(load_file(file))
+            return student, cost
+        getattr(self, "_" + recipe.way.replace("-", "_").replace(" ", "_"))(student, recipe)
+        state = {name: value.detach().contiguous().clone() for name, value in student.state_dict().items()}
+        save_file(state, file)
+        fresh = self.lab.student()  # with parameters of its own
+        fresh.load_state_dict(state)
+        return fresh, cost | {"train_seconds": round(time.process_time() - start, 1)}
+
+    def _cost(self, recipe: Recipe) -> Row:
+        upper = self._upper(recipe)
+        count = {"distilled": 0, "uce": 0, "one level": recipe.steps or self.steps}.get(
+            recipe.way, recipe.steps or self.upper_steps
+        )
+        penalties = count if upper.penalty and recipe.way in ("loop", "two-stage") else 0
+        lower = {"one level": count, "repair": self.steps + self.upper_steps}.get(recipe.way, self.steps + penalties)
+        return {"lower_gradients": lower, "upper_gradients": count, "concept_images": count * upper.batch}
+
+    def _upper(self, recipe: Recipe) -> Any:
+        settings = dict(recipe.upper)
+        upper = self.config.upper
+        if settings.pop("controlled", False):
+            settings["controller"] = replace(upper.controller, enabled=True)
+        if "esd_steps" in settings:
+            settings["esd"] = replace(upper.esd, steps=settings.pop("esd_steps"))
+        if recipe.way == "repair":
+            settings["penalty"] = 0.0
+        if recipe.way == "one level":
+            steps = recipe.steps or self.steps
+            settings |= {"penalty": 0.0, "batch": max(1, self.upper_steps * upper.batch // steps)}
+        return replace(upper, **settings)
+
+    def _levels(self, student: UNet, recipe: Recipe) -> tuple[Level, Level | None]:
+        lower = replace(self.config.lower, **recipe.lower)
+        lower, upper = self.lab.levels(replace(self.config, lower=lower, upper=self._upper(recipe)), student)
+        assert upper is None or isinstance(upper, Level)
+        return lower, upper
+
+    def _distilled(self, student: UNet, recipe: Recipe) -> None:
+        lower, _ = self._levels(student, replace(recipe, upper={"every": 0}))
+        for _ in bilevel(lower, None, 1, 0, recipe.steps or self.steps):
+            pass
+
+    def _loop(self, student: UNet, recipe: Recipe) -> None:
+        lower, upper = self._levels(student, recipe)
+        for _ in bilevel(lower, upper, self.config.upper.every, 0, self.steps):
+            pass
+
+    def _begin(self, student: UNet) -> None:
+        distilled, _ = self.make("distilled", PLANS["main"].cases["distilled"])
+        student.load_state_dict(distilled.state_dict())
+
+    def _two_stage(self, student: UNet, recipe: Recipe) -> None:
+        self._begin(student)
+        lower, upper = self._levels(student, recipe)
+        assert upper is not None
+        for step in range(recipe.steps or self.upper_steps):
+            for _ in self.lab.answers((lower.batches(self.steps + step),)):
+                pass
+            descend(upper, step)
+
+    def _repair(self, student: UNet, recipe: Recipe) -> None:
+        self._two_stage(student, recipe)
+        lower, _ = self._levels(student, replace(recipe, upper={"every": 0}))
+        for step in range(self.upper_steps):
+            descend(lower, self.steps + step)
+
+    def _one_level(self, student: UNet, recipe: Recipe) -> None:
+        lower, upper = self._levels(student, recipe)
+        assert upper is not None
+        assert isinstance(lower.gradient, FineTuning)
+        level = replace(lower, gradient=OneLevel(lower.gradient, upper, recipe.weight))
+        for _ in bilevel(level, None, 1, 0, recipe.steps or self.steps):
+            pass
+
+    def _uce(self, student: UNet, recipe: Recipe) -> None:
+        self._begin(student)
+        lab, style = self.lab, self.lab.erased[0]
+        encoder = lab.folder.text_encoder
+        preserve = tuple(scene.caption for scene in SCENES if scene.style != style)
+        if not recipe.all_tokens:
+            pairs, frames = (Pair(f"in the style of {STYLES[style]}"),), tuple(map(Frame.of, mini.subjects()))
+            uce.Uce(preserve_scale=recipe.weight or None).edit(student, Job(lab.folder, pairs, frames, preserve))
+            return
+        known = [scene.caption for scene in SCENES if scene.style == style and not is_held_out(scene)]
+        concept = Concept(f"in the style of {STYLES[style]}")
+        states = [token_states(encoder, texts).double() for texts in (known, [anchor_for(k, concept) for k in known])]
+        differs = (states[0] != states[1]).any(2)
+        erased, guide = (some[differs] for some in states)
+        weights = dict.fromkeys(["", *preserve], recipe.weight or max(0.1, 1 / (1 + len(preserve))))
+        new = uce.Matched(erased, guide, torch.ones(len(erased), 1, dtype=torch.float64))
+        uce.apply(student, uce.solve(new, uce.gram(encoder, weights), uce.Uce().ridge))
+
+    @torch.no_grad()
+    def judge(self, student: UNet) -> Row:
+        """Shares, how many samples they are of, and where the erased prompts' pictures went."""
+        config, lab = self.config, self.lab
+        portfolio = mini.portfolio(student.eval(), lab.folder, lab.erased, config.mini, config.seed)
+        seen = Probe.load()(portfolio.images).style_logits.argmax(1)
+        gone = torch.tensor([scene.style in lab.erased for scene in portfolio.scenes])
+        plain: Tensor = (seen[gone] == STYLES.index("plain")).double().mean()
+        counts = {"erased": int(gone.sum()), "kept": int((~gone).sum())}
+        return {**mini.quality(portfolio, lab.erased), "plain": round(plain.item(), 4), "samples": counts}
+
+
+def run(args: Run, name: str, plan: Plan, say: Callable[[str], None]) -> None:
+    """Train and judge what has no row, seed by seed."""
+    for seed in args.seeds or plan.seeds:
+        done = {(row["plan"], row["seed"], row["case"]) for row in read(ROWS)}
+        missing = [case for case in plan.cases if (name, seed, case) not in done and case in (args.only or [case])]
+        if not missing:
+            continue
+        bench = Bench(plan, seed, args.cache)
+        for case in missing:
+            recipe = chosen(case, plan.cases[case], read(ROWS))
+            student, cost = bench.make(case, recipe)
+            found = {**bench.judge(student), **cost, "settings": asdict(recipe)}
+            where = {"plan": name, "seed": seed, "style": plan.style, "budget": plan.budget}
+            append(ROWS, {"suite": "rivals", "case": case, **where, **found, **describe(CPU)})
+            say(f"{name} seed {seed} {case}: {found}")
+
+
+def main() -> None:
+    args = tyro.extras.subcommand_cli_from_dict(
+        {"run": Run, "report": Report}, prog="python -m benchmarks.quality.rivals"
+    )
+    if isinstance(args, Report):
+        print(rival_tables.report(read(ROWS)))
+        return
+    for name in args.plans:
+        if name not in PLANS:
+            raise UserError(f"plan {name!r} does not exist; there are {', '.join(PLANS)}")
+    for name in args.plans:
+        run(args, name, PLANS[name], lambda text: print(text, file=sys.stderr, flush=True))
+
+
+if __name__ == "__main__":
+    raise SystemExit(errors.run(main))
