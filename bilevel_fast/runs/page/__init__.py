@@ -1,0 +1,1 @@
+"""Pages of HTML, each one file: document (their parts), charts (curves and bars), training (the report of a run)."""
