@@ -11,15 +11,18 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.pages import bars, committed, performance, results
+from benchmarks.pages import committed, performance, readme, results
 from benchmarks.pages.committed import NOT_MEASURED, load, machines
-from benchmarks.pages.rendered import inline, rendered
+from benchmarks.pages.rendered import Bars, inline, rendered
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.runs.page import document
-from bilevel_fast.runs.page.document import Html, code, join, note, section, tag
+from bilevel_fast.runs.page.document import Html, code, join, note, section, tag, unit
+from bilevel_fast.runs.page.quality import percent
 
-_QUANTILES = "Brackets, and the bars about a dot, are 20 % and 80 % quantiles over interleaved repeats."
+_QUANTILES = (
+    "The range below a number, and about its dot, is from the 20 % to the 80 % quantile of interleaved repeats."
+)
 
 
 @dataclass(frozen=True)
@@ -39,26 +42,26 @@ class Table:
         says: What it compares.
         command: Measures it again.
         text: Its Markdown.
-        chart: Of the same rows, if one helps.
-        rows: The file of rows, whose machine, commit and date are named where `text` does not say them.
+        bars: What of it is drawn as well.
+        rows: The file and the suites of its rows, whose machine, commit and date `text` does not say, or in part.
     """
 
     title: str
     says: str
     command: str
     text: Callable[[], str]
-    chart: Callable[[], Html] | None = None
-    rows: str = ""
+    bars: Bars | None = None
+    rows: tuple[str, ...] = ()
 
     def html(self) -> Html:
-        """Title, chart, table, machine, command."""
+        """Title, table, machine, command."""
         text = self.text()
-        parts = [tag("h3", self.title), tag("p", inline(self.says))]
-        if self.chart is not None:
-            parts.append(self.chart())
-        parts.append(rendered(text, self.title))
         if self.rows:
-            parts.append(note(where(load(self.rows))))
+            text = "\n".join(line for line in text.splitlines() if not line.startswith("Measured on"))
+        parts = [tag("h3", self.title), tag("p", inline(self.says)), rendered(text, self.title, self.bars)]
+        if self.rows:
+            file, *suites = self.rows
+            parts.append(note(where([row for row in load(file) if row["suite"] in suites])))
         return join([*parts, code(self.command)])
 
 
@@ -77,14 +80,14 @@ SPEED = (
         "Ours against the same steps through diffusers: the same pruned student, noise and weights, in turns.",
         "python -m benchmarks.speed.step --device cpu --ladder",
         performance.step,
-        bars.steps,
+        Bars(("lower step", "upper step"), mark=1.0),
     ),
     Table(
         "Forward passes of Stable Diffusion 2.1 on a CPU",
         "Random weights, 64 x 64 latents, fp32, one image. Promised is what the MACs promise over the dense UNet.",
         "make real-size",
         performance.forward,
-        bars.forward,
+        Bars(("ours", "diffusers", "ours against diffusers"), mark=1.0),
     ),
     Table(
         "Native kernels on a CPU",
@@ -111,7 +114,7 @@ COUNTS = (
         "The UNet of Stable Diffusion 2.1, one image of 64 x 64 latents, 77 tokens; launches are of a step of 16.",
         "python -m benchmarks.counts.macs --model sd21 --latent 64 --text 77",
         performance.counts,
-        rows="baseline.jsonl",
+        rows=("baseline.jsonl", "macs", "launches"),
     ),
 )
 PROJECTIONS = (
@@ -121,15 +124,15 @@ PROJECTIONS = (
         "rate, bytes / bandwidth). From matrix products alone to all ops with our Triton kernels: a floor.",
         "python -m benchmarks.counts.roofline",
         performance.projections,
-        bars.projected,
-        rows="roofline.jsonl",
+        Bars(("lower, 0.80", "upper, 0.80", "upper without penalty, 0.80", "lower, 0.55"), projection=True),
+        rows=("roofline.jsonl", "roofline"),
     ),
     Table(
         "The most images computed at once",
         "From bytes counted storage by storage on the meta device. A larger batch is computed in parts.",
         "python -m benchmarks.counts.memory",
         performance.memory,
-        rows="memory.jsonl",
+        rows=("memory.jsonl", "memory"),
     ),
 )
 QUALITY = (
@@ -139,7 +142,7 @@ QUALITY = (
         "range over the seeds. Each share is of 36 images of the erased style, or 180 of the others, for each seed.",
         "python -m bilevel_fast.reproduce table1",
         results.TABLES["table1"],
-        bars.suppressed,
+        Bars(("FID (down)",)),
     ),
     Table(
         "The same models under attack",
@@ -152,7 +155,7 @@ QUALITY = (
         "Variants are bilevel ANCHOR NORM LAMBDA.",
         "python -m benchmarks.quality.frontier run --seed 0",
         results.TABLES["frontier"],
-        rows="frontier.jsonl",
+        rows=("frontier.jsonl", "frontier"),
     ),
     Table(
         "Pruning methods",
@@ -169,26 +172,45 @@ QUALITY = (
 )
 
 
+def tiles() -> Iterable[tuple[str, str, object]]:
+    """The numbers that a reader wants first; only those that were measured."""
+    steps, forward = performance.ratios(), readme.forward_rows()
+    if row := steps.get(("released", "lower")):
+        yield "Lower step", unit(f"{row['value']:.2f}", "times"), "as fast as diffusers as released; CPU, mini world"
+    if row := steps.get(("eager", "lower")):
+        yield "Lower step", unit(f"{row['value']:.2f}", "times"), "as fast as diffusers used with care; CPU, mini world"
+    if row := forward.get(("0.80", "realised_speedup")):
+        promised = readme.promise(forward, "0.80")
+        about = f"as fast as the dense UNet of SD 2.1; its MACs promise {promised:.2f}"
+        yield "UNet of 0.80 MACs", unit(f"{row['value'] * promised:.2f}", "times"), about
+    if rows := load("train_cpu.jsonl"):
+        quality = rows[-1]["summary"]["quality"]
+        about = f"teacher {percent(quality['teacher']['concept_hit'])}; mini world, seed 0, 36 images"
+        yield "Erased style drawn", percent(quality["student"]["concept_hit"]), about
+
+
 def page() -> str:
     """The whole page."""
-    on_gpu = performance.gpu()
-    measured = on_gpu != NOT_MEASURED
-    gpu = rendered(on_gpu, "On a GPU") if measured else tag("p", tag("strong", "GPU: not measured."), class_="warn")
-    more = "" if measured else note("The projections below are models of a GPU, not measurements of one.")
     parts: Iterable[Html] = (
-        document.tiles(bars.tiles()),
-        section("GPU", gpu, more, code("OUT=results bash benchmarks/gpu.sh")),
+        *_gpu(),
+        document.tiles(tiles()),
         section("Speed", note(_QUANTILES), *(each.html() for each in SPEED)),
         section("Counts", *(each.html() for each in COUNTS)),
         section("Projections, not measurements", *(each.html() for each in PROJECTIONS)),
         section("Quality on the mini world", *(each.html() for each in QUALITY)),
     )
-    lead = (
-        "Speed, counts, projections and quality of bilevel_fast; every number is a committed row of benchmarks/results."
-    )
-    return document.page(
-        "Benchmarks of bilevel_fast", *parts, lead=lead, footer="Made by python -m benchmarks.pages.site."
-    )
+    lead = "Speed, counts, projections and quality; every number comes from a committed row of benchmarks/results."
+    foot = "Made by python -m benchmarks.pages.site."
+    return document.page("Benchmarks of bilevel_fast", *parts, lead=lead, footer=foot)
+
+
+def _gpu() -> Iterable[Html]:
+    command = "OUT=results bash benchmarks/gpu.sh"
+    if (found := performance.gpu()) != NOT_MEASURED:
+        yield section("GPU", rendered(found, "On a GPU"), code(command))
+    else:
+        says = inline(f"What is said of GPUs below is a model of them. `{command}` measures.")
+        yield tag("p", tag("strong", "GPU: not measured. ", class_="warn"), says)
 
 
 def main() -> None:

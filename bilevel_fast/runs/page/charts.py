@@ -211,7 +211,7 @@ def bar(whole: float, part: float) -> Html:
     return tag("span", _piece("whole", 0, whole), _piece("part", 0, part), aria_hidden="true")
 
 
-def interval(value: float, low: float, high: float, most: float, *, mark: float | None = None) -> Html:
+def interval(value: float, low: float, high: float, most: float, mark: float | None = None) -> Html:
     """A dot and the interval about it, on an axis from 0 to `most`; `mark` is a line that others share."""
     pieces = [] if mark is None else [tag("i", class_="mark", style=f"left:{_percent(mark / most)}")]
     pieces.append(_piece("range", low / most, high / most))
@@ -220,8 +220,9 @@ def interval(value: float, low: float, high: float, most: float, *, mark: float 
 
 
 def planned(low: float, high: float, most: float) -> Html:
-    """From the one to the other, dashed: nobody has measured it."""
-    return tag("span", _piece("planned", low / most, high / most), aria_hidden="true")
+    """From 0 to the one, and dashed on to the other: nobody has measured it."""
+    pieces = _piece("whole", 0, low / most), _piece("planned", low / most, high / most)
+    return tag("span", *pieces, aria_hidden="true")
 
 
 def _piece(kind: str, left: float, right: float) -> Html:

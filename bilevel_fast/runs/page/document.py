@@ -121,7 +121,6 @@ def table(
     lines: Iterable[Sequence[object]],
     *,
     label: str,
-    caption: object = "",
     text: Sequence[int] = (),
     bars: Sequence[int] = (),
     wide: bool = False,
@@ -133,7 +132,6 @@ def table(
         head: Of the columns.
         lines: Cells, as many as `head`.
         label: What a screen reader calls it.
-        caption: Above it.
         text, bars: Columns that hold text, or bars, from 0.
         wide: Cells may break into several lines.
         tall: It may be long, and scrolls in itself.
@@ -150,9 +148,13 @@ def table(
 
     names = (tag("th", cell, scope="col", class_=kinds.get(column)) for column, cell in enumerate(head))
     top = tag("thead", tag("tr", *names))
-    whole = tag("table", tag("caption", caption) if caption else "", top, tag("tbody", *map(line, lines)))
-    kind = " ".join(["scroll", *["wide"] * wide, *["tall"] * tall])
-    return tag("div", whole, class_=kind, tabindex="0", role="region", aria_label=label)
+    flags = [*["wide"] * wide, *["tall"] * tall, *["single"] * (len(bars) == 1)]
+    return scrolling(label, tag("table", top, tag("tbody", *map(line, lines))), *flags)
+
+
+def scrolling(label: str, part: Html, *classes: str) -> Html:
+    """What may be wider than the page: it scrolls in itself, by the keyboard as well, and is called `label`."""
+    return tag("div", part, class_=" ".join(["scroll", *classes]), tabindex="0", role="region", aria_label=label)
 
 
 def details(summary: str, *parts: object) -> Html:
@@ -178,6 +180,11 @@ def image(data: bytes, alt: str, *, pixels: bool = False, width: int | None = No
     return tag("img", src=source, alt=alt, width=width, height=height, class_="pixels" if pixels else None)
 
 
-def code(text: str, label: str = "command") -> Html:
-    """A command, or what one printed, as it was typed."""
-    return tag("pre", tag("code", text), tabindex="0", role="region", aria_label=label)
+def code(text: str) -> Html:
+    """A command, on one line that scrolls."""
+    return tag("pre", tag("code", text), tabindex="0", role="region", aria_label="command")
+
+
+def terminal(text: str) -> Html:
+    """What a command printed; long lines are broken as a terminal breaks them."""
+    return tag("pre", tag("code", text), class_="terminal")

@@ -5,7 +5,7 @@ from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.pruning.picture import UNITS
 from bilevel_fast.runs.page.charts import bar
-from bilevel_fast.runs.page.document import Html, join, legend, table
+from bilevel_fast.runs.page.document import Html, escape, join, legend, table
 
 
 def by_site(structure: Structure, text: int) -> Html:
@@ -24,7 +24,7 @@ def by_site(structure: Structure, text: int) -> Html:
     scale, unit = (1e9, "GMAC") if most >= 1e9 else (1e6, "MMAC")
     lines = [
         [
-            row.name,
+            Html(escape(row.name).replace(".", ".<wbr>")),
             bar(row.true / most, kept[row.name] / most),
             f"{kept[row.name] / row.true:.0%}".replace("%", " %"),
             f"{row.true / scale:.2f}",

@@ -12,7 +12,20 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.runs import repeat
 from bilevel_fast.runs.page import document, macs, progress, quality
 from bilevel_fast.runs.page.charts import number
-from bilevel_fast.runs.page.document import Html, code, details, facts, image, join, note, section, table, tag, unit
+from bilevel_fast.runs.page.document import (
+    Html,
+    code,
+    details,
+    facts,
+    image,
+    join,
+    note,
+    scrolling,
+    section,
+    table,
+    tag,
+    unit,
+)
 from bilevel_fast.runs.page.quality import percent
 from bilevel_fast.runs.page.record import Record
 from bilevel_fast.training.run_folder import flatten
@@ -52,7 +65,7 @@ def report(path: Path, text_length: int) -> str:
         parts.append(section("Before and after", quality.samples(run.samples, run.erased)))
     elif run.sheet is not None:
         picture = image(run.sheet, f"Samples, one row for each of {', '.join(found)}, one column for each prompt")
-        parts.append(section("Before and after", tag("figure", picture, class_="picture")))
+        parts.append(section("Before and after", scrolling("Samples", picture)))
     if found:
         parts.append(section("Quality", *_quality(run, found)))
     parts.append(section("Losses", progress.losses(run.stats)))
@@ -64,7 +77,7 @@ def report(path: Path, text_length: int) -> str:
     parts.append(section("Run it again", code(repeat.command(run.config)), note(_SAME)))
     parts.append(section("Files", facts(_files(path)), note("Links lead into the folder of the run.")))
     title = f"bilevel_fast: {run.config.get('preset', 'run')}, seed {run.config.get('seed', '?')}"
-    return document.page(title, *parts, lead=_lead(run), footer=f"Made by bilevel_fast when the run in {path} ended.")
+    return document.page(title, *parts, lead=_lead(run), footer=f"Made by bilevel_fast from the files in {path}.")
 
 
 def _lead(run: Record) -> str:
