@@ -204,15 +204,11 @@ class Tab:
             fields = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
             self._browser.call("Input.dispatchKeyEvent", self._session, **fields)
 
-    def picture(self, part: str | None = None) -> bytes:
-        """A PNG of what a selector finds, with a margin, or of the whole page."""
-        box = self.read(
-            f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])(document.querySelector({json.dumps(part)})"
-            ".getBoundingClientRect())"
-            if part
-            else "[0, 0, innerWidth, document.documentElement.scrollHeight]"
-        )
-        clip = dict(zip(("x", "y", "width", "height"), box, strict=True)) | {"scale": 1}
+    def picture(self, top: float = 0, height: float | None = None) -> bytes:
+        """A PNG of the page, from `top` on and so high, by default to its end."""
+        if height is None:
+            height = self.read("document.documentElement.scrollHeight") - top
+        clip = {"x": 0, "y": top, "width": self.read("innerWidth"), "height": height, "scale": 1}
         found = self._browser.call(
             "Page.captureScreenshot", self._session, format="png", captureBeyondViewport=True, clip=clip
         )

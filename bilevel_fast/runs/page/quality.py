@@ -24,6 +24,13 @@ METRICS = {
 }
 """Names of metrics and which way is better; others go by their own names."""
 
+_INTERVALS = (
+    "Below each share is its 95 % interval by Wilson's score: what so few images leave open. Other numbers have none, "
+    "and what another seed would change is in none."
+)
+_SAME_IMAGES = {"fid": "other_style_hit"}
+"""Metrics that are no shares, and the share that is counted on the same images."""
+
 
 def samples(found: Sequence[Sample], erased: Iterable[str]) -> Html:
     """Prompts, each with what every model drew for it: first those that name what was erased."""
@@ -65,7 +72,8 @@ def quality(rows: Mapping[str, Mapping[str, float]], shares: Mapping[str, int]) 
 
     def head(metric: str) -> Html:
         name, better = METRICS.get(metric, (metric, ""))
-        about = f"{better} of {shares[metric]} images" if metric in shares else better
+        count = shares.get(_SAME_IMAGES.get(metric, metric))
+        about = better if count is None else f"{better} of {count} images"
         return join((name, tag("small", about.strip()) if about.strip() else ""))
 
     def cell(metric: str, value: float) -> object:
@@ -77,9 +85,7 @@ def quality(rows: Mapping[str, Mapping[str, float]], shares: Mapping[str, int]) 
     lines = [[MODELS.get(name, name), *(cell(metric, row[metric]) for metric in metrics)] for name, row in rows.items()]
     parts = [table(["", *map(head, metrics)], lines, label="Quality")]
     if shares:
-        parts.append(
-            note("Below each share, its 95 % interval by Wilson's score: what so few images leave open. One seed.")
-        )
+        parts.append(note(_INTERVALS))
     return join(parts)
 
 

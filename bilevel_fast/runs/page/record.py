@@ -65,7 +65,7 @@ class Record:
             sessions.read(path),
             Structure.load(narrow) if narrow.is_file() else Structure.dense(UNetConfig.load(unet)),
             _erased(path, config),
-            _samples(path),
+            read_samples(path),
             read_file(sheet) if sheet.is_file() else None,
         )
 
@@ -95,7 +95,12 @@ def _erased(path: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _samples(path: Path) -> list[Sample]:
+def read_samples(path: Path) -> list[Sample]:
+    """What a run has drawn; nothing of one on folders, or of an earlier release.
+
+    Raises:
+        UserError: The index or a picture is broken or missing; says which.
+    """
     index = path / SAMPLES
     if not index.is_file():
         return []
