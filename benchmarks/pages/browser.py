@@ -24,7 +24,7 @@ from bilevel_fast.base.errors import UserError
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 INSTALL = "apt-get install -y --no-install-recommends chromium"
-_PATIENCE = 60.0  # seconds for an answer
+_PATIENCE = 60.0  # seconds for an answer, or until a page is ready
 
 
 def find() -> str | None:
@@ -149,15 +149,18 @@ class Tab:
     Attributes:
         said: What it wrote to the console, and errors that nobody caught; `take` fills it.
         asked: Addresses that it asked for, but for its own file and data within it.
+        width: Of its window; a page may take more.
     """
 
     def __init__(self, browser: Browser, session: str) -> None:
         self._browser, self._session = browser, session
         self.said: list[str] = []
         self.asked: list[str] = []
+        self.width = 0
 
     def look(self, width: int, height: int = 800, dark: bool = False) -> None:
         """Lay it out anew: at a width in CSS pixels, narrow ones as on a phone, in light or dark."""
+        self.width = width
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self._browser.call("Emulation.setDeviceMetricsOverride", self._session, **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -199,9 +202,9 @@ class Tab:
 
     def press(self, key: str) -> None:
         """A key, such as Tab."""
-        codes = {"Tab": 9, "Enter": 13}
-        for kind in ("keyDown", "keyUp"):
-            fields = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
+        code, text = {"Tab": (9, {}), "Enter": (13, {"text": "\r"})}[key]
+        for kind, typed in (("keyDown", text), ("keyUp", {})):
+            fields = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code, **typed}
             self._browser.call("Input.dispatchKeyEvent", self._session, **fields)
 
     def picture(self, top: float = 0, height: float | None = None) -> bytes:

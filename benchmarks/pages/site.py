@@ -55,14 +55,14 @@ class Table:
 
     def html(self) -> Html:
         """Title, table, machine, command."""
-        text = self.text()
-        if self.rows:
-            text = "\n".join(line for line in text.splitlines() if not line.startswith("Measured on"))
-        parts = [tag("h3", self.title), tag("p", inline(self.says)), rendered(text, self.title, self.bars)]
+        text, measured = self.text(), ""
         if self.rows:
             file, *suites = self.rows
-            parts.append(note(where([row for row in load(file) if row["suite"] in suites])))
-        return join([*parts, code(self.command)])
+            found = [row for row in load(file) if row["suite"] in suites]
+            lines = [line for line in text.splitlines() if not line.startswith("Measured on")]
+            text, measured = ("\n".join(lines), where(found)) if found else (NOT_MEASURED, "")
+        parts = [tag("h3", self.title), tag("p", inline(self.says)), rendered(text, self.title, self.bars)]
+        return join([*parts, note(measured) if measured else "", code(self.command)])
 
 
 def where(rows: Sequence[committed.Row]) -> str:

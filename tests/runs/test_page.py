@@ -154,7 +154,7 @@ def test_a_report_of_an_earlier_release_and_one_without_images(run, tmp_path):
     assert "Quality" not in found.text
     assert "that suppress “bank/<i>”" in found.text
     assert "--concepts 'bank/<i>'" in found.text
-    assert "gone" not in found.text.partition("Run it again")[2]
+    assert "--gone" not in found.text
 
 
 def test_samples_that_lie_elsewhere_are_refused(run, tmp_path):
@@ -227,7 +227,9 @@ def test_the_command_repeats_the_run(name, change):
         folders = {"teacher": Path("t"), "data": Path("d"), "concepts": (Path("b"),)}
         change = folders | {key: value for key, value in change.items() if key not in ("erase", "concept_weights")}
     config: TrainConfig = replace(preset(name), **change)
-    upper = replace(config.upper, eta=0.5, controller=ControllerSettings(enabled=True, horizon=5))
+    upper = replace(config.upper, eta=0.5)
+    if upper.penalty_norm == "grad":
+        upper = replace(upper, controller=ControllerSettings(enabled=True, horizon=5))
     for wanted in (config, replace(config, upper=upper, lower=replace(config.lower, micro_batch=4))):
         command = repeat.command(json.loads(json.dumps(wanted.to_dict())))
         words = shlex.split(command)

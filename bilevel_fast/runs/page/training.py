@@ -186,7 +186,9 @@ def _settings(config: Mapping[str, Any]) -> Iterable[Html]:
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return {None: "none", True: "yes", False: "no"}.get(value, str(value)) if not isinstance(value, dict) else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None or value == {} else str(value)
 
 
 def _environment(sessions: Iterable[Mapping[str, Any]]) -> Html:
