@@ -6,8 +6,8 @@ kernels/    each op alone: sweep (against its rivals), tuning, once (for sanitiz
             compiler makes of it), page (kernels/README.md); cases/ has one file per op
 quality/    what students of the mini world are worth: frontier, controller, methods, aptp, planner, precision
 real_size/  every command at the size of Stable Diffusion 2.1, one stage after the other
-pages/      readme (the tables of README.md and docs/), reproduced, compare (two files of rows), bench_check
-            (against the baseline), verdict
+pages/      readme (the tables of README.md and docs/), site (all of it as one HTML page), screenshots, reproduced,
+            compare (two files of rows), bench_check (against the baseline), verdict
 soak        one long run, killed again and again, beside the same one that is not
 shared      measure (interleaved timing), rows, machine, cards, structures
 on a GPU    gpu.sh, all of it in nine minutes; pages/verdict holds what it found against the goals

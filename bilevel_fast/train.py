@@ -46,7 +46,7 @@ def main() -> None:
         return
     # after parsing: --help and a typo should not wait for torch
     from bilevel_fast.base.devices import Ranks
-    from bilevel_fast.runs.page import end
+    from bilevel_fast.runs.page.ending import end
     from bilevel_fast.runs.ranks import started_with
     from bilevel_fast.scale.team import Team
     from bilevel_fast.training.loop import Interrupted

@@ -45,6 +45,7 @@ from bilevel_fast.pruning.latency import read_latencies
 from bilevel_fast.runs import history
 from bilevel_fast.runs.config import preset
 from bilevel_fast.runs.export_facts import measured, read_run
+from bilevel_fast.runs.page.record import read_samples
 from bilevel_fast.runs.paper.run import read as read_measured
 from bilevel_fast.sampling.image_folder import ImageFolder
 from bilevel_fast.sampling.prompts import read_rows
@@ -168,6 +169,14 @@ def trained(name: str):
     return make
 
 
+def samples(folder: Path) -> Path:
+    found = [{"prompt": "a star", "files": ["a.png", "b.png"]}] * 2
+    made = text("samples/index.json", json.dumps({"models": ["teacher", "student"], "samples": found}))(folder)
+    for name in ("a.png", "b.png"):
+        (made.parent / name).write_bytes(b"png")
+    return made
+
+
 def sentence_encoder(folder: Path) -> Path:
     write_json(text("1_Pooling/config.json", "")(folder), {"pooling_mode": "mean"})
     modules = [{"type": "a.Transformer"}, {"type": "a.Pooling", "path": "1_Pooling"}]
@@ -206,6 +215,7 @@ READERS = {
     "drawn settings": (drawn("settings.json"), lambda p: ImageFolder.open(p.parent)),
     "drawn index": (drawn("index.jsonl"), lambda p: ImageFolder.open(p.parent)),
     "history": (erased, lambda p: history.read(p.parent)),
+    "samples": (samples, lambda p: read_samples(p.parents[1])),
     "latency rows": (text("rows.jsonl", latencies()), lambda p: read_latencies(p, TINY).settings),
     "measured rows": (
         text("rows.jsonl", lines([dict.fromkeys(("row", "label", "concepts", "seed", "step", "numbers"), 1)] * 2)),

@@ -32,9 +32,7 @@ def step() -> str:
         cells = [found.get((peer, case)) for case in ("lower", "upper")]
         lines.append((says, *(NOT_MEASURED if row is None else within(row) for row in cells)))
     config = next(iter(found.values()))["config"]
-    note = (
-        f"{config['structure']} of the MACs, mini world's UNets, fp32, batch {config['batch']}; in brackets 20..80 %."
-    )
+    note = f"{config['structure']} of the MACs, mini world's UNets, fp32, batch {config['batch']}; ranges are 20..80 %."
     head = ("ours, times as fast as", "lower step", "upper step")
     return f"{markdown(head, lines)}\n\n{note}\n{machines(found.values())}"
 

@@ -22,7 +22,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.base.tables import markdown, seeds_named, spread
 from bilevel_fast.runs.config import preset
-from bilevel_fast.runs.page import end
+from bilevel_fast.runs.page.ending import end
 
 QUALITY = {
     "concept_hit": "erased style",
@@ -74,10 +74,10 @@ def _faster() -> str:
 
 
 def _realised() -> str:
-    found = _forward()
+    found = forward_rows()
     if ("0.80", "realised_speedup") not in found or ("dense", "ms") not in found:
         return f"The UNet of Stable Diffusion 2.1, pruned: {NOT_MEASURED}."
-    row, promised = found["0.80", "realised_speedup"], _promised(found, "0.80")
+    row, promised = found["0.80", "realised_speedup"], promise(found, "0.80")
     return (
         f"**{row['value'] * promised:.2f} times** as fast as the dense UNet of Stable Diffusion 2.1 is the one with "
         f"{1 / promised:.2f} of its MACs, which promise {promised:.2f}: one forward pass, random weights, fp32, "
@@ -85,7 +85,7 @@ def _realised() -> str:
     )
 
 
-def _promised(found: dict[tuple[str, str], Row], name: str) -> float:
+def promise(found: dict[tuple[str, str], Row], name: str) -> float:
     """How many times as fast a UNet would be if time went by MACs."""
     return found["dense", "ms"]["config"]["gmacs"] / found[name, "ms"]["config"]["gmacs"]
 
@@ -94,7 +94,8 @@ def _machine(row: Row) -> str:
     return f"{row['device']}, {row['threads']} thread{'s' * (row['threads'] != 1)}, commit {row['commit']}"
 
 
-def _forward() -> dict[tuple[str, str], Row]:
+def forward_rows() -> dict[tuple[str, str], Row]:
+    """Our forward passes of `make real-size`, by structure and metric."""
     rows = latest(load("real_size.jsonl")).values()
     return {
         (row["config"]["structure"], row["metric"]): row
@@ -115,7 +116,7 @@ def speed() -> str:
     """What a clock says, in one table; its first line says what no GPU has measured."""
     gpu, steps = performance.gpu(), performance.ratios()
     head = "A GPU: not measured." if gpu == NOT_MEASURED else f"On a GPU:\n\n{gpu}"
-    forward, lines, rows = _forward(), [], list(steps.values())
+    forward, lines, rows = forward_rows(), [], list(steps.values())
     for case in ("lower", "upper") if steps else ():
         cells = [within(steps[peer, case]) if (peer, case) in steps else NOT_MEASURED for peer in ("released", "eager")]
         lines.append((f"{case} step, mini world", *cells, "-"))
@@ -123,7 +124,7 @@ def speed() -> str:
         own, theirs = forward.get((name, "realised_speedup")), forward.get((name, "times_faster_than_diffusers"))
         cells = [within(theirs) if theirs else NOT_MEASURED, "1"]
         if name != "dense":
-            promised = _promised(forward, name)
+            promised = promise(forward, name)
             cells[1] = f"{within(own, factor=promised)}, promised {promised:.2f}" if own else NOT_MEASURED
         lines.append((f"UNet of SD 2.1, forward, {name}", "-", *cells))
         rows += [row for row in (own, theirs) if row]

@@ -7,13 +7,14 @@ renamed, and is skipped if that is there already. So `--resume` after a kill at 
 import copy
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel_fast.base.devices import compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError
@@ -33,13 +34,15 @@ from bilevel_fast.ops import dispatch as ops
 from bilevel_fast.ops import providers
 from bilevel_fast.pruning import MacBudget, calibration_set, dense, method
 from bilevel_fast.pruning.calibration import IMAGES
-from bilevel_fast.runs import history, page
+from bilevel_fast.runs import history, sessions
 from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
 from bilevel_fast.runs.inputs import check_unchanged, inputs
+from bilevel_fast.runs.page import training as page
+from bilevel_fast.runs.page.record import SAMPLES
 from bilevel_fast.runs.ranks import run_folder, trained_with
 from bilevel_fast.runs.sources import image_source
-from bilevel_fast.sampling.pictures import picture, png
+from bilevel_fast.sampling.pictures import picture, png, tile
 from bilevel_fast.sampling.samplers import check_walks
 from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.training.checkpoint import GracefulStop, latest
@@ -79,6 +82,8 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
     before = before or known
     check_unchanged(before, known)
     with run_folder(config, VOLATILE, known, team) as place:
+        if first:
+            sessions.begin(place.path, device, team.world)
         with GracefulStop() as stop:
             teacher = folder.unet().requires_grad_(False)
             materials = team.in_turn(lambda: gather(config, folder, teacher, erased, place.path, record=first))
@@ -93,7 +98,6 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
         if team.rank:
             return {}
         summary = _summary(config, folder, *trained["student"])
-        pictures: dict[str, bytes] = {}
         if config.world:
             judge, settings = world(config.world), config.world_settings
             models = {"teacher": teacher.to(device), **{name: trained[name][0] for name in reversed(names)}}
@@ -103,13 +107,11 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
             captions = next(iter(drawn.values())).captions
             columns = judge.shown(len(captions), erased, settings)
             rows = {name: samples.images[columns] for name, samples in drawn.items()}
-            pictures["samples"] = png(picture(rows, [captions[i] for i in columns]))
-            place.samples.mkdir(exist_ok=True)
-            place.write_bytes("samples/comparison.png", pictures["samples"])
-        pictures["losses"] = page.curves({name: _places(place, name).stats for name in names})
+            _keep(place, rows, [captions[i] for i in columns])
         summary["seconds"] = round(time.perf_counter() - started, 1)
         place.write_json("summary.json", summary)
-        place.write_text("report.html", page.page(f"bilevel_fast {config.preset}", summary, pictures))
+        sessions.finish(place.path, device)
+        place.write_text("report.html", page.report(place.path, folder.text_encoder.length))
     return summary
 
 
@@ -301,6 +303,17 @@ def _train(
     if team.rank == 0:
         save_student(out, folder, student)
     return student, progress
+
+
+def _keep(place: RunFolder, rows: Mapping[str, Tensor], prompts: Sequence[str]) -> None:
+    """Write samples, (N, 3, H, W) in [-1, 1] by model: each as a file, and all on one picture."""
+    named = [(prompt, [f"{n:02d}-{model}.png" for model in rows]) for n, prompt in enumerate(prompts)]
+    for n, (_, files) in enumerate(named):
+        for file, images in zip(files, rows.values(), strict=True):
+            place.write_bytes(f"samples/{file}", png(tile(images[n])))
+    place.write_bytes("samples/comparison.png", png(picture(rows, prompts)))
+    listed = [{"prompt": prompt, "files": files} for prompt, files in named]
+    place.write_json(SAMPLES, {"models": list(rows), "samples": listed})  # last: where it is, they are
 
 
 def _summary(config: TrainConfig, folder: ModelFolder, student: UNet, progress: Progress) -> dict[str, Any]:

@@ -49,6 +49,13 @@ def picture(rows: Mapping[str, Tensor], captions: Sequence[str], zoom: int = _ZO
     return sheet
 
 
+def tile(image: Tensor) -> "Image.Image":
+    """One image (3, H, W) in [-1, 1], pixel by pixel."""
+    from PIL import Image
+
+    return Image.fromarray(to_pixels(image[None])[0].numpy())
+
+
 def _wrap(text: str, width: int, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont") -> str:
     lines = [""]
     for word in text.split():

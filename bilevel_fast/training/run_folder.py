@@ -1,6 +1,7 @@
 """The run folder: one run, one live process, and the configuration that it was started with.
 
-config.json  inputs.json  stats.jsonl  summary.json  report.html  checkpoints/  student/  samples/  events/
+config.json  inputs.json  sessions.jsonl  stats.jsonl  summary.json  report.html  checkpoints/  student/  samples/
+events/
 """
 
 import errno

@@ -88,6 +88,10 @@ class World(Protocol):
         """What the probe found, by metric."""
         ...
 
+    def shares(self, erased: Sequence[int], settings: Any) -> dict[str, int]:
+        """For each metric of `quality` that is a share of samples: of how many."""
+        ...
+
     def shown(self, count: int, erased: Sequence[int], settings: Any) -> list[int]:
         """Which of `count` samples stand for all of them in a picture."""
         ...

@@ -102,7 +102,7 @@ SLOW = {
 """Tried only by `make soak`."""
 
 _VOLATILE = {"seconds", "images_per_second", "resume", "out"}
-_UNTOLD = ("manifest.json", "report.html", "trace.json", "profile.json", "step.png")
+_UNTOLD = ("manifest.json", "sessions.jsonl", "report.html", "trace.json", "profile.json", "step.png")
 """Files that hold times."""
 _LOCKS = (".lock", ".index.lock")
 """That stay, in folders that processes share."""

@@ -11,6 +11,7 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.runs import sessions
 from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
 from bilevel_fast.train import main, parse
 from bilevel_fast.training.checkpoint import latest
@@ -54,7 +55,9 @@ def test_run_leaves_everything_behind(smoke_run):
     steps = [json.loads(line)["step"] for line in (out / "stats.jsonl").read_text().splitlines()]
     assert steps == [4, 8]
     assert (out / "samples" / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert "<table>" in (out / "report.html").read_text()
+    report = (out / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 3 * 12, "what three models drew for twelve prompts"
+    assert [row["event"] for row in sessions.read(out)] == ["begun", "finished"]
     assert list((out / "events" / "student").glob("events.out.tfevents.*"))
     assert json.loads((out / "config.json").read_text())["lower"]["steps"] == 8
     student = load_folder(out / "student").unet()

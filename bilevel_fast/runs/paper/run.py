@@ -5,14 +5,16 @@
     table1/rows.jsonl             a line per model, its concepts, seed and step, as soon as it is measured
     table1/results.json table.md  those of the concepts last asked for, and mean and spread over seeds
     table1/plot.png grid.png      the same drawn; samples of the first seed's models
+    table1/report.html            all of it on one page
 
 A row that is there is not measured again, a model that is there is not made again: whoever is killed goes on.
 """
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import family_of
 from bilevel_fast.runs.config import VOLATILE, TrainConfig, preset
 from bilevel_fast.runs.inputs import inputs
+from bilevel_fast.runs.page import experiment as page
 from bilevel_fast.runs.paper import report
+from bilevel_fast.runs.paper.again import reproduction
 from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
 from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
@@ -80,7 +84,8 @@ def reproduce(
             concepts, benches = full.phrase, full_benches(config, settings, full, place.path, device, stop)
         results = RunFolder(place.path / name)
         results.path.mkdir(exist_ok=True)
-        return _run(EXPERIMENTS[name], config, concepts, seeds, benches, results), results.path
+        again = partial(reproduction, name, same, out=out)
+        return _run(EXPERIMENTS[name], config, concepts, seeds, benches, results, again), results.path
 
 
 def _run(
@@ -90,7 +95,9 @@ def _run(
     seeds: Sequence[int],
     benches: Benches,
     place: RunFolder,
+    again: Callable[[Sequence[int]], str],
 ) -> str:
+    """`again` is the command that carries the experiment out once more, on some seeds."""
     wanted = {row.name: list(concepts[: row.concepts or None]) for row in experiment.rows}
     rows = [row for row in read(place.path / ROWS) if row.get("concepts") == wanted.get(row["row"])]
     columns: tuple[Column, ...] = ()
@@ -115,7 +122,7 @@ def _run(
             if seed == seeds[0] and not experiment.is_curve and len(erase) == len(concepts):  # one set of prompts
                 shown[row.name], prompts = bench.judge.pictures(row.member, bench.shop(row.member))
                 shown.setdefault("", prompts)
-    return _write(experiment, config, columns, rows, shown, place)
+    return _write(experiment, config, columns, rows, shown, place, again(sorted({row["seed"] for row in rows})))
 
 
 def read(path: Path) -> list[Measured]:
@@ -159,6 +166,7 @@ def _write(
     rows: Sequence[Mapping[str, Any]],
     shown: Mapping[str, Any],
     place: RunFolder,
+    command: str,
 ) -> str:
     text = report.table(experiment, columns, rows)
     about = {"title": experiment.title, "columns": [asdict(column) for column in columns], "config": config.to_dict()}
@@ -166,7 +174,10 @@ def _write(
     where = sorted({f"{row['device']}, torch {row['torch']}" for row in rows})
     place.write_text("table.md", f"# {experiment.title}\n\n{text}\n\nMeasured on {'; '.join(where)}.\n")
     report.plot(experiment, columns, rows, place.path / "plot.png")
+    grid: bytes | None = None
     if models := {label: images for label, images in shown.items() if label and len(images)}:
         zoom = max(1, 96 // next(iter(models.values())).shape[-1])
-        place.write_bytes("grid.png", png(picture(models, shown[""], zoom)))
+        grid = png(picture(models, shown[""], zoom))
+        place.write_bytes("grid.png", grid)
+    place.write_text("report.html", page.report(experiment, columns, rows, grid, shown.get("", []), command))
     return text

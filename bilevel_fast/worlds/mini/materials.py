@@ -117,6 +117,13 @@ def quality(samples: Samples, erased: Sequence[int]) -> dict[str, float]:
     return asdict(judge(samples, erased, Probe.load()))
 
 
+def shares(erased: Sequence[int], settings: Mini) -> dict[str, int]:
+    """How many samples each share of `quality` is of."""
+    gone, kept = len(erased_scenes(erased, settings.judge_erased)), len(kept_scenes(erased, settings.judge_kept))
+    counts = {"concept_hit": gone, "content_kept": gone}
+    return counts | dict.fromkeys(("other_style_hit", "object", "color"), kept)
+
+
 def shown(count: int, erased: Sequence[int], settings: Mini) -> list[int]:
     """Which of `count` samples stand for all of them in a picture: six of erased styles, then six of others.
 

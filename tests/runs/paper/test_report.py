@@ -1,7 +1,16 @@
 """Tables and plots of rows that are made up."""
 
+import json
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
 from PIL import Image
 
+from bilevel_fast.reproduce import parse
+from bilevel_fast.runs.page import experiment as page
+from bilevel_fast.runs.paper.again import reproduction
 from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.report import plot, table
@@ -51,6 +60,36 @@ def test_plots_are_drawn(tmp_path):
         (tmp_path / "plot.png").unlink()
     plot(MODELS, COLUMNS, [row("a", 0, 8, None, None)], tmp_path / "plot.png")
     assert not (tmp_path / "plot.png").exists(), "nothing measured, nothing drawn"
+
+
+def test_a_page_has_means_and_their_spread_over_seeds():
+    about = {"device": "<cpu>", "threads": 2, "torch": "2.11", "concepts": ["waves"]}
+    rows = [row("a", s, 8, h, 3.0) | about for s, h in ((0, 1.0), (1, 0.5))] + [row("b", 0, 8, 0.25, None) | about]
+    text = page.report(MODELS, COLUMNS, rows, b"png", ["a star"], "python -m x")
+    for said in (
+        "0.75<small>± 0.25</small>",
+        "0.25<small>1 of 2 seeds</small>",
+        "<td>not measured</td>",
+        "hit<small>↓</small>",
+        "&lt;cpu&gt;, 2 threads, torch 2.11",
+        "2 models, seeds 0, 1; erased: waves.",
+        'alt="Samples: a line for each of model a, model b; a column for each prompt: a star"',
+        "<code>python -m x</code>",
+    ):
+        assert said in text, said
+    assert "On the way" not in text
+    curve = page.report(CURVE, COLUMNS, [row("a", 0, step, 0.5, 4.0 + step) | about for step in (0, 4)], None, [], "x")
+    assert 'aria-label="FID, mean over seeds, over lower steps: model a from 4 to 8"' in curve
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_command_repeats_the_experiment(name):
+    asked = ["--run.preset", "smoke", "--run.erase", "waves", "mosaic", "line art", "--rows.uce.ridge", "0.25"]
+    for flags in ([], [*asked, "--run.no-graphs", "--rows.esd.lr", "1e-3"]):
+        wanted = parse([name, *flags, "--seeds", "1", "2", "--out", "a b/c"])
+        held = json.loads(json.dumps({"run": wanted.run.to_dict(), "rows": asdict(wanted.rows)}, default=str))
+        words = shlex.split(reproduction(name, held, wanted.seeds, Path("a b/c")))
+        assert parse(words[3:]) == replace(wanted, out=Path("a b/c-again"))
 
 
 def test_every_experiment_is_named_by_what_it_needs():

@@ -54,6 +54,7 @@ def test_everything_is_left_behind(table1):
     assert {column["key"] for column in results["columns"]} == set(numbers["esd"])
     assert Image.open(out / "table1" / "grid.png").width > 1000
     assert Image.open(out / "table1" / "plot.png").width > 1000
+    assert "bilevel_fast.reproduce table1 --run.preset smoke" in (out / "table1" / "report.html").read_text()
 
 
 def test_rows_are_made_as_they_say(table1):
