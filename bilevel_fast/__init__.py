@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`bilevel_fast.load_pipeline` and `__version__`, found when they are asked for: importing the package loads nothing.
+    """`load_pipeline` and `__version__`, found when they are asked for: importing the package loads nothing.
 
     The version is that of the installation, which the build takes from the tags of git; `0+unknown` where nothing is
     installed and a checkout is on the path.

@@ -1,4 +1,4 @@
-"""The wheel in dist/, installed where there is no checkout, does what it says: `make wheel` builds it and calls this."""
+"""The wheel in dist/, installed where there is no checkout, does what it says: `make wheel` builds it first."""
 
 import os
 import subprocess
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / os.environ.get("WHEEL", "dist")
+DRAW = ["--model", "runs/smoke/student", "--prompts", "a red star", "--seeds", "0", "--steps", "3", "--out", "grid.png"]
 pytestmark = pytest.mark.skipif("WHEEL" not in os.environ, reason="two minutes of building: `make wheel`")
 
 
@@ -101,6 +102,9 @@ def test_all_of_it_is_imported_from_there(place, version):
 def test_a_run_in_an_empty_folder(place):
     said = run(place, "bilevel-fast", "train", "--preset", "smoke", "--device", "cpu")
     assert "concept_hit" in said
-    run(place, "bilevel-fast", "sample", "--model", "runs/smoke/student", "--steps", "2", "--out", "grid.png")
+    run(place, "bilevel-fast", "sample", *DRAW)
     assert (place / "empty" / "grid.png").stat().st_size > 100
-    assert {path.name for path in (place / "empty").iterdir()} - {".cache", ".triton", ".config"} == {"runs", "grid.png"}
+    assert {path.name for path in (place / "empty").iterdir()} - {".cache", ".triton", ".config"} == {
+        "runs",
+        "grid.png",
+    }
