@@ -22,11 +22,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help train test fuzz soak lint bench bench-check real-size clean
+.PHONY: help train test wheel fuzz soak lint bench bench-check real-size clean
 
 help:
 	@sed -n '1,3s/^# *//p' Makefile
-	@echo "other targets: fuzz, soak (STEPS=$(STEPS)), lint, bench (SUITE=$(SUITE)), bench-check, real-size, clean"
+	@echo "other targets: wheel, fuzz, soak (STEPS=$(STEPS)), lint, bench (SUITE=$(SUITE)), bench-check, real-size, clean"
 
 train: $(VENV)/.installed-core
 	$(BIN)/python -m bilevel_fast.train $(ARGS)
@@ -34,6 +34,12 @@ train: $(VENV)/.installed-core
 # One process a core with one thread each: most tests are too small to share. JOBS=0 runs them in this process.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not faults" -n $(JOBS) --dist worksteal $(ARGS)
+
+# The sdist, the wheel that is built from it alone, and a run of that wheel where there is no checkout: two minutes.
+wheel: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build
+	WHEEL=dist OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_wheel.py $(ARGS)
 
 # FUZZ damaged and hostile files per reader; `make test` tries 300. With FUZZ_ROWS=benchmarks/results/fuzz.jsonl each reader
 # that stands them gets a row, of which docs/situations.md is made.

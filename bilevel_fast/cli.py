@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from bilevel_fast import __version__
+import bilevel_fast
 from bilevel_fast.base import errors
 
 COMMANDS = {
@@ -24,7 +24,7 @@ def main() -> None:
     """Console script: hands over to the entry point that is named."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--version":
-        print(f"bilevel-fast {__version__}")
+        print(f"bilevel-fast {bilevel_fast.__version__}")
         return
     if name in ("-h", "--help"):
         lines = [f"  {command:<10}{what}" for command, what in COMMANDS.items()]

@@ -85,13 +85,28 @@ def test_typed():
 
 @pytest.mark.situation
 def test_version(monkeypatch, capsys):
-    """`bilevel-fast --version`: says which release it is."""
+    """`bilevel-fast --version`: says which release is installed, or that none is."""
     monkeypatch.setattr("sys.argv", ["bilevel-fast", "--version"])
+    installed = "bilevel_fast" in importlib.metadata.packages_distributions()
+    wanted = importlib.metadata.version("bilevel-fast") if installed else "0+unknown"
     cli.main()
-    assert capsys.readouterr().out == f"bilevel-fast {PROJECT['version']}\n"
-    assert bilevel_fast.__version__ == PROJECT["version"]
-    found = importlib.metadata.packages_distributions().get("bilevel_fast")
-    assert not found or importlib.metadata.version("bilevel-fast") == PROJECT["version"]
+    assert capsys.readouterr().out == f"bilevel-fast {wanted}\n"
+    assert bilevel_fast.__version__ == wanted
+
+    def nothing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", nothing)
+    assert bilevel_fast.__version__ == "0+unknown"
+
+
+def test_the_version_is_that_of_git_and_decides_no_rebuild():
+    """No number of it stands in the sources, nothing is written into them, and make does not look at the commit."""
+    assert PROJECT["dynamic"] == ["version"]
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert whole["dynamic-metadata"] == [{"provider": "scikit_build_core.metadata.setuptools_scm"}]
+    assert set(whole["setuptools_scm"]) == {"fallback_version"}
+    assert ".git" not in re.sub(r"\.github|\.gitignore", "", (ROOT / "Makefile").read_text())
 
 
 def test_json_from_outside_has_one_reader():

@@ -26,12 +26,14 @@ from bilevel_fast.models.autoencoder import Autoencoder
 from bilevel_fast.models.copying import component_files, copy_file
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import Family, family_of
+from bilevel_fast.models.hub import local
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import check_names, find_weights, fingerprint, mapped_weights
 
 UNET_STEM = "diffusion_pytorch_model"
+_OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def load_folder(
     """Load a model folder.
 
     Args:
-        path: A folder on this machine; nothing is downloaded.
+        path: A folder on this machine, or an id on the hub: see `hub.local`.
         device: Of the text encoder and the VAE.
         dtype: They compute in; they return fp32 all the same.
 
@@ -71,7 +73,7 @@ def load_folder(
         UserError: The folder or a file of it is missing or broken, a component is of an unknown kind, or two
             components do not fit each other. The file is named.
     """
-    path = Path(path)
+    path = local(path)
     family = family_of(path)
     config, structure = _read_architecture(path / "unet")
     find_weights(path / "unet", UNET_STEM)  # a missing file is better found now than after the text encoder
@@ -98,7 +100,7 @@ def load_unet(path: Path | str, align: int = 1, mapped: bool = False) -> UNet:
     """Load the UNet of a model folder: fp32 on the CPU, in eval mode, its parameters trainable.
 
     Args:
-        path: The model folder.
+        path: The model folder, or an id on the hub.
         align: As `UNet`.
         mapped: Leave the weights in their file, in its dtype and its memory order: for who looks at them, or cuts
             them, and computes nothing. Not with `align`.
@@ -106,7 +108,7 @@ def load_unet(path: Path | str, align: int = 1, mapped: bool = False) -> UNet:
     Raises:
         UserError: A file is missing or broken, or the weights do not fit the config and the structure; says which.
     """
-    folder = Path(path) / "unet"
+    folder = local(path) / "unet"
     config, structure = _read_architecture(folder)
     source = "the config without a structure.json" if structure is None else "the structure"
     return read_unet(folder, config, structure, source, align, mapped)
@@ -256,6 +258,9 @@ def _write_student(
     aside: Path, source: ModelFolder, parts: Iterable[Path], unet: UNet, notes: Mapping[str, dict[str, Any]]
 ) -> None:
     index = read_json(source.path / "model_index.json")
+    for name in _OPTIONAL:  # as diffusers says that a component is not there: it would look for its files
+        if isinstance(index.get(name), list) and not (source.path / name).is_dir():
+            index[name] = [None, None]
     aside.mkdir()
     for part in parts:
         copy_file(source.path / part, aside / part)

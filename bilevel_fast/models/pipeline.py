@@ -94,7 +94,7 @@ def load_pipeline(
     folder may hold is not loaded.
 
     Args:
-        path: A model folder.
+        path: A model folder, or its id on the hub.
         dtype: Of all weights. In fp16 the pipeline of Stable Diffusion XL decodes in fp32 where its VAE's config says
             so.
 
@@ -102,8 +102,8 @@ def load_pipeline(
         UserError: As `load_folder`; or the folder holds a mini world's model, which diffusers has no pipeline for.
     """
     diffusers = require("diffusers", "sd")
-    path = Path(path)
     folder = load_folder(path, dtype=dtype)
+    path = folder.path
     encoder, vae = folder.text_encoder, folder.vae
     if not isinstance(encoder, ClipTextEncoder | XlTextEncoder) or not isinstance(vae, KLAutoencoder):
         raise UserError(

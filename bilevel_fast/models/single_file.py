@@ -25,6 +25,7 @@ from bilevel_fast.models.copying import component_files, copy_file
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import FAMILIES, family_of
 from bilevel_fast.models.folder import UNET_STEM, load_folder, load_unet
+from bilevel_fast.models.hub import local
 from bilevel_fast.models.kinds import refuse_file
 
 _CLIP, _OPEN_CLIP, _VAE = "cond_stage_model.transformer.", "cond_stage_model.model.", "first_stage_model."
@@ -38,8 +39,8 @@ def convert_file(file: Path, source: Path, out: Path) -> bool:
 
     Args:
         file: A `.safetensors` file in the original layout; in any precision, which is kept.
-        source: A folder in the diffusers layout of the model that it descends from. Its weights are not read and need
-            not be there.
+        source: A folder in the diffusers layout of the model that it descends from, or its id on the hub. Its weights
+            are not read and need not be there.
         out: The new folder. It loads before it is there.
 
     Returns:
@@ -53,6 +54,7 @@ def convert_file(file: Path, source: Path, out: Path) -> bool:
     if out.exists():
         raise UserError(f"{out} exists already; delete it or choose another folder")
     refuse_file(file)
+    source = local(source, weights=False)
     if family_of(source) is not FAMILIES["stable-diffusion"]:
         raise UserError(f"{source} is of another family; wanted a folder of Stable Diffusion 1.x or 2.x")
     tensors, averaged = _averaged(read_tensors(file), file)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -60,18 +60,46 @@ def find_weights(folder: Path, stem: str) -> WeightFiles:
 def _find(folder: Path, stem: str) -> WeightFiles:
     names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     single, index = (_by_variant(stem, names, pattern) for pattern in (_SINGLE, _INDEX))
-    variants = sorted({*single, *index})
-    if not variants:
+    wanted = _variant(folder, {*single, *index})
+    if wanted is None:
         raise UserError(_why_none(folder, stem, names))
-    wanted = next((each for each in ("", "fp16") if each in variants), variants[0])
-    if wanted not in ("", "fp16") and len(variants) > 1:
-        raise UserError(
-            f"{folder} has weights of the variants {', '.join(variants)} and none without a variant; leave one of them"
-        )
     if wanted in single:
         return WeightFiles(wanted or None, None, (folder / single[wanted],))
     shards = _shards(folder / index[wanted])
     return WeightFiles(wanted or None, folder / index[wanted], shards)
+
+
+def _variant(folder: PurePath, variants: Collection[str]) -> str | None:
+    if not variants:
+        return None
+    wanted = next((each for each in ("", "fp16") if each in variants), min(variants))
+    if wanted not in ("", "fp16") and len(variants) > 1:
+        listed = ", ".join(sorted(variants))
+        raise UserError(f"{folder} has weights of the variants {listed} and none without a variant; leave one of them")
+    return wanted
+
+
+def weight_names(folder: PurePath, stem: str, names: Sequence[str]) -> list[str]:
+    """Of the files that a component has somewhere else, those that `find_weights` would read: by their names alone.
+
+    Args:
+        folder: For messages.
+        stem: As `find_weights`.
+        names: Of the files.
+
+    Returns:
+        One file, or the list of the shards and all shards of its variant; nothing where there are no safetensors.
+
+    Raises:
+        UserError: There are several variants, and none that comes first.
+    """
+    single, index = (_by_variant(stem, names, pattern) for pattern in (_SINGLE, _INDEX))
+    wanted = _variant(folder, {*single, *index})
+    if wanted is None or wanted in single:
+        return [] if wanted is None else [single[wanted]]
+    shard = rf"{re.escape(stem)}(?:{_VARIANT})?-\d+-of-\d+(?:{_VARIANT})?\.safetensors"
+    found = (re.fullmatch(shard, name) for name in names)
+    return [index[wanted], *(match[0] for match in found if match and next(filter(None, match.groups()), "") == wanted)]
 
 
 def _by_variant(stem: str, names: Sequence[str], pattern: str) -> dict[str, str]:

@@ -100,7 +100,7 @@ def _erase(args: UceArgs | ConceptPruneArgs) -> Erased:
     check(pairs, preserve, folder.text_encoder)
     check(framed(pairs, frames), preserve, folder.text_encoder)
     transformers(folder.structure or Structure.dense(folder.config))  # refuses a model that has none
-    earlier = read_records(args.model)
+    earlier = read_records(folder.path)
     unet = folder.unet().to(device).requires_grad_(False)
     job = Job(folder, pairs, frames, preserve, earlier, progress=_progress if sys.stderr.isatty() else None)
     outcome = args.edit(unet, job)

@@ -9,14 +9,17 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json, sha256
 from bilevel_fast.data.cache import FORMAT as CACHE
 from bilevel_fast.data.stream import FORMAT as IMAGES
+from bilevel_fast.models.hub import local
 from bilevel_fast.models.weights import DIGEST, fingerprint
 from bilevel_fast.runs import history
+
+Settings = TypeVar("Settings")
 
 _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae", "scheduler")
 
@@ -40,6 +43,21 @@ def inputs(settings: Any, defaults: Mapping[str, Path], but: Collection[str] = (
         if all(path.exists() for path in paths):  # who reads it says that one is missing
             found[name] = [_unet(path) if name.rpartition(".")[2] == "student" else content(path) for path in paths]
     return found
+
+
+def fetched(settings: Settings, *fields: str) -> Settings:
+    """Settings with the folders on this machine that ids on the hub stand for: what a run reads stays the same.
+
+    Args:
+        settings: A dataclass.
+        fields: Those that name model folders; None stays.
+
+    Raises:
+        UserError, OSError: As `hub.local`.
+    """
+    named = {name: getattr(settings, name) for name in fields}
+    found = {name: local(path) for name, path in named.items() if path is not None}
+    return dataclasses.replace(settings, **found) if found else settings  # pyright: ignore[reportArgumentType]
 
 
 def check_unchanged(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> None:

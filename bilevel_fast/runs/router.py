@@ -32,7 +32,7 @@ from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX, write_mixture
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
-from bilevel_fast.runs.inputs import inputs
+from bilevel_fast.runs.inputs import fetched, inputs
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.training import loop
 from bilevel_fast.training.checkpoint import GracefulStop
@@ -125,6 +125,7 @@ def run(config: AptpConfig) -> dict[str, Any]:
         UserError: Bad input of any kind.
         Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
+    config = fetched(config, "teacher")
     device = pick_device(config.device)
     RunFolder(config.out).check(config.resume)
     for note in providers.notes(device, ops.missing(device)):

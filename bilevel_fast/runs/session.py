@@ -37,7 +37,7 @@ from bilevel_fast.pruning.calibration import IMAGES
 from bilevel_fast.runs import history, sessions
 from bilevel_fast.runs.assemble import Materials, fit, levels
 from bilevel_fast.runs.config import VOLATILE, TrainConfig
-from bilevel_fast.runs.inputs import check_unchanged, inputs
+from bilevel_fast.runs.inputs import check_unchanged, fetched, inputs
 from bilevel_fast.runs.page import training as page
 from bilevel_fast.runs.page.record import SAMPLES
 from bilevel_fast.runs.ranks import run_folder, trained_with
@@ -63,7 +63,7 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
         UserError: Bad input of any kind.
         Interrupted: SIGTERM or SIGINT came; everything is saved.
     """
-    started = time.perf_counter()
+    started, config = time.perf_counter(), fetched(config, "teacher", "student")
     device = pick_device(config.device)
     team.first(lambda: RunFolder(config.out).check(config.resume))
     erased = erased_concepts(config)
@@ -121,7 +121,7 @@ def start_levels(config: TrainConfig, device: torch.device, scratch: Path) -> tu
     Raises:
         UserError: Bad input of any kind.
     """
-    erased = erased_concepts(config)
+    config, erased = fetched(config, "teacher", "student"), erased_concepts(config)
     folder = load_folder(config.teacher or TEACHER)
     check_world(config, folder)
     student = initial_student(config, folder, align=8 if device.type == "cuda" else 1).to(device)

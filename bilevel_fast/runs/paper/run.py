@@ -24,7 +24,7 @@ from bilevel_fast.base.files import append, read_file, read_json_lines, write_at
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.family import family_of
 from bilevel_fast.runs.config import VOLATILE, TrainConfig, preset
-from bilevel_fast.runs.inputs import inputs
+from bilevel_fast.runs.inputs import fetched, inputs
 from bilevel_fast.runs.page import experiment as page
 from bilevel_fast.runs.paper import report
 from bilevel_fast.runs.paper.again import reproduction
@@ -60,6 +60,7 @@ def reproduce(
         Interrupted: A stop was asked for; what is measured is kept.
         UserError: The folder holds something else, or a model cannot be made or measured.
     """
+    config = fetched(config, "teacher", "student")
     walks: dict[str, tuple[int, Method]] = {
         "--rows.esd.sample.steps": (settings.esd.sample.steps, "ddim"),
         "--rows.concept-prune.steps": (settings.concept_prune.steps, "ddim"),
