@@ -18,7 +18,7 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import INDEX, Cache, Index
 from bilevel_fast.data.sources import exact_moments
-from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, at_work, finished, join
+from bilevel_fast.data.writer import WHOLE, CacheWriter, Part, at_work, finished, join, whole
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.text_encoder import TextEncoder, indistinct
 from bilevel_fast.models.weights import DIGEST, fingerprint
@@ -226,6 +226,8 @@ def make_part(
     recipe |= {"precision": precision} if precision != "fp32" else {}
     index = Index("concepts", (folder.config.in_channels, size, size), folder.vae_fingerprint, recipe=recipe)
     out, device = Path(out), torch.device(device)
+    if (made := whole(out, index)) is not None:
+        return made
     with at_work(out, part):
         if finished(out, index, part):
             return Cache.open(out) if (out / INDEX).exists() else join(out, part.count, index)

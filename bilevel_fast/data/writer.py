@@ -273,6 +273,20 @@ def at_work(path: Path, part: Part = WHOLE) -> Iterator[None]:
         yield
 
 
+def whole(path: Path, index: Index) -> Cache | None:
+    """A cache that an earlier process has finished, if nothing lies beside it that one of them has still to clear away.
+
+    It is read without a claim to the folder, and so by many processes at a time, as the ranks of a training are.
+
+    Raises:
+        UserError: It was made otherwise; what differs is named.
+    """
+    if not (path / INDEX).exists() or any(path.glob(".*")) or any(path.glob(f"*{PARTIAL}")):
+        return None
+    index.check_same_making(Index.load(path / INDEX), path)
+    return Cache.open(path)
+
+
 def finished(path: Path, index: Index, part: Part) -> bool:
     """Whether a part was finished by an earlier process; what that one had no time to clear away goes.
 

@@ -31,6 +31,10 @@ T = TypeVar("T")
 
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
+# newer releases of torch warn of the names that this one has
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 _START = timedelta(minutes=5)  # for all ranks to be there
 _NEVER = timedelta(days=1)  # collectives wait as long as the others live, which is `Watch`'s to say
 
@@ -175,14 +179,14 @@ class Team:
         if self.world == 1:
             out.copy_(x)
         else:
-            dist.all_gather_into_tensor(out.view(torch.uint8), x.view(torch.uint8))
+            _all_gather(out.view(torch.uint8), x.view(torch.uint8))
 
     def add_up(self, out: Tensor, x: Tensor) -> None:
         """`out` (n,) becomes the sum of part r of everybody's `x` (world n,), in the dtype of both, in any order."""
         if self.world == 1:
             out.copy_(x)
         else:
-            dist.reduce_scatter_tensor(out, x)
+            _reduce_scatter(out, x)
 
     # ---- agreements
 

@@ -1,12 +1,14 @@
 """The concept bank: anchors, prompt files, and latents that are the teacher's samples, killed run or not."""
 
+import shutil
+
 import pytest
 import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data import bank
 from bilevel_fast.data.bank import Concept, anchor_for, make_bank, prompts_for, without
-from bilevel_fast.data.cache import Cache
+from bilevel_fast.data.cache import PARTIAL, Cache
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.ops.randomness import Stream, normal
 from bilevel_fast.sampling.prompts import read_prompts
@@ -157,6 +159,19 @@ def test_a_finished_bank_is_not_drawn_again(teacher, whole, monkeypatch):
             make_bank(teacher, PROMPTS, SUBJECTS, out=whole.path, **RECIPE | change)
     with pytest.raises(UserError, match=r"recipe\.prompts"):
         make_bank(teacher, PROMPTS[:1], SUBJECTS[:1], out=whole.path, **RECIPE)
+
+
+def test_ranks_read_a_finished_bank_at_a_time(tmp_path, teacher, whole, monkeypatch):
+    """Each of them asks for it when the first one has made it: none may find that another has it in hand."""
+    path = shutil.copytree(whole.path, tmp_path / "bank")
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "at_work", None)
+        assert make_bank(teacher, PROMPTS, SUBJECTS, out=path, **RECIPE).index == whole.index
+        with pytest.raises(UserError, match="seed"):
+            make_bank(teacher, PROMPTS, SUBJECTS, out=path, **RECIPE | {"seed": 99})
+    (path / PARTIAL).write_text("{}")  # of one that was killed before it could clear away
+    assert make_bank(teacher, PROMPTS, SUBJECTS, out=path, **RECIPE).index == whole.index
+    assert not (path / PARTIAL).exists()
 
 
 def test_another_teacher_is_another_recipe(tmp_path, teacher):

@@ -114,7 +114,7 @@ def test_forget_me_not(recompute):
     eraser = ForgetMeNot(lambda captions: concept)
     loss = eraser.loss(student, Answers(Teacher(teacher), Schedule.sd(), SEED), batch)
     torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=0)
-    assert len(kept) == sum(name.endswith(".attn2") for name, _ in student.named_modules()) > 3
+    assert len(kept) == sum(name.endswith(".attn2") for name, _ in student.named_modules()) > 2
     for a, b in zip(gradients(loss.total, student), gradients(expected, plain), strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(a, b, rtol=1e-3, atol=1e-5)

@@ -116,7 +116,7 @@ def test_other_shapes_are_recorded_anew(caplog):
     """Both levels: the upper graph reads the teacher's answer where the lower one leaves it."""
 
     def shrink(batch, step):
-        return batch.map(lambda x: x[: B - 1].clone()) if step >= 8 else batch
+        return batch.map(lambda x: x[: B - 1].clone()) if step >= 9 else batch
 
     counting = Counting()
     with caplog.at_level(logging.INFO):

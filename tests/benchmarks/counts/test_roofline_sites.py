@@ -23,6 +23,7 @@ from bilevel_fast.profiling.cost import Counter
 from bilevel_fast.pruning import LatencyBudget, read_latencies
 from bilevel_fast.pruning.planner import spend
 from planning import ones
+from releases import of_this_torch
 
 COMMITTED = RESULTS / "sites_roofline_a6000.jsonl"
 A6000 = CARDS["RTX A6000"]
@@ -69,6 +70,7 @@ def test_committed_rows():
     assert {row["device"] for row in rows} == {"RTX A6000"}
     assert all(row["projection"] is True and row["metric"] == "projection" for row in rows)
     assert {name for row in rows for name in row["config"]["sites"]} == {site.name for site in sites(SD21)}
+    of_this_torch(rows)
     by_site = {}
     for row in rows:
         by_site.setdefault(row["config"]["sites"][0], []).append((row["config"]["kept"], row["value"]))
@@ -87,10 +89,11 @@ def test_plans_by_the_committed_table():
     plan, prices = spend(SD21, budget, ones(SD21)), budget.prices(SD21)
     taken = prices.of(plan) / prices.dense
     assert 0.798 < taken <= 0.8
+    assert count(plan, 64, 77).ratio < 0.79, "time falls more slowly than MACs: norms and projections stay"
+    of_this_torch(map(json.loads, COMMITTED.read_text().splitlines()))
     for found in (plan, structure("planned-0.55")):
         alone = sum(ms(s, {w.name: found.count(s, w) for w in s.widths}, model()) for s in sites(SD21))
         assert prices.of(found) / 1e9 == pytest.approx(alone, rel=1e-6)
-    assert count(plan, 64, 77).ratio < 0.79, "time falls more slowly than MACs: norms and projections stay"
 
 
 def test_products_are_those_of_the_mac_count():
