@@ -154,20 +154,23 @@ def _graphs(folder: ModelFolder, out: Path, args: Args) -> Made:
     return Made(library, snippet, tuple(said))
 
 
+_NETWORKS = '("text_encoder", "unet", "vae_decoder")'
 _GRAPHS: dict[str, tuple[Callable[[Part, Path], float], str, str, str]] = {
     "onnx": (
         write_onnx,
         "onnxruntime",
         "onnx",
         "import onnxruntime\n\n"
-        'unet = onnxruntime.InferenceSession("unet/model.onnx")\n'
-        "print([(each.name, each.shape) for each in unet.get_inputs()])",
+        f'networks = {{name: onnxruntime.InferenceSession(f"{{name}}/model.onnx") for name in {_NETWORKS}}}\n'
+        "for name, network in networks.items():\n"
+        "    print(name, [(each.name, each.shape) for each in network.get_inputs()])",
     ),
     "torch": (
         write_torch,
         "torch.export.load",
         "pytorch",
-        'import torch\n\nunet = torch.export.load("unet/model.pt2").module()\nprint(unet)',
+        "import torch\n\n"
+        f'networks = {{name: torch.export.load(f"{{name}}/model.pt2").module() for name in {_NETWORKS}}}',
     ),
 }
 
