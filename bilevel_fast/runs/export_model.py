@@ -110,7 +110,7 @@ def _folder(folder: ModelFolder, out: Path, args: Args) -> Made:
     how = "opens it by itself" if why is None else f"opens it with trust_remote_code=True: {why}"
     if folder.family.world:
         kind = "UNet2DConditionModel" if why is None else f"PrunedUNet of unet/{CODE}: {why}"
-        how = f"has no pipeline of the {folder.family.world} world; this package opens the folder, whose unet/ is a {kind}"
+        how = f"has no pipeline of the {folder.family.world} world; this package opens the folder; its unet/: {kind}"
     return Made("diffusers", _snippet_of_folder(folder, args, why), (("diffusers", how),))
 
 
