@@ -120,7 +120,8 @@ def _compare(part: Part, run: Callable[[Sequence[Tensor]], list[Tensor]], who: s
         with torch.no_grad():
             wanted = part.module(*given)
         try:
-            found = run(given)
+            with torch.no_grad():
+                found = run(given)
         except Exception as error:  # of a free axis that is none, each says something else
             said = " ".join(str(error).split())
             raise UserError(f"{who} does not run {part.name} {where}: {said}") from error

@@ -13,7 +13,7 @@ from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import aside_of, read_json, sweep, sync_folder, write_atomic, write_json
 from bilevel_fast.exporting.card import render
-from bilevel_fast.exporting.folder import write_components, write_folder, write_weights
+from bilevel_fast.exporting.folder import CODE, write_components, write_folder, write_weights
 from bilevel_fast.exporting.graphs import write_onnx, write_torch
 from bilevel_fast.exporting.original import original
 from bilevel_fast.exporting.parts import Part, parts
@@ -107,9 +107,10 @@ def _folder(folder: ModelFolder, out: Path, args: Args) -> Made:
     why = write_folder(folder.path, out, _dtype(args))
     load_folder(out)
     load_unet(out, mapped=True)
-    how = "by itself" if why is None else f"with trust_remote_code=True: {why}"
+    how = "opens it by itself" if why is None else f"opens it with trust_remote_code=True: {why}"
     if folder.family.world:
-        how = f"no pipeline of the {folder.family.world} world; this package opens the folder, and its unet/ {how}"
+        kind = "UNet2DConditionModel" if why is None else f"PrunedUNet of unet/{CODE}: {why}"
+        how = f"has no pipeline of the {folder.family.world} world; this package opens the folder; its unet/: {kind}"
     return Made("diffusers", _snippet_of_folder(folder, args, why), (("diffusers", how),))
 
 
@@ -154,20 +155,23 @@ def _graphs(folder: ModelFolder, out: Path, args: Args) -> Made:
     return Made(library, snippet, tuple(said))
 
 
+_NETWORKS = '("text_encoder", "unet", "vae_decoder")'
 _GRAPHS: dict[str, tuple[Callable[[Part, Path], float], str, str, str]] = {
     "onnx": (
         write_onnx,
         "onnxruntime",
         "onnx",
         "import onnxruntime\n\n"
-        'unet = onnxruntime.InferenceSession("unet/model.onnx")\n'
-        "print([(each.name, each.shape) for each in unet.get_inputs()])",
+        f'networks = {{name: onnxruntime.InferenceSession(f"{{name}}/model.onnx") for name in {_NETWORKS}}}\n'
+        "for name, network in networks.items():\n"
+        "    print(name, [(each.name, each.shape) for each in network.get_inputs()])",
     ),
     "torch": (
         write_torch,
         "torch.export.load",
         "pytorch",
-        'import torch\n\nunet = torch.export.load("unet/model.pt2").module()\nprint(unet)',
+        "import torch\n\n"
+        f'networks = {{name: torch.export.load(f"{{name}}/model.pt2").module() for name in {_NETWORKS}}}',
     ),
 }
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bilevel_fast import api, export
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.models.folder import load_folder, load_unet
+from bilevel_fast.models.folder import load_unet
 from bilevel_fast.models.pipeline import load_pipeline
 
 PROMPT = "a red star by monet"
@@ -124,7 +123,9 @@ def test_a_student_of_the_mini_world(tmp_path, command):
     (snippet,) = re.findall("```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(snippet.replace('"."', repr(str(tmp_path / "out"))), names)
-    assert load_folder(tmp_path / "out").structure is not None
+    again = api.export(tmp_path / "out", "folder", out=tmp_path / "again").path
+    for file in ("config.json", "structure.json", "pruned_unet.py", "diffusion_pytorch_model.safetensors"):
+        assert (again / "unet" / file).read_bytes() == (tmp_path / "out/unet" / file).read_bytes()
 
 
 def _copy(source: Path, to: Path) -> Path:
