@@ -1,2 +1,2 @@
-"""Pages of HTML, each one file: document (their parts), charts (curves and bars), training (the report of a run),
-experiment (that of one over seeds)."""
+"""Pages of HTML, each one file: document and parts (what they are made of), charts (curves and bars), and the reports of
+a training run (training), of an experiment over seeds (experiment) and of a router (mixture)."""
