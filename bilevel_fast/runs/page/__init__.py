@@ -1,2 +1,5 @@
-"""Pages of HTML, each one file: document and parts (what they are made of), charts (curves and bars), and the reports of
-a training run (training), of an experiment over seeds (experiment) and of a router (mixture)."""
+"""Pages of HTML, each one file.
+
+document and parts are what pages are made of, charts draws curves and bars; training, experiment and mixture are the
+reports of a training run, of an experiment over seeds, and of a router.
+"""
