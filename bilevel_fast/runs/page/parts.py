@@ -60,7 +60,7 @@ def environment(sessions: Iterable[Mapping[str, Any]]) -> Html:
         elif lines:
             lines[-1][1] = _moment(row.get("time"))
     head = ["began", "finished", "machine", "threads", "torch", "Python", "bilevel_fast"]
-    return table(head, lines, label="Environment", text=[1, 2, 3, 4, 5, 6])
+    return table(head, lines, label="Environment", text=[1, 2, 3, 4, 5, 6], wide=True)
 
 
 def _moment(text: Any) -> str:
@@ -73,7 +73,7 @@ def files(path: Path, known: Mapping[str, str]) -> Html:
     found = [(name, path / name) for name in known if (path / name).exists()]
     sizes = ["" if name.endswith("/") else f", {_bytes(file.stat().st_size)}" for name, file in found]
     links = [join((tag("a", name, href=name), size)) for (name, _), size in zip(found, sizes, strict=True)]
-    return facts(zip([known[name] for name, _ in found], links, strict=True))
+    return facts(zip(links, [known[name] for name, _ in found], strict=True))
 
 
 def memory(sessions: Iterable[Mapping[str, Any]]) -> tuple[str, str] | None:
