@@ -32,7 +32,9 @@ from bilevel_fast.pruning.aptp.experts import planned
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX, write_mixture
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining
 from bilevel_fast.pruning.budget import MacBudget
+from bilevel_fast.runs import sessions
 from bilevel_fast.runs.inputs import fetched, inputs
+from bilevel_fast.runs.page import mixture as page
 from bilevel_fast.runs.sources import image_source
 from bilevel_fast.training import loop
 from bilevel_fast.training.checkpoint import GracefulStop
@@ -151,6 +153,7 @@ def run(config: AptpConfig) -> dict[str, Any]:
         config.out, config.to_dict(), resume=config.resume, volatile=VOLATILE, inputs=known, unset=MINI.to_dict()
     ) as place:
         if not (place.path / INDEX).exists():
+            sessions.begin(place.path, device)
             prompts = training_prompts(source, config.max_prompts)
             encoder, embeddings = centred(encoder, prompts)
             batches = Batches(source, folder.text_encoder, config.batch, config.seed)
@@ -185,6 +188,8 @@ def _finish(
     ]
     # before the mixture: where one is, so is this
     place.write_json("summary.json", {"budget": budget.ratio, "prompts": len(embeddings), "experts": rows})
+    sessions.finish(place.path, training.device)
+    place.write_text("report.html", page.report(place.path, (MINI if config.data is None else PAPER).to_dict()))
     settings = dataclasses.asdict(config)
     settings = {f.name: settings[f.name] for f in dataclasses.fields(RouterConfig)} | {"batch": config.batch}
     write_mixture(place.path, folder, training.teacher, router, encoder, structures, budget, settings)

@@ -2,10 +2,12 @@
 
 import contextlib
 import dataclasses
+import html
 import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -143,6 +145,22 @@ def test_run_is_the_training(trained, teacher):
         assert torch.equal(saved[name], tensor), name
     assert saved["balance"].abs().max() > 0
     assert Mixture.load(out).structures == planned(TINY, training.router.gates(), MacBudget(0.7, 8, 12))
+
+
+def test_a_report_shows_the_experts_and_the_command(trained, run, monkeypatch):
+    out, *_ = trained
+    text = (out / "report.html").read_text()
+    for k, row in enumerate(json.loads((out / "summary.json").read_text())["experts"]):
+        assert f"expert {k}</th>" in text
+        assert f"{100 * row['macs']:.1f}".removesuffix(".0") + " %" in text
+    assert text.count("<svg") >= 3, "losses and speed"
+    (command,) = re.findall(r"<code>(python -m bilevel_fast.prune aptp .*?)</code>", text)
+    seen = []
+    monkeypatch.setattr("bilevel_fast.runs.prune_aptp.run", lambda config: seen.append(config) or {"experts": [],
+        "prompts": 0, "budget": 0.8})  # fmt: skip
+    assert run(*shlex.split(html.unescape(command))[3:])[0] == 0
+    held = json.loads((out / "config.json").read_text())
+    assert seen[0].to_dict() == {**held, "out": f"{out}-again", "resume": False}
 
 
 @pytest.mark.slow

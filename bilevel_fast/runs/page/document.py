@@ -111,7 +111,7 @@ def unit(value: str, of: str) -> Html:
     return join((value, " ", tag("small", of)))
 
 
-def facts(values: Iterable[tuple[str, object]]) -> Html:
+def facts(values: Iterable[tuple[object, object]]) -> Html:
     """Names and what they are."""
     return tag("dl", *(join((tag("dt", name), tag("dd", value))) for name, value in values), class_="facts")
 

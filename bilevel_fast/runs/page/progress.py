@@ -36,7 +36,7 @@ def losses(stats: Stats) -> Html:
     terms = list(dict.fromkeys(key for rows in stats.values() for row in rows for key in row if key not in _HEADER))
     terms = [term for term in terms if any(type(row.get(term)) is float for rows in stats.values() for row in rows)]
     first = [term for term in _FIRST if term in terms]
-    first += [term for term in terms if term.endswith("/loss") and not first]
+    first = first or [term for term in terms if term.endswith("/loss")] or terms
     others = [term for term in terms if term not in first]
     parts = [_legend(stats), tag("div", *(_chart(term, stats) for term in first), class_="charts")]
     if others:
@@ -59,7 +59,7 @@ def speed(stats: Stats) -> Html:
         MODELS.get(name, name): [(row["seconds"], row["images_per_second"]) for row in rows if "seconds" in row]
         for name, rows in stats.items()
     }
-    chart = curves("Throughput", "images per second of the lower level", series, x="seconds in steps", zero=True)
+    chart = curves("Throughput", "images per second", series, x="seconds in steps", zero=True)
     return join((_legend(stats), tag("div", chart, class_="charts")))
 
 
@@ -74,4 +74,4 @@ def _chart(term: str, stats: Stats) -> Html:
     for name, rows in stats.items():
         points = [(row["images"], row[term]) for row in rows if term in row and "images" in row]
         series[MODELS.get(name, name)] = points
-    return curves(title, about, series, x="images seen by the lower level")
+    return curves(title, about, series, x="images seen")

@@ -5,30 +5,16 @@ page.training.report(Path("runs/mini"), text_length=12)
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from bilevel_fast.models.macs import count
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.runs import repeat
 from bilevel_fast.runs.page import document, macs, progress, quality
 from bilevel_fast.runs.page.charts import number
-from bilevel_fast.runs.page.document import (
-    Html,
-    code,
-    details,
-    facts,
-    image,
-    join,
-    note,
-    scrolling,
-    section,
-    table,
-    tag,
-    unit,
-)
+from bilevel_fast.runs.page.document import Html, code, facts, image, note, scrolling, section, unit
+from bilevel_fast.runs.page.parts import duration, environment, files, memory, settings
 from bilevel_fast.runs.page.quality import percent
 from bilevel_fast.runs.page.record import Record
-from bilevel_fast.training.run_folder import flatten
 
 _FILES = {
     "student/": "the student, a model folder",
@@ -60,6 +46,7 @@ def report(path: Path, text_length: int) -> str:
     """
     run = Record.of(path)
     found: Mapping[str, Mapping[str, float]] = run.summary.get("quality") or {}
+    usual = f"the preset {repeat.preset_of(run.config)}"
     parts: list[Html] = [document.tiles(_tiles(run, found))]
     if run.samples:
         parts.append(section("Before and after", quality.samples(run.samples, run.erased)))
@@ -71,11 +58,11 @@ def report(path: Path, text_length: int) -> str:
     parts.append(section("Losses", progress.losses(run.stats)))
     parts.append(section("MACs by site", _ratio(run), macs.by_site(run.structure, text_length)))
     parts.append(section("Speed and memory", facts(_costs(run)), progress.speed(run.stats)))
-    parts.append(section("Settings", *_settings(run.config)))
+    parts.append(section("Settings", settings(run.config, repeat.changed(run.config), usual)))
     if run.sessions:
-        parts.append(section("Environment", _environment(run.sessions)))
+        parts.append(section("Environment", environment(run.sessions)))
     parts.append(section("Run it again", code(repeat.command(run.config)), note(_SAME)))
-    parts.append(section("Files", facts(_files(path)), note("Links lead into the folder of the run.")))
+    parts.append(section("Files", files(path, _FILES), note("Links lead into the folder of the run.")))
     title = f"bilevel_fast: {run.config.get('preset', 'run')}, seed {run.config.get('seed', '?')}"
     return document.page(title, *parts, lead=_lead(run), footer=f"Made by bilevel_fast from the files in {path}.")
 
@@ -111,8 +98,8 @@ def _tiles(run: Record, found: Mapping[str, Mapping[str, float]]) -> Iterable[tu
         yield "Speed", unit(number(rate), "images/s"), "lower images over the time of both levels"
     if seconds := sum(float(rows[-1].get("seconds", 0)) for rows in run.stats.values() if rows):
         both = f", {' and '.join(run.stats)} together" if len(run.stats) > 1 else ""
-        yield "Time in steps", _time(seconds), f"without sampling and judging{both}"
-    if peak := _peak(run):
+        yield "Time in steps", duration(seconds), f"without sampling and judging{both}"
+    if peak := memory(run.sessions):
         yield "Peak memory", unit(peak[0], "GiB"), peak[1]
 
 
@@ -122,25 +109,6 @@ def _gmacs(value: float) -> str:
 
 def _parameters(structure: Structure) -> int:
     return count(structure, structure.config.sample_size, 1).params
-
-
-def _peak(run: Record) -> tuple[str, str] | None:
-    """GiB, and what held them."""
-    ends = [row for row in run.sessions if row.get("event") == "finished"]
-    if not ends:
-        return None
-    where = "on the GPU" if ends[-1].get("peak_of") == "GPU" else "resident in the process"
-    return number(ends[-1].get("peak_gib")), f"{where}, of the last session"
-
-
-def _time(seconds: float) -> str:
-    """`12.3 s`, `3 min 20 s`, `5 h 02 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, hours = seconds / 60, seconds / 3600
-    if hours < 1:
-        return f"{int(minutes)} min {int(seconds) % 60:02d} s"
-    return f"{int(hours)} h {int(minutes) % 60:02d} min"
 
 
 def _quality(run: Record, found: Mapping[str, Mapping[str, float]]) -> Iterable[Html]:
@@ -161,64 +129,10 @@ def _ratio(run: Record) -> Html:
 def _costs(run: Record) -> Iterable[tuple[str, object]]:
     for name, rows in run.stats.items():
         if rows:
-            yield f"{quality.MODELS.get(name, name)}, in steps", _time(float(rows[-1].get("seconds", 0)))
+            yield f"{quality.MODELS.get(name, name)}, in steps", duration(float(rows[-1].get("seconds", 0)))
     if seconds := run.summary.get("seconds"):
-        yield "last session", f"{_time(seconds)}, with banks, sampling and judging"
-    if peak := _peak(run):
+        yield "last session", f"{duration(seconds)}, with banks, sampling and judging"
+    if peak := memory(run.sessions):
         yield "peak memory", f"{peak[0]} GiB {peak[1]}"
     else:
         yield "peak memory", "not noted"
-
-
-def _settings(config: Mapping[str, Any]) -> Iterable[Html]:
-    different = repeat.changed(config)
-    name = config.get("preset", "mini")
-    if different:
-        lines = [[key, _shown(value), _shown(other)] for key, (value, other) in different.items()]
-        head = ["setting", "this run", f"preset {name}"]
-        yield table(head, lines, label="Settings that differ from the preset", text=[1, 2], wide=True)
-    else:
-        yield note(f"Those of the preset {name}, without a change.")
-    every = [[key, _shown(value)] for key, value in flatten(config).items()]
-    yield details("All settings", table(["setting", "value"], every, label="All settings", text=[1], wide=True))
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None or value == {} else str(value)
-
-
-def _environment(sessions: Iterable[Mapping[str, Any]]) -> Html:
-    lines: list[list[object]] = []
-    for row in sessions:
-        if row.get("event") == "begun":
-            torch = f"{row.get('torch')}" + (f", CUDA {row['cuda']}" if row.get("cuda") else "")
-            count, processes = row.get("threads"), row.get("processes", 1)
-            how = f"{count} thread{'s' * (count != 1)}" + (f", {processes} processes" if processes != 1 else "")
-            code = f"{row.get('version')}, commit {row['commit']}" if row.get("commit") else str(row.get("version"))
-            lines.append(
-                [_moment(row.get("time")), "was stopped", row.get("device"), how, torch, row.get("python"), code]
-            )
-        elif lines:
-            lines[-1][1] = _moment(row.get("time"))
-    head = ["began", "finished", "machine", "threads", "torch", "Python", "bilevel_fast"]
-    return table(head, lines, label="Environment", text=[1, 2, 3, 4, 5, 6])
-
-
-def _moment(text: Any) -> str:
-    return str(text).replace("T", " ").replace("Z", " UTC")
-
-
-def _files(path: Path) -> Iterable[tuple[str, object]]:
-    for name, says in _FILES.items():
-        file = path / name
-        if file.exists():
-            size = "" if name.endswith("/") else f", {_bytes(file.stat().st_size)}"
-            yield says, join((tag("a", name, href=name), size))
-
-
-def _bytes(size: int) -> str:
-    return f"{size} bytes" if size < 1000 else f"{size / 1000:.0f} kB" if size < 1e6 else f"{size / 1e6:.1f} MB"
