@@ -52,7 +52,17 @@ ALSO = {
 
 # Imported by the functions that need them: the engine starts fast, and runs where they are absent.
 LAZY = ["diffusers", "transformers", "accelerate", "torchvision", "tensorboard", "matplotlib", "PIL"]
-LAZY += ["nvidia", "webdataset", "open_clip", "nudenet", "torchmetrics", "torch_fidelity"]
+LAZY += [
+    "huggingface_hub",
+    "peft",
+    "wandb",
+    "nvidia",
+    "webdataset",
+    "open_clip",
+    "nudenet",
+    "torchmetrics",
+    "torch_fidelity",
+]
 
 
 def imports(nodes: Iterable[ast.AST]) -> Iterator[str]:
