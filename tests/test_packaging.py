@@ -110,11 +110,9 @@ def test_typed():
 def test_version(monkeypatch, capsys):
     """`bilevel-fast --version`: says which release is installed, or that none is."""
     monkeypatch.setattr("sys.argv", ["bilevel-fast", "--version"])
-    installed = "bilevel_fast" in importlib.metadata.packages_distributions()
-    wanted = importlib.metadata.version("bilevel-fast") if installed else "0+unknown"
+    monkeypatch.setattr("importlib.metadata.version", {"bilevel-fast": "1.2.3"}.__getitem__)
     cli.main()
-    assert capsys.readouterr().out == f"bilevel-fast {wanted}\n"
-    assert bilevel_fast.__version__ == wanted
+    assert capsys.readouterr().out == "bilevel-fast 1.2.3\n"
 
     def nothing(name):
         raise importlib.metadata.PackageNotFoundError(name)
