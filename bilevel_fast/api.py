@@ -26,7 +26,7 @@ def load(folder: Folder | None = None, device: str = "cpu") -> "ModelFolder":
     """A model folder, dense or pruned: its text encoder, VAE and schedule; `.unet()` reads the UNet, fp32 on the CPU.
 
     Args:
-        folder: In the diffusers layout; None is the built-in mini teacher.
+        folder: In the diffusers layout, or its id on the hub, `OWNER/NAME`; None is the built-in mini teacher.
         device: Of the text encoder and the VAE.
     """
     from bilevel_fast.models.folder import load_folder

@@ -18,7 +18,7 @@ class Args:
     file: Path
     """Checkpoint of Stable Diffusion 1.x or 2.x in the original layout (.safetensors)."""
     config_from: Path
-    """Folder in the diffusers layout of the model that it descends from."""
+    """Folder in the diffusers layout of the model that it descends from, or its id on the hub."""
     out: Path
     """Folder to write."""
 

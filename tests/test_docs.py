@@ -57,6 +57,7 @@ PARSED = {
     "smoke": "docs/api.md trains with it below; tests/runs, tests/profiling",
     "--suite": "wants weights of metrics; tests/metrics",
     "benchmarks": "tests/benchmarks",
+    **dict.fromkeys(("OWNER/NAME", "OWNER/NAME@REVISION"), "wants a network; tests/models/test_hub.py"),
 }
 """What is only parsed, and who runs it."""
 

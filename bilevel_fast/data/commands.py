@@ -32,7 +32,7 @@ class Making:
     out: Path
     """Folder of the cache. If it holds a part of this cache, the command goes on with it."""
     model: Path
-    """Model folder whose VAE makes the latents."""
+    """Model folder whose VAE makes the latents, or its id on the hub."""
     resolution: int = 512
     """The short side of an image is scaled to this many pixels, and a square of that side cut out."""
     views: int = 1

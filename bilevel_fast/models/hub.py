@@ -59,7 +59,8 @@ def _fetched(name: str, revision: str | None, weights: bool) -> Path:
     what = name if revision is None else f"{name}@{revision}"
     hub: Any = require("huggingface_hub", "sd")
     try:
-        names = list(hub.HfApi().list_repo_files(name, revision=revision))
+        # unlike a list of files, it is not asked for again and again where there is no network
+        names = [file.rfilename for file in hub.HfApi().model_info(name, revision=revision, timeout=30).siblings]
     except Exception as error:  # versions of the library raise errors of different HTTP clients
         _refuse(hub, what, error)
         _log.debug("%s: %r", what, error)

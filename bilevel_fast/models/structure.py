@@ -118,22 +118,29 @@ class Structure:
         """
         return dict(self.sliced(state))
 
-    def sliced(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """As `slice`, tensor by tensor: who needs one at a time holds no more."""
-        cuts, gone = dict[str, list[tuple[Cut, Width, tuple[int, ...]]]](), set[str]()
+    def cuts(self) -> dict[str, list[tuple[Cut, Width, tuple[int, ...]]]]:
+        """For each tensor of the dense UNet that is narrowed, by its key: along which axis, and the units that stay."""
+        found = dict[str, list[tuple[Cut, Width, tuple[int, ...]]]]()
         for site in sites(self.config):
-            if site.name in self.dropped:
-                gone.update(name for name in state if name.startswith(f"{site.name}."))
-                continue
-            for width in site.widths:
+            for width in site.widths if site.name not in self.dropped else ():
                 units = self.kept[site.name][width.name]
                 for cut in width.cuts if len(units) < width.units else ():
-                    cuts.setdefault(f"{site.name}.{cut.tensor}", []).append((cut, width, units))
+                    found.setdefault(f"{site.name}.{cut.tensor}", []).append((cut, width, units))
+        return found
+
+    def drops(self, name: str) -> bool:
+        """Whether a tensor or a module, by its name in the dense UNet, is within a site that is dropped."""
+        parts = name.split(".")
+        return any(".".join(parts[:count]) in self.dropped for count in range(1, len(parts)))
+
+    def sliced(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """As `slice`, tensor by tensor: who needs one at a time holds no more."""
+        cuts = self.cuts()
         for name in cuts:
             if name not in state:
                 raise UserError(f"weights: {name} is missing, wanted the dense UNet")
         for name, tensor in state.items():
-            if name in gone:
+            if self.drops(name):
                 continue
             for cut, width, units in cuts.get(name, ()):
                 size, wanted = tensor.shape[cut.axis], width.units * width.unit_size * cut.copies

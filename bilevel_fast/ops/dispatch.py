@@ -220,7 +220,7 @@ def missing(device: torch.device) -> dict[str, str]:
 def geglu(x: Tensor, proj: nn.Linear) -> Tensor:
     """The first half of proj(x) times the exact GELU of the second: (..., C) -> (..., F) (arXiv:2002.05202)."""
     numel = x.numel() // proj.in_features * proj.out_features
-    weight, ours = proj.weight, triton_runs(x)
+    weight, ours = proj.weight, type(proj) is nn.Linear and triton_runs(x)  # others add to it, such as a LoRA's
     able = ours and x.numel() > 0 and weight.dtype == x.dtype and x.is_contiguous() and weight.is_contiguous()
     if choose("linear_geglu", x.device, numel, *["triton"] * able) == "triton":
         return triton_ops.linear_geglu(x, weight, proj.bias)

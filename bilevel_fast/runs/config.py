@@ -73,7 +73,7 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random."""
     teacher: Path | None = None
-    """Dense model folder (diffusers layout). None: the built-in mini teacher."""
+    """Dense model folder (diffusers layout), or its id on the hub. None: the built-in mini teacher."""
     student: Path | None = None
     """Pruned model folder. None: prune the teacher as --prune says."""
     data: Path | None = None
@@ -111,6 +111,9 @@ class TrainConfig:
     """Lower steps per status line."""
     checkpoint_every: int = 100
     """Lower steps per checkpoint."""
+    wandb: bool = False
+    """Send what TensorBoard gets to Weights & Biases as well, in a project of WANDB_PROJECT's name or `bilevel-fast`;
+    with WANDB_MODE=offline it stays in --out until `wandb sync`."""
     max_bad_steps: int = 10
     """Stop after this many steps in a row whose gradient is not finite; each of them is skipped."""
     device: str = "auto"
@@ -195,6 +198,7 @@ class TrainConfig:
 
 VOLATILE = (
     *("out", "recompute", "graphs", "log_every", "checkpoint_every", "device", "resume", "dry_run"),
+    "wandb",
     *("lower.micro_batch", "upper.micro_batch", "scale"),
 )
 """Fields that a resumed run may change: none changes a result, but micro-batches and leaves the rounding of sums."""

@@ -26,7 +26,7 @@ class _Asked:
     out: Path
     """Folder for the edited model; must be new."""
     model: Path = TEACHER
-    """Model folder, dense or pruned; by default the built-in mini teacher."""
+    """Model folder, dense or pruned, or its id on the hub; by default the built-in mini teacher."""
     erase: tuple[str, ...] = ()
     """What to erase: `in the style of Claude Monet`, `naked`, ..."""
     guide: tuple[str, ...] = ("",)

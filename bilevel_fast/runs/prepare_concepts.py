@@ -29,7 +29,7 @@ class ConceptsArgs:
     """Folder of the bank; of several phrases, a folder for each in it. If it holds a part of this bank, the command
     goes on with it."""
     model: Path
-    """Model folder of the dense teacher, which draws."""
+    """Model folder of the dense teacher, which draws, or its id on the hub."""
     phrase: tuple[str, ...]
     """The concept as it stands in prompts: "by Claude Monet", "naked"; each of several gets a bank of its own."""
     replacement: tuple[str, ...] = ("",)

@@ -56,7 +56,7 @@ class AptpConfig(RouterConfig):
     out: Path = Path("runs/aptp")
     """Run folder, which becomes the mixture folder; must be new, unless --resume."""
     teacher: Path = TEACHER
-    """Dense model folder in the diffusers layout; by default the built-in mini teacher."""
+    """Dense model folder in the diffusers layout, or its id on the hub; by default the built-in mini teacher."""
     data: Path | None = None
     """Latent cache to train on."""
     prompt_encoder: Path | None = None

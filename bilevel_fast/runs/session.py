@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.devices import compute_dtype, pick_device
-from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import write_json
 from bilevel_fast.data.bank import check_family
 from bilevel_fast.data.cache import Cache
@@ -49,6 +50,7 @@ from bilevel_fast.training.checkpoint import GracefulStop, latest
 from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.loop import Places, Progress
 from bilevel_fast.training.run_folder import RunFolder
+from bilevel_fast.training.wandb_sink import WandbSink
 from bilevel_fast.worlds import world
 from bilevel_fast.worlds.mini import TEACHER
 
@@ -67,6 +69,8 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
     device = pick_device(config.device)
     team.first(lambda: RunFolder(config.out).check(config.resume))
     erased = erased_concepts(config)
+    if config.wandb:
+        require("wandb", "wandb")  # now, and not when a teacher of gigabytes is read
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)
     first, defaults = team.rank == 0, {"teacher": TEACHER}  # the first rank watches what all of them read
@@ -270,9 +274,12 @@ def macs(structure: Structure, folder: ModelFolder) -> dict[str, float]:
     return {"dense_g": round(dense, 6), "student_g": round(student, 6), "ratio": round(student / dense, 6)}
 
 
-def _places(place: RunFolder, name: str) -> Places:
+def _places(place: RunFolder, name: str, config: TrainConfig | None = None) -> Places:
     stats = place.stats if name == "student" else place.path / f"stats-{name}.jsonl"
-    return Places(place.checkpoints / name, stats, place.events / name)
+    further = []
+    if config is not None and config.wandb:
+        further.append(partial(WandbSink, place.path, name, config.to_dict()))
+    return Places(place.checkpoints / name, stats, place.events / name, further)
 
 
 def _train(
@@ -291,7 +298,7 @@ def _train(
 
     It is a copy of `start` that is trained, but for the last one.
     """
-    out, places = place.path / name, _places(place, name)
+    out, places = place.path / name, _places(place, name, config)
     if team.first(out.exists):
         saved = latest(places.checkpoints) if team.rank == 0 else None
         return load_unet(out).to(device), Progress(**saved.state) if saved else Progress()

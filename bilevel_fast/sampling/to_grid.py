@@ -24,7 +24,7 @@ class GridFlags:
     prompts: tuple[str, ...] = ()
     """What to draw into a grid."""
     model: Path | None = None
-    """Model folder: a teacher or a student. Default: the built-in mini teacher."""
+    """Model folder, a teacher or a student, or its id on the hub. Default: the built-in mini teacher."""
     mixture: Path | None = None
     """Mixture folder: each prompt is sampled by one of its experts. If --model names the dense model that they were cut
     from, a grid is sampled in one batch, from its weights: what experts have learned since is not used."""

@@ -9,7 +9,7 @@ some add in any order: there it is the same up to rounding.
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,8 @@ class Places:
     checkpoints: Path
     stats: Path
     events: Path | None = None
+    further: Sequence[Callable[[int], Sink]] = ()
+    """Makers of further sinks, each called with the number of images that a resumed run has seen."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def _sinks(settings: LoopSettings, places: Places, step: int, images: int) -> li
     sinks: list[Sink] = [Console(settings.steps, step), JsonLines(places.stats, step)]
     if places.events is not None:
         sinks.append(tensorboard(places.events, images))
+    sinks += [make(images) for make in places.further]
     return sinks
 
 

@@ -179,6 +179,12 @@ class JsonLines:
         pass
 
 
+def scalars(record: Record) -> dict[str, float]:
+    """What a record has to plot over its images, by name."""
+    found = {name: value for name, value in record.items() if name not in ("images", "nonfinite") and value is not None}
+    return found | {f"nonfinite/{name}": count for name, count in record["nonfinite"].items()}
+
+
 class TensorBoard:
     """Event files with images on the x axis; needs the tensorboard package (see `tensorboard`).
 
@@ -193,12 +199,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=images + 1 if images else None, flush_secs=10)
 
     def write(self, record: Record) -> None:
-        images = record["images"]
-        for name, value in record.items():
-            if name not in ("images", "nonfinite") and value is not None:
-                self._writer.add_scalar(name, value, images)
-        for name, count in record["nonfinite"].items():
-            self._writer.add_scalar(f"nonfinite/{name}", count, images)
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["images"])
 
     def close(self) -> None:
         self._writer.close()

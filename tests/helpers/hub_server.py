@@ -56,7 +56,8 @@ class Hub:
     def _answer(self, request: BaseHTTPRequestHandler, body: bool) -> None:
         path = unquote(urlsplit(request.path).path)
         self.asked += [path] if body else []
-        owner, name, kind, revision, *file = path.removeprefix("/api/models").strip("/").split("/", 4)
+        owner, name, *rest = path.removeprefix("/api/models").strip("/").split("/", 4)
+        kind, revision, *file = rest or ("revision", "main")
         found = self.repositories.get(f"{owner}/{name}", "RepoNotFound")
         if isinstance(found, Path) and revision not in REVISIONS:
             found = "RevisionNotFound"

@@ -159,6 +159,20 @@ def test_attention_and_geglu_by_hand(provider, monkeypatch):
     torch.testing.assert_close(geglu(q, proj), value * F.gelu(gate), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("provider", ["torch", "triton"])
+def test_a_layer_that_adds_to_its_weight_is_called(provider, monkeypatch):
+    """A LoRA's layer has the `weight` of the one that it stands for; who reads that leaves the LoRA out."""
+
+    class Adding(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    monkeypatch.setenv("BILEVEL_FAST_OPS", provider)
+    x, proj = torch.randn(2, 5, 12), Adding(12, 16)
+    value, gate = proj(x).chunk(2, -1)
+    torch.testing.assert_close(geglu(x, proj), value * F.gelu(gate), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("capability", "first"), [((8, 9), False), ((9, 0), True), ((10, 0), True)])
 def test_attention_is_cudnn_first_on_new_cards(capability, first, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
