@@ -32,7 +32,7 @@ from bilevel_fast.training.losses import LossWeights
 ROWS = RESULTS / "losses.jsonl"
 USUAL = "usual"
 TERMS = {"self_attention": "self-attention", "layer": "layer"}
-WEIGHTS = (0.01, 0.1, 1.0)
+WEIGHTS = (0.1, 1.0)
 MEASURED = {"output_error": "output error", "target_error": "target error", "fid": "FID"}
 SHOWN = {"style": "style", "object": "object", "color": "color"}
 
@@ -49,11 +49,11 @@ class Run:
     """Settings of the lower level."""
     budget: float = 0.55
     """Share of the teacher's MACs."""
-    steps: int = 300
+    steps: int = 200
     """Distillation steps."""
     batch: int = 4
     """Images per step."""
-    judged: int = 12
+    judged: int = 6
     """Samples judged per style."""
 
 
