@@ -32,7 +32,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.pruning.budget import MacBudget
 from bilevel_fast.pruning.planner import spend
-from bilevel_fast.pruning.sdxl_shapes import structure as shape
+from bilevel_fast.pruning.sdxl_shapes import structure as shaped
 from bilevel_fast.pruning.uniform import uniform
 
 NAMES = ("dense", "0.80", "0.55", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
@@ -81,7 +81,7 @@ def counted(unet: Literal["sd21", "sdxl"]) -> tuple[Model, dict[str, Structure]]
     if unet == "sd21":
         return model(), {name: structure(name) for name in ("dense", "0.80", "0.55")}
     size = Model("sdxl", SDXL, 128, 77)
-    shapes = {name: shape(SDXL, name) for name in ("ssd-1b", "koala-700m")}
+    shapes = {name: shaped(SDXL, name) for name in ("ssd-1b", "koala-700m")}
     return size, {"dense": Structure.dense(SDXL), "0.80": _even(size, 0.8), **shapes}
 
 

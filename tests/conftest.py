@@ -34,6 +34,14 @@ def sdxl(tmp_path_factory):
     return make_sdxl_folder(tmp_path_factory.mktemp("sdxl") / "model")
 
 
+@pytest.fixture(scope="session")
+def sdxl_chain(sdxl, tmp_path_factory):
+    """What every command has made of it, from pictures to an erased student; to be read and not written to."""
+    from sdxl_chain import make_sdxl_chain
+
+    return make_sdxl_chain(tmp_path_factory.mktemp("chain"), sdxl)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -107,7 +107,8 @@ def offline(sm: int, wanted: Wanted = lambda kernel, config: "instructions") -> 
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel is not None and kernel.hash not in found:
+        # one that this process has compiled for others comes from its cache, wanted or not
+        if kernel is not None and kernel.hash not in found and wanted(*_named(kernel)) != "nothing":
             found[kernel.hash] = _read(kernel, sm, wanted)
             rows.append(found[kernel.hash])
         return kernel
@@ -127,9 +128,13 @@ def _config(names: list[str], constants: dict[tuple[int, ...], Any], warps: int,
     return f"{shown} warps={warps} stages={stages}".strip()
 
 
-def _read(kernel: Any, sm: int, wanted: Wanted) -> Compiled:
+def _named(kernel: Any) -> tuple[str, str]:
     meta = kernel.metadata
-    config = _config(kernel.src.fn.arg_names, kernel.src.constants, meta.num_warps, meta.num_stages)
+    return meta.name, _config(kernel.src.fn.arg_names, kernel.src.constants, meta.num_warps, meta.num_stages)
+
+
+def _read(kernel: Any, sm: int, wanted: Wanted) -> Compiled:
+    meta, (_, config) = kernel.metadata, _named(kernel)
     counted = wanted(meta.name, config) == "instructions"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

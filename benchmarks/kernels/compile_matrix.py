@@ -5,8 +5,9 @@
     python -m benchmarks.kernels.compile_matrix --write    replaces this triton's rows in the table, or those of --op
     python -m benchmarks.kernels.compile_matrix --check --one-card    what CI has time for
 
-The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units, and heads of
-SD 1.x. A few of them in fp16, with TF32 and at batch 16 as well, each launch for one card.
+The launches are those of the benchmark cases at batch 2: SD 2.1 at 512 px, dense and at 0.55 of its units, heads of SD
+1.x, and in bf16 what SDXL at 1024 px adds to them. A few in fp16, with TF32 and at batch 16 as well, each launch for
+one card.
 A row is worse if it spills, needs more shared memory than the card has, computes in fp64, holds fewer warps on an SM
 than the committed row, or lost its tensor-core instructions or 16-byte copies.
 """
@@ -58,10 +59,10 @@ class Variant:
 # What a row says under `dtype` -> what that is. In fp32 without heads of 80 and 160, which spill.
 VARIANTS = {
     "bfloat16": Variant("bfloat16", ("0.80",)),
-    "float32": Variant("float32", ("0.80", "0.55", "80", "160")),
-    "float16": Variant("float16", ("0.80", "0.55"), few=4),
-    "float32 as tf32": Variant("float32", ("0.80", "0.55", "160"), few=4, tf32=True, ops=PRODUCTS),
-    "bfloat16 b16": Variant("bfloat16", ("0.80", "0.55"), batch=16, few=4),
+    "float32": Variant("float32", ("0.80", "0.55", "80", "160", "xl")),
+    "float16": Variant("float16", ("0.80", "0.55", "xl"), few=4),
+    "float32 as tf32": Variant("float32", ("0.80", "0.55", "160", "xl"), few=4, tf32=True, ops=PRODUCTS),
+    "bfloat16 b16": Variant("bfloat16", ("0.80", "0.55", "xl"), batch=16, few=4),
 }
 VERSION = triton.__version__  # other compilers make other code: each has rows of its own
 KEY = ("op", "dtype", "sm", "kernel", "case", "config")

@@ -14,7 +14,7 @@ from textwrap import indent
 from typing import Any
 
 from benchmarks import ROOT
-from benchmarks.pages import committed, performance, results
+from benchmarks.pages import committed, performance, results, sdxl
 from benchmarks.pages.committed import NOT_MEASURED, Row, load, machines, within
 from benchmarks.rows import latest
 from bilevel_fast.base import errors, flags
@@ -155,6 +155,7 @@ PAGES: dict[str, Tables] = {
     "README.md": {"headline": headline, "output": output, "speed": speed, "compared": compared},
     "docs/results.md": results.TABLES,
     "docs/performance.md": performance.TABLES,
+    "docs/sdxl.md": sdxl.TABLES,
     "docs/quick-start-sd21.md": {"real_size": performance.real_size},
 }
 """By page, its tables."""

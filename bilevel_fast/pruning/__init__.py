@@ -22,7 +22,7 @@ from bilevel_fast.pruning.layers import laptop
 from bilevel_fast.pruning.learned import learned_gates
 from bilevel_fast.pruning.magnitude import magnitude
 from bilevel_fast.pruning.random import random
-from bilevel_fast.pruning.sdxl_shapes import koala_1b, koala_700m, ssd_1b, vega
+from bilevel_fast.pruning.sdxl_shapes import SHAPES, shape
 from bilevel_fast.pruning.taylor import diff_pruning
 from bilevel_fast.pruning.uniform import uniform
 
@@ -53,16 +53,13 @@ METHODS: dict[str, Method] = {
     "laptop": laptop,
     "bk-sdm-base": bk_sdm_base,
     "bk-sdm-small": bk_sdm_small,
-    "koala-1b": koala_1b,
-    "koala-700m": koala_700m,
-    "ssd-1b": ssd_1b,
-    "vega": vega,
+    **{name: shape(name) for name in SHAPES},
     "uniform": uniform,
     "random": random,
 }
 """By the name that `prune` and `train --prune.method` take; `prune --help` shows the first line of a docstring."""
 
-FIXED = ("bk-sdm-base", "bk-sdm-small", "koala-1b", "koala-700m", "ssd-1b", "vega")
+FIXED = ("bk-sdm-base", "bk-sdm-small", *SHAPES)
 """Methods that say themselves what is left, whatever the budget."""
 
 

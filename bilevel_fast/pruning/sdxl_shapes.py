@@ -27,42 +27,28 @@ _PLACES: tuple[tuple[Literal["down", "mid", "up"], int], ...] = (
 """The blocks that have Transformers."""
 
 SHAPES = {"koala-1b": KOALA_1B, "koala-700m": KOALA_700M, "ssd-1b": SSD_1B, "vega": VEGA}
+_SAID = {
+    "koala-1b": "KOALA-1B keeps, 45 %",
+    "koala-700m": "KOALA-700M keeps, 30 %",
+    "ssd-1b": "SSD-1B keeps, 52 %",
+    "vega": "Segmind-Vega keeps, 29 %",
+}
+"""What is published under that name."""
 
 
-def koala_1b(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
-    """Keep of Stable Diffusion XL what KOALA-1B keeps, 45 % of its parameters: the budget is a limit, not a goal.
+def shape(name: str) -> Callable[[UNet, Budget, Calibration], Structure]:
+    """The pruning method of that name, one of `SHAPES`."""
 
-    Raises:
-        UserError: What is left exceeds the budget, or the UNet does not have the layers of Stable Diffusion XL.
-    """
-    return within_budget(budget, "koala-1b", structure(teacher.config, "koala-1b"))
+    def cut(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
+        return within_budget(budget, name, structure(teacher.config, name))
 
-
-def koala_700m(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
-    """Keep of Stable Diffusion XL what KOALA-700M keeps, 30 % of its parameters: the budget is a limit, not a goal.
-
-    Raises:
-        UserError: What is left exceeds the budget, or the UNet does not have the layers of Stable Diffusion XL.
-    """
-    return within_budget(budget, "koala-700m", structure(teacher.config, "koala-700m"))
-
-
-def ssd_1b(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
-    """Keep of Stable Diffusion XL what SSD-1B keeps, 52 % of its parameters: the budget is a limit, not a goal.
+    said = f"{_SAID[name]} of its parameters"
+    cut.__doc__ = f"""Keep of Stable Diffusion XL what {said}: the budget is a limit, not a goal.
 
     Raises:
         UserError: What is left exceeds the budget, or the UNet does not have the layers of Stable Diffusion XL.
     """
-    return within_budget(budget, "ssd-1b", structure(teacher.config, "ssd-1b"))
-
-
-def vega(teacher: UNet, budget: Budget, calibration: Calibration = ()) -> Structure:
-    """Keep of Stable Diffusion XL what Segmind-Vega keeps, 29 % of its parameters: the budget is a limit, not a goal.
-
-    Raises:
-        UserError: What is left exceeds the budget, or the UNet does not have the layers of Stable Diffusion XL.
-    """
-    return within_budget(budget, "vega", structure(teacher.config, "vega"))
+    return cut
 
 
 def structure(config: UNetConfig, name: str) -> Structure:

@@ -107,13 +107,16 @@ for sm in CARDS:
         narrow[(1,)](x, y, 7, N=1024)
         narrow[(1,)](x, y, 7, N=1024, num_warps=16)
     print(sm, *((r.kernel, r.spills > 0, r.double > 0, r.wide_copies > 0) for r in rows))
+    with offline(sm, lambda *_: "nothing") as rows:
+        double[(1,)](x, y, N=1024)
+    assert not rows, rows
 """
 
 
 def test_what_is_bad_is_seen(tmp_path):
     """Kernels made to spill, to compute in fp64 and to load element by element.
 
-    The second launch is no new row, and one that is not wanted is none.
+    The second launch is no new row, and one that is not wanted is none, though the process has compiled it before.
     """
     script = tmp_path / "bad.py"
     script.write_text(BAD)

@@ -1,4 +1,4 @@
-"""What each op is measured and compiled on: one module per op, with SD 2.1's shapes.
+"""What each op is measured and compiled on: one module per op, with SD 2.1's shapes, and SDXL's where they differ.
 
 A module has `cases(batch, device, dtype) -> list[Case]`. `benchmarks.kernels.sweep` times every provider of a case in
 one interleaved run; `benchmarks.kernels.compile_matrix` calls the `triton` provider once for every target.

@@ -1,4 +1,7 @@
-"""GEGLU of SD 2.1's feed-forwards at 512 px: dense, sliced to the groups that pruning keeps, and dense with a list."""
+"""GEGLU of SD 2.1's feed-forwards at 512 px: dense, sliced to the groups that pruning keeps, and dense with a list.
+
+And SDXL's at 1024 px (`xl`), dense.
+"""
 
 from collections.abc import Callable
 
@@ -12,6 +15,7 @@ from bilevel_kernels.geglu import geglu, geglu_bytes, geglu_ref
 from bilevel_kernels.kept import Kept, counts
 
 LEVELS = ((4096, 1280), (1024, 2560), (256, 5120), (64, 5120))  # tokens and F; 32 groups
+XL = ((4096, 2560), (1024, 5120))
 KEEP = (0.80, 0.55)
 
 
@@ -97,4 +101,4 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
                 kept = Kept.same(32, [u * 32 // groups for u in range(groups)])
                 found.append(case(T, groups * F // 32, f"{ratio:.2f} sliced", None, backward))
                 found.append(case(T, F, f"{ratio:.2f} kept", kept, backward))
-    return found
+    return found + [case(*level, "xl", None, backward) for level in XL for backward in (False, True)]

@@ -1,5 +1,7 @@
 """GroupNorm + SiLU of SD 2.1's ResNets at 512 px: inside, as pruning leaves them, and at the concatenated inputs.
 
+And those of SDXL's at 1024 px (`xl`), dense. Its widths are those of SD 2.1 on four times the pixels.
+
 Those are measured joined, and `in two` tensors as training has them: with the gradient of the connection around.
 """
 
@@ -61,6 +63,8 @@ class Layer:
 LEVELS = ((10, 64), (20, 32), (40, 16), (40, 8))  # group width, size
 KEPT = (("dense", 32), ("0.80", 25), ("0.55", 17))  # groups
 CONCATENATED = ((30, 64), (60, 32), (80, 16))  # never pruned, no time embedding
+XL = ((10, 128), (20, 64), (40, 32))
+XL_CONCATENATED = ((30, 128), (60, 64), (80, 32))
 FIRST = 2 / 3  # of the channels, before the skip connection
 
 
@@ -69,6 +73,10 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
     layers += [Layer("concatenated", 32, *level, False, device, dtype) for level in CONCATENATED]
     found = [_case(layer, batch, backward) for layer in layers for backward in (False, True)]
     joined = [layer for layer in layers if layer.name == "concatenated"]
+    found += [_in_two(layer, batch, backward) for layer in joined for backward in (False, True)]
+    inside = [Layer("xl", 32, *level, True, device, dtype) for level in XL]
+    found += [_case(layer, batch, backward) for layer in inside for backward in (False, True)]
+    joined = [Layer("xl", 32, *level, False, device, dtype) for level in XL_CONCATENATED]
     return found + [_in_two(layer, batch, backward) for layer in joined for backward in (False, True)]
 
 
@@ -110,7 +118,8 @@ def _in_two(layer: Layer, batch: int, backward: bool) -> Case:
 
     numel = batch * C * size**2
     moved = group_norm_silu_bytes(numel, layer.dtype.itemsize, backward) + backward * numel * layer.dtype.itemsize
-    name = f"{C}x{size}x{size} b{batch} in two {'bwd' if backward else 'fwd'}"
+    label = "xl in two" if layer.name == "xl" else "in two"
+    name = f"{C}x{size}x{size} b{batch} {label} {'bwd' if backward else 'fwd'}"
     rivals = {"torch": provider(torch_), "joined": provider(joined)}
     return Case("group_norm_silu", name, {"triton": provider(triton), **rivals}, bytes=moved, numel=numel)
 

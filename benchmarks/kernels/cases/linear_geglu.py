@@ -1,4 +1,7 @@
-"""The first linear of SD 2.1's feed-forwards at 512 px and its GEGLU: dense, and sliced to what pruning keeps."""
+"""The first linear of SD 2.1's feed-forwards at 512 px and its GEGLU: dense, and sliced to what pruning keeps.
+
+And SDXL's at 1024 px (`xl`), dense.
+"""
 
 from collections.abc import Callable
 
@@ -10,6 +13,7 @@ from bilevel_kernels.geglu import geglu
 from bilevel_kernels.linear_geglu import linear_geglu, linear_geglu_bytes, linear_geglu_flops, linear_geglu_ref
 
 LEVELS = ((4096, 320, 1280), (1024, 640, 2560), (256, 1280, 5120), (64, 1280, 5120))  # tokens, C and F; 32 groups
+XL = ((4096, 640, 2560), (1024, 1280, 5120))
 KEPT = (("dense", 32), ("0.80 sliced", 25), ("0.55 sliced", 17))
 
 
@@ -51,4 +55,4 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
         for keep in (False, True)
         for T, C, F in LEVELS
         for label, groups in KEPT
-    ]
+    ] + [case(*level, "xl", keep) for keep in (False, True) for level in XL]

@@ -1,5 +1,7 @@
 """SD 2.1's attention at 512 px: over its own tokens, and over 77 text tokens; heads of 64, and those of SD 1.x.
 
+And SDXL's at 1024 px (`xl`): as many tokens at twice the heads.
+
 `triton` works on dense projections with kept lists; all others on the projections of the physically pruned model.
 `torch` is what the trainer runs: SDPA, which chooses its backend.
 """
@@ -20,6 +22,7 @@ from bilevel_kernels.pruned_attention import pruned_attention, pruned_attention_
 
 LEVELS = ((5, 4096), (10, 1024), (20, 256), (20, 64))  # heads, tokens
 HEAD_DIM, TEXT = 64, 77
+XL = ((10, 4096), (20, 1024))
 OLDER = ((40, 4096), (80, 1024), (160, 256))  # SD 1.x: eight heads of so many channels, and tokens
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -36,6 +39,12 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
         for heads, tokens in LEVELS
         for name, keys in (("self", tokens), ("cross", TEXT))
         for label, ratio in (("dense", 1.0), ("0.80", 0.80), ("0.55", 0.55))
+        for backward in (False, True)
+    ]
+    found += [
+        _case(batch, tokens, keys, heads, 1.0, backward, device, dtype, f"{name} {heads}x{tokens} b{batch} xl")
+        for heads, tokens in XL
+        for name, keys in (("self", tokens), ("cross", TEXT))
         for backward in (False, True)
     ]
     return found + [
