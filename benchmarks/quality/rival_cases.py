@@ -63,11 +63,11 @@ _LR = 1.5e-4  # the preset's upper level
 TRIES: dict[str, dict[str, Recipe]] = {
     "two-stage": {
         f"two-stage lr {lr:g} lambda {penalty:g}": Recipe("two-stage", {"lr": lr, "penalty": penalty})
-        for lr, penalty in ((_LR, 1.0), (_LR / 2, 1.0), (2 * _LR, 1.0), (_LR, 3.0))
+        for lr, penalty in ((_LR, 1.0), (_LR / 2, 1.0), (2 * _LR, 1.0), (_LR, 3.0), (_LR / 4, 1.0))
     },
     "repair": {
         f"repair lr {lr:g} after {steps}": Recipe("repair", {"lr": lr}, steps=steps)
-        for lr, steps in ((_LR, 30), (_LR, 15), (_LR / 2, 30), (_LR, 10))
+        for lr, steps in ((_LR, 30), (_LR / 2, 30), (_LR / 4, 30), (_LR, 10), (_LR / 2, 15))
     },
     "one level": {f"one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (1.0, 0.3, 3.0)},
     "uce, all tokens": {
@@ -94,7 +94,9 @@ PLANS: dict[str, Plan] = {
         erased=36, kept=18,
     ),
     "main": Plan(_MAIN | _RIVALS),
-    "tuning-2": Plan({"distilled": _MAIN["distilled"]} | TRIES["uce, all tokens"] | TRIES["schedule"], (SEED,), erased=36, kept=18),
+    "tuning-2": Plan(
+        {"distilled": _MAIN["distilled"]} | TRIES["uce, all tokens"] | TRIES["schedule"], (SEED,), erased=36, kept=18
+    ),
     "closed": Plan({"uce": Recipe("uce"), "uce, all tokens": UCE_ALL}),
     "tight": Plan(_MAIN | _RIVALS, budget=0.55),
     "other": Plan(_MAIN | _RIVALS, style="waves"),
@@ -109,7 +111,11 @@ PLANS: dict[str, Plan] = {
             f"null anchor, lr x {factor}": Recipe("loop", {"anchor": "null", "lr": factor * _LR})
             for factor in (1, 3, 10)
         }
-        | {"null anchor, raw 100, lr x 10": Recipe("loop", {"anchor": "null", "lr": 10 * _LR, "penalty": 100.0, "penalty_norm": "raw"})},
+        | {
+            "null anchor, raw 100, lr x 10": Recipe(
+                "loop", {"anchor": "null", "lr": 10 * _LR, "penalty": 100.0, "penalty_norm": "raw"}
+            )
+        },
         (0,),
     ),
     "tuning-3": Plan({"distilled": _MAIN["distilled"]} | TRIES["esd, two-stage"], (SEED,), erased=36, kept=18),
@@ -124,7 +130,7 @@ PLANS: dict[str, Plan] = {
 
 
 def miss(row: Row, distilled: Row) -> float:
-    """concept_hit + (1 - content_kept) + (1 - other_style_hit) + fid / fid of the distilled student of the same seed."""
+    """As in `tables.miss`: concept_hit + (1 - content_kept) + (1 - other_style_hit) + fid / fid of `distilled`."""
     wrong = row["concept_hit"] + (1 - row["content_kept"]) + (1 - row["other_style_hit"])
     return wrong + row["fid"] / distilled["fid"]
 

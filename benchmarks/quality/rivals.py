@@ -42,11 +42,12 @@ from bilevel_fast.erasing.edit import Job
 from bilevel_fast.erasing.pairs import Frame, Pair
 from bilevel_fast.models.text_encoder import token_states
 from bilevel_fast.models.unet import UNet
-from bilevel_fast.runs.config import preset
+from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.training.levels import Level, bilevel, descend
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAnswers
 from bilevel_fast.training.lower import descend as gradient_of
+from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.upper import Suppression
 from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import is_held_out
@@ -106,11 +107,29 @@ class OneLevel:
         return Loss(found.total + self.weight * other.total, {**found.terms, **other.terms})
 
 
+class Conflict:
+    """Looks at the two gradients of every upper step before they become one: their cosine."""
+
+    def __init__(self, suppression: Any):
+        assert isinstance(suppression, Suppression)
+        self.suppression, self.rule, self.cosines = suppression, suppression.rule, list[float]()
+        if suppression.asks_lower:
+            suppression.own = self
+
+    def __call__(self, g: Tensor, flat: FlatParameters) -> None:
+        self.cosines.append(round(float(flat.dot(g, flat.gradient) / (flat.norm(g) * flat.norm())), 4))
+        if self.rule:
+            self.rule(g, flat)
+        else:
+            penalty = self.suppression.penalty
+            self.suppression.add(g, flat, penalty() if callable(penalty) else penalty)
+
+
 class Bench:
     """Makes and judges the students of one plan and seed."""
 
-    def __init__(self, plan: Plan, seed: int, cache: Path, settings: str = "mini"):
-        config = replace(preset(settings), seed=seed, erase=(plan.style,))
+    def __init__(self, plan: Plan, seed: int, cache: Path, settings: TrainConfig = preset("mini")):
+        config = replace(settings, seed=seed, erase=(plan.style,))
         config = replace(
             config,
             prune=replace(config.prune, budget=plan.budget),
@@ -132,12 +151,12 @@ class Bench:
         if file.exists():
             student.load_state_dict(load_file(file))
             return student, cost
-        getattr(self, "_" + recipe.way.replace("-", "_").replace(" ", "_"))(student, recipe)
+        found = getattr(self, "_" + recipe.way.replace("-", "_").replace(" ", "_"))(student, recipe)
         state = {name: value.detach().contiguous().clone() for name, value in student.state_dict().items()}
         save_file(state, file)
         fresh = self.lab.student()  # with parameters of its own
         fresh.load_state_dict(state)
-        return fresh, cost | {"train_seconds": round(time.process_time() - start, 1)}
+        return fresh, cost | {"train_seconds": round(time.process_time() - start, 1)} | (found or {})
 
     def _cost(self, recipe: Recipe) -> Row:
         upper = self._upper(recipe)
@@ -173,10 +192,13 @@ class Bench:
         for _ in bilevel(lower, None, 1, 0, recipe.steps or self.steps):
             pass
 
-    def _loop(self, student: UNet, recipe: Recipe) -> None:
+    def _loop(self, student: UNet, recipe: Recipe) -> Row:
         lower, upper = self._levels(student, recipe)
+        assert upper is not None
+        conflict = Conflict(upper.gradient)
         for _ in bilevel(lower, upper, self.config.upper.every, 0, self.steps):
             pass
+        return {"cosines": conflict.cosines}
 
     def _begin(self, student: UNet) -> None:
         distilled, _ = self.make("distilled", PLANS["main"].cases["distilled"])
