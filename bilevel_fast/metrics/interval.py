@@ -55,7 +55,7 @@ def mean(
     if len(values) < 2:
         return Estimate(value, None, None, len(values), "none: a single image")
     if share and (values == values[0]).all():
-        return Estimate(value, *_wilson(value, len(values)), len(values), "95% Wilson: all outcomes are equal")
+        return Estimate(value, *wilson(value, len(values)), len(values), "95% Wilson: all outcomes are equal")
     rng = np.random.default_rng(seed)
     drawn = np.zeros(draws)
     for part in parts:
@@ -112,7 +112,8 @@ def _percentiles(drawn: NDArray[Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _wilson(percent: float, n: int) -> tuple[float, float]:
+def wilson(percent: float, n: int) -> tuple[float, float]:
+    """The 95% interval of Wilson's score for a share of n outcomes, both in percent; exact about 0 and about all."""
     share, z = percent / 100, _Z**2
     middle, half = (
         (share + z / (2 * n)) / (1 + z / n),
