@@ -131,6 +131,10 @@ PLANS: dict[str, Plan] = {
 """In order of worth."""
 
 
+ATTACKED = ("bilevel", "two-stage, replay", "one level")
+"""Students that are attacked."""
+
+
 def miss(row: Row, distilled: Row) -> float:
     """As in `tables.miss`: concept_hit + (1 - content_kept) + (1 - other_style_hit) + fid / fid of `distilled`."""
     wrong = row["concept_hit"] + (1 - row["content_kept"]) + (1 - row["other_style_hit"])
