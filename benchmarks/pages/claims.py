@@ -1,4 +1,9 @@
-"""What docs/results.md claims, each claim with the numbers of its rows: a claim without a row is `not measured`."""
+"""What docs/results.md claims, each claim with what its rows say of it: a claim without a row is `not measured`.
+
+holds            the numbers are as the sentence says
+does not hold    they say the opposite
+cannot be seen   they differ by less than such samples can tell, or not the same way on every seed
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,6 +15,39 @@ from benchmarks.pages import committed
 from benchmarks.pages.committed import NOT_MEASURED, Row, load
 from bilevel_fast.base.tables import markdown
 
+HOLDS, FAILS, UNSEEN = "holds", "does not hold", "cannot be seen"
+TELLS = 0.7
+"""Two FIDs of 180 samples that differ by less are alike: what the frontier's equal students spread over a seed."""
+
+Values = Sequence[Sequence[float]]
+"""Of each number of a claim, its values, seed by seed."""
+Verdict = Callable[[Values], str]
+
+
+def near(wanted: float, off: float = 0.05) -> Verdict:
+    """The mean of the last number is what is claimed."""
+    return lambda values: HOLDS if abs(mean(values[-1]) - wanted) <= off else FAILS
+
+
+def at_least(wanted: float) -> Verdict:
+    """The mean of the last number reaches what is claimed."""
+    return lambda values: HOLDS if mean(values[-1]) >= wanted else FAILS
+
+
+def less(values: Values) -> str:
+    """The last number lies below the first on all of several seeds, by more than FIDs tell; or above."""
+    first, last = values[0], values[-1]
+    gaps = [a - b for a, b in zip(first, last, strict=False)]
+    if len(gaps) < 2 or abs(mean(gaps)) <= TELLS or not (min(gaps) > 0 or max(gaps) < 0):
+        return UNSEEN
+    return HOLDS if min(gaps) > 0 else FAILS
+
+
+def no_more(values: Values) -> str:
+    """The last number does not lie above the first on all of several seeds by more than FIDs tell."""
+    found = less(values[::-1])
+    return {HOLDS: FAILS}.get(found, HOLDS) if len(values[0]) > 1 else UNSEEN
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -17,25 +55,36 @@ class Claim:
 
     Attributes:
         text: The sentence.
-        rows: Reads the rows: a flat object each.
+        verdict: What the numbers say of it.
+        rows: Reads the rows: a flat object each, seed by seed.
         file: Below benchmarks/results.
+        command: Makes the rows.
         shown: (field that names the row, its value, field of the number, decimals), in the order of the sentence.
     """
 
     text: str
+    verdict: Verdict
     rows: Callable[[str], list[Row]]
     file: str
+    command: str
     shown: Sequence[tuple[str, str, str, int]]
 
-    def line(self) -> tuple[str, str, str]:
-        """Claim, numbers and rows: the mean over seeds where there are several."""
-        rows, cells = self.rows(self.file), []
-        for field, name, number, digits in self.shown:
-            values = [row[number] for row in rows if row.get(field) == name and row.get(number) is not None]
-            cells.append(f"{mean(values):.{digits}f}" if values else NOT_MEASURED)
+    def line(self) -> tuple[str, str, str, str]:
+        """Claim, verdict, numbers and rows: the mean over the seeds that all numbers have."""
+        rows = self.rows(self.file)
+        found = [
+            {row.get("seed"): row[number] for row in rows if row.get(field) == name and row.get(number) is not None}
+            for field, name, number, _ in self.shown
+        ]
+        seeds = set.intersection(*map(set, filter(None, found))) if any(found) else set()
+        found = [[values[seed] for seed in values if seed in seeds] for values in found]
+        digits = [digits for *_, digits in self.shown]
+        cells = [f"{mean(some):.{n}f}" if some else NOT_MEASURED for some, n in zip(found, digits, strict=True)]
         where = dict.fromkeys(f"`{field}` {name}" for field, name, _, _ in self.shown)
         fields = ", ".join(dict.fromkeys(f"`{number}`" for _, _, number, _ in self.shown))
-        return self.text, ", ".join(cells), f"{self.file}: {'; '.join(where)}; {fields}"
+        verdict = self.verdict(found) if all(found) else NOT_MEASURED
+        source = f"{self.file}: {'; '.join(where)}; {fields}; `{self.command}`"
+        return self.text, verdict, ", ".join(cells), source
 
 
 def judged(file: str) -> list[Row]:
@@ -50,44 +99,110 @@ def reproduced(file: str) -> list[Row]:
     if not path.exists():
         return []
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return [{"label": row["label"], **row["numbers"]} for row in found["rows"]]
+    return [{"label": row["label"], "seed": row["seed"], **row["numbers"]} for row in found["rows"]]
 
 
-TABLE1, TABLE2 = "reproduce/table1/results.json", "reproduce/table2/results.json"
+def rivals(*plans: str) -> Callable[[str], list[Row]]:
+    """Rows of some plans of the rivals, in the order of their seeds."""
+    return lambda file: sorted((row for row in load(file) if row["plan"] in plans), key=lambda row: row["seed"])
+
+
+def attacked(file: str) -> list[Row]:
+    """What attacks got back: a row for each student, seed and strength."""
+    rows = rivals("attack")(file)
+    return [
+        {"case": f"{row['case']} {_named(found)}", "seed": row["seed"], **found}
+        for row in rows
+        for found in row["got_back"]
+    ]
+
+
+def _named(found: Row) -> str:
+    return f"inversion {found['steps']}" if "steps" in found else f"vector {found['strength']:g}"
+
+
+def fid(*cases: str) -> tuple[tuple[str, str, str, int], ...]:
+    """FID of some students, in this order."""
+    return tuple(("case", case, "fid", 2) for case in cases)
+
+
+TABLE1, TABLE2, RIVALS = "reproduce/table1/results.json", "reproduce/table2/results.json", "rivals.jsonl"
+REPRODUCE, FRONTIER = "python -m bilevel_fast.reproduce table1", "python -m benchmarks.quality.frontier run"
+RUN, ATTACK = "python -m benchmarks.quality.rivals run", "python -m benchmarks.quality.rivals attack"
 
 CLAIMS = (
     Claim(
         "The teacher draws the style on all of its prompts, the student on none.",
-        judged, "train_cpu.jsonl",
+        near(0.0), judged, "train_cpu.jsonl", "make train",
         (("model", "teacher", "concept_hit", 2), ("model", "student", "concept_hit", 2)),
     ),
     Claim(
-        "Suppression inside the loop costs no FID against distillation alone; ESD after distillation does.",
-        reproduced, TABLE1,
-        (("label", "distilled", "fid", 2), ("label", "bilevel", "fid", 2), ("label", "distilled + ESD", "fid", 2)),
+        "Suppression inside the loop costs no FID against distillation alone.",
+        no_more, rivals("main"), RIVALS, f"{RUN} main", fid("distilled", "bilevel"),
     ),
     Claim(
-        "UCE suppresses by drawing another style; the loop draws the prompts plain, in percent, as its anchor asks.",
-        reproduced, TABLE1,
+        "The loop's FID is below that of two stages with the same budget, the second with replay and at its best rate.",
+        less, rivals("main"), RIVALS, f"{RUN} main", fid("two-stage, replay", "bilevel"),
+    ),
+    Claim(
+        "It is below that of two stages that are repaired by as many lower steps.",
+        less, rivals("main"), RIVALS, f"{RUN} main", fid("two-stage, repair", "bilevel"),
+    ),
+    Claim(
+        "It is below that of one level: one AdamW on the sum of both losses.",
+        less, rivals("main"), RIVALS, f"{RUN} main", fid("one level", "bilevel"),
+    ),
+    Claim(
+        "BOME, which has no lambda, costs no FID against the tuned lambda.",
+        no_more, rivals("main"), RIVALS, f"{RUN} main", fid("bilevel", "bome"),
+    ),
+    Claim(
+        "With 0.55 of the MACs the loop's FID is below that of two stages with replay.",
+        less, rivals("tight"), RIVALS, f"{RUN} tight", fid("two-stage, replay", "bilevel"),
+    ),
+    Claim(
+        "Without penalty, replay or repair the second stage loses half of the other styles.",
+        near(0.5), load, "frontier.jsonl", FRONTIER,
+        (("case", "two-stage phrase", "concept_hit", 2), ("case", "two-stage phrase", "other_style_hit", 2)),
+    ),
+    Claim(
+        "ESD after distillation, without replay, costs FID.",
+        less, reproduced, TABLE1, REPRODUCE,
+        (("label", "distilled + ESD", "fid", 2), ("label", "distilled", "fid", 2)),
+    ),
+    Claim(
+        "UCE suppresses by drawing another style, the loop draws the prompts plain, in percent, as its anchor asks.",
+        at_least(80.0), reproduced, TABLE1, REPRODUCE,
         (("label", "distilled + UCE", "plain", 1), ("label", "bilevel", "plain", 1)),
     ),
     Claim(
+        "That is the method's doing: UCE over all tokens that differ from the anchor's does not draw them plain.",
+        near(0.0), rivals("closed"), RIVALS, f"{RUN} closed",
+        (("case", "uce", "plain", 2), ("case", "uce, all tokens", "plain", 2)),
+    ),
+    Claim(
         "ConceptPrune at the paper's 1 % does not suppress on the mini world.",
-        reproduced, TABLE1,
+        at_least(0.95), reproduced, TABLE1, REPRODUCE,
         (("label", "distilled + ConceptPrune", "concept_hit", 2),),
     ),
     Claim(
-        "An attacker who has the weights gets the style back from every two-stage student; the loop keeps back a part.",
-        reproduced, TABLE2,
+        "An attacker who has the weights gets the style back from every two-stage student within 60 steps of search; "
+        "the loop keeps back a part (percent removed).",
+        at_least(10.0), reproduced, TABLE2, "python -m bilevel_fast.reproduce table2",
         (
             ("label", "distilled + ESD", "inversion", 1), ("label", "distilled + UCE", "inversion", 1),
             ("label", "bilevel", "inversion", 1),
         ),
     ),
     Claim(
-        "The phrase anchor with a gradient-normalised lambda of 1 suppresses; lambda 10 leaves a part of the style; "
-        "the paper's raw lambda of 100 leaves all of it.",
-        load, "frontier.jsonl",
+        "It still keeps back a part after 240 steps (share of the prompts that show the style, by steps).",
+        lambda values: HOLDS if mean(values[-1]) < 0.9 else FAILS, attacked, RIVALS, ATTACK,
+        tuple(("case", f"bilevel inversion {steps}", "hit", 2) for steps in (60, 120, 240)),
+    ),
+    Claim(
+        "A gradient-normalised lambda of 1 suppresses; lambda 10 leaves a part of the style; the paper's raw lambda of "
+        "100 leaves all of it.",
+        at_least(0.95), load, "frontier.jsonl", FRONTIER,
         (
             ("case", "bilevel phrase grad 1", "concept_hit", 2), ("case", "bilevel phrase grad 10", "concept_hit", 2),
             ("case", "bilevel phrase raw 100", "concept_hit", 2),
@@ -95,18 +210,18 @@ CLAIMS = (
     ),
     Claim(
         "The null anchor of the authors' code does not suppress within these 30 upper steps.",
-        load, "frontier.jsonl",
+        at_least(0.95), load, "frontier.jsonl", FRONTIER,
         (("case", "bilevel null grad 1", "concept_hit", 2),),
     ),
     Claim(
-        "Two-stage suppression loses half of the other styles.",
-        load, "frontier.jsonl",
-        (("case", "two-stage phrase", "concept_hit", 2), ("case", "two-stage phrase", "other_style_hit", 2)),
+        "Nor does it at 10 times the upper learning rate, 5 times the lower one, as in the paper.",
+        at_least(0.95), rivals("null"), RIVALS, f"{RUN} null",
+        (("case", "null anchor, lr x 10", "concept_hit", 2),),
     ),
 )  # fmt: skip
 
 
 def claims() -> str:
     """A line for each claim."""
-    head = ("claim", "numbers", "row in benchmarks/results")
+    head = ("claim", "", "numbers", "row in benchmarks/results, and what makes it")
     return markdown(head, [claim.line() for claim in CLAIMS])

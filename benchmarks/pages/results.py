@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks.pages import committed, reproduced
 from benchmarks.pages.claims import claims
 from benchmarks.pages.committed import NOT_MEASURED, load, machines
-from benchmarks.quality import precision, tables
+from benchmarks.quality import precision, rival_tables, tables
 
 
 def quality() -> str:
@@ -44,6 +44,11 @@ def aptp() -> str:
         cells = [row["case"], f"{row['seconds']:.0f} s", macs, prompts, told]
         lines.append("| " + " | ".join([*cells, *(f"{row['errors'][m]:.3f}" for m in methods)]) + " |")
     return "\n".join([*lines, "", machines(rows)])
+
+
+def rivals() -> str:
+    """The loop against rivals, tuned and with the same budget."""
+    return rival_tables.report(load("rivals.jsonl"))
 
 
 def controller() -> str:
@@ -91,6 +96,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "table2": kept("table2"),
     "fig6": kept("fig6"),
     "frontier": lambda: tables.frontier(load("frontier.jsonl")),
+    "rivals": rivals,
     "controller": controller,
     "methods": methods,
     "aptp": aptp,

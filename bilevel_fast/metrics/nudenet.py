@@ -68,6 +68,24 @@ def resilience(counts: NDArray[np.int64], *, draws: int = 1000, seed: int = 0) -
     return mean(np.where(counts.any(1), 0.0, 100.0), share=True, draws=draws, seed=seed)
 
 
+def cleared(
+    counts: NDArray[np.int64], reference: NDArray[np.int64], *, draws: int = 1000, seed: int = 0
+) -> Estimate | None:
+    """Of the images that are flagged in the reference, 100 times the share that is not flagged here.
+
+    That is how table 2 of arXiv:2412.15341 counts: its figures are k / 88 and k / 238, of the prompts that work on the
+    fine-tuned model, and not of all that were published.
+
+    Args:
+        counts, reference: (N, 9), of the same ids in the same order.
+
+    Returns:
+        None where the reference has none.
+    """
+    worked = reference.any(1)
+    return resilience(counts[worked], draws=draws, seed=seed) if worked.any() else None
+
+
 def decrease(
     counts: NDArray[np.int64], reference: NDArray[np.int64], *, draws: int, seed: int
 ) -> dict[str, Estimate | None]:

@@ -85,18 +85,19 @@ def style(images: Paths, reference: Paths | None, prompts: Paths, scorers: Score
 
 
 def nsfw(images: Path, reference: Path | None, prompts: Path, scorers: Scorers, draws: Draws = Draws()) -> Result:
-    """Exposed parts that NudeNet sees: how many prompts stay clean, and the decrease against another model.
+    """Exposed parts that NudeNet sees: how many prompts stay clean, and what became of another model's.
 
     Args:
         images: Folder of the model that is judged.
-        reference: Of the dense model, same ids and seeds; without it there is no decrease.
+        reference: Of another model, same ids and seeds: the dense one for the decrease (figure 7), the distilled one
+            for what of its flagged images is cleared (table 2). Without it there is neither.
         prompts: I2P, MMA or Ring-A-Bell.
 
     Raises:
         UserError: What was given does not fit together, or an image is broken.
     """
     (part,) = _pairs(images, prompts, reference)
-    names = ("resilience", *(f"decrease/{label}" for label in ("all", *nudenet.LABELS)))
+    names = ("resilience", "cleared", *(f"decrease/{label}" for label in ("all", *nudenet.LABELS)))
     if scorers.nudenet is None:
         metrics = {name: {"value": None, "not_measured": "load Scorers with nudenet=True"} for name in names}
         return _result("nsfw", [part], images, reference, scorers, metrics)
@@ -110,10 +111,11 @@ def nsfw(images: Path, reference: Path | None, prompts: Path, scorers: Scorers, 
     if part.references is not None:
         theirs = scorers.nudenet.counts(part.references)
         details["reference_counts"] = _by_label(theirs)
-        for label, found in nudenet.decrease(counts, theirs, draws=draws.images, seed=draws.seed).items():
-            metrics[f"decrease/{label}"] = (
-                found.entry() if found else {"value": None, "not_measured": "the reference has none"}
-            )
+        less = nudenet.decrease(counts, theirs, draws=draws.images, seed=draws.seed)
+        compared = {f"decrease/{label}": found for label, found in less.items()}
+        compared["cleared"] = nudenet.cleared(counts, theirs, draws=draws.images, seed=draws.seed)
+        none = {"value": None, "not_measured": "the reference has none"}
+        metrics |= {name: found.entry() if found else none for name, found in compared.items()}
     return _result("nsfw", [part], images, reference, scorers, metrics) | details
 
 

@@ -125,48 +125,48 @@ class Suppression:
     ):
         self.lower, self.eraser, self.flat, self.penalty = lower, eraser, lower.flat, penalty
         self.penalty_norm: PenaltyNorm = penalty_norm
-        self._own = rule
+        self.own = rule
         self.surgery, self._hold, self.micro = surgery, hold, micro
-        lower.answers.keeps |= self._asks_lower
+        lower.answers.keeps |= self.asks_lower
 
     def __call__(self, batch: Batch) -> Loss:
         lower, eraser = self.lower, self.eraser
         parts = batch.split(self.micro or len(batch.latents))
         losses = (eraser.loss(lower.student, lower.answers, part) for part in parts)
         loss = self._descend(losses, len(parts))
-        if not self._asks_lower:
+        if not self.asks_lower:
             return loss
         last = lower.answers.last
         assert last, "an upper step follows a lower step"
         penalties = (lower.loss(answered) for answered in last)
         # a rule's weights change from step to step: what is shown is the plain sum
-        weight, shown = 1.0 if self._rule else self.penalty, dict[str, Tensor]()
+        weight, shown = 1.0 if self.rule else self.penalty, dict[str, Tensor]()
         if callable(weight):
             shown["lambda"] = weight = weight()
-        if self.penalty_norm == "raw" and not self.surgery and not self._rule and not isinstance(weight, Tensor):
+        if self.penalty_norm == "raw" and not self.surgery and not self.rule and not isinstance(weight, Tensor):
             penalty = self._descend(penalties, len(last), weight, add=True)
         else:
             with phase("losses"):
                 suppression = self.flat.gradient.clone()
             penalty = self._descend(penalties, len(last))
             with phase("losses"):
-                if self._rule:
-                    self._rule(suppression, self.flat)
+                if self.rule:
+                    self.rule(suppression, self.flat)
                 else:
-                    self._add(suppression, self.flat, weight)
+                    self.add(suppression, self.flat, weight)
         with phase("losses"):
             total = loss.total + weight * penalty.total
         return Loss(total, {**loss.terms, "penalty": penalty.total, **shown})
 
     @property
-    def _rule(self) -> Rule | None:
-        return self.eraser.rule or self._own
+    def rule(self) -> Rule | None:
+        return self.eraser.rule or self.own
 
     @property
-    def _asks_lower(self) -> bool:
+    def asks_lower(self) -> bool:
         """Whether the lower loss has a part in the gradient."""
         moves = isinstance(self.penalty, Tensor) or callable(self.penalty)
-        return moves or bool(self.penalty) or self.surgery or self._rule is not None
+        return moves or bool(self.penalty) or self.surgery or self.rule is not None
 
     def _descend(self, parts: Iterable[Loss], count: int, weight: float = 1.0, add: bool = False) -> Loss:
         loss = descend(parts, count, self.flat, weight, add)
@@ -174,7 +174,7 @@ class Suppression:
         self.eraser.hold()
         return loss
 
-    def _add(self, suppression: Tensor, flat: FlatParameters, weight: float | Tensor) -> None:
+    def add(self, suppression: Tensor, flat: FlatParameters, weight: float | Tensor) -> None:
         """Add lambda times the penalty's gradient, scaled to the norm of the suppression gradient if so asked.
 
         Adam forgets the scale of a gradient but not its direction: lambda = 100 on the raw one leaves nothing of the

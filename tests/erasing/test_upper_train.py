@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,6 +78,17 @@ def test_a_few_steps_and_the_same_run_when_stopped_in_between(world, tmp_path, n
     assert any(not torch.equal(whole[key], before[key]) for key in whole)
     lines = (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()
     assert ['"upper/suppression"' in line for line in lines] == [True, True]
+
+
+def test_a_schedule_goes_on_where_it_was(world, tmp_path):
+    """The optimizer's counter is all that it has: stopped in between, the same bits and the same lambda."""
+    config = world.config("guidance", "--upper.penalty-schedule", "linear")
+    whole = world.fit(config, tmp_path / "whole")
+    world.fit(config, tmp_path / "parts", steps=1)
+    parts = world.fit(config, tmp_path / "parts")
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "stats.jsonl").read_text().splitlines()]
+    assert [row["upper/lambda"] for row in rows] == pytest.approx([0.1, 0.2])
 
 
 def test_another_start_is_refused(world, tmp_path):

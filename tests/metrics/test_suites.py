@@ -190,6 +190,8 @@ def test_nsfw(scorers, nudity):
     found = suites.nsfw(ours, theirs, file, scorers, DRAWS)
     assert found["flagged"] == ["2"]
     assert found["metrics"]["resilience"]["value"] == 75
+    assert found["metrics"]["cleared"]["value"] == pytest.approx(100 * 2 / 3), "of three that the reference shows"
+    assert suites.nsfw(theirs, theirs, file, scorers, DRAWS)["metrics"]["cleared"]["value"] == 0
     assert {label: n for label, n in found["counts"].items() if n} == {"FEET_EXPOSED": 1}
     assert {label: n for label, n in found["reference_counts"].items() if n} == {
         "FEET_EXPOSED": 3,

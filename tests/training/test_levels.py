@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bilevel_fast.erasing.solvers import bome, weight_at
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.ops.randomness import Stream, integers, normal
 from bilevel_fast.training.levels import Level, bilevel
@@ -31,7 +32,7 @@ SGD = partial(torch.optim.SGD, lr=0.0, fused=True)
 ADAMW = partial(torch.optim.AdamW, weight_decay=0.0, fused=True)
 
 
-def plain(teacher, student, steps, every, penalty, norm, make, null=False):
+def plain(teacher, student, steps, every, penalty, norm, make, weight=lambda lambda_, k: lambda_, bome=False):
     """The algorithm, top to bottom, with nothing of the engine but the random numbers."""
     teacher.requires_grad_(False)
     parameters = list(student.parameters())
@@ -72,7 +73,10 @@ def plain(teacher, student, steps, every, penalty, norm, make, null=False):
             if penalty:
                 extra = torch.autograd.grad(fine_tuning(*noised(lower), lower.text), parameters)
                 size = [torch.sqrt(sum(g.square().sum() for g in gs)) for gs in (gradients, extra)]
-                scale = penalty * (size[0] / size[1] if norm == "grad" else 1)
+                scale = weight(penalty, n_up) * (size[0] / size[1] if norm == "grad" else 1)
+                if bome:
+                    along = sum((g.double() * r.double()).sum() for g, r in zip(gradients, extra, strict=True))
+                    scale = max(0.0, 0.5 - (along / size[1].double() ** 2).item())
                 gradients = [a + scale * b for a, b in zip(gradients, extra, strict=True)]
             move(up, gradients, LR_UPPER * min(1, n_up / WARMUP))
             losses.append(upper.item())
@@ -80,9 +84,11 @@ def plain(teacher, student, steps, every, penalty, norm, make, null=False):
     return losses
 
 
-def engine(teacher, student, steps, every, penalty, norm, make):
+def engine(teacher, student, steps, every, penalty, norm, make, schedule="", rule=None):
     """The same through the modules that train."""
-    lower, upper = make_levels(teacher, student, penalty, norm, make)
+    lower, upper = make_levels(teacher, student, penalty, norm, make, rule=rule)
+    if schedule:
+        upper.gradient.penalty = partial(weight_at, schedule, penalty, upper.optimizer.steps)
     return list(bilevel(lower, upper, every, 0, steps)), lower.gradient.answers.teacher
 
 
@@ -93,13 +99,24 @@ def in_order(terms):
             yield step["upper/suppression"].item()
 
 
-@pytest.mark.parametrize(("penalty", "norm"), [(0.0, "grad"), (0.5, "grad"), (3.0, "raw")])
-def test_equals_the_plain_transcription(penalty, norm):
+RISING = {"schedule": "rising"}, {"weight": lambda lambda_, k: lambda_ * (k + 1) ** 0.25}
+BOME = {"rule": bome}, {"bome": True}
+
+
+@pytest.mark.parametrize(
+    ("penalty", "norm", "ours", "theirs"),
+    [
+        *((0.0, "grad", {}, {}), (0.5, "grad", {}, {}), (3.0, "raw", {}, {})),
+        *((3.0, "raw", *RISING), (1.0, "grad", *BOME)),
+    ],
+    ids=["none", "grad", "raw", "rising", "bome"],
+)
+def test_equals_the_plain_transcription(penalty, norm, ours, theirs):
     """Ten lower and three upper steps: identical losses; with SGD the parameters agree to 1e-7."""
     expected_student = make_models()[1]
-    expected = plain(make_models()[0], expected_student, 10, 3, penalty, norm, SGD)
+    expected = plain(make_models()[0], expected_student, 10, 3, penalty, norm, SGD, **theirs)
     teacher, student = make_models()
-    terms, _ = engine(teacher, student, 10, 3, penalty, norm, Descent)
+    terms, _ = engine(teacher, student, 10, 3, penalty, norm, Descent, **ours)
     assert len(expected) == 13
     torch.testing.assert_close(list(in_order(terms)), expected, rtol=1e-6, atol=0)
     moved = 0.0

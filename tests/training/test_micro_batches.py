@@ -9,6 +9,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.esd import Esd
 from bilevel_fast.erasing.references import Itself
 from bilevel_fast.erasing.saliency import EraseDiff, Relabel, salient
+from bilevel_fast.erasing.solvers import bome
 from bilevel_fast.erasing.targets import ConceptAblation, Guidance
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import bilevel
@@ -52,6 +53,7 @@ def near(found, expected):
         ("guidance", 2, {"norm": "raw", "penalty": 3.0}),
         ("guidance", 2, {"penalty": 0.0}),
         ("guidance", 2, {"surgery": True}),
+        ("guidance", 2, {"rule": bome}),
         *((eraser, 2, {}) for eraser in ERASERS if eraser != "guidance"),
     ],
 )

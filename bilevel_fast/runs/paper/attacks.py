@@ -11,7 +11,7 @@ Words are not searched for: the mini world has two dozen. The paper's Table 2 ta
 found so, which `full` reads from files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -93,6 +93,23 @@ def invert(
     Returns:
         (L, D) fp32, on the UNet's device.
     """
+    *_, shift = inverting(unet, schedule, encoder, bank, start, steps=steps, batch=batch, lr=lr, seed=seed)
+    return shift
+
+
+def inverting(
+    unet: UNet,
+    schedule: Schedule,
+    encoder: TextEncoder,
+    bank: LatentSource,
+    start: Tensor,
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+) -> Iterator[Tensor]:
+    """`invert` on its way: the shift (L, D) after each step, 1 to `steps`. The model is frozen until it ends."""
     device = unet.conv_in.weight.device
     batches = Batches(bank, encoder, batch, seed, level=LEVEL, anchor="phrase")
     schedule = schedule.to(device)
@@ -112,10 +129,10 @@ def invert(
             adam.zero_grad()
             F.mse_loss(unet(noised.x, noised.t, text).out.float(), noised.target).backward()
             adam.step()
+            yield shift.detach().clone()
     finally:
         for p in frozen:
             p.requires_grad_(True)
-    return shift.detach()
 
 
 def _shift_of(text: Tensor, shift: Tensor) -> Tensor:

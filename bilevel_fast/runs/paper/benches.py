@@ -96,10 +96,20 @@ def full_benches(
     def bench(seed: int, concepts: Sequence[str]) -> Bench:
         own, place = replace(config, seed=seed, concepts=config.concepts[: len(concepts)]), _place(out, seed, concepts)
         recipe = _recipe(own, rows, concepts, FRAMES[full.subjects], preserve)
+        recipe = replace(recipe, names=named(concepts, full.subjects))
         shop = _shop(recipe, folder, [], place, device, stop)
         return Bench(shop, FullJudge(full, scorers, place / "samples", lambda: shop("distilled"), seed, device))
 
     return bench
+
+
+def named(phrases: Sequence[str], subjects: str) -> tuple[Pair, ...]:
+    """What UCE erases in the paper: the concepts' names alone, each taken for `art`, or for `person`.
+
+    A name is a phrase without the `by` or `in the style of` that it begins with.
+    """
+    names = [phrase.removeprefix("by ").removeprefix("in the style of ") for phrase in map(str.strip, phrases)]
+    return tuple(Pair(name, {"things": "art", "people": "person"}[subjects]) for name in names)
 
 
 def _place(out: Path, seed: int, concepts: Sequence[str]) -> Path:

@@ -32,7 +32,7 @@ _COLUMNS = {
         Column("csd", "CSD", "down"),
         *_KEPT,
     ),
-    "attacked": (Column("mma", "MMA", "up"), Column("ring_a_bell", "Ring-A-Bell", "up")),
+    "attacked": (Column("mma", "cleared: MMA", "up"), Column("ring_a_bell", "cleared: Ring-A-Bell", "up")),
     "kept": _KEPT,
     "removed": (Column("style_clip", "CLIP of the erased", "down"), Column("csd", "CSD", "down")),
     "labels": (*(Column(label, label.lower().replace("_", " "), "", 0) for label in LABELS),),
@@ -108,19 +108,25 @@ class FullJudge:
 
     def _attacked(self, name: str, path: Path) -> Numbers:
         files = {"mma": self.given.mma, "ring_a_bell": self.given.ring_a_bell}
-        found = {key: self._exposed(f"--full.{key.replace('_', '-')}", name, path, file) for key, file in files.items()}
-        return {key: None if result is None else self._value(result, "resilience") for key, result in found.items()}
+        found = {
+            key: self._exposed(f"--full.{key.replace('_', '-')}", name, path, file, against="distilled")
+            for key, file in files.items()
+        }
+        return {key: None if result is None else self._value(result, "cleared") for key, result in found.items()}
 
     def _labels(self, name: str, path: Path) -> Numbers:
         found = self._exposed("--full.i2p", name, path, self.given.i2p)
         return dict.fromkeys(LABELS) if found is None else {label: found["counts"][label] for label in LABELS}
 
-    def _exposed(self, flag: str, name: str, path: Path, file: Path | None) -> Mapping[str, Any] | None:
-        """What NudeNet sees in a model's images of a prompt file."""
+    def _exposed(
+        self, flag: str, name: str, path: Path, file: Path | None, against: str = ""
+    ) -> Mapping[str, Any] | None:
+        """What NudeNet sees in a model's images of a prompt file, and in the distilled student's if so asked."""
         if file is None or self.scorers.nudenet is None:
             self._not_measured(f"give {flag}" if file is None else "NudeNet is not installed")
             return None
-        return suites.nsfw(self._sampled(name, path, file), None, file, self.scorers)
+        theirs = self._sampled(against, self.reference(), file) if against else None
+        return suites.nsfw(self._sampled(name, path, file), theirs, file, self.scorers)
 
     def _has(self, flag: str, given: object) -> bool:
         return bool(given) or self._not_measured(f"give {flag}")

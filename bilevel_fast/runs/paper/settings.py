@@ -79,9 +79,11 @@ class Full:
     """Prompts, images and weights of --scale full. What is not given is not measured."""
 
     phrase: tuple[str, ...] = ()
-    """The concepts as they stand in the bank's captions, for UCE and ConceptPrune: `by Claude Monet`, `naked`."""
+    """The concepts as they stand in the bank's captions: `by Claude Monet`, `naked`. ConceptPrune takes them as they
+    are, UCE the name alone: `Claude Monet`."""
     subjects: Literal["things", "people"] = "things"
-    """Sentences for ConceptPrune: things for styles, people for nudity."""
+    """Sentences for ConceptPrune, and what UCE takes a concept for: things and `art` for styles, people and `person`
+    for nudity."""
     preserve: Path | None = None
     """Prompt file: texts that UCE keeps, such as other artists."""
     styles: tuple[Path, ...] = ()

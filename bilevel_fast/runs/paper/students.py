@@ -64,6 +64,7 @@ class StudentRecipe:
         uce, concept_prune: The edits.
         pairs: What the edits erase, and what should stand in its place.
         frames: Sentences for them.
+        names: What UCE erases by itself, without sentences; empty where it takes the pairs.
         preserve: Texts that UCE keeps.
     """
 
@@ -74,6 +75,7 @@ class StudentRecipe:
     pairs: tuple[Pair, ...]
     frames: tuple[Frame, ...]
     preserve: tuple[str, ...]
+    names: tuple[Pair, ...] = ()
 
 
 class Workshop:
@@ -175,6 +177,9 @@ class Workshop:
 
     def _edited(self, edit: Uce | ConceptPrune) -> tuple[UNet, Notes]:
         unet, recipe = load_unet(self("distilled")).to(self.device).requires_grad_(False), self.recipe
-        kept = recipe.preserve if isinstance(edit, Uce) else ()
-        outcome = edit.edit(unet, Job(self.folder, recipe.pairs, recipe.frames, kept))
+        job = Job(self.folder, recipe.pairs, recipe.frames)
+        if isinstance(edit, Uce):
+            job = replace(job, preserve=recipe.preserve)
+            job = replace(job, pairs=recipe.names, frames=()) if recipe.names else job
+        outcome = edit.edit(unet, job)
         return unet, {RECORD: to_json([outcome.record])}

@@ -80,7 +80,7 @@ def test_the_run_of_make_train(results):
     assert "| student | 0.050 | 0.250 |" in text
     assert "0.238 -> 0.190 GMAC (0.800), 120 lower and 30 upper steps, 40.8 images/s, 153.9 s\n" in text
     assert "student: runs/mini/student   report: runs/mini/report.html\n" in text
-    assert "the student on none. | 1.00, 0.05 | train_cpu.jsonl: `model` teacher; `model` student; `conc" in text
+    assert "the student on none. | holds | 1.00, 0.05 | train_cpu.jsonl: `model` teacher; `model` student" in text
 
 
 def test_steps_and_bf16(results):

@@ -1,27 +1,35 @@
-"""The rivals of the bilevel loop: each way is trained for a few steps; budgets, the choice of tuned settings, tables."""
+"""The rivals of the bilevel loop: each way is trained for a few steps; budgets, the choice of settings, tables."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.quality.rival_cases import Plan, Recipe
 from benchmarks.quality.rivals import Bench
+from bilevel_fast.runs.config import preset
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    plan = Plan({}, erased=2, kept=1)
-    return Bench(plan, 0, tmp_path_factory.mktemp("rivals"), "smoke")
+    brief = preset("smoke")
+    brief = replace(
+        brief,
+        lower=replace(brief.lower, steps=4, batch=2, warmup=0),
+        upper=replace(brief.upper, every=2, batch=2, warmup=0),
+        mini=replace(brief.mini, images=16, bank=2, bank_steps=1),
+    )
+    return Bench(Plan({}, erased=1, kept=1), 0, tmp_path_factory.mktemp("rivals"), brief)
 
 
 WAYS = {
-    "distilled": (Recipe("distilled"), (8, 0, 0)),
-    "bilevel": (Recipe("loop"), (10, 2, 8)),
-    "bome": (Recipe("loop", {"solver": "bome"}), (10, 2, 8)),
-    "two-stage": (Recipe("two-stage"), (10, 2, 8)),
-    "repair": (Recipe("repair", steps=1), (10, 1, 4)),
-    "one level": (Recipe("one level", weight=0.5), (8, 8, 8)),
-    "uce": (Recipe("uce"), (8, 0, 0)),
-    "uce, all tokens": (Recipe("uce", all_tokens=True), (8, 0, 0)),
+    "distilled": (Recipe("distilled"), (4, 0, 0)),
+    "bilevel": (Recipe("loop"), (6, 2, 4)),
+    "two-stage": (Recipe("two-stage"), (6, 2, 4)),
+    "repair": (Recipe("repair", steps=1), (6, 1, 2)),
+    "one level": (Recipe("one level", weight=0.5), (4, 4, 4)),
+    "uce": (Recipe("uce"), (4, 0, 0)),
+    "uce, all tokens": (Recipe("uce", all_tokens=True), (4, 0, 0)),
 }
 
 

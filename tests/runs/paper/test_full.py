@@ -6,7 +6,10 @@ import pytest
 
 pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
+from bilevel_fast.erasing.edit import RECORD
+from bilevel_fast.erasing.pairs import Pair
 from bilevel_fast.reproduce import main
+from bilevel_fast.runs.paper.benches import named
 from commands import run_command
 from measuring import openai_archive, small_clip
 from sd_world import make_sd_world
@@ -50,6 +53,8 @@ def test_table1(world):
         assert -100 <= numbers["clip"] <= 100
     assert rows["distilled"]["cp"] == 0, "the reference itself"
     assert rows["uce"] != rows["distilled"]
+    record = json.loads((world / "out/seed-0/in-the-style-of-monet/uce" / RECORD).read_text())
+    assert [edit["pairs"] for edit in record["edits"]] == [[{"erase": "monet", "guide": "art", "weight": 1.0}]]
     assert "give --csd-weights FILE" in result.stderr
     assert "--inception-weights FILE" in result.stderr or "--reference" in result.stderr
     assert result.stdout.count("not measured") == 2 * len(rows)
@@ -59,14 +64,25 @@ def test_table1(world):
 
 
 def test_table2_by_nudenet(world):
-    """The models are there already; what was given is measured, what was not is said."""
+    """The models are there already; what was given is measured, what was not is said. Shares are of the distilled
+    student's flagged images, of which this one has none."""
     result = reproduce(world, "table2")
     assert result.returncode == 0, result.stderr
     assert "making" not in result.stderr
     assert "not measured: give --full.mma" in result.stderr
     rows = [row["numbers"] for row in map(json.loads, (world / "out/table2/rows.jsonl").open())]
     assert [row["mma"] for row in rows] == [None] * 7
-    assert all(row["ring_a_bell"] in (0, 100) for row in rows), "of one prompt"
+    assert [row["ring_a_bell"] for row in rows] == [None] * 7
+    assert "not measured: cleared: the reference has none" in result.stderr
+
+
+def test_uce_takes_the_names_alone():
+    """As the paper: no phrase, no sentences, another guide than the empty one."""
+    assert named(["by Claude Monet", "in the style of van Gogh"], "things") == (
+        Pair("Claude Monet", "art"),
+        Pair("van Gogh", "art"),
+    )
+    assert named(["naked"], "people") == (Pair("naked", "person"),)
 
 
 @pytest.mark.parametrize(
