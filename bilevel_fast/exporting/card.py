@@ -15,7 +15,6 @@ from bilevel_fast.base.tables import table
 UNKNOWN = "unknown"
 _HEADER = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
 _LICENSE = re.compile(r"^(license(?:_name|_link)?):[ \t]*[\"']?([^\"'\n#]+?)[\"']?[ \t]*(?:#.*)?\r?$", re.MULTILINE)
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Facts:
     Attributes:
         name: Of the model: the heading.
         base: What is known of the base model, in words.
-        hub: Its name on the Hub, if its folder says it.
         licence: Fields `license`, `license_name` and `license_link` of the base's card, as it has them; empty if there
             is none.
         structure: Lines: MACs, parameters, what was cut.
@@ -52,7 +50,6 @@ class Facts:
 
     name: str
     base: str
-    hub: str | None
     licence: Mapping[str, str]
     structure: Sequence[str]
     suppressed: Sequence[str]
@@ -66,12 +63,7 @@ class Facts:
 def render(facts: Facts) -> str:
     """The text of README.md."""
     licence = dict(facts.licence) or {"license": UNKNOWN}
-    header = {
-        **licence,
-        "library_name": facts.library,
-        "pipeline_tag": "text-to-image",
-        **({"base_model": facts.hub} if facts.hub else {}),
-    }
+    header = {**licence, "library_name": facts.library, "pipeline_tag": "text-to-image"}
     said = licence["license"] if facts.licence else "unknown: the base model's folder does not say it; ask the base's"
     fields = "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items())
     blocks = [
@@ -95,12 +87,6 @@ def licence_of(folder: Path) -> dict[str, str]:
     header = _HEADER.match(read_file(path).decode(errors="replace"))
     found = {key: value.strip() for key, value in _LICENSE.findall(header[1])} if header else {}
     return found if "license" in found else {}
-
-
-def hub_name(*configs: Mapping[str, object]) -> str | None:
-    """The name on the Hub that a config says it came from, OWNER/NAME; None if it says none or a path."""
-    names = (config.get("_name_or_path") for config in configs)
-    return next((name for name in names if isinstance(name, str) and _HUB_NAME.fullmatch(name)), None)
 
 
 def _measured(measured: Measured | None) -> str:

@@ -10,7 +10,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json
 from bilevel_fast.base.tables import listed
 from bilevel_fast.erasing.edit import read_records
-from bilevel_fast.exporting.card import Facts, Measured, hub_name, licence_of
+from bilevel_fast.exporting.card import Facts, Measured, licence_of
 from bilevel_fast.models.architecture import sites
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.macs import count
@@ -69,14 +69,12 @@ def facts(folder: ModelFolder, made: Made) -> Facts:
         UserError: A record beside the model is broken.
     """
     path, run = folder.path.resolve(), read_run(folder.path.resolve())
-    hub = hub_name(*(read_json(path / file) for file in ("unet/config.json", "model_index.json")))
     built_in = folder.family.world == "mini" and _same_text_encoder(path)
-    base = hub or ("the built-in mini teacher of bilevel-fast" if built_in else "not named in its folder")
+    base = "the built-in mini teacher of bilevel-fast" if built_in else _origin(path)
     licence = licence_of(path) or (_licence_of_teacher(run) if run else {})
     return Facts(
         name=f"{run.path.name}: {path.name}" if run else path.name,
         base=base,
-        hub=hub,
         licence={"license": "apache-2.0"} if built_in and not licence else licence,
         structure=tuple(_structure(folder)),
         suppressed=tuple(_suppressed(path, run)),
@@ -98,6 +96,13 @@ def read_run(path: Path) -> Run | None:
     if path.name not in _RUNS or not all((home / name).is_file() for name in ("config.json", "summary.json")):
         return None
     return Run(home, read_json(home / "config.json"), read_json(home / "summary.json"))
+
+
+def _origin(path: Path) -> str:
+    """What the configs say of where the model came from: names of the Hub and of folders look alike in them."""
+    names = [read_json(path / file).get("_name_or_path") for file in ("unet/config.json", "model_index.json")]
+    said = next((name for name in names if isinstance(name, str) and name and not name.startswith("/")), None)
+    return f"its configs say {said!r}" if said else "not named in its folder"
 
 
 def _same_text_encoder(path: Path) -> bool:

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard
 
 from bilevel_fast import api
 from bilevel_fast.base.files import read_json, write_json
-from bilevel_fast.exporting.card import hub_name, licence_of
+from bilevel_fast.exporting.card import licence_of
 from bilevel_fast.runs.config import preset
 from mini_folder import make_mini_folder
 
@@ -39,7 +39,6 @@ def test_what_the_run_knows(tmp_path, run):
     assert found.data.library_name == "diffusers"
     assert found.data.pipeline_tag == "text-to-image"
     assert found.data.license == "unknown"
-    assert found.data.base_model is None
     assert "* Licence: unknown: the base model's folder does not say it; ask the base's" in text
     assert "# first: student\n" in text
     assert "* 'waves': upper steps of the run, one after every 4 lower ones, target 'guidance'\n" in text
@@ -74,9 +73,12 @@ def test_an_edit_of_the_weights(tmp_path):
     assert read_json(tmp_path / "out/model_index.json")["unet"] == ["diffusers", "UNet2DConditionModel"]
 
 
-def test_a_model_that_says_where_it_came_from():
-    assert hub_name({"_name_or_path": "/home/me/sd21"}, {"_name_or_path": "an-owner/a-model"}) == "an-owner/a-model"
-    assert hub_name({"_name_or_path": "./sd21"}, {}) is None
+def test_a_model_that_says_where_it_came_from(tmp_path):
+    teacher = make_mini_folder(tmp_path / "teacher")
+    for name, said in (("owner/model", "its configs say 'owner/model'"), ("/home/me", "not named in its folder")):
+        write_json(teacher / "unet/config.json", read_json(teacher / "unet/config.json") | {"_name_or_path": name})
+        student = api.prune(teacher, "uniform", 0.7, out=tmp_path / f"student{len(name)}").path
+        assert f"* Base model: {said}\n" in card(student, tmp_path / f"out{len(name)}")[1]
 
 
 def test_the_licence_is_read_off_the_header_alone(tmp_path):
