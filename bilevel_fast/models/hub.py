@@ -16,7 +16,7 @@ from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.models.family import family_of
 from bilevel_fast.models.weights import PICKLES, STEMS, weight_names
 
-_ID = re.compile(r"([a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+_ID = re.compile(r"(?!.*\.\.)([a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 _FILES = (".safetensors", ".json", ".txt", *(pattern.removeprefix("*") for pattern in PICKLES))
 _READ = (".json", ".txt", ".model")
 _PARTS = {

@@ -44,7 +44,7 @@ def logged(folder):
 
 
 def records(data):
-    """Of a log in LevelDB's format: blocks of 32 KiB, of pieces with a checksum, a length and a kind; 7 bytes are W&B's."""
+    """Of a log in LevelDB's format: blocks of 32 KiB, of pieces with a checksum, a length and a kind."""
     at, held = 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
