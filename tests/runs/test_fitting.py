@@ -89,6 +89,7 @@ def test_ranks_share_what_is_trained():
     assert four.micro_batches(card) == (16, 16)
     assert fitting().wanted(16).total > card
     assert replace(four, ranks=1).wanted(16).total > card
+    assert "batch 16 at latents of 16 x 16" in str(four.out_of_memory(torch.device("cpu"))), "one rank's leaf"
 
 
 def test_an_edit_has_no_upper_batch():
