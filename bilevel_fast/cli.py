@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "judge models of the mini world, or folders of images by the paper's metrics",
     "reproduce": "the paper's tables and figures, on the mini world or in full",
     "profile": "where the time of a training step goes",
+    "doctor": "what is installed here, what runs where and why, what is missing",
 }
 
 

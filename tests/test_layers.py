@@ -30,6 +30,7 @@ ENTRY_POINTS = {
     "reproduce",
     "profile",
     "convert",
+    "doctor",
     "cli",
     "api",
     "__init__",
