@@ -6,6 +6,7 @@ Exit code 0 if the mini preset can run here, else 1.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 
@@ -13,6 +14,11 @@ from bilevel_fast.base import errors, flags
 @dataclass(frozen=True)
 class Settings:
     """It has none."""
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return {"": Settings}
 
 
 def main() -> None:

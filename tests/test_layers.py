@@ -31,6 +31,8 @@ ENTRY_POINTS = {
     "profile",
     "convert",
     "doctor",
+    "completion",
+    "__main__",
     "cli",
     "api",
     "__init__",
