@@ -1,4 +1,4 @@
-"""`bilevel-fast NAME ...` is `python -m bilevel_fast.NAME ...`."""
+"""`bilevel-fast NAME ...` is `python -m bilevel_fast.NAME ...`, and so is `python -m bilevel_fast NAME ...`."""
 
 import importlib
 import sys
@@ -7,32 +7,42 @@ import bilevel_fast
 from bilevel_fast.base import errors
 
 COMMANDS = {
-    "convert": "a Stable Diffusion checkpoint in one file to a model folder",
     "train": "prune, distil and suppress concepts in one run",
-    "prune": "prune a model folder to a MAC budget",
-    "export": "a model to diffusers, to one file, to ONNX or to torch, with a model card",
-    "erase": "erase concepts from any model folder by an edit of its weights",
+    "prune": "prune a model folder to a budget",
+    "export": "a model to diffusers, one file, ONNX or torch, with a card",
+    "erase": "erase concepts from a model folder by an edit of its weights",
     "prepare": "images and captions to the latent cache that training reads",
-    "sample": "prompts to a PNG grid, or a file of them to a folder of images, with any model folder",
-    "evaluate": "judge models of the mini world, or folders of images by the paper's metrics",
+    "sample": "prompts to a grid, or a file of them to a folder of images",
+    "evaluate": "judge models of the mini world, or folders of images",
+    "convert": "a Stable Diffusion checkpoint in one file to a model folder",
     "reproduce": "the paper's tables and figures, on the mini world or in full",
     "profile": "where the time of a training step goes",
+    "doctor": "what is installed, what runs where and why, what is missing",
+    "completion": "completion of all this by bash, zsh or fish",
 }
+"""Modules of this package with a `main`, in the order of the overview."""
 
 
 def main() -> None:
-    """Console script: hands over to the entry point that is named."""
+    """Console script: hands over to the entry point that is named, and ends as it does."""
+    raise SystemExit(errors.run(_main))
+
+
+def _main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name == "--version":
         print(f"bilevel-fast {bilevel_fast.__version__}")
         return
-    if name in ("-h", "--help"):
-        lines = [f"  {command:<10}{what}" for command, what in COMMANDS.items()]
+    if name in ("-h", "--help", "--help-all"):
+        lines = [f"  {command:<11}{what}" for command, what in COMMANDS.items()]
         more = "bilevel-fast NAME --help says more, bilevel-fast --version which release this is"
-        print("\n".join(["usage: bilevel-fast NAME [OPTIONS]", "", *lines, "", more]))
+        print("\n".join(["usage: bilevel-fast NAME [FLAGS]", "", *lines, "", more]))
         return
     if name not in COMMANDS:
-        print(f"error: no command {name!r}{errors.nearest(name, COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
+        raise errors.UserError(f"no command {name!r}{errors.nearest(name, COMMANDS)}")
     sys.argv = [f"bilevel-fast {name}", *sys.argv[2:]]
-    raise SystemExit(errors.run(importlib.import_module(f"bilevel_fast.{name}").main))
+    importlib.import_module(f"bilevel_fast.{name}").main()
+
+
+if __name__ == "__main__":
+    main()

@@ -3,12 +3,14 @@
 python -m bilevel_fast.convert --file model.safetensors --config-from sd15/ --out model/
 
 The file holds weights alone. Tokenizer, configs and scheduler are those of a folder of the model that it descends from,
-whose weights need not be there: online, a megabyte of it is enough,
+whose weights need not be there: online, a megabyte of it is enough.
+
 hf download OWNER/NAME --include "*.json" "*.txt" --local-dir sd15
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 
@@ -21,6 +23,11 @@ class Args:
     """Folder in the diffusers layout of the model that it descends from, or its id on the hub."""
     out: Path
     """Folder to write."""
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return {"": Args}
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ concept-prune  zeros feed-forward weights that work for the concept (arXiv:2405.
 """
 
 import sys
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.alone import alone
@@ -15,11 +16,16 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.runs.erase_model import EDITS, erase
 
 
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return dict(EDITS)
+
+
 def main() -> None:
     alone("bilevel_fast.erase")
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(f"{__doc__}\nuce --help and concept-prune --help say more")
+        print(flags.overview(f"{__doc__}\nuce --help and concept-prune --help say more"))
         return
     if name not in EDITS:
         raise UserError(f"no edit {name!r}{nearest(name, EDITS)}")

@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, ClassVar
 
 from bilevel_fast import api
 from bilevel_fast.base import errors, flags
@@ -26,6 +27,19 @@ from bilevel_fast.worlds.mini.settings import Mini
 class EvaluateConfig(Folders):
     """Settings of `evaluate`."""
 
+    MAIN: ClassVar = (
+        *("suite", "models", "erase", "images", "prompts", "reference", "out", "json", "seed", "device"),
+        *("clip_weights", "csd_weights", "inception_weights"),
+    )
+    GROUPS: ClassVar = {
+        "what is judged": ("suite", "seed", "json"),
+        "--suite mini": ("models", "erase"),
+        "--suite style, nsfw or coco": (
+            *("images", "prompts", "reference", "out", "clip_weights", "clip_model", "csd_weights"),
+            *("inception_weights", "statistics_out", "draws", "fid_draws", "batch", "device"),
+        ),
+    }
+
     models: tuple[Path, ...] = (TEACHER,)
     """mini: model folders of the mini world. Default: the built-in teacher."""
     erase: tuple[str, ...] = ("pointillism",)
@@ -35,6 +49,11 @@ class EvaluateConfig(Folders):
     mini: Mini = field(default_factory=Mini)
     json: bool = False
     """Print one JSON object instead of a table."""
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return {"": EvaluateConfig}
 
 
 def main() -> None:

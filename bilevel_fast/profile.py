@@ -1,13 +1,17 @@
 """Where the time of a training step goes, room by room.
 
-    python -m bilevel_fast.profile                        the built-in mini world, on a GPU if there is one
-    python -m bilevel_fast.profile --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
+On the built-in mini world, with a GPU if there is one, or on a model of yours:
+
+python -m bilevel_fast.profile
+python -m bilevel_fast.profile --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
 
 Profiles the steps that `bilevel_fast.train` would take with the same flags: prints time, share, launches, TFLOP/s and
 GB/s of every room of the lower and the upper step, and the ops that take most of them. Leaves profile.json, trace.json
 (for ui.perfetto.dev) and step.png in --profile-out. Keeps no student: --out and --resume have no effect.
 
-The rooms are NVTX ranges, too: nsys profile python -m bilevel_fast.profile ...
+The rooms are NVTX ranges, too:
+
+nsys profile python -m bilevel_fast.profile ...
 """
 
 import json
@@ -17,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.alone import alone
@@ -31,6 +35,9 @@ _BY_DATA = "mini, or paper with --data"
 class ProfileConfig(TrainConfig):
     """Settings of a run, and of its profile."""
 
+    MAIN: ClassVar = ("steps", "warmup", "profile_out", "overwrite")
+    GROUPS: ClassVar = {"profile": MAIN}
+
     preset: str = _BY_DATA
     """Where the defaults come from: mini, smoke, paper or released."""
     steps: int = 8
@@ -41,6 +48,11 @@ class ProfileConfig(TrainConfig):
     """Folder of the results; must be new or empty, unless --overwrite."""
     overwrite: bool = False
     """Replace the results in --profile-out."""
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return {"": ProfileConfig}
 
 
 def parse(argv: Sequence[str]) -> ProfileConfig:

@@ -1,12 +1,21 @@
-"""Prune a dense model to a budget: `python -m bilevel_fast.prune magnitude --budget 0.8 --out runs/pruned`."""
+"""Prune a dense model to a budget.
+
+python -m bilevel_fast.prune magnitude --budget 0.8 --out runs/pruned
+"""
 
 import sys
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.alone import alone
-from bilevel_fast.pruning import method
-from bilevel_fast.runs.prune_aptp import COMMANDS
+from bilevel_fast.pruning import METHODS, method
+from bilevel_fast.runs.prune_aptp import COMMANDS, SETTINGS
 from bilevel_fast.runs.prune_method import Args, prune
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return dict.fromkeys(METHODS, Args) | SETTINGS
 
 
 def main() -> None:

@@ -1,7 +1,9 @@
 """The paper's tables and figures (arXiv:2412.15341), one command each.
 
-python -m bilevel_fast.reproduce table1                                        on the built-in mini world
-python -m bilevel_fast.reproduce table1 --scale full --run.teacher SD21 ...    on Stable Diffusion 2.1
+On the built-in mini world, or on Stable Diffusion 2.1:
+
+python -m bilevel_fast.reproduce table1
+python -m bilevel_fast.reproduce table1 --scale full --run.teacher SD21 ...
 """
 
 import logging
@@ -9,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -25,6 +27,13 @@ from bilevel_fast.runs.paper.settings import MINI, UNREAD, Full, Rows
 class Args:
     """What to reproduce, and how."""
 
+    MAIN: ClassVar = (
+        *("scale", "out", "seeds", "run.teacher", "run.data", "run.concepts", "run.erase", "run.device"),
+        *("run.lower.steps", "run.upper.every", "run.prune.budget"),
+        *("full.phrase", "full.subjects", "full.styles", "full.coco", "full.coco_images"),
+        *("full.clip_weights", "full.csd_weights", "full.inception_weights"),
+    )
+
     experiment: Annotated[Literal["table1", "table2", "table3", "fig4", "fig5", "fig6", "fig7"], tyro.conf.Positional]
     """Which table or figure."""
     scale: Literal["mini", "full"] = "mini"
@@ -37,6 +46,11 @@ class Args:
     """The bilevel run; the other rows share with it what they can. --scale full begins with the preset `paper`."""
     rows: Rows = field(default_factory=Rows)
     full: Full = field(default_factory=Full)
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return {"": Args}
 
 
 def parse(argv: Sequence[str]) -> Args:

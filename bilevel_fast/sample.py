@@ -12,10 +12,11 @@ import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.progress import Bar
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX as MIXTURE
 from bilevel_fast.pruning.aptp.sampling import load_mixture
 from bilevel_fast.sampling.painter import Load, load_painter
@@ -29,6 +30,19 @@ from bilevel_fast.worlds.mini import TEACHER
 class SampleConfig(RowFlags, GridFlags):
     """Settings of `sample`."""
 
+    MAIN: ClassVar = (
+        *("prompts", "prompts_file", "model", "mixture", "out", "folder"),
+        *("seeds", "steps", "guidance", "batch", "device"),
+    )
+    GROUPS: ClassVar = {
+        "what is drawn": ("prompts", "prompts_file", "model", "mixture", "prompt_encoder"),
+        "where to": ("out", "folder", "format"),
+        "how": ("seeds", "steps", "guidance", "method", "size", "batch", "precision", "device"),
+        "how --prompts-file is read": (
+            *("layout", "prompt_column", "id_column", "seed_column", "duplicates", "limit"),
+        ),
+    }
+
     prompts_file: Path | None = None
     """What to draw into --folder: a CSV table with a header, one prompt per line, or COCO's captions (JSON)."""
     folder: Path | None = None
@@ -39,6 +53,11 @@ class SampleConfig(RowFlags, GridFlags):
     """What the UNet computes a folder in. Default, and for a grid: bf16 on a GPU of sm_80 and later, else fp32."""
     format: Format = "png"
     """PNG pictures, or latents as safetensors."""
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return {"": SampleConfig}
 
 
 _FOLDER_ONLY = (*(field.name for field in fields(RowFlags)), "folder", "batch", "precision", "format")
@@ -69,12 +88,13 @@ def _fill_folder(config: SampleConfig) -> None:
     assert config.prompts_file is not None
     rows = config.read(config.prompts_file)
     same = ("steps", "guidance", "method", "size", "precision", "format")
-    folder = sample_folder(
-        config.mixture or config.model or TEACHER, rows, config.folder,
-        Recipe(seed=config.seeds[0], **{name: getattr(config, name) for name in same}),
-        batch=config.batch, device=config.device, load=load_painter if config.mixture is None else _experts(config),
-        progress=_progress if sys.stderr.isatty() else None,
-    )  # fmt: skip
+    with Bar("img") as bar:
+        folder = sample_folder(
+            config.mixture or config.model or TEACHER, rows, config.folder,
+            Recipe(seed=config.seeds[0], **{name: getattr(config, name) for name in same}),
+            batch=config.batch, device=config.device, load=load_painter if config.mixture is None else _experts(config),
+            progress=bar,
+        )  # fmt: skip
     print(f"{config.folder}: {len(folder.entries)} of {len(rows)} images")
 
 
@@ -84,10 +104,6 @@ def _experts(config: SampleConfig, **options: Any) -> Load:
 
 def _say(expert: int, prompt: str) -> None:
     print(f"expert {expert}  {prompt}")
-
-
-def _progress(done: int, total: int) -> None:
-    print(f"\r{done}/{total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

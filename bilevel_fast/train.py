@@ -1,9 +1,11 @@
 """Prune, distil and suppress concepts in one run.
 
-python -m bilevel_fast.train                            the built-in mini world, end to end
+The built-in mini world, end to end; a model of yours; and on 8 GPUs, which nobody has tried yet: docs/scale.md says
+what is tested, and what is not supported.
+
+python -m bilevel_fast.train
 python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK
-torchrun --standalone --nproc-per-node 8 -m bilevel_fast.train --scale.leaves 8 ...    on 8 GPUs, which nobody has
-    tried yet: docs/scale.md says what is tested, and what is not supported
+torchrun --standalone --nproc-per-node 8 -m bilevel_fast.train --scale.leaves 8 ...
 """
 
 import json
@@ -12,10 +14,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from bilevel_fast import api
 from bilevel_fast.base import errors, flags
 from bilevel_fast.runs.config import TrainConfig, preset
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    return {"": TrainConfig}
 
 
 def parse(argv: Sequence[str]) -> TrainConfig:

@@ -119,6 +119,48 @@ def cpu_name() -> str:
     return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
 
 
+def ram() -> tuple[int, int]:
+    """Bytes of memory of this machine that the process may use, and how many of them are free now.
+
+    A limit of its control group counts; Linux says both.
+    """
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    kib = {words[0].rstrip(":"): int(words[1]) for words in lines}
+    total, free = kib["MemTotal"] * 2**10, kib["MemAvailable"] * 2**10
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no such group, or `max`
+        return total, free
+    return min(total, limit), min(free, max(limit - used, 0))
+
+
+def no_cuda() -> str | None:
+    """Why torch finds no CUDA device, in a few words; None if it finds one."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built for the CPU alone"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides them all"
+    if driver() is None:
+        return "no NVIDIA driver is loaded"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "the driver knows none"
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver that is loaded, or None."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
 def settle_libraries(device: torch.device) -> None:
     """Torch's global switches as training and its benchmarks want them on a GPU; nothing on a CPU."""
     if device.type == "cuda":

@@ -1,24 +1,18 @@
 """Command lines from dataclasses: tyro, with a mistyped flag refused in one line."""
 
-import ast
 import contextlib
 import dataclasses
-import inspect
 import io
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import tyro
 
 from bilevel_fast.base.errors import UserError, check_finite, nearest
+from bilevel_fast.base.help import laid_out, page, terminal_width
 
 _T = TypeVar("_T")
-
-_HERE = "(description)"  # stands for the description until the help is laid out
 
 
 def parse(
@@ -29,7 +23,7 @@ def parse(
     args: Sequence[str] | None = None,
     default: _T | None = None,
 ) -> _T:
-    """Read flags into a dataclass; `--help` prints the docstrings under its fields.
+    """Read flags into a dataclass; `--help` and `--help-all` print its page (`base.help`) and end the command.
 
     Args:
         kind: The dataclass.
@@ -42,19 +36,19 @@ def parse(
         UserError: There is no such flag; the nearest are named. Or the dataclass refuses its values, or one is infinite
             or not a number. A missing or malformed value ends in tyro's own message and exit code 2.
     """
+    words = list(sys.argv[1:] if args is None else args)
+    if {"-h", "--help", "--help-all"} & set(words):
+        sys.stdout.write(page(kind, module, description, default, everything="--help-all" in words))
+        sys.stdout.flush()
+        raise SystemExit(0)
     given: dict[str, Any] = {} if default is None else {"default": default}
-    shown = {"-h", "--help"} & set(sys.argv[1:] if args is None else args)
-    if shown:
-        _document(kind)
-    held, help_text = io.StringIO(), _Aside()
+    held = io.StringIO()
     try:
-        with contextlib.redirect_stderr(held), contextlib.redirect_stdout(help_text):
+        with contextlib.redirect_stderr(held):
             config, unknown = tyro.cli(
-                kind, prog=f"python -m {module}", description=_HERE, args=args, return_unknown_args=True, **given
+                kind, prog=f"python -m {module}", description="", args=words, return_unknown_args=True, **given
             )
     except SystemExit as end:
-        sys.stdout.write(help_text.getvalue().replace(_HERE, inspect.cleandoc(description or ""), 1))
-        sys.stdout.flush()
         cause = end.__context__
         while cause is not None and not isinstance(cause, UserError):
             cause = cause.__context__
@@ -69,31 +63,9 @@ def parse(
     return config
 
 
-class _Aside(io.StringIO):
-    """Text that will go to standard output: tyro asks what that can show."""
-
-    encoding = property(lambda self: sys.__stdout__.encoding if sys.__stdout__ else None)  # type: ignore[assignment]
-
-    def isatty(self) -> bool:
-        return sys.__stdout__ is not None and sys.__stdout__.isatty()
-
-
-def _document(kind: Any) -> None:
-    """Give tyro the docstring under each field as one piece: it takes the line breaks of the source for paragraphs."""
-    texts: dict[str, str] = {}
-    owners: list[Any] = [owner for owner in reversed(kind.__mro__) if dataclasses.is_dataclass(owner)]
-    for owner in owners:
-        (found,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        assert isinstance(found, ast.ClassDef)
-        for node, after in pairwise(found.body):
-            match node, after:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    texts[name] = " ".join(text.split())
-    for field in dataclasses.fields(kind):
-        if field.name in texts:
-            field.metadata = MappingProxyType({**field.metadata, "help": texts[field.name]})
-        if dataclasses.is_dataclass(field.type):
-            _document(field.type)
+def overview(text: str) -> str:
+    """A page of a command that has further names, as wide as the terminal."""
+    return laid_out(text, terminal_width())
 
 
 def _flags(kind: Any, prefix: str = "--") -> Iterator[str]:

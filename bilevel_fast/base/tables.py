@@ -1,5 +1,6 @@
 """Tables: aligned text for the terminal, markdown for pages."""
 
+import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from statistics import mean
 
@@ -25,6 +26,18 @@ def aligned(lines: Sequence[Sequence[str]], numbers: bool = False, least: tuple[
         return "  ".join([*map(str.ljust, cells[:-1], widths), cells[-1]])
 
     return "\n".join(map(line, lines))
+
+
+def fitted(lines: Sequence[Sequence[str]], width: int = 80) -> str:
+    """Columns as of `aligned`, in lines of at most `width` characters: the last cell goes on below itself."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)][:-1]
+    start = sum(widths) + 2 * len(widths)
+    out: list[str] = []
+    for *cells, last in lines:
+        first, *rest = textwrap.wrap(last, max(width - start, 16), break_on_hyphens=False) or [""]
+        out.append("  ".join([*map(str.ljust, cells, widths), first]).rstrip())
+        out += [" " * start + line for line in rest]
+    return "\n".join(out)
 
 
 def table(rows: Mapping[str, Mapping[str, float]], percent: Collection[str] | None = None) -> str:

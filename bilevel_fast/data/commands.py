@@ -1,10 +1,10 @@
 """`python -m bilevel_fast.prepare coco`, `folder` and `webdataset`."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -12,6 +12,7 @@ from bilevel_fast.base import flags
 from bilevel_fast.base.devices import Ranks, pick_device
 from bilevel_fast.base.errors import UserError, in_range
 from bilevel_fast.base.limits import SIDE
+from bilevel_fast.base.progress import Bar
 from bilevel_fast.data.cache import DROPPED, INDEX, Cache, Index, LeftOut
 from bilevel_fast.data.dali import Decoder, pick_backend, usable_cores
 from bilevel_fast.data.encode import Files, Source, encode, latent_shape
@@ -28,6 +29,16 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Making:
     """How a cache is made."""
+
+    MAIN: ClassVar = (
+        *("root", "split", "tars", "caption_field", "out", "model"),
+        *("resolution", "views", "latents", "shard", "device"),
+    )
+    GROUPS: ClassVar = {
+        "what is read": ("root", "split", "tars", "caption_field"),
+        "what is made": ("out", "model", "resolution", "views", "crop", "flip", "seed", "latents", "dtype"),
+        "the work": ("shard", "batch", "per_file", "backend", "threads", "precision", "device"),
+    }
 
     out: Path
     """Folder of the cache. If it holds a part of this cache, the command goes on with it."""
@@ -108,7 +119,7 @@ class TarArgs(Making):
         return tars
 
 
-_ARGS: dict[str, type[CocoArgs | FolderArgs | TarArgs]] = {
+ARGS: dict[str, type[CocoArgs | FolderArgs | TarArgs]] = {
     "coco": CocoArgs,
     "folder": FolderArgs,
     "webdataset": TarArgs,
@@ -117,7 +128,7 @@ _ARGS: dict[str, type[CocoArgs | FolderArgs | TarArgs]] = {
 
 def images(name: str, argv: Sequence[str]) -> None:
     """Carry out one of the commands."""
-    kind = _ARGS[name]
+    kind = ARGS[name]
     args = flags.parse(kind, f"bilevel_fast.prepare {name}", kind.__doc__, args=argv)
     if not args.latents:
         kept, dropped = make_list(args)
@@ -162,7 +173,7 @@ def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
     index = Index("images", shape, folder.vae_fingerprint, args.views, args.dtype, sizes, recipe)
     framing = Framing(args.resolution, args.seed, args.flip, args.crop)
     decoder = Decoder(args.resolution, args.views, args.batch, backend, device, args.threads or usable_cores())
-    with _Bar() as bar:
+    with Bar("img") as bar:
         return encode(
             source,
             args.out,
@@ -173,7 +184,7 @@ def make(args: CocoArgs | FolderArgs | TarArgs) -> Cache | None:
             batch=args.batch,
             per_file=args.per_file,
             part=part,
-            progress=bar,
+            progress=_shown(bar),
         )
 
 
@@ -191,8 +202,8 @@ def make_list(args: CocoArgs | FolderArgs | TarArgs) -> tuple[int, LeftOut]:
     framing = Framing(args.resolution, args.seed, args.flip, args.crop)
     root = str(source.listing.folder.resolve())
     index = ImageIndex(root, framing, shape, folder.vae_fingerprint, args.backend, 0, "", LeftOut())
-    with at_work(args.out), _Bar() as bar:
-        write_list(source.listing, args.out, index, threads=args.threads or usable_cores(), progress=bar)
+    with at_work(args.out), Bar("img") as bar:
+        write_list(source.listing, args.out, index, threads=args.threads or usable_cores(), progress=_shown(bar))
     made = ImageIndex.load(args.out / INDEX)
     return made.samples, made.dropped
 
@@ -214,23 +225,5 @@ def _model(args: Making, device: torch.device) -> tuple[ModelFolder, tuple[int, 
     return folder, shape
 
 
-class _Bar:
-    """A progress bar where there is a terminal."""
-
-    def __init__(self) -> None:
-        self._bar = None
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def __call__(self, done: int, total: int, dropped: LeftOut) -> None:
-        if self._bar is None:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=done, unit="img", disable=None)
-        self._bar.set_postfix_str(f"{dropped.pairs} dropped", refresh=False)
-        self._bar.update(done - self._bar.n)
+def _shown(bar: Bar) -> Callable[[int, int, LeftOut], None]:
+    return lambda done, total, dropped: bar(done, total, f"{dropped.pairs} dropped")

@@ -121,10 +121,13 @@ def size_class(numel: int) -> str:
     return "large"
 
 
-@torch.compiler.assume_constant_result
 def architecture(device: torch.device) -> str:
     """`cpu`, `sm_90` and the like, or the type of another device."""
     if device.type != "cuda":
         return device.type
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+# what `torch.compiler.assume_constant_result` does, without its import of torch._dynamo: a second for every command
+architecture._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -14,6 +14,7 @@ our Triton ops keep less.
 
 import weakref
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -166,6 +167,15 @@ def estimate(
     return _line(setting).at(batch, micro, ranks, leaves)
 
 
+def standing(structure: Structure, latent: int, text: int, **how: Any) -> int:
+    """Bytes of `estimate` that are there whatever the batch: weights, moments, a gradient. Counts no step: it is fast.
+
+    Args:
+        how: Further fields of `Setting`.
+    """
+    return _line(Setting(structure, latent, text, **how)).standing()
+
+
 def largest_micro_batch(memory: Memory, bytes_of_card: int) -> int:
     """The largest divisor of a batch with which it takes at most `bytes_of_card` as micro-batches of so many images.
 
@@ -269,7 +279,20 @@ class _Line:
         )
         steps.student.recompute = setting.recompute
         self._flat, self._fine_tuning = steps.flat, steps.fine_tuning
-        self._counts = tuple(self._count(batch) for batch in COUNTED_AT)
+
+    @cached_property
+    def _counts(self) -> tuple[_Activations, ...]:
+        return tuple(self._count(batch) for batch in COUNTED_AT)
+
+    def standing(self) -> int:
+        flat, copies = self._flat, 1 + self.setting.upper
+        separate = flat.compute is not flat.master
+        average = 0 if flat.average is None else flat.average.nbytes
+        own = flat.master.nbytes * (1 + 2 * copies) + flat.compute.nbytes * separate + flat.gradient.nbytes
+        return own + average + self._held(flat.master.numel()) + self._teacher()
+
+    def _teacher(self) -> int:
+        return sum(p.nbytes for p in self._fine_tuning.answers.teacher.unet.parameters())
 
     def at(self, batch: int, micro: int | None = None, ranks: int = 1, leaves: int = 1) -> Memory:
         """For a leaf of so many images; `leaves` is at least `ranks`."""
@@ -302,7 +325,7 @@ class _Line:
             ema=4 * rows * self.setting.ema,
             eraser=self._held(rows),
             eager=peak * self.setting.eager,
-            teacher_weights=sum(p.nbytes for p in self._fine_tuning.answers.teacher.unet.parameters()),
+            teacher_weights=self._teacher(),
             teacher_activations=self._between(low.answered, high.answered, batch * leaves // ranks),
             student_activations=kept,
             workspace=max(peak, updating) - kept + OUTSIDE,

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bilevel_fast.base.errors import UserError, check_finite, in_range, nearest
 from bilevel_fast.erasing.settings import ControllerSettings, Upper
@@ -66,6 +66,31 @@ class TrainConfig:
     on model folders in the diffusers layout.
     """
 
+    MAIN: ClassVar = (
+        *("preset", "out", "seed", "resume", "dry_run", "device"),
+        *("teacher", "student", "data", "concepts", "erase", "prune.method", "prune.budget"),
+        *("lower.steps", "lower.batch", "lower.lr"),
+        *("upper.every", "upper.batch", "upper.lr", "upper.eraser", "upper.anchor", "upper.penalty"),
+    )
+    GROUPS: ClassVar = {
+        "run": (
+            "preset",
+            "out",
+            "seed",
+            "resume",
+            "dry_run",
+            "device",
+            "log_every",
+            "checkpoint_every",
+            "max_bad_steps",
+        ),
+        "models, images, concepts": (
+            *("teacher", "student", "data", "concepts", "erase"),
+            *("concept_weights", "resume_concepts", "twin"),
+        ),
+        "how it computes": ("precision", "fp8_teacher", "recompute", "graphs", "clip_norm", "ema"),
+    }
+
     preset: str = "mini"
     """Where the defaults come from: mini, smoke, paper or released."""
     out: Path = Path("runs/mini")
@@ -73,14 +98,14 @@ class TrainConfig:
     seed: int = 0
     """Seed of everything random."""
     teacher: Path | None = None
-    """Dense model folder (diffusers layout), or its id on the hub. None: the built-in mini teacher."""
+    """Dense model folder (diffusers layout), or its id on the hub. Default: the built-in mini teacher."""
     student: Path | None = None
-    """Pruned model folder. None: prune the teacher as --prune says."""
+    """Pruned model folder. Default: prune the teacher as --prune says."""
     data: Path | None = None
     """What to fine-tune on: a latent cache, or a list of images, which DALI decodes and the VAE encodes as they are
-    wanted; bilevel_fast.prepare makes both. None: the mini world."""
+    wanted; bilevel_fast.prepare makes both. Default: the mini world."""
     concepts: tuple[Path, ...] = ()
-    """Concept banks to suppress, one or more. None: sampled from the mini teacher."""
+    """Concept banks to suppress, one or more. Default: sampled from the mini teacher."""
     erase: tuple[str, ...] = ("pointillism",)
     """Drawing styles of the mini world to suppress; elsewhere --concepts says what."""
     concept_weights: tuple[float, ...] = ()

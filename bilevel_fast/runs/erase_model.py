@@ -1,12 +1,12 @@
 """`python -m bilevel_fast.erase EDIT`: settings of both edits, and the edit of a model folder."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.progress import Bar
 from bilevel_fast.base.tables import table
 from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
@@ -102,14 +102,10 @@ def _erase(args: UceArgs | ConceptPruneArgs) -> Erased:
     transformers(folder.structure or Structure.dense(folder.config))  # refuses a model that has none
     earlier = read_records(folder.path)
     unet = folder.unet().to(device).requires_grad_(False)
-    job = Job(folder, pairs, frames, preserve, earlier, progress=_progress if sys.stderr.isatty() else None)
-    outcome = args.edit(unet, job)
+    with Bar("prompt") as bar:
+        outcome = args.edit(unet, Job(folder, pairs, frames, preserve, earlier, progress=bar))
     save_student(args.out, folder, unet, notes={RECORD: to_json([*earlier, outcome.record])})
     return Erased(args.out, outcome, _page(outcome, args.out))
-
-
-def _progress(done: int, total: int) -> None:
-    print(f"\r{done}/{total} prompts", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _page(outcome: Outcome, out: Path) -> str:

@@ -1,6 +1,7 @@
 """Whether a run fits on its card: by the memory model, how many images of a batch are computed at once."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.profiling.memory import Memory, describe, estimate, largest_micro_batch
+from bilevel_fast.profiling.memory import Memory, describe, estimate, largest_micro_batch, standing
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.training.settings import MicroBatch
 
@@ -39,21 +40,23 @@ class Fitting:
 
     def wanted(self, batch: int, micro: int | None = None) -> Memory:
         """What a training takes of one rank whose leaves, of both levels, are of so many images."""
+        shared = {"ranks": self.ranks, "leaves": self.config.scale.leaves}
+        return estimate(self.structure, self.latent, self.text, batch, micro=micro, **shared, **self._how)
+
+    def standing(self) -> int:
+        """Bytes of `wanted` on one rank that no batch changes, without counting a step."""
+        return standing(self.structure, self.latent, self.text, **self._how)
+
+    @property
+    def _how(self) -> dict[str, Any]:
         config = self.config
-        return estimate(
-            self.structure,
-            self.latent,
-            self.text,
-            batch,
-            precision="bf16" if self.dtype == torch.bfloat16 else "fp32",
-            recompute=config.recompute,
-            ema=config.ema is not None,
-            micro=micro,
-            weights=config.lower.weights,
-            ranks=self.ranks,
-            leaves=config.scale.leaves,
+        return {
+            "precision": "bf16" if self.dtype == torch.bfloat16 else "fp32",
+            "recompute": config.recompute,
+            "ema": config.ema is not None,
+            "weights": config.lower.weights,
             **erasers.holds(config.upper, self.graphs),
-        )
+        }
 
     def micro_batches(self, card: int | None) -> tuple[int, int]:
         """Images of the lower and of the upper level that are computed at once, a leaf of a batch at most.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.progress import Bar
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.worlds import world
 from bilevel_fast.worlds.mini.settings import Mini
@@ -23,7 +24,11 @@ def judged(models: Sequence[Path], erase: Sequence[str], seed: int, settings: Mi
     for folder in folders:
         if folder.family.world != "mini":
             raise UserError(f"{folder.path} is no model of the mini world; the probe cannot judge it")
-    return {
-        str(folder.path): here.quality(here.portfolio(folder.unet(), folder, erased, settings, seed), erased)
-        for folder in folders
-    }
+    found = {}
+    with Bar("model") as bar:
+        for number, folder in enumerate(folders):
+            bar(number, len(folders))
+            samples = here.portfolio(folder.unet(), folder, erased, settings, seed)
+            found[str(folder.path)] = here.quality(samples, erased)
+        bar(len(folders), len(folders))
+    return found

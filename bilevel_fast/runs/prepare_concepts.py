@@ -2,14 +2,15 @@
 
 import logging
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from bilevel_fast.base import flags
 from bilevel_fast.base.devices import Ranks, pick_device
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.progress import Bar
 from bilevel_fast.data.bank import Concept, Shows, anchor_for, make_part, prompts_for, without
 from bilevel_fast.data.cache import INDEX
 from bilevel_fast.data.writer import Part
@@ -24,6 +25,11 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ConceptsArgs:
     """Draw concept banks: images of what is to be suppressed, with their prompts, and the prompts without it."""
+
+    MAIN: ClassVar = (
+        *("out", "model", "phrase", "replacement", "subjects", "held_out"),
+        *("count", "seed", "steps", "shows", "shard", "device"),
+    )
 
     out: Path
     """Folder of the bank; of several phrases, a folder for each in it. If it holds a part of this bank, the command
@@ -84,11 +90,11 @@ def main(argv: Sequence[str]) -> None:
         left_out = len(subjects) - len(prompts)
         if args.count < len(prompts):
             _log.warning("%s: --count %d draws the first so many of %d prompts", path, args.count, len(prompts))
-        bank = make_part(
-            folder, prompts, anchors, args.count, recipe.seed, recipe.guidance, recipe.steps, args.batch, path, part,
-            size=recipe.size, device=device, progress=_progress if sys.stderr.isatty() else None, shows=args.shows,
-            precision=recipe.precision,
-        )  # fmt: skip
+        with Bar("img") as bar:
+            bank = make_part(
+                folder, prompts, anchors, args.count, recipe.seed, recipe.guidance, recipe.steps, args.batch, path,
+                part, size=recipe.size, device=device, progress=bar, shows=args.shows, precision=recipe.precision,
+            )  # fmt: skip
         if bank is None:
             print(f"{path}: part {part.number}/{part.count} is finished, others are not")
             continue
@@ -151,7 +157,3 @@ def bank_prompts(subjects: Sequence[str], concept: Concept, held_out: Sequence[s
             prompts += prompts_for([subject], concept)
     prompts = without(prompts, held_out)
     return prompts, [anchor_for(prompt, concept) for prompt in prompts]
-
-
-def _progress(done: int, total: int) -> None:
-    print(f"\r{done}/{total} images", end="\n" if done == total else "", file=sys.stderr, flush=True)

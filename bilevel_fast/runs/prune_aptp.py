@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -167,3 +168,6 @@ def _make_student(
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"aptp": aptp, "route": route, "import-aptp": import_aptp}
 """First words of `bilevel_fast.prune` that are no method; each takes the words after it."""
+
+SETTINGS: dict[str, Any] = {"aptp": AptpConfig, "route": RouteArgs, "import-aptp": ImportArgs}
+"""What their flags are read into."""

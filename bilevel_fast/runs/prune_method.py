@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 
@@ -41,6 +41,8 @@ Name = Annotated[
 @dataclass(frozen=True)
 class Args:
     """Prune a dense model to a MAC budget, show what is kept, and write the student's model folder."""
+
+    MAIN: ClassVar = ("out", "teacher", "budget", "latency", "latent", "data", "seed", "device")
 
     method: Name
     out: Path

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class AptpConfig(RouterConfig):
 
     Without --data the mini world draws its own images; with it, the defaults of the training are APTP's.
     """
+
+    MAIN: ClassVar = ("out", "teacher", "data", "experts", "budget", "steps", "batch", "seed", "resume", "device")
 
     out: Path = Path("runs/aptp")
     """Run folder, which becomes the mixture folder; must be new, unless --resume."""

@@ -141,13 +141,16 @@ def run(
     if progress.step >= settings.steps:
         return progress
     images, seconds = progress.step * settings.batch, progress.seconds
-    sinks = _sinks(settings, places, progress.step, images) if team.rank == 0 else []
+    console = Console(settings.steps, progress.step) if team.rank == 0 else None
+    sinks = [console, *_sinks(places, progress.step, images)] if console else []
     saver = Saver(places.checkpoints, None if trainee.flat.copies else snapshots_for(trainee.flat.master.device))
     with Stats(sinks, images=images, seconds=seconds) as stats, saver:
         for step, _ in enumerate(trainee.steps(progress.step, settings.steps), progress.step + 1):
             # asked once: what is said to be saved must be
             stopped, images = team.any(stop.requested), step * settings.batch
             ends = stopped or step == settings.steps
+            if console:
+                console.at(step)
             if says := step % settings.log_every == 0 or ends:
                 seconds = stats.flush(step, images, trainee.means, **trainee.numbers())["seconds"]
             progress = Progress(step, trainee.upper_steps(step), images, seconds)
@@ -182,8 +185,8 @@ def running(levels: Sequence[AnyLevel], device: torch.device) -> Iterator[None]:
         yield
 
 
-def _sinks(settings: LoopSettings, places: Places, step: int, images: int) -> list[Sink]:
-    sinks: list[Sink] = [Console(settings.steps, step), JsonLines(places.stats, step)]
+def _sinks(places: Places, step: int, images: int) -> list[Sink]:
+    sinks: list[Sink] = [JsonLines(places.stats, step)]
     if places.events is not None:
         sinks.append(tensorboard(places.events, images))
     sinks += [make(images) for make in places.further]

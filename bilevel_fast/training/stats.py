@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 
 from bilevel_fast.base.files import append, parse_json, whole, write_atomic
+from bilevel_fast.base.progress import Bar
 
 Record = dict[str, Any]
 
 _HEADER = ("step", "images", "seconds", "images_per_second", "nonfinite")
+
+_LAYOUT = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
 
 _log = logging.getLogger(__name__)
 
@@ -137,27 +140,27 @@ class Console:
     def __init__(self, total: int, step: int = 0, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._total = total
-        self._bar = None
-        if self._stream.isatty():
-            from tqdm import tqdm
+        self._bar = Bar("step", self._stream, _LAYOUT)
+        self._bar(step, total)
 
-            self._bar = tqdm(
-                total=total, initial=step, file=self._stream, unit="step", dynamic_ncols=True, mininterval=0
-            )
+    def at(self, step: int) -> None:
+        """A step is done."""
+        self._bar(step, self._total)
 
     def write(self, record: Record) -> None:
-        values = "  ".join(f"{name} {_shown(record, name)}" for name in record if name not in _HEADER)
+        names = [name for name in record if name not in _HEADER]
         rate = f"{record['images_per_second']:.1f} img/s"
-        if self._bar is None:
-            head = f"step {record['step']}/{self._total}  {record['images']} images  {rate}"
-            print(f"{head}  {values}", file=self._stream, flush=True)
-        else:
-            self._bar.set_postfix_str(f"{rate}  {values}", refresh=False)
-            self._bar.update(record["step"] - self._bar.n)
+        if self._bar.shown:
+            names.sort(key=lambda name: not name.endswith("/loss"))  # what a narrow terminal cuts off is the rest
+            values = "  ".join(f"{name} {_shown(record, name)}" for name in names)
+            self._bar(record["step"], self._total, f"{rate}  {values}")
+            return
+        values = "  ".join(f"{name} {_shown(record, name)}" for name in names)
+        head = f"step {record['step']}/{self._total}  {record['images']} images  {rate}"
+        print(f"{head}  {values}", file=self._stream, flush=True)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 class JsonLines:

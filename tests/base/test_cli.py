@@ -88,19 +88,19 @@ def test_a_process_of_its_own(name):
     assert "Traceback" not in done.stderr
 
 
-def test_help_is_laid_out_as_it_was_written():
-    """A command stands on a line of its own, and no line ends where one of the source does."""
-    text = run("train", "--help").stdout
-    lines = text.splitlines()
-    assert (
-        "python -m bilevel_fast.train --preset paper --teacher DIR --student DIR --data CACHE --concepts BANK" in lines
-    )
-    assert lines.count("Prune, distil and suppress concepts in one run.") == 1
-    flowing = " ".join(text.replace("│", " ").split())
-    assert "which DALI decodes and the VAE encodes as they are wanted; bilevel_fast.prepare makes both." in flowing
-    assert max(map(len, lines)) <= 120
-    short = [line for line in lines if line.startswith("│") and "as they are " in line]
-    assert len(short[0].rstrip("│ ")) > 60  # the box is filled, whatever stood at the end of a line of the source
+def test_the_package_itself_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "bilevel_fast"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == run("cli", "--help").stdout
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum(line.startswith("  ") for line in lines) == len(COMMANDS)
+
+
+def test_it_ends_as_the_command_does(tmp_path):
+    done = run("cli", "sample", "--prompts", "a red sta", "--out", tmp_path / "grid.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "'sta'" in done.stderr
 
 
 @pytest.mark.situation
@@ -110,7 +110,7 @@ def test_a_reader_that_goes_away():
         "import sys; from bilevel_fast.base import errors; from bilevel_fast import {0}\n"
         "sys.argv = ['{0}', '--help']; raise SystemExit(errors.run({0}.main))"
     )
-    for name in ("train", "prepare"):  # more and less than what is buffered
+    for name in ("train", "prepare", "cli"):  # more and less than what is buffered
         read, write = os.pipe()
         os.close(read)
         command = [sys.executable, "-c", code.format(name)]
