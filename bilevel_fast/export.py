@@ -7,9 +7,17 @@ Whatever is written has been read again and compared before it is there, and has
 """
 
 import sys
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.alone import alone
+
+
+def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
+    from bilevel_fast.runs.export_model import TARGETS, Args
+
+    return dict.fromkeys(TARGETS, Args)
 
 
 def main() -> None:

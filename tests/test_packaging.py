@@ -111,7 +111,9 @@ def test_version(monkeypatch, capsys):
     """`bilevel-fast --version`: says which release is installed, or that none is."""
     monkeypatch.setattr("sys.argv", ["bilevel-fast", "--version"])
     monkeypatch.setattr("importlib.metadata.version", {"bilevel-fast": "1.2.3"}.__getitem__)
-    cli.main()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
     assert capsys.readouterr().out == "bilevel-fast 1.2.3\n"
 
     def nothing(name):

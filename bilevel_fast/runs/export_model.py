@@ -23,6 +23,7 @@ from bilevel_fast.models.family import FAMILIES
 from bilevel_fast.models.folder import ModelFolder, in_place, load_folder, load_unet
 from bilevel_fast.runs import export_facts
 from bilevel_fast.runs.export_facts import Made
+from bilevel_fast.runs.inputs import fetched
 
 TARGETS = {
     "folder": "a student as a folder of diffusers, which opens it by itself if only whole layers were cut, and else "
@@ -44,7 +45,7 @@ class Args:
 
     target: Target
     model: Path
-    """Model folder: a student; all targets but folder take a dense one as well."""
+    """Model folder, or its id on the hub: a student; all targets but folder take a dense one as well."""
     out: Path
     """Folder to write; must be new."""
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
@@ -71,6 +72,7 @@ def export(args: Args) -> Exported:
         UserError: Bad input of any kind, or the target cannot express the model; says why.
     """
     check_target(args.target)
+    args = fetched(args, "model")
     with claimed(args.out):
         folder = load_folder(args.model)
         aside = aside_of(args.out)
