@@ -59,6 +59,8 @@ from bilevel_fast.worlds.mini.probe import Probe
 from bilevel_fast.worlds.mini.world import SCENES, STYLES
 
 ROWS = RESULTS / "rivals.jsonl"
+MINI = preset("mini")
+"""Settings that the students share."""
 STRENGTHS, SEARCHED = (1.0, 3.0), (60, 120, 240)
 """Of the concept vector; steps of the inversion after which it is looked at."""
 
@@ -146,7 +148,7 @@ class Conflict:
 class Bench:
     """Makes and judges the students of one plan and seed."""
 
-    def __init__(self, plan: Plan, seed: int, cache: Path, settings: TrainConfig = preset("mini")):
+    def __init__(self, plan: Plan, seed: int, cache: Path, settings: TrainConfig = MINI):
         config = replace(settings, seed=seed, erase=(plan.style,))
         config = replace(
             config,
