@@ -103,8 +103,13 @@ def reproduced(file: str) -> list[Row]:
 
 
 def rivals(*plans: str) -> Callable[[str], list[Row]]:
-    """Rows of some plans of the rivals, in the order of their seeds."""
-    return lambda file: sorted((row for row in load(file) if row["plan"] in plans), key=lambda row: row["seed"])
+    """Rows of some plans of the rivals, in the order of their seeds, with the mean cosine of both gradients."""
+
+    def read(file: str) -> list[Row]:
+        rows = sorted((row for row in load(file) if row["plan"] in plans), key=lambda row: row["seed"])
+        return [{**row, "cosine": mean(row["cosines"]) if row.get("cosines") else None} for row in rows]
+
+    return read
 
 
 def attacked(file: str) -> list[Row]:
@@ -141,6 +146,11 @@ CLAIMS = (
         no_more, rivals("main"), RIVALS, f"{RUN} main", fid("distilled", "bilevel"),
     ),
     Claim(
+        "Suppression and recovery undo each other, as the paper argues: their gradients have a cosine below 0.",
+        lambda values: HOLDS if mean(values[-1]) < -0.05 else FAILS, rivals("main"), RIVALS, f"{RUN} main",
+        (("case", "bilevel", "cosine", 2),),
+    ),
+    Claim(
         "The loop's FID is below that of two stages with the same budget, the second with replay and at its best rate.",
         less, rivals("main"), RIVALS, f"{RUN} main", fid("two-stage, replay", "bilevel"),
     ),
@@ -159,6 +169,11 @@ CLAIMS = (
     Claim(
         "With 0.55 of the MACs the loop's FID is below that of two stages with replay.",
         less, rivals("tight"), RIVALS, f"{RUN} tight", fid("two-stage, replay", "bilevel"),
+    ),
+    Claim(
+        "The controller, which chooses lambda and K, has a lower FID than both as they are set.",
+        less, load, "controller.jsonl", "python -m benchmarks.quality.controller run",
+        fid("lambda 1 K 4", "controller from lambda 1 K 4"),
     ),
     Claim(
         "Without penalty, replay or repair the second stage loses half of the other styles.",

@@ -42,6 +42,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing import uce
 from bilevel_fast.erasing.edit import Job
 from bilevel_fast.erasing.pairs import Frame, Pair
+from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import token_states
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig, preset
@@ -59,6 +60,8 @@ from bilevel_fast.worlds.mini.probe import Probe
 from bilevel_fast.worlds.mini.world import SCENES, STYLES
 
 ROWS = RESULTS / "rivals.jsonl"
+MINI = preset("mini")
+"""Settings that the students share."""
 STRENGTHS, SEARCHED = (1.0, 3.0), (60, 120, 240)
 """Of the concept vector; steps of the inversion after which it is looked at."""
 
@@ -146,7 +149,7 @@ class Conflict:
 class Bench:
     """Makes and judges the students of one plan and seed."""
 
-    def __init__(self, plan: Plan, seed: int, cache: Path, settings: TrainConfig = preset("mini")):
+    def __init__(self, plan: Plan, seed: int, cache: Path, settings: TrainConfig = MINI):
         config = replace(settings, seed=seed, erase=(plan.style,))
         config = replace(
             config,
@@ -299,6 +302,7 @@ class Bench:
     def _shown(self, student: UNet, shift: Tensor) -> Row:
         """Prompts without the concept's name, their states moved: how many show it, and object and colour as asked."""
         folder, mini_settings = self.lab.folder, self.config.mini
+        assert isinstance(folder.vae, PixelUnshuffleVAE)
         asked = [replace(scene, style=0) for scene in erased_scenes(self.lab.erased, mini_settings.judge_erased)]
         samples = paint(
             *(student, folder.schedule, Shifted(folder.text_encoder, shift), folder.vae, asked),

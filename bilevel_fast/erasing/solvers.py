@@ -45,14 +45,12 @@ def bome(suppression: Tensor, flat: FlatParameters) -> None:
 def weight_at(schedule: str, penalty: float, step: Tensor) -> Tensor:
     """lambda_k, () fp32, of upper step k: a number on the device, where a CUDA graph sees it move."""
     k = step + 1
-    return (
-        penalty
-        * {
-            "rising": lambda: k**0.25,
-            "linear": lambda: (k / 10).clamp(max=10),
-            "falling": lambda: 1 + 0.1 * k ** (-1 / 7),
-        }[schedule]()
-    )
+    growth = {
+        "rising": lambda: k**0.25,
+        "linear": lambda: (k / 10).clamp(max=10),
+        "falling": lambda: 1 + 0.1 * k ** (-1 / 7),
+    }
+    return penalty * growth[schedule]()
 
 
 def check(upper: Upper, default: Upper, ruled: bool) -> None:
