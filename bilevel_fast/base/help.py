@@ -26,7 +26,7 @@ from typing import Any, Literal
 import tyro
 
 WORDS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-COMMAND = re.compile(r"\s*(python|torchrun|nsys|hf|bilevel-fast) ")
+COMMAND = re.compile(r" *(python|torchrun|nsys|hf|bilevel-fast) ")
 WIDEST = 120
 
 
@@ -132,7 +132,9 @@ def laid_out(text: str, width: int) -> str:
         out.extend(textwrap.wrap(" ".join(prose), width, break_on_hyphens=False))
         prose.clear()
 
-    for line in inspect.cleandoc(text).splitlines():
+    # a command that goes on in further lines of the docstring is one
+    joined = re.sub(rf"^({COMMAND.pattern}.*)((?:\n +\S.*)+)", _one_line, inspect.cleandoc(text), flags=re.MULTILINE)
+    for line in re.sub(r"\n{3,}", "\n\n", joined).splitlines():
         columns = re.fullmatch(r"(\s*\S.*?\s{3,})(\S.*)", line)
         if not line.strip() or COMMAND.match(line) or columns or line.startswith(" "):
             end()
@@ -141,6 +143,10 @@ def laid_out(text: str, width: int) -> str:
             prose.append(line.strip())
     end()
     return "\n".join(out).strip("\n")
+
+
+def _one_line(found: re.Match[str]) -> str:
+    return " ".join(found[0].split()) if "\n" in found[0] else found[0]
 
 
 def _command(line: str, width: int) -> list[str]:
@@ -205,12 +211,14 @@ def _walk(
         word = tyro.conf.Positional in notes
         metavar, choices, several = _values(hint)
         path = metavar.startswith("PATH")
-        group = (titles.get(field.name, "flags") if not prefix else f"--{prefix}*") if not word else "words"
+        if word and choices:
+            text += f" One of {', '.join(choices)}."
+        group = (titles.get(field.name, "flags") if not prefix else f"--{prefix}*") if not word else "arguments"
         yield Flag(
             names=(field.name,) if word else _names(name, hint is bool, value),
-            metavar=field.name.upper().replace("_", "-") if word and not choices else metavar,
+            metavar=field.name.upper().replace("_", "-") if word else metavar,
             choices=choices,
-            text=_text(text, "required" if required and not word else _shown(value, text), bounds),
+            text=_text(text, _hint(required, word, value, text), bounds),
             group=group,
             about=about,
             main=word or required or not main or name.replace("-", "_") in main,
@@ -236,6 +244,11 @@ def _default(field: "dataclasses.Field[Any]", default: Any) -> Any:
         return getattr(default, field.name)
     made = field.default_factory
     return field.default if made is dataclasses.MISSING else made()
+
+
+def _hint(required: bool, word: bool, value: Any, text: str) -> str:
+    """What is said of a default; a word without one stands in the usage."""
+    return _shown(value, text) if not required else "" if word else "required"
 
 
 def _shown(value: Any, text: str) -> str:

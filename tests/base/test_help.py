@@ -97,6 +97,10 @@ def test_words_choices_and_what_is_there_several_times():
     assert sample["--model"].metavar == "PATH"
     (experiment,) = [flag for flag in flags_of(KINDS["reproduce"]) if flag.word]
     assert experiment.choices[0] == "table1"
+    assert (experiment.metavar, experiment.text) == (
+        "EXPERIMENT",
+        "Which table or figure. One of table1, table2, table3, fig4, fig5, fig6, fig7.",
+    )
 
 
 @pytest.mark.parametrize("words", ["train", "sample", "erase", "erase uce", "prune route", "prepare", "doctor"])
@@ -120,6 +124,11 @@ def test_the_short_page_says_how_many_more_there_are(monkeypatch):
     assert "(default: 120; >= 1)" in text  # of the preset, not of the class
 
 
+def test_a_command_over_two_lines_of_a_docstring_is_one():
+    text = laid_out("python -m a --one 1\n    --two 2\n\npython -m b", 80)
+    assert text == "python -m a --one 1 --two 2\n\npython -m b"
+
+
 def test_a_docstring_for_a_narrow_terminal():
     command = (
         """python -m bilevel_fast.sample --prompts "a red star" "in the style of waves" --seeds 0 1 --out grid.png"""
@@ -128,5 +137,6 @@ def test_a_docstring_for_a_narrow_terminal():
     lines = text.splitlines()
     assert lines[0] == "A line that is filled up."
     assert shlex.split(text[text.index("python") : text.index("uce")].replace("\\\n", "")) == shlex.split(command)
+    assert "" in lines[1:-1]
     assert lines[-1].startswith(" " * 8) or lines[-1] == "uce     the keys and values of a text"
     assert max(map(len, lines)) <= 40
