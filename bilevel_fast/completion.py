@@ -43,7 +43,8 @@ def parser(paths: Any) -> argparse.ArgumentParser:
         kinds: dict[str, Any] = module.settings() if hasattr(module, "settings") else {}
         several = own.add_subparsers() if set(kinds) - {""} else None
         for name, kind in kinds.items():
-            target = several.add_parser(name) if several and name else own
+            # shtab goes on only into parsers that have a help text
+            target = several.add_parser(name, help=f"{command} {name}") if several and name else own
             target.add_argument("--help-all", action="store_true", help="every flag")
             # a free word is named by the parser that it chooses, or is anybody's guess
             fill(target, [flag for flag in flags_of(kind) if not flag.word or flag.choices or flag.path], paths=paths)
