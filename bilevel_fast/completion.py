@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bilevel_fast.base import errors, flags
-from bilevel_fast.base.help import fill, flags_of
+from bilevel_fast.base.flag_list import flags_of
+from bilevel_fast.base.help import fill
 from bilevel_fast.cli import COMMANDS
 
 
