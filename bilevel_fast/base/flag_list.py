@@ -17,6 +17,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -75,8 +76,8 @@ def _walk(
 ) -> Iterator[Flag]:
     """Flags of a dataclass and of those within; `prefix` is `lower.` within `lower`, `outer` the ranges said around."""
     hints = typing.get_type_hints(kind, include_extras=True)
-    texts, ranges = _source(kind)
-    ranges |= outer or {}
+    texts, own = _source(kind)
+    ranges = own | (outer or {})
     around = {flag: said for flag, said in ranges.items() if flag.startswith("--")}
     titles = {
         name: title
@@ -182,11 +183,13 @@ def _about(kind: Any) -> str:
     return " ".join((kind.__doc__ or "").split())
 
 
+@cache
 def _source(kind: Any) -> tuple[dict[str, str], dict[str, str]]:
     """By field the docstring under it; by flag, and by its last name, the range that `in_range` is asked for."""
     texts: dict[str, str] = {}
     ranges: dict[str, str] = {}
-    for owner in (owner for owner in reversed(kind.__mro__) if dataclasses.is_dataclass(owner)):
+    owners: list[Any] = [owner for owner in reversed(kind.__mro__) if dataclasses.is_dataclass(owner)]
+    for owner in owners:
         (found,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(found, ast.ClassDef)
         for node, after in pairwise(found.body):
