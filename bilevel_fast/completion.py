@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from bilevel_fast.base import errors, flags
-from bilevel_fast.base.help import fill, flags_of
+from bilevel_fast.base.flag_list import flags_of
+from bilevel_fast.base.help import fill
 from bilevel_fast.cli import COMMANDS
 
 
@@ -43,7 +44,8 @@ def parser(paths: Any) -> argparse.ArgumentParser:
         kinds: dict[str, Any] = module.settings() if hasattr(module, "settings") else {}
         several = own.add_subparsers() if set(kinds) - {""} else None
         for name, kind in kinds.items():
-            target = several.add_parser(name) if several and name else own
+            # shtab goes on only into parsers that have a help text
+            target = several.add_parser(name, help=f"{command} {name}") if several and name else own
             target.add_argument("--help-all", action="store_true", help="every flag")
             # a free word is named by the parser that it chooses, or is anybody's guess
             fill(target, [flag for flag in flags_of(kind) if not flag.word or flag.choices or flag.path], paths=paths)

@@ -26,7 +26,7 @@ def main() -> None:
         return
     if first and not first.startswith("-"):
         method(first, COMMANDS)  # mistyped: said before the flags, which may be those of what was meant
-    commands = "\n".join(f"  {name:<12} {function.__doc__}" for name, function in COMMANDS.items())
+    commands = "\n".join(f"  {name:<14} {function.__doc__}" for name, function in COMMANDS.items())
     print(prune(flags.parse(Args, "bilevel_fast.prune", f"{__doc__}\n\nInstead of a method:\n{commands}")).page)
 
 

@@ -25,7 +25,12 @@ from documented import PAGES, ROOT, Command, code, commands, links, parse, secti
 from sd_folder import make_sd_folder
 
 COMMANDS = ROOT / "docs" / "commands.md"
-ELSEWHERE = {"--help", "--version", "--rehearse"}  # of every command, of `bilevel-fast`, and of benchmarks/gpu.sh
+ELSEWHERE = {
+    "--help",
+    "--help-all",
+    "--version",
+    "--rehearse",
+}  # of every command, of `bilevel-fast`, and of benchmarks/gpu.sh
 ELSEWHERE |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-conf"}  # of torchrun
 
 PICTURES = ["--resolution", "64", "--batch", "2", "--per-file", "2", "--threads", "1"]
@@ -47,6 +52,7 @@ SMALL = {
     "sample": ["--steps", "3"],
     "evaluate": FEW,
     "doctor": [],
+    "completion": [],
 }
 """What makes a command small enough to run here."""
 PARSED = {

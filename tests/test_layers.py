@@ -44,7 +44,7 @@ ENTRY_POINTS = {
 EVERYWHERE = {"torch", "numpy", "safetensors", "bilevel_fast", "bilevel_kernels", *sys.stdlib_module_names}
 ALSO = {
     "": {"tyro"},
-    "base": {"tyro"},
+    "base": {"tyro", "tqdm"},
     "models": {"diffusers"},
     "sampling": {"PIL"},
     "data": {"tyro", "tqdm", "PIL"},

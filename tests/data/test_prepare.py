@@ -258,6 +258,6 @@ def test_mistyped(command, argv, message):
 
 def test_help(command):
     assert "prepare check CACHE" in command(prepare.main)[1]
-    done = run_command(prepare.main, "coco", "--help")
+    done = run_command(prepare.main, "coco", "--help-all")
     assert done.returncode == 0
     assert all(flag in done.stdout for flag in ("--root", "--split", "--views", "--shard", "--backend"))

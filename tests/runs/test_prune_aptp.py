@@ -300,8 +300,10 @@ def test_help_lists_the_commands(run, capsys):
         run("--help")
     assert end.value.code == 0
     shown = capsys.readouterr().out
+    flowing = " ".join(shown.split())
     for name, function in COMMANDS.items():
-        assert re.search(rf"^  {name} +{re.escape(function.__doc__)}$", shown, re.MULTILINE)
+        assert re.search(rf"^  {name}  +\w", shown, re.MULTILINE)
+        assert f"{name} {function.__doc__}" in flowing
         with pytest.raises(SystemExit):
             run(name, "--help")
         assert f"python -m bilevel_fast.prune {name}" in capsys.readouterr().out
