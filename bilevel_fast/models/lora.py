@@ -34,7 +34,7 @@ def for_structure(
     """
     if structure.is_dense:
         return dict(lora), None if alphas is None else dict(alphas)
-    from diffusers.utils import convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
     ours = {name.removeprefix(f"{prefix}."): tensor for name, tensor in lora.items() if name.startswith(f"{prefix}.")}
     if not any(".lora_A" in name for name in ours):

@@ -27,7 +27,7 @@ def _kind() -> type:
     from diffusers.loaders.peft import PeftAdapterMixin
     from diffusers.models.modeling_utils import ModelMixin
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
-    from diffusers.utils import scale_lora_layers, unscale_lora_layers
+    from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 
     class PipelineUNet(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """A UNet in the place of diffusers' `UNet2DConditionModel`, of the same keys.
@@ -100,7 +100,13 @@ def _kind() -> type:
                     unscale_lora_layers(self, scale)
             return UNet2DConditionOutput(sample=out) if return_dict else (out,)
 
-        def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, prefix="unet", **options: Any) -> None:
+        def load_lora_adapter(
+            self,
+            pretrained_model_name_or_path_or_dict: Any,
+            prefix: str = "unet",
+            hotswap: bool = False,
+            **options: Any,
+        ) -> None:
             """As diffusers' own; what a pipeline has read of a file, a mapping, is made to fit this UNet first.
 
             Raises:
@@ -111,9 +117,11 @@ def _kind() -> type:
                 given, options["network_alphas"] = for_structure(
                     self.unet.structure, given, options.get("network_alphas"), prefix
                 )
-            super().load_lora_adapter(given, prefix=prefix, **options)
+            super().load_lora_adapter(given, prefix=prefix, hotswap=hotswap, **options)
 
-        def save_pretrained(self, save_directory: Path | str, **_: Any) -> None:
+        def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]  # a pipeline names what it passes
+            self, save_directory: Path | str, **_: Any
+        ) -> None:
             """Write `unet/` of a model folder, in the dtype that the weights have, for `pipeline.save_pretrained`.
 
             Raises:

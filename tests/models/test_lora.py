@@ -15,15 +15,13 @@ from bilevel_fast.models.lora import for_structure
 from bilevel_fast.models.pipeline import load_pipeline
 from bilevel_fast.models.structure import Structure
 
-EVERYWHERE = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2"]
-EVERYWHERE += ["time_emb_proj", "conv_shortcut", "conv_in", "conv_out", "linear_1"]
+EVERYWHERE = ["to_q", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "conv1", "conv2", "conv_in"]
 
 
 def draw(pipeline, **options):
     pipeline.set_progress_bar_config(disable=True)
-    x_T = torch.randn(2, 4, 8, 8, generator=torch.manual_seed(5))
-    prompts = ["a red star", "a blue house by monet"]
-    return pipeline(prompts, latents=x_T, num_inference_steps=2, output_type="latent", **options).images
+    x_T = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(5))
+    return pipeline("a red star", latents=x_T, num_inference_steps=2, output_type="latent", **options).images
 
 
 def assert_near(a, b):
@@ -156,9 +154,7 @@ def test_a_lora_of_another_model(student, lora):
         for_structure(structure, {name.replace("lora_B", "lora_magnitude_vector"): tensors[name][:, 0]}, None, "unet")
 
 
-@pytest.mark.parametrize(
-    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DDIMScheduler"]
-)
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_schedulers_of_diffusers(sd, name):
     drawn = []
     for pipeline in (load_pipeline(sd), StableDiffusionPipeline.from_pretrained(sd)):

@@ -24,6 +24,7 @@ def offline(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB__SERVICE_WAIT", "120")  # seconds for its process to start, on a machine that is busy
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"
 
