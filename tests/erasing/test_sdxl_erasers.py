@@ -20,7 +20,7 @@ from bilevel_fast.train import parse
 from bilevel_fast.training.loop import Places
 from commands import run_command
 from measuring import openai_archive, small_clip
-from sdxl_chain import done, training
+from sdxl_chain import UPPER, done, training
 
 FLAGS = {
     "esd": ["--upper.esd.steps", "3"],
@@ -58,11 +58,12 @@ def step(place, out: Path, *flags: str) -> tuple[set[str], dict]:
 @pytest.mark.parametrize("name", ERASERS)
 def test_an_upper_step_of_each(place, tmp_path, name):
     """It reaches the first and the last block of a Transformer of several."""
-    moved, record = step(place, tmp_path, "--upper.eraser", name, *FLAGS.get(name, []))
+    edits = isinstance(ERASERS[name], EditKind)
+    moved, record = step(place, tmp_path, "--upper.eraser", name, *([] if edits else UPPER), *FLAGS.get(name, []))
     ends = {"uce": "attn2.to_k.weight", "concept-prune": "ff.net.2.weight"}
     for block in (SHALLOW, DEEP):
         assert f"{block}.{ends.get(name, 'attn2.to_k.weight')}" in moved
-    if isinstance(ERASERS[name], EditKind):
+    if edits:
         edited = ("attn2.to_k.weight", "attn2.to_v.weight") if name == "uce" else ("ff.net.2.weight",)
         assert all(parameter.endswith(edited) for parameter in moved)
     else:
@@ -72,7 +73,7 @@ def test_an_upper_step_of_each(place, tmp_path, name):
 def test_both_lower_losses(place, tmp_path):
     """And an upper step whose penalty is made of them."""
     flags = ["--lower.weights.self-attention", "1", "--lower.weights.layer", "1", "--upper.penalty", "1"]
-    moved, record = step(place, tmp_path, *flags)
+    moved, record = step(place, tmp_path, *UPPER, *flags)
     assert record["lower/self_attention"] > 0
     assert record["lower/layer"] > 0
     assert f"{DEEP}.attn1.to_q.weight" in moved
@@ -95,7 +96,7 @@ def test_what_a_student_draws_is_evaluated(sdxl_chain, tmp_path):
     prompts = tmp_path / "captions_val2017.json"
     texts = [{"image_id": number, "caption": text} for number, text in enumerate(("a star", "a house"))]
     prompts.write_text(json.dumps({"annotations": texts}))
-    model = ["--model", sdxl_chain / "erased", "--steps", 1, "--prompts-file", prompts]
+    model = ["--model", sdxl_chain / "erased", "--steps", 2, "--prompts-file", prompts]
     done(sample.main, *model, "--folder", tmp_path / "drawn")
     clip = openai_archive(tmp_path / "ViT-tiny-8.pt", small_clip())
     asked = ["--suite", "coco", "--images", tmp_path / "drawn", "--prompts", prompts, "--clip-weights", clip]

@@ -13,6 +13,10 @@ SIZES = [(70, 90), (90, 70), (64, 64), (80, 200), (65, 64), (120, 96)]
 PROMPTS = ["a red star by monet", "a house by monet"]
 
 
+UPPER = ["--upper.batch", "2", "--upper.warmup", "0"]
+"""Of upper levels with a gradient; edits read neither."""
+
+
 def done(main, *flags) -> None:
     result = run_command(main, *flags)
     assert result.returncode == 0, result.stderr
@@ -21,7 +25,7 @@ def done(main, *flags) -> None:
 def training(root: Path, sdxl: Path) -> list[str]:
     """Flags of `train` on what the chain has made."""
     given = ["--teacher", sdxl, "--student", root / "pruned", "--data", root / "cache", "--concepts", root / "bank"]
-    given += ["--lower.batch", 2, "--lower.warmup", 0, "--upper.batch", 2, "--upper.warmup", 0, "--log-every", 1]
+    given += ["--lower.batch", 2, "--lower.warmup", 0, "--log-every", 1]
     return [str(word) for word in given]
 
 
@@ -40,7 +44,7 @@ def make_sdxl_chain(root: Path, sdxl: Path) -> Path:
     drawn = ["--subjects", root / "subjects.txt", "--count", 4, "--steps", 2, "--batch", 2, "--out", root / "bank"]
     done(prepare.main, "concepts", "--model", sdxl, "--phrase", "by monet", *drawn)
     done(prune.main, "koala-700m", "--teacher", sdxl, "--out", root / "pruned")
-    given = training(root, sdxl)
+    given = [*training(root, sdxl), *UPPER]
     done(train.main, *given, "--lower.steps", 6, "--upper.every", 3, "--out", root / "run")
     esd = ["--lower.steps", 1, "--upper.every", 1, "--upper.eraser", "esd", "--upper.esd.steps", 4]
     done(train.main, *given, *esd, "--out", root / "esd")

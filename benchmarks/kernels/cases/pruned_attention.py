@@ -22,7 +22,7 @@ from bilevel_kernels.pruned_attention import pruned_attention, pruned_attention_
 
 LEVELS = ((5, 4096), (10, 1024), (20, 256), (20, 64))  # heads, tokens
 HEAD_DIM, TEXT = 64, 77
-XL = ((10, 4096), (20, 1024))
+XL = (("self", 10, 4096), ("self", 20, 1024), ("cross", 10, 4096))
 OLDER = ((40, 4096), (80, 1024), (160, 256))  # SD 1.x: eight heads of so many channels, and tokens
 BACKENDS = {
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
@@ -42,9 +42,11 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
         for backward in (False, True)
     ]
     found += [
-        _case(batch, tokens, keys, heads, 1.0, backward, device, dtype, f"{name} {heads}x{tokens} b{batch} xl")
-        for heads, tokens in XL
-        for name, keys in (("self", tokens), ("cross", TEXT))
+        _case(
+            *(batch, tokens, TEXT if name == "cross" else tokens, heads, 1.0, backward, device, dtype),
+            f"{name} {heads}x{tokens} b{batch} xl",
+        )
+        for name, heads, tokens in XL
         for backward in (False, True)
     ]
     return found + [
