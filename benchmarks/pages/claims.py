@@ -43,6 +43,12 @@ def less(values: Values) -> str:
     return HOLDS if min(gaps) > 0 else FAILS
 
 
+def above(values: Values) -> str:
+    """The last share lies above the first on all of several seeds; or below."""
+    gaps = [b - a for a, b in zip(values[0], values[-1], strict=True)]
+    return UNSEEN if len(gaps) < 2 or min(gaps) <= 0 <= max(gaps) else HOLDS if min(gaps) > 0 else FAILS
+
+
 def no_more(values: Values) -> str:
     """The last number does not lie above the first on all of several seeds by more than FIDs tell."""
     found = less(values[::-1])
@@ -155,11 +161,16 @@ CLAIMS = (
         less, rivals("main"), RIVALS, f"{RUN} main", fid("two-stage, replay", "bilevel"),
     ),
     Claim(
-        "It is below that of two stages that are repaired by as many lower steps.",
+        "It brings more of the erased prompts to their anchor (share drawn plain) than those two stages.",
+        above, rivals("main"), RIVALS, f"{RUN} main",
+        (("case", "two-stage, replay", "plain", 2), ("case", "bilevel", "plain", 2)),
+    ),
+    Claim(
+        "Its FID is below that of two stages that are repaired by as many lower steps.",
         less, rivals("main"), RIVALS, f"{RUN} main", fid("two-stage, repair", "bilevel"),
     ),
     Claim(
-        "It is below that of one level: one AdamW on the sum of both losses.",
+        "Its FID is below that of one level: one AdamW on the sum of both losses.",
         less, rivals("main"), RIVALS, f"{RUN} main", fid("one level", "bilevel"),
     ),
     Claim(
@@ -193,7 +204,11 @@ CLAIMS = (
     Claim(
         "That is the method's doing: UCE over all tokens that differ from the anchor's does not draw them plain.",
         near(0.0), rivals("closed"), RIVALS, f"{RUN} closed",
-        (("case", "uce", "plain", 2), ("case", "uce, all tokens", "plain", 2)),
+        (("case", "uce, all tokens", "plain", 2),),
+    ),
+    Claim(
+        "But it costs FID.",
+        less, rivals("main", "closed"), RIVALS, f"{RUN} closed", fid("uce, all tokens", "distilled"),
     ),
     Claim(
         "ConceptPrune at the paper's 1 % does not suppress on the mini world.",

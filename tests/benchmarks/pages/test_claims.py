@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.pages import committed
-from benchmarks.pages.claims import FAILS, HOLDS, UNSEEN, Claim, at_least, less, near, no_more, rivals
+from benchmarks.pages.claims import FAILS, HOLDS, UNSEEN, Claim, above, at_least, less, near, no_more, rivals
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ def test_fids_are_compared_seed_by_seed(values, below, costs_nothing):
 
 def test_shares():
     assert [near(0.0)([[1.0], [x]]) for x in (0.05, 0.06)] == [HOLDS, FAILS]
+    assert [above([[0.5, 0.5], last]) for last in ([0.6, 0.7], [0.4, 0.3], [0.6, 0.5])] == [HOLDS, FAILS, UNSEEN]
     assert [at_least(0.95)([[x]]) for x in (0.95, 0.9)] == [HOLDS, FAILS]
 
 

@@ -18,7 +18,7 @@ def bench(tmp_path_factory):
         brief,
         lower=replace(brief.lower, steps=4, batch=2, warmup=0),
         upper=replace(brief.upper, every=2, batch=2, warmup=0),
-        mini=replace(brief.mini, images=16, bank=2, bank_steps=1),
+        mini=replace(brief.mini, images=16, bank=2, bank_steps=2),
     )
     return Bench(Plan({}, erased=1, kept=1), 0, tmp_path_factory.mktemp("rivals"), brief)
 
