@@ -24,7 +24,7 @@ from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.upper import Rule
 
 BARRIER = 0.5
-"""BOME's eta, as in all experiments of its paper."""
+"""Eta of BOME."""
 
 
 def rule_of(upper: Upper) -> Rule | None:
