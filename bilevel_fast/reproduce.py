@@ -9,43 +9,12 @@ python -m bilevel_fast.reproduce table1 --scale full --run.teacher SD21 ...
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-import tyro
-
-from bilevel_fast.base import errors, flags
+from bilevel_fast.base import errors
 from bilevel_fast.base.alone import alone
-from bilevel_fast.base.errors import UserError
-from bilevel_fast.runs.config import TrainConfig, preset
-from bilevel_fast.runs.paper.experiments import EXPERIMENTS
-from bilevel_fast.runs.paper.settings import MINI, UNREAD, Full, Rows
-
-
-@dataclass(frozen=True)
-class Args:
-    """What to reproduce, and how."""
-
-    MAIN: ClassVar = (
-        *("scale", "out", "seeds", "run.teacher", "run.data", "run.concepts", "run.erase", "run.device"),
-        *("run.lower.steps", "run.upper.every", "run.prune.budget"),
-        *("full.phrase", "full.subjects", "full.styles", "full.coco", "full.coco_images"),
-        *("full.clip_weights", "full.csd_weights", "full.inception_weights"),
-    )
-
-    experiment: Annotated[Literal["table1", "table2", "table3", "fig4", "fig5", "fig6", "fig7"], tyro.conf.Positional]
-    """Which table or figure."""
-    scale: Literal["mini", "full"] = "mini"
-    """`mini` runs on the built-in world in minutes; `full` wants Stable Diffusion 2.1 and its data by path."""
-    out: Path | None = None
-    """Folder for all experiments of the same settings; they share models. Default: runs/reproduce-SCALE."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """One run of everything each."""
-    run: TrainConfig = field(default_factory=lambda: preset("mini"))
-    """The bilevel run; the other rows share with it what they can. --scale full begins with the preset `paper`."""
-    rows: Rows = field(default_factory=Rows)
-    full: Full = field(default_factory=Full)
+from bilevel_fast.runs.paper.arguments import Args, read
 
 
 def settings() -> dict[str, Any]:
@@ -54,40 +23,12 @@ def settings() -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str]) -> Args:
-    """Read the command line; flags change the fields of the scale's preset.
+    """Read the command line.
 
     Raises:
         UserError: The settings contradict each other, or the experiment.
     """
-    full = _value(argv, "--scale") == "full"
-    name = _value(argv, "--run.preset") or ("paper" if full else "mini")
-    asked = next((EXPERIMENTS[arg] for arg in argv if arg in EXPERIMENTS), None)
-    erase = asked.erase if asked else preset(name).erase
-    default = Args(tyro.MISSING, run=replace(preset(name), preset=name, erase=erase), rows=Rows() if full else MINI)
-    args = flags.parse(Args, "bilevel_fast.reproduce", __doc__, args=argv, default=default)
-    if full and not (args.run.teacher and args.run.data and args.run.concepts):
-        raise UserError("--scale full wants --run.teacher, --run.data and --run.concepts")
-    if not full and args.full != Full():
-        raise UserError("--full.* is given without --scale full, and would not be read")
-    for name, instead in UNREAD.items():
-        if getattr(args.run, name) != getattr(default.run, name):
-            raise UserError(f"--run.{name.replace('_', '-')} is not read here; {instead}")
-    args.run.check()
-    if not args.run.upper.every or not args.seeds:
-        raise UserError("--run.upper.every and --seeds want at least one: there would be nothing to compare")
-    several = max(row.concepts for row in EXPERIMENTS[args.experiment].rows)
-    flag, named = ("--run.erase", args.run.erase) if args.scale == "mini" else ("--full.phrase", args.full.phrase)
-    if len(named) < max(1, several):
-        raise UserError(f"{args.experiment} erases {max(1, several)} concepts; {flag} names {len(named)}")
-    return args
-
-
-def _value(argv: Sequence[str], flag: str) -> str | None:
-    """What follows a flag, if it is given."""
-    for arg, after in zip(argv, [*argv[1:], ""], strict=False):
-        if arg == flag or arg.startswith(f"{flag}="):
-            return after if arg == flag else arg.partition("=")[2]
-    return None
+    return read(argv, __doc__)
 
 
 def main() -> None:

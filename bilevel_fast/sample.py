@@ -9,10 +9,9 @@ command goes on, and `torchrun --nproc-per-node 8 -m bilevel_fast.sample ...` sh
 
 import logging
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
@@ -20,47 +19,15 @@ from bilevel_fast.base.progress import Bar
 from bilevel_fast.pruning.aptp.mixture_folder import INDEX as MIXTURE
 from bilevel_fast.pruning.aptp.sampling import load_mixture
 from bilevel_fast.sampling.painter import Load, load_painter
-from bilevel_fast.sampling.prompts import RowFlags
-from bilevel_fast.sampling.to_folder import Format, Precision, Recipe, sample_folder
-from bilevel_fast.sampling.to_grid import GridFlags, draw_grid
+from bilevel_fast.sampling.settings import FOLDER_ONLY, SampleConfig
+from bilevel_fast.sampling.to_folder import Recipe, sample_folder
+from bilevel_fast.sampling.to_grid import draw_grid
 from bilevel_fast.worlds.mini import TEACHER
-
-
-@dataclass(frozen=True)
-class SampleConfig(RowFlags, GridFlags):
-    """Settings of `sample`."""
-
-    MAIN: ClassVar = (
-        *("prompts", "prompts_file", "model", "mixture", "out", "folder"),
-        *("seeds", "steps", "guidance", "batch", "device"),
-    )
-    GROUPS: ClassVar = {
-        "what is drawn": ("prompts", "prompts_file", "model", "mixture", "prompt_encoder"),
-        "where to": ("out", "folder", "format"),
-        "how": ("seeds", "steps", "guidance", "method", "size", "batch", "precision", "device"),
-        "how --prompts-file is read": (
-            *("layout", "prompt_column", "id_column", "seed_column", "duplicates", "limit"),
-        ),
-    }
-
-    prompts_file: Path | None = None
-    """What to draw into --folder: a CSV table with a header, one prompt per line, or COCO's captions (JSON)."""
-    folder: Path | None = None
-    """Where the images of --prompts-file go; one that was begun with the same settings is gone on with."""
-    batch: int = 16
-    """Prompts of a folder that are sampled together; another number changes the last bits of an image."""
-    precision: Precision = "auto"
-    """What the UNet computes a folder in. Default, and for a grid: bf16 on a GPU of sm_80 and later, else fp32."""
-    format: Format = "png"
-    """PNG pictures, or latents as safetensors."""
 
 
 def settings() -> dict[str, Any]:
     """What its flags are read into, by the words before them."""
     return {"": SampleConfig}
-
-
-_FOLDER_ONLY = (*(field.name for field in fields(RowFlags)), "folder", "batch", "precision", "format")
 
 
 def main() -> None:
@@ -70,7 +37,7 @@ def main() -> None:
     if config.prompts_file is not None:
         return _fill_folder(config)
     for field in fields(config):
-        if field.name in _FOLDER_ONLY and getattr(config, field.name) != field.default:
+        if field.name in FOLDER_ONLY and getattr(config, field.name) != field.default:
             raise UserError(f"--{field.name.replace('_', '-')} is for --prompts-file, and none was named")
     load = load_painter if config.mixture is None else _experts(config, dense=config.model, say=_say)
     print(draw_grid(config.mixture or config.model or TEACHER, config, load))
