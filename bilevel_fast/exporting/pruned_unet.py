@@ -13,11 +13,11 @@ NAME is that of a ResNet, an attention or a feed-forward; dropped are ResNets, T
 import inspect
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 
@@ -41,6 +41,7 @@ PrunedUNet.__init__.__signature__ = inspect.Signature(_names)  # pyright: ignore
 
 def _narrow(old: nn.Module, size: dict[str, int]) -> nn.Module:
     if isinstance(old, ResnetBlock2D):
+        assert old.time_emb_proj is not None
         return ResnetBlock2D(
             in_channels=old.in_channels,
             out_channels=size["channels"],
@@ -51,6 +52,7 @@ def _narrow(old: nn.Module, size: dict[str, int]) -> nn.Module:
             eps=old.norm1.eps,
         )
     if isinstance(old, Attention):
+        assert old.to_k is not None
         return Attention(
             old.to_q.in_features,
             old.to_k.in_features if old.is_cross_attention else None,
@@ -59,7 +61,9 @@ def _narrow(old: nn.Module, size: dict[str, int]) -> nn.Module:
             upcast_attention=old.upcast_attention,
         )
     if isinstance(old, FeedForward):
-        return FeedForward(old.net[2].out_features, inner_dim=size["channels"])
+        last = old.net[2]
+        assert isinstance(last, nn.Linear)
+        return FeedForward(last.out_features, inner_dim=size["channels"])
     raise ValueError(f"pruned: a {type(old).__name__} cannot be narrowed")
 
 
