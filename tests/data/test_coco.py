@@ -168,12 +168,12 @@ def test_a_full_disk_is_one_line_and_costs_nothing_saved(cache, coco, model, tmp
     args = commands.CocoArgs(root=coco.root, model=model, out=tmp_path, views=2, **SETTINGS)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    class Filling(commands._Bar):
-        def __call__(self, done, total, dropped):
+    class Filling(commands.Bar):
+        def __call__(self, done, total, note=None):
             if done == 8:  # one file is written
                 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
 
-    monkeypatch.setattr(commands, "_Bar", Filling)
+    monkeypatch.setattr(commands, "Bar", Filling)
     try:
         with pytest.raises(OSError, match=r"File too large; 8 of .* images are done with; the same command goes on"):
             commands.make(args)

@@ -154,18 +154,18 @@ def test_tars_go_on_behind_what_is_done(tars):
     class Killed(BaseException):
         pass
 
-    class Bar(commands._Bar):
-        def __call__(self, done, total, dropped):
+    class Bar(commands.Bar):
+        def __call__(self, done, total, note=None):
             if done == 6:  # the first file of four entries is written
                 raise Killed
 
     args = {"tars": str(tars / "*.tar"), **SETTINGS}
-    original, commands._Bar = commands._Bar, Bar
+    original, commands.Bar = commands.Bar, Bar
     try:
         with pytest.raises(Killed):
             commands.make(commands.TarArgs(out=tars / "killed", **args))
     finally:
-        commands._Bar = original
+        commands.Bar = original
     assert (tars / "killed" / "index.partial.json").exists()
     for name in ("killed", "whole"):
         commands.make(commands.TarArgs(out=tars / name, **args))

@@ -12,6 +12,7 @@ from peak import peak_bytes
 CONFIG = replace(MINI, block_out_channels=(144, 288, 288), num_heads=(9, 18, 18))
 PRUNE = """
 import sys, torch
+import torch._dynamo  # which the first cut imports: no model's memory
 import bilevel_fast.prune
 from bilevel_fast.runs.prune_method import *
 """
