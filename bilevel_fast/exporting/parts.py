@@ -58,9 +58,15 @@ class _Unet(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *told: Tensor) -> Tensor:
-        text = pack(encoder_hidden_states, *told) if told else encoder_hidden_states
-        return self.unet(sample, timestep, text).out
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.unet(sample, timestep, encoder_hidden_states).out
+
+
+class _UnetXl(_Unet):
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
+    ) -> Tensor:
+        return self.unet(sample, timestep, pack(encoder_hidden_states, text_embeds, time_ids)).out
 
 
 def _unet(folder: ModelFolder) -> Part:
@@ -76,7 +82,8 @@ def _unet(folder: ModelFolder) -> Part:
     free = {0: BATCH}
     inputs = {"sample": {0: BATCH, 2: HEIGHT, 3: WIDTH}, "timestep": free, "encoder_hidden_states": free}
     more = {"text_embeds": free, "time_ids": free} if config.pooled_dim else {}
-    return Part("unet", _Unet(folder.unet()), inputs | more, ("out_sample",), example)
+    kind = _UnetXl if config.pooled_dim else _Unet
+    return Part("unet", kind(folder.unet()), inputs | more, ("out_sample",), example)
 
 
 class _Clip(nn.Module):
