@@ -62,7 +62,11 @@ class _Unet(nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states).out
 
 
-class _UnetXl(_Unet):
+class _UnetXl(nn.Module):
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet = unet
+
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor, time_ids: Tensor
     ) -> Tensor:
