@@ -106,7 +106,7 @@ def test_a_run_has_it_if_asked(offline):
     config = replace(preset("smoke"), out=offline, wandb=True)
     for name in ("student", "distilled"):
         places = session._places(RunFolder(offline), name, config)
-        for sink in loop._sinks(loop.LoopSettings(4, 4, 1, 1, 1), places, 0, 0):
+        for sink in loop._sinks(places, 0, 0):
             sink.write(RECORD)
             sink.close()
     assert len(logged(offline)) == 2
