@@ -3,6 +3,7 @@
 import json
 import logging
 import struct
+import time
 from dataclasses import replace
 
 import pytest
@@ -29,8 +30,18 @@ def offline(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def logged(folder):
-    """What runs of W&B have in their files, in the order in which it came."""
+def logged(folder, count=1):
+    """What runs of W&B have in their files, in the order in which it came.
+
+    W&B's process writes a while after a run has ended: it is waited for until there are `count` records.
+    """
+    until = time.monotonic() + 30
+    while len(found := _logged(folder)) < count and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
+
+
+def _logged(folder):
     from wandb.proto import wandb_internal_pb2
 
     found = []
@@ -109,7 +120,7 @@ def test_a_run_has_it_if_asked(offline):
         for sink in loop._sinks(places, 0, 0):
             sink.write(RECORD)
             sink.close()
-    assert len(logged(offline)) == 2
+    assert len(logged(offline, 2)) == 2
     assert not session._places(RunFolder(offline), "student", preset("smoke")).further
     assert "wandb" in VOLATILE
 
