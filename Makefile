@@ -44,7 +44,7 @@ wheel: $(VENV)/.installed-dev
 # FUZZ damaged and hostile files per reader; `make test` tries 300. With FUZZ_ROWS=benchmarks/results/fuzz.jsonl each reader
 # that stands them gets a row, of which docs/situations.md is made.
 fuzz: $(VENV)/.installed-test
-	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py -n $(JOBS) $(ARGS)
+	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o faulthandler_timeout=7200 tests/test_fuzz.py -n $(JOBS) $(ARGS)
 
 # Every command that writes, ten folders each in which it is killed and has no room; then a long run that is killed again
 # and again beside one that is not: 40 minutes on two cores, less with STEPS=200.

@@ -109,15 +109,17 @@ def page(found: list[Situation]) -> str:
 
 
 def _fuzzing() -> list[str]:
-    """What the last `make fuzz` with FUZZ_ROWS tried; a reader that failed has no row, and none stays here that did."""
+    """What `make fuzz` with FUZZ_ROWS tried of each reader the last time; a reader that failed has no row."""
     if not FUZZ.exists():
         return []
-    found = rows.read(FUZZ)
-    last = found[-1]
-    same = [row for row in found if all(row[name] == last[name] for name in ("commit", "date", "device"))]
-    tried, refused = [row["value"] for row in same], sum(row["refused"] for row in same)
+    found = [*{row["case"]: row for row in rows.read(FUZZ)}.values()]
+    made = {name: ", ".join(dict.fromkeys(map(str, values))) for name, values in (
+        ("on", (rows.device(row) for row in found)), ("commit", (row["commit"] for row in found)),
+        ("date", (row["date"] for row in found)),
+    )}  # fmt: skip
+    tried, refused = [row["value"] for row in found], sum(row["refused"] for row in found)
     text = (
-        f"{rows.device(last)}, commit {last['commit']}, {last['date']}: each of {len(same)} readers was given "
+        f"{made['on']}, commit {made['commit']}, {made['date']}: each of {len(found)} readers was given "
         f"{min(tried):,} damaged or hostile files or more, {sum(tried):,} in all. {refused:,} were refused in one "
         "line, the others read; nothing else came of any."
     )

@@ -40,15 +40,14 @@ def test_a_docstring_that_is_no_row_is_refused(tmp_path, docstring):
 
 
 def test_what_was_fuzzed_is_told(tmp_path, monkeypatch):
-    """Of the last commit; readers with rows of an earlier one alone do not count."""
+    """Of each reader what was tried last, with the commits of that."""
     file = tmp_path / "fuzz.jsonl"
     monkeypatch.setattr(module, "FUZZ", file)
     fuzzing.append(file, 10_000, 9)
-    append_rows(file, [{**read(file)[0], "commit": "earlier"}])
-    for tried, refused in ((3000, 2000), (4000, 100)):
-        fuzzing.append(file, tried, refused)
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    (row,) = read(file)
+    later = {"case": "one", "commit": "later", "value": 3000, "refused": 2000}
+    append_rows(file, [row | later | {"commit": "earlier", "refused": 1}, row | later])
+    append_rows(file, [row | {"case": "two", "commit": "earlier", "value": 4000, "refused": 100}])
     told = " ".join(page([]).split())
-    assert (
-        "each of 2 readers was given 3,000 damaged or hostile files or more, 7,000 in all. 2,100 were refused" in told
-    )
+    assert "3 readers was given 3,000 damaged or hostile files or more, 17,000 in all. 2,109 were refused" in told
+    assert f"commit {row['commit']}, later, earlier, " in told
