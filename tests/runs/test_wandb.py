@@ -47,7 +47,7 @@ def _logged(folder):
     found = []
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for data in records(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
+            record = wandb_internal_pb2.Record()  # pyright: ignore[reportAttributeAccessIssue]
             record.ParseFromString(data)
             if record.WhichOneof("record_type") == "history":
                 items = [(item.key or "/".join(item.nested_key), item.value_json) for item in record.history.item]
