@@ -47,7 +47,7 @@ fuzz: $(VENV)/.installed-test
 	FUZZ=$(FUZZ) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -o faulthandler_timeout=7200 tests/test_fuzz.py -n $(JOBS) $(ARGS)
 
 # Every command that writes, ten folders each in which it is killed and has no room; then a long run that is killed again
-# and again beside one that is not: 40 minutes on two cores, less with STEPS=200.
+# and again beside one that is not, which took 94 minutes of a machine that others used; less with STEPS=200.
 soak: $(VENV)/.installed-test
 	SOAK=10 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/training/test_kill.py -n $(JOBS) $(ARGS)
 	$(BIN)/python -m benchmarks.soak --steps $(STEPS)

@@ -27,6 +27,7 @@ class Settings:
 
 
 def settings() -> dict[str, Any]:
+    """What its flags are read into, by the words before them."""
     return {"": Settings}
 
 
@@ -41,7 +42,7 @@ def parser(paths: Any) -> argparse.ArgumentParser:
     for command, what in COMMANDS.items():
         own = names.add_parser(command, help=what)
         module = importlib.import_module(f"bilevel_fast.{command}")
-        kinds: dict[str, Any] = module.settings() if hasattr(module, "settings") else {}
+        kinds: dict[str, Any] = module.settings()
         several = own.add_subparsers() if set(kinds) - {""} else None
         for name, kind in kinds.items():
             # shtab goes on only into parsers that have a help text

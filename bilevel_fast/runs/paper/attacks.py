@@ -69,34 +69,6 @@ def concept_vector(encoder: TextEncoder, prompts: Sequence[str], anchors: Sequen
     return strength * (token_states(encoder, prompts) - token_states(encoder, anchors)).mean(0)
 
 
-def invert(
-    unet: UNet,
-    schedule: Schedule,
-    encoder: TextEncoder,
-    bank: LatentSource,
-    start: Tensor,
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-) -> Tensor:
-    """Learn a shift of the text states that makes a model draw the images of a concept bank under its anchors.
-
-    Args:
-        unet: The model; it is not changed.
-        bank: Images of the concept, with anchors.
-        start: (L, D): where the search begins.
-        steps, batch, lr: Of Adam.
-        seed: Of batches and noise.
-
-    Returns:
-        (L, D) fp32, on the UNet's device.
-    """
-    *_, shift = inverting(unet, schedule, encoder, bank, start, steps=steps, batch=batch, lr=lr, seed=seed)
-    return shift
-
-
 def inverting(
     unet: UNet,
     schedule: Schedule,
@@ -109,7 +81,18 @@ def inverting(
     lr: float,
     seed: int,
 ) -> Iterator[Tensor]:
-    """`invert` on its way: the shift (L, D) after each step, 1 to `steps`. The model is frozen until it ends."""
+    """Learn a shift of the text states that makes a model draw the images of a concept bank under its anchors.
+
+    Args:
+        unet: The model; it is not changed, and frozen until the last step.
+        bank: Images of the concept, with anchors.
+        start: (L, D): where the search begins.
+        steps, batch, lr: Of Adam.
+        seed: Of batches and noise.
+
+    Yields:
+        The shift after each step, (L, D) fp32, on the UNet's device.
+    """
     device = unet.conv_in.weight.device
     batches = Batches(bank, encoder, batch, seed, level=LEVEL, anchor="phrase")
     schedule = schedule.to(device)

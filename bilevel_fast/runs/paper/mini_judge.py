@@ -17,7 +17,7 @@ from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig
-from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, invert
+from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Attack
 from bilevel_fast.worlds.mini import materials as mini
@@ -145,7 +145,7 @@ class MiniJudge:
         concept = Concept(f"in the style of {STYLES[self.erased[0]]}")
         known = [s.caption for s in SCENES if s.style in self.erased and not is_held_out(s)]
         vector = concept_vector(encoder, known, [anchor_for(c, concept) for c in known], attack.strength)
-        learnt = invert(
+        *_, learnt = inverting(
             unet, self.folder.schedule, encoder, self.bank, vector,
             steps=attack.steps, batch=attack.batch, lr=attack.lr, seed=self.config.seed,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.text_encoder_xl import XlTextEncoder
-from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, invert
+from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.judge import is_held_out
 from bilevel_fast.worlds.mini.world import SCENES, STYLES, labels, render
@@ -58,7 +58,7 @@ def test_inversion_learns_the_concept_and_leaves_the_model_alone(folder, scenes)
     )
     encoder = folder.text_encoder
     shift = torch.zeros(encoder.length, encoder.width)
-    learnt = invert(unet, folder.schedule, encoder, source, shift, steps=12, batch=6, lr=0.1, seed=0)
+    *_, learnt = inverting(unet, folder.schedule, encoder, source, shift, steps=12, batch=6, lr=0.1, seed=0)
 
     @torch.no_grad()
     def loss(states):
@@ -85,9 +85,10 @@ def test_inversion_is_a_function_of_its_seed(folder, scenes):
     shift = torch.zeros(folder.text_encoder.length, folder.text_encoder.width)
 
     def learn(seed):
-        return invert(
+        *_, learnt = inverting(
             folder.unet(), folder.schedule, folder.text_encoder, source, shift, steps=2, batch=2, lr=0.1, seed=seed
         )
+        return learnt
 
     assert torch.equal(learn(0), learn(0))
     assert not torch.equal(learn(0), learn(1))
