@@ -45,9 +45,11 @@ class Bar:
             self._around.enter_context(logging_redirect_tqdm())
             self._bar = tqdm(
                 total=total, initial=done, unit=self._unit, file=self._stream, dynamic_ncols=True,
-                bar_format=self._layout,
+                bar_format=self._layout, delay=sys.float_info.min,
             )  # fmt: skip
+            # Not drawn before here: a bar that Ctrl-C finds on the screen is one that is closed.
             self._around.callback(self._bar.close)
+            self._bar.refresh()
         if note is not None:
             self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_file
+from bilevel_fast.base.progress import Bar
 from bilevel_fast.data.pictures import SUFFIXES, Unusable, decode_rgb
 from bilevel_fast.sampling.image_folder import INDEX, DrawnImage, ImageFolder
 
@@ -142,16 +142,16 @@ def batches(files: Sequence[Path], load: Callable[[Path], _T], size: int, what: 
     """`load` of every file, in order, in lists of at most `size`; the next list is loaded while one is used.
 
     Args:
-        what: Heads the progress bar, which a terminal shows.
+        what: Ends the progress bar, which a terminal shows.
     """
-    bar = tqdm(total=len(files), desc=what, unit="image", leave=False, disable=None)
-    with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with Bar("image") as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        bar(0, len(files), what)
         ahead: list[list[Any]] = []
         for start in range(0, len(files), size):
             ahead.append([pool.submit(load, file) for file in files[start : start + size]])
             if len(ahead) > 1:
                 yield [job.result() for job in ahead.pop(0)]
-                bar.update(size)
+                bar(start, len(files))
         for jobs in ahead:
             yield [job.result() for job in jobs]
-            bar.update(len(jobs))
+            bar(len(files), len(files))

@@ -1,5 +1,6 @@
 """Progress bars on a real pseudo-terminal, and that there is none in a pipe or for a rank that is not the first."""
 
+import io
 import logging
 import os
 import re
@@ -104,6 +105,42 @@ def test_there_is_no_bar_in_a_pipe(capsys):
     console.at(3)
     console.close()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.situation
+def test_control_c_while_the_bar_is_made(shown):
+    """Ctrl-C in the moment in which a bar first appears: what is said next stands below the bar, not in its line."""
+
+    class Interrupted(io.StringIO):
+        def __init__(self, stream):
+            super().__init__()
+            self.stream, self.typed = stream, False
+
+        def isatty(self):
+            return True
+
+        def fileno(self):
+            return self.stream.fileno()
+
+        def write(self, text):
+            self.stream.write(text)
+            self.stream.flush()
+            if "/4 [" in text and not self.typed:
+                self.typed = True
+                raise KeyboardInterrupt
+            return len(text)
+
+    def draw():
+        stream = Interrupted(sys.stderr)
+        try:
+            with Bar("img", stream) as bar:
+                bar(1, 4)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+
+    bar, said, last = shown(draw)
+    assert "1/4 [" in bar
+    assert (said, last) == ("interrupted", "")
 
 
 LOOP = """
