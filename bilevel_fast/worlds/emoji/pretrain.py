@@ -23,10 +23,11 @@ from bilevel_fast.base.files import write_json
 from bilevel_fast.models.architecture import MINI
 from bilevel_fast.models.diffusion import Schedule, noise
 from bilevel_fast.models.family import MINI_INDEX
-from bilevel_fast.models.folder import write_unet
+from bilevel_fast.models.folder import load_unet, write_unet
 from bilevel_fast.models.mini import MiniTextEncoder, PixelUnshuffleVAE, WordTokenizer
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream, integers, normal, uniform
+from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.emoji.drawings import SCENES, WORDS, labels, render
 
 
@@ -85,6 +86,7 @@ def train(config: PretrainConfig) -> None:
     """Train from the last checkpoint on, and write the model folder at each."""
     torch.manual_seed(config.seed)
     schedule, vae, model, average = Schedule.sd(), PixelUnshuffleVAE(), Model(), Model()
+    model.unet.load_state_dict(load_unet(TEACHER).state_dict())
     average.load_state_dict(model.state_dict())
     average.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -119,9 +121,9 @@ def train(config: PretrainConfig) -> None:
                 slow.lerp_(fast, 1 - decay)
         losses += loss.detach()
         done = step + 1
-        if done % 50 == 0:
+        if done % 25 == 0:
             seconds = (time.perf_counter() - start) / (done - first)
-            print(f"step {done}/{config.steps}  v-loss {losses.item() / 50:.4f}  {seconds:.3f} s/step", flush=True)
+            print(f"step {done}/{config.steps}  v-loss {losses.item() / 25:.4f}  {seconds:.3f} s/step", flush=True)
             losses.zero_()
         if done % config.every == 0 or done == config.steps:
             save(config.out, average, vae, schedule)
