@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bilevel_fast.runs.export_model import Exported
     from bilevel_fast.runs.prune_method import Pruned
     from bilevel_fast.scale.team import Team
+    from bilevel_fast.worlds.emoji.settings import Emoji
     from bilevel_fast.worlds.mini.settings import Mini
 
 Folder = Path | str
@@ -26,13 +27,13 @@ def load(folder: Folder | None = None, device: str = "cpu") -> "ModelFolder":
     """A model folder, dense or pruned: its text encoder, VAE and schedule; `.unet()` reads the UNet, fp32 on the CPU.
 
     Args:
-        folder: In the diffusers layout, or its id on the hub, `OWNER/NAME`; None is the built-in mini teacher.
+        folder: In the diffusers layout, or its id on the hub, `OWNER/NAME`; `mini` (so does None) and `emoji` name the
+            built-in teachers.
         device: Of the text encoder and the VAE.
     """
     from bilevel_fast.models.folder import load_folder
-    from bilevel_fast.worlds.mini import TEACHER
 
-    return load_folder(folder or TEACHER, device)
+    return load_folder(folder or "mini", device)
 
 
 def prune(
@@ -108,20 +109,24 @@ def export(
 
 
 def evaluate(
-    models: Sequence[Folder], erase: Sequence[str] = ("pointillism",), seed: int = 0, mini: "Mini | None" = None
+    models: Sequence[Folder],
+    erase: Sequence[str] = ("pointillism",),
+    seed: int = 0,
+    mini: "Mini | None" = None,
+    emoji: "Emoji | None" = None,
 ) -> dict[str, dict[str, Any]]:
-    """What the mini world's probe says about each model, by its path: `python -m bilevel_fast.evaluate`.
+    """What a built-in world's probe says about each model, by its path: `python -m bilevel_fast.evaluate`.
 
     Args:
-        models: Model folders of the mini world.
+        models: Model folders of one world.
         erase: The styles that should be gone.
         seed: Of the sampling noise.
-        mini: How much is sampled.
+        mini, emoji: How much is sampled, and which world it is; the mini one if neither is given.
     """
     from bilevel_fast.runs.judged import judged
     from bilevel_fast.worlds.mini.settings import Mini
 
-    return judged([Path(path) for path in models], erase, seed, mini or Mini())
+    return judged([Path(path) for path in models], erase, seed, emoji or mini or Mini())
 
 
 def __getattr__(name: str) -> Any:

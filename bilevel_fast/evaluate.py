@@ -1,7 +1,8 @@
-"""Judge models of the mini world with the shipped probe, as `train` does at its end; or folders of images with the
+"""Judge models of a built-in world with the shipped probe, as `train` does at its end; or folders of images with the
 paper's metrics, on weights of yours.
 
 python -m bilevel_fast.evaluate --models runs/mini/student runs/mini/distilled --erase pointillism
+python -m bilevel_fast.evaluate --world emoji --models runs/emoji/student --erase noto
 
 python -m bilevel_fast.evaluate --suite style --images IMAGES --reference DISTILLED --prompts "test_Van Gogh.csv"
     --clip-weights ViT-B-32.pt --csd-weights csd.pth --out eval.json
@@ -11,7 +12,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from bilevel_fast import api
 from bilevel_fast.base import errors, flags
@@ -19,7 +20,8 @@ from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
-from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.runs.config import preset
+from bilevel_fast.worlds.emoji.settings import Emoji
 from bilevel_fast.worlds.mini.settings import Mini
 
 
@@ -28,25 +30,28 @@ class EvaluateConfig(Folders):
     """Settings of `evaluate`."""
 
     MAIN: ClassVar = (
-        *("suite", "models", "erase", "images", "prompts", "reference", "out", "json", "seed", "device"),
+        *("suite", "world", "models", "erase", "images", "prompts", "reference", "out", "json", "seed", "device"),
         *("clip_weights", "csd_weights", "inception_weights"),
     )
     GROUPS: ClassVar = {
         "what is judged": ("suite", "seed", "json"),
-        "--suite mini": ("models", "erase"),
+        "--suite mini": ("world", "models", "erase"),
         "--suite style, nsfw or coco": (
             *("images", "prompts", "reference", "out", "clip_weights", "clip_model", "csd_weights"),
             *("inception_weights", "statistics_out", "draws", "fid_draws", "batch", "device"),
         ),
     }
 
-    models: tuple[Path, ...] = (TEACHER,)
-    """mini: model folders of the mini world. Default: the built-in teacher."""
-    erase: tuple[str, ...] = ("pointillism",)
-    """mini: the styles that should be gone."""
+    world: Literal["mini", "emoji"] = "mini"
+    """mini: the built-in world that they are models of."""
+    models: tuple[Path, ...] = ()
+    """mini: model folders of --world. Default: its built-in teacher."""
+    erase: tuple[str, ...] = ()
+    """mini: the styles that should be gone. Default: what `train` on --world erases."""
     seed: int = 0
     """Seed of the sampling noise, or of the bootstrap."""
     mini: Mini = field(default_factory=Mini)
+    emoji: Emoji = field(default_factory=Emoji)
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -62,12 +67,15 @@ def main() -> None:
     if config.suite == "mini":
         if extra := given(config):
             raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
-        rows = api.evaluate(config.models, config.erase, config.seed, config.mini)
+        models, erase = config.models or (Path(config.world),), config.erase or preset(config.world).erase
+        sampled = {config.world: getattr(config, config.world)}
+        rows = api.evaluate(models, erase, config.seed, **sampled)
         print(json.dumps(rows, indent=2) if config.json else table(rows))
         return
     default = EvaluateConfig()
-    if (config.models, config.erase, config.mini) != (default.models, default.erase, default.mini):
-        raise UserError(f"--suite {config.suite} measures --images; --models, --erase and --mini are for --suite mini")
+    for name in ("world", "models", "erase", "mini", "emoji"):
+        if getattr(config, name) != getattr(default, name):
+            raise UserError(f"--suite {config.suite} measures --images; --{name} is for --suite mini")
     result, text = measure(config, config.seed)
     print(json.dumps(result, indent=2, ensure_ascii=False) if config.json else text)
 

@@ -1,8 +1,9 @@
 """The paper's tables and figures (arXiv:2412.15341), one command each.
 
-On the built-in mini world, or on Stable Diffusion 2.1:
+On a built-in world, or on Stable Diffusion 2.1:
 
 python -m bilevel_fast.reproduce table1
+python -m bilevel_fast.reproduce table1 --world emoji
 python -m bilevel_fast.reproduce table1 --scale full --run.teacher SD21 ...
 """
 
@@ -39,7 +40,7 @@ def main() -> None:
     from bilevel_fast.training.loop import Interrupted  # after parsing: --help and a typo should not wait
 
     full = args.full if args.scale == "full" else None
-    out = args.out or Path("runs") / f"reproduce-{args.scale}"
+    out = args.out or Path("runs") / f"reproduce-{args.scale if args.world == 'mini' else args.world}"
     try:
         text, results = reproduce(args.experiment, args.run, args.rows, full, args.seeds, out)
     except Interrupted as interrupted:

@@ -18,7 +18,7 @@ from typing import Any
 
 from bilevel_fast import api
 from bilevel_fast.base import errors, flags
-from bilevel_fast.runs.config import TrainConfig, preset
+from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
 
 
 def settings() -> dict[str, Any]:
@@ -29,13 +29,10 @@ def settings() -> dict[str, Any]:
 def parse(argv: Sequence[str]) -> TrainConfig:
     """Read the command line; flags change the fields of a preset.
 
-    Without --preset it is `paper` if there is --data, otherwise `mini`.
+    Without --preset it is `paper` if there is --data, otherwise that of --world.
     """
-    name = "paper" if any(arg.partition("=")[0] == "--data" for arg in argv) else "mini"
-    for position, arg in enumerate(argv):
-        flag, has_value, value = arg.partition("=")
-        if flag == "--preset":
-            name = value if has_value else argv[position + 1] if position + 1 < len(argv) else name
+    usual = "paper" if any(arg.partition("=")[0] == "--data" for arg in argv) else flags.value(argv, "--world")
+    name = flags.value(argv, "--preset") or (usual if usual in PRESETS else "mini")
     config = flags.parse(TrainConfig, "bilevel_fast.train", __doc__, args=argv, default=preset(name))
     config.check()
     from bilevel_fast.erasing import registry as upper  # after the flags are read: --help should not wait for torch

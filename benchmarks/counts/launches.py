@@ -36,7 +36,7 @@ from bilevel_fast.runs.config import preset
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.training.levels import descend
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.materials import WORLD as mini
 from bilevel_fast.worlds.mini.settings import Mini
 
 LATENT, TEXT, BATCH = 64, 77, 16  # of SD 2.1 at 512 px; the batch changes no count

@@ -10,7 +10,7 @@ teacher answers each batch once. They differ in the upper level only:
     lambda L K k                  swept: both stay as they are set
     controller from lambda L K k  the controller (bilevel_fast/erasing/controller.py) begins there
 
-A row holds what the judge found (bilevel_fast/worlds/mini/judge.py), how many upper steps ran and how many of them
+A row holds what the judge found (bilevel_fast/worlds/judge.py), how many upper steps ran and how many of them
 moved
 something, the CPU seconds of the training, and the course of the controller. Rows are appended as soon as they are
 measured; a case that has its row is not run again.

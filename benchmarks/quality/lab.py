@@ -1,4 +1,4 @@
-"""What the measurements of the mini world share: the teacher, what a student is trained with, the judge, the rows."""
+"""What the measurements of the drawn worlds share: the teacher, what a student is trained with, the judge, the rows."""
 
 import json
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.lower import SharedAnswers
 from bilevel_fast.training.teacher import Teacher
-from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds import drawn_world
+from bilevel_fast.worlds.drawn import DrawnWorld
 from bilevel_fast.worlds.mini.world import SCENES, labels, render
 
 CPU = torch.device("cpu")
@@ -33,10 +33,12 @@ class Lab:
     """Students of one seed, trained side by side on the CPU: the teacher answers each batch once.
 
     Attributes:
+        world: What is drawn.
         erased: Numbers of the styles that are erased.
     """
 
     config: TrainConfig
+    world: DrawnWorld
     folder: ModelFolder
     teacher: UNet
     erased: list[int]
@@ -46,17 +48,17 @@ class Lab:
     @classmethod
     def set_up(cls, config: TrainConfig, bank: Path | None) -> "Lab":
         """`bank` is the folder of the concept bank, which is drawn where it is not there; None erases nothing."""
-        folder = load_folder(TEACHER)
+        world, settings = drawn_world(config.world), config.world_settings
+        folder = load_folder(world.TEACHER)
         teacher = folder.unet().requires_grad_(False)
-        erased = [] if bank is None else mini.erased_concepts(config.erase)
+        erased = [] if bank is None else world.erased_concepts(config.erase)
         if bank is None:
-            data = mini.drawn_source(folder, [], config.mini.images, config.seed)
-            guidance = config.mini.guidance
-            materials = Materials(teacher, folder.schedule, folder.text_encoder, data, None, guidance)
+            data = world.drawn_source(folder, [], settings.images, config.seed)
+            materials = Materials(teacher, folder.schedule, folder.text_encoder, data, None, settings.guidance)
         else:
             materials = gather(config, folder, teacher, erased, bank)
         answers = SharedAnswers(Teacher(teacher), materials.schedule, config.seed, config.lower.snr_gamma)
-        return cls(config, folder, teacher, erased, materials, answers)
+        return cls(config, world, folder, teacher, erased, materials, answers)
 
     def student(self) -> UNet:
         """The pruned student that a run starts from."""
@@ -68,8 +70,9 @@ class Lab:
     def judge(self, student: UNet) -> dict[str, Any]:
         """What the judge finds in a student's drawings."""
         config = self.config
-        portfolio = mini.portfolio(student.eval(), self.folder, self.erased, config.mini, config.seed)
-        return mini.quality(portfolio, self.erased)
+        settings = config.world_settings
+        portfolio = self.world.portfolio(student.eval(), self.folder, self.erased, settings, config.seed)
+        return self.world.quality(portfolio, self.erased)
 
 
 def noised(folder: ModelFolder, scenes: Sequence[int], indices: range) -> tuple[Noised, Tensor]:

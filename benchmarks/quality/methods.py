@@ -14,7 +14,7 @@ A method that leaves no choice (BK-SDM) runs once, with the smallest budget that
 
 On the way each student's output on held-out noised drawings is held against the teacher's (`output_error`, the mean
 squared difference over the mean square of what the teacher says) and against the truth (`target_error`). First and
-last, and for the figures in between, it draws and is judged (`bilevel_fast/worlds/mini/judge.py`, where no style is
+last, and for the figures in between, it draws and is judged (`bilevel_fast/worlds/judge.py`, where no style is
 erased).
 
 Rows are appended as soon as they are measured; a case that was measured to its last step is not run again.
@@ -44,7 +44,7 @@ from bilevel_fast.runs.config import preset
 from bilevel_fast.training.levels import descend
 from bilevel_fast.training.lower import Answered, Answers
 from bilevel_fast.training.teacher import Teacher
-from bilevel_fast.worlds.mini import materials as mini
+from bilevel_fast.worlds.mini.materials import WORLD as mini
 
 ROWS = RESULTS / "methods.jsonl"
 STEPS = (0, 50, 100, 200, 300, 400, 500)  # the errors are measured here, and after the last step

@@ -37,7 +37,6 @@ from benchmarks.quality.rival_cases import ATTACKED, PLANS, Plan, Recipe, chosen
 from benchmarks.rows import Row
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.data.bank import Concept, anchor_for
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing import uce
 from bilevel_fast.erasing.edit import Job
@@ -54,14 +53,10 @@ from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAns
 from bilevel_fast.training.lower import descend as gradient_of
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.upper import Suppression
-from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import erased_scenes, is_held_out, paint
-from bilevel_fast.worlds.mini.probe import Probe
-from bilevel_fast.worlds.mini.world import SCENES, STYLES
+from bilevel_fast.worlds.judge import paint
+from bilevel_fast.worlds.probe import labels
 
 ROWS = RESULTS / "rivals.jsonl"
-MINI = preset("mini")
-"""Settings that the students share."""
 STRENGTHS, SEARCHED = (1.0, 3.0), (60, 120, 240)
 """Of the concept vector; steps of the inversion after which it is looked at."""
 
@@ -149,12 +144,12 @@ class Conflict:
 class Bench:
     """Makes and judges the students of one plan and seed."""
 
-    def __init__(self, plan: Plan, seed: int, cache: Path, settings: TrainConfig = MINI):
-        config = replace(settings, seed=seed, erase=(plan.style,))
+    def __init__(self, plan: Plan, seed: int, cache: Path, settings: TrainConfig | None = None):
+        config = replace(settings or preset(plan.world), seed=seed, erase=(plan.style,))
         config = replace(
             config,
             prune=replace(config.prune, budget=plan.budget),
-            mini=replace(config.mini, judge_erased=plan.erased, judge_kept=plan.kept),
+            **{plan.world: replace(config.world_settings, judge_erased=plan.erased, judge_kept=plan.kept)},
         )
         self.plan, self.place = plan, cache / f"{plan.style}-{plan.budget:g}-{seed}"
         self.lab = Lab.set_up(config, self.place / "bank")
@@ -252,14 +247,12 @@ class Bench:
         self._begin(student)
         lab, style = self.lab, self.lab.erased[0]
         encoder = lab.folder.text_encoder
-        preserve = tuple(scene.caption for scene in SCENES if scene.style != style)
+        preserve = tuple(scene.caption for scene in lab.world.scenes if scene.style != style)
         if not recipe.all_tokens:
-            pairs, frames = (Pair(f"in the style of {STYLES[style]}"),), tuple(map(Frame.of, mini.subjects()))
+            pairs, frames = (Pair(lab.world.phrase(style)),), tuple(map(Frame.of, lab.world.subjects()))
             uce.Uce(preserve_scale=recipe.weight or None).edit(student, Job(lab.folder, pairs, frames, preserve))
             return
-        known = [scene.caption for scene in SCENES if scene.style == style and not is_held_out(scene)]
-        concept = Concept(f"in the style of {STYLES[style]}")
-        states = [token_states(encoder, texts).double() for texts in (known, [anchor_for(k, concept) for k in known])]
+        states = [token_states(encoder, texts).double() for texts in lab.world.known(style)]
         differs = (states[0] != states[1]).any(2)
         erased, guide = (some[differs] for some in states)
         weights = dict.fromkeys(["", *preserve], recipe.weight or max(0.1, 1 / (1 + len(preserve))))
@@ -270,19 +263,18 @@ class Bench:
     def judge(self, student: UNet) -> Row:
         """Shares, how many samples they are of, and where the erased prompts' pictures went."""
         config, lab = self.config, self.lab
-        portfolio = mini.portfolio(student.eval(), lab.folder, lab.erased, config.mini, config.seed)
-        seen = Probe.load()(portfolio.images).style_logits.argmax(1)
+        portfolio = lab.world.portfolio(student.eval(), lab.folder, lab.erased, config.world_settings, config.seed)
+        seen = lab.world.probe(portfolio.images).style_logits.argmax(1)
         gone = torch.tensor([scene.style in lab.erased for scene in portfolio.scenes])
-        plain: Tensor = (seen[gone] == STYLES.index("plain")).double().mean()
+        plain: Tensor = (seen[gone] == 0).double().mean()
         counts = {"erased": int(gone.sum()), "kept": int((~gone).sum())}
-        return {**mini.quality(portfolio, lab.erased), "plain": round(plain.item(), 4), "samples": counts}
+        return {**lab.world.quality(portfolio, lab.erased), "plain": round(plain.item(), 4), "samples": counts}
 
     def attacked(self, student: UNet) -> list[Row]:
         """By attack and strength or steps: the share of held-out prompts that show the style, and their content."""
         lab, style, settings = self.lab, self.lab.erased[0], Searching()
-        encoder, concept = lab.folder.text_encoder, Concept(f"in the style of {STYLES[style]}")
-        known = [scene.caption for scene in SCENES if scene.style == style and not is_held_out(scene)]
-        plain = [anchor_for(caption, concept) for caption in known]
+        encoder = lab.folder.text_encoder
+        known, plain = lab.world.known(style)
         found = []
         for strength in STRENGTHS:
             shift = concept_vector(encoder, known, plain, strength)
@@ -301,17 +293,16 @@ class Bench:
     @torch.no_grad()
     def _shown(self, student: UNet, shift: Tensor) -> Row:
         """Prompts without the concept's name, their states moved: how many show it, and object and colour as asked."""
-        folder, mini_settings = self.lab.folder, self.config.mini
+        folder, world, settings = self.lab.folder, self.lab.world, self.config.world_settings
         assert isinstance(folder.vae, PixelUnshuffleVAE)
-        asked = [replace(scene, style=0) for scene in erased_scenes(self.lab.erased, mini_settings.judge_erased)]
+        asked = [scene.plain() for scene in world.erased_scenes(self.lab.erased, settings.judge_erased)]
         samples = paint(
             *(student, folder.schedule, Shifted(folder.text_encoder, shift), folder.vae, asked),
-            seed=self.config.seed, guidance=mini_settings.guidance, steps=mini_settings.judge_steps,
+            seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps,
         )  # fmt: skip
-        seen = Probe.load()(samples.images)
-        wanted = torch.tensor([(scene.object, scene.color) for scene in asked])
-        content = (seen.object_logits.argmax(1) == wanted[:, 0]) & (seen.color_logits.argmax(1) == wanted[:, 1])
-        hit = seen.style_logits.argmax(1) == self.lab.erased[0]
+        seen = world.probe(samples.images).labels
+        content = (seen[:, :-1] == labels(asked)[:, :-1]).all(1)
+        hit = seen[:, -1] == self.lab.erased[0]
         return {"hit": round(hit.double().mean().item(), 4), "content": round(content.double().mean().item(), 4)}
 
 

@@ -63,6 +63,14 @@ def parse(
     return config
 
 
+def value(argv: Sequence[str], flag: str) -> str | None:
+    """What follows a flag on a command line that is not parsed yet; None where it is not given."""
+    for arg, after in zip(argv, [*argv[1:], ""], strict=False):
+        if arg == flag or arg.startswith(f"{flag}="):
+            return after if arg == flag else arg.partition("=")[2]
+    return None
+
+
 def overview(text: str) -> str:
     """A page of a command that has further names, as wide as the terminal."""
     return laid_out(text, terminal_width())

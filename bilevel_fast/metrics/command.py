@@ -32,7 +32,7 @@ class Folders:
     """Settings of the suites that measure folders of images."""
 
     suite: Literal["mini", "style", "nsfw", "coco"] = "mini"
-    """`mini` judges models of the built-in world; `style` (CLIP score, CP score, CSD), `nsfw` (NudeNet) and `coco`
+    """`mini` judges models of a built-in world; `style` (CLIP score, CP score, CSD), `nsfw` (NudeNet) and `coco`
     (FID, CLIP score) measure images that `sample --prompts-file ... --folder ...` drew."""
     images: tuple[Path, ...] = ()
     """Folders of images of the model that is judged, one for each of --prompts."""

@@ -34,6 +34,7 @@ class Family:
         guidance: Classifier-free guidance scale that its models are sampled with.
         largest_latent: Side of the latents that images for evaluation have at most; None leaves it to the UNet.
         world: The built-in world that its models draw (`bilevel_fast.worlds`); None draws photographs and the like.
+        pipeline: What `_class_name` of `model_index.json` says, where that decides between families.
         closed_vocabulary: Whether its text encoder refuses prompts with words that it does not know.
     """
 
@@ -43,6 +44,7 @@ class Family:
     guidance: float = 7.5
     largest_latent: int | None = None
     world: str | None = None
+    pipeline: str | None = None
     closed_vocabulary: bool = False
 
     @property
@@ -63,6 +65,22 @@ MINI_INDEX = {
     "vae": ["bilevel_fast.models.mini", "PixelUnshuffleVAE"],
 }
 """The `model_index.json` of a mini world's model."""
+EMOJI_INDEX = {**MINI_INDEX, "_class_name": "EmojiPipeline"}
+"""That of an emoji world's model: the same parts, another world."""
+
+
+def _drawn(index: Mapping[str, Any], world: str) -> "Family":
+    """The models of a built-in world, by the `model_index.json` that its teacher has."""
+    return Family(
+        components={part: (pair[1],) for part, pair in index.items() if part != "_class_name"} | {"unet": UNETS},
+        text_encoder=lambda folder, device, dtype: MiniTextEncoder.load(folder).to(device, dtype),
+        vae=lambda folder, device, dtype: PixelUnshuffleVAE.load(folder / "vae"),
+        guidance=3.0,
+        world=world,
+        pipeline=index["_class_name"],
+        closed_vocabulary=True,
+    )
+
 
 FAMILIES = {
     "stable-diffusion": Family(
@@ -91,16 +109,11 @@ FAMILIES = {
         vae=lambda folder, device, dtype: KLAutoencoder.load(folder / "vae", device, dtype, upcast=True),
         guidance=5.0,
     ),
-    "mini": Family(
-        components={part: (pair[1],) for part, pair in MINI_INDEX.items() if part != "_class_name"} | {"unet": UNETS},
-        text_encoder=lambda folder, device, dtype: MiniTextEncoder.load(folder).to(device, dtype),
-        vae=lambda folder, device, dtype: PixelUnshuffleVAE.load(folder / "vae"),
-        guidance=3.0,
-        world="mini",
-        closed_vocabulary=True,
-    ),
+    "mini": _drawn(MINI_INDEX, "mini"),
+    "emoji": _drawn(EMOJI_INDEX, "emoji"),
 }
-"""By name. A folder whose text encoder is of no family is refused as the first one's with as many text encoders."""
+"""By name. A folder whose text encoder is of no family is refused as the first one's with as many text encoders; of two
+with the same components, `_class_name` says which it is, and the first one is taken where it names neither."""
 
 
 def family_of(path: Path) -> Family:
@@ -124,6 +137,7 @@ def family_of(path: Path) -> Family:
     encoder, two = _class_name(file, index, "text_encoder"), is_xl(index)
     families = [family for family in families if two == ("text_encoder_2" in family.components)]
     said = [family for family in families if encoder in family.components["text_encoder"]]
+    said.sort(key=lambda family: family.pipeline != index.get("_class_name"))  # stable: the first one stays so
     for component, known in (said or families)[0].components.items():
         if (found := _class_name(file, index, component)) not in known:
             read_anywhere = {name for family in families for name in family.components.get(component, ())}

@@ -1,4 +1,5 @@
 """Model folders by an id on the Hugging Face hub, `OWNER/NAME` or `OWNER/NAME@REVISION`: `local` fetches what is read.
+The built-in teachers go by the names of their worlds.
 
 Every model folder that a user names goes through `local`. Files lie in the cache of huggingface_hub, and its settings
 hold: HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE. What is fetched is JSON, text and safetensors of the
@@ -13,12 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bilevel_fast.base.errors import UserError, require
-from bilevel_fast.models.family import family_of
+from bilevel_fast.models.family import FAMILIES, family_of
 from bilevel_fast.models.weights import PICKLES, STEMS, weight_names
 
 _ID = re.compile(r"(?!.*\.\.)([a-zA-Z0-9][\w.-]*/[a-zA-Z0-9][\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 _FILES = (".safetensors", ".json", ".txt", *(pattern.removeprefix("*") for pattern in PICKLES))
 _READ = (".json", ".txt", ".model")
+_WORLDS = Path(__file__).parents[1] / "worlds"
 _PARTS = {
     **dict.fromkeys(("feature_extractor", "scheduler", "tokenizer", "tokenizer_2"), None),
     **dict.fromkeys(("unet", "vae"), STEMS[0]),
@@ -32,9 +34,10 @@ _log = logging.getLogger(__name__)
 def local(given: Path | str, weights: bool = True) -> Path:
     """The folder on this machine that a model folder's name stands for; what has an id on the hub is fetched.
 
-    What exists is taken as it is. Of the rest, an id is a name of two parts, `OWNER/NAME`, that could not be a mistyped
-    path: it ends neither in `/` nor like a file (`.safetensors`, `.ckpt`), begins with neither `/`, `.` nor `~`, and
-    there is no folder OWNER here. Any other name is returned for its reader to refuse.
+    What exists is taken as it is. The name of a built-in world (`mini`, `emoji`) stands for its teacher. Of the rest,
+    an id is a name of two parts, `OWNER/NAME`, that could not be a mistyped path: it ends neither in `/` nor like a
+    file (`.safetensors`, `.ckpt`), begins with neither `/`, `.` nor `~`, and there is no folder OWNER here. Any other
+    name is returned for its reader to refuse.
 
     Without a network, and with HF_HUB_OFFLINE=1, the copy in the cache is read.
 
@@ -48,6 +51,8 @@ def local(given: Path | str, weights: bool = True) -> Path:
         OSError: It cannot be written: a full disk say.
     """
     path = Path(given)
+    if not path.exists() and str(given) in {family.world for family in FAMILIES.values()}:
+        return _WORLDS / str(given) / "weights" / "teacher"
     match = _ID.fullmatch(str(given))
     if match is None or path.exists() or path.parent.is_dir() or str(given).endswith(_FILES):
         return path

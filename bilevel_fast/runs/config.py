@@ -13,6 +13,7 @@ from bilevel_fast.base.errors import UserError, check_finite, in_range, nearest
 from bilevel_fast.erasing.settings import ControllerSettings, Upper
 from bilevel_fast.scale.settings import Scale
 from bilevel_fast.training.settings import LossWeights, MicroBatch, check_micro_batch
+from bilevel_fast.worlds.emoji.settings import Emoji
 from bilevel_fast.worlds.mini.settings import Mini
 
 
@@ -68,7 +69,7 @@ class TrainConfig:
 
     MAIN: ClassVar = (
         *("preset", "out", "seed", "resume", "dry_run", "device"),
-        *("teacher", "student", "data", "concepts", "erase", "prune.method", "prune.budget"),
+        *("world", "teacher", "student", "data", "concepts", "erase", "prune.method", "prune.budget"),
         *("lower.steps", "lower.batch", "lower.lr"),
         *("upper.every", "upper.batch", "upper.lr", "upper.eraser", "upper.anchor", "upper.penalty"),
     )
@@ -85,41 +86,44 @@ class TrainConfig:
             "max_bad_steps",
         ),
         "models, images, concepts": (
-            *("teacher", "student", "data", "concepts", "erase"),
+            *("world", "teacher", "student", "data", "concepts", "erase"),
             *("concept_weights", "resume_concepts", "twin"),
         ),
         "how it computes": ("precision", "fp8_teacher", "recompute", "graphs", "clip_norm", "ema"),
     }
 
     preset: str = "mini"
-    """Where the defaults come from: mini, smoke, paper or released."""
+    """Where the defaults come from: mini, emoji, smoke, paper or released."""
     out: Path = Path("runs/mini")
     """Run folder; must be new, unless --resume."""
     seed: int = 0
     """Seed of everything random."""
+    world: Literal["mini", "emoji"] = "mini"
+    """The built-in world that the run is on where there is no --data."""
     teacher: Path | None = None
-    """Dense model folder (diffusers layout), or its id on the hub. Default: the built-in mini teacher."""
+    """Dense model folder (diffusers layout), or its id on the hub. Default: the built-in teacher of --world."""
     student: Path | None = None
     """Pruned model folder. Default: prune the teacher as --prune says."""
     data: Path | None = None
     """What to fine-tune on: a latent cache, or a list of images, which DALI decodes and the VAE encodes as they are
-    wanted; bilevel_fast.prepare makes both. Default: the mini world."""
+    wanted; bilevel_fast.prepare makes both. Default: drawings of --world."""
     concepts: tuple[Path, ...] = ()
-    """Concept banks to suppress, one or more. Default: sampled from the mini teacher."""
+    """Concept banks to suppress, one or more. Default: sampled from the teacher of --world."""
     erase: tuple[str, ...] = ("pointillism",)
-    """Drawing styles of the mini world to suppress; elsewhere --concepts says what."""
+    """Drawing styles of --world to suppress; elsewhere --concepts says what."""
     concept_weights: tuple[float, ...] = ()
     """What share of each upper batch shows each concept, whatever the sizes of the banks; by default all the same."""
     resume_concepts: Path | None = None
     """Finished run to go on from: erases further concepts from its student, and goes on showing those that it erased,
     with the weights that they had there."""
     twin: bool = True
-    """On the mini world, also train the distilled-only twin: same start and lower steps, no upper ones."""
+    """On a built-in world, also train the distilled-only twin: same start and lower steps, no upper ones."""
     lower: Lower = field(default_factory=Lower)
     upper: Upper = field(default_factory=Upper)
     prune: Prune = field(default_factory=Prune)
     scale: Scale = field(default_factory=Scale)
     mini: Mini = field(default_factory=Mini)
+    emoji: Emoji = field(default_factory=Emoji)
     clip_norm: float | None = None
     """Gradients are scaled down to this norm; None does not clip."""
     ema: float | None = None
@@ -168,7 +172,7 @@ class TrainConfig:
             raise UserError(f"preset {self.preset!r} is for folders: it wants --teacher, --data and --concepts")
         if self.resume_concepts is not None and self.student is not None:
             raise UserError("--student given with --resume-concepts, whose student it is that goes on")
-        named, flag = (self.erase, "--erase") if self.world else (self.concepts, "--concepts")
+        named, flag = (self.erase, "--erase") if self.built_in else (self.concepts, "--concepts")
         if self.concept_weights and len(self.concept_weights) != len(named):
             raise UserError(
                 f"{len(self.concept_weights)} --concept-weights for {len(named)} of {flag}; wanted one each"
@@ -194,19 +198,19 @@ class TrainConfig:
                     f"--{name}.micro-batch is {level.micro_batch}: wanted a divisor of a leaf, which has {leaf} of "
                     f"--{name}.batch {level.batch} with --scale.leaves {self.scale.leaves}"
                 )
-        if self.world:
+        if self.built_in:
             self.world_settings.check()
 
     @property
-    def world(self) -> str | None:
+    def built_in(self) -> str | None:
         """The built-in world that the run is on (`bilevel_fast.worlds`); None where there is --data."""
-        return "mini" if self.data is None else None
+        return self.world if self.data is None else None
 
     @property
     def world_settings(self) -> Any:
         """The section that bears the world's name."""
-        assert self.world is not None
-        return getattr(self, self.world)
+        assert self.built_in is not None
+        return getattr(self, self.built_in)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable, nested like the dataclasses."""
@@ -245,6 +249,7 @@ PRESETS: dict[str, TrainConfig] = {
         log_every=4,
         checkpoint_every=2,
     ),
+    "emoji": dataclasses.replace(_MINI, preset="emoji", out=Path("runs/emoji"), world="emoji", erase=("noto",)),
     "paper": TrainConfig(
         preset="paper",
         out=Path("runs/paper"),

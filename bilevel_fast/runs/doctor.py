@@ -197,7 +197,7 @@ def _presets(report: Report) -> Iterator[Line]:
     small = Structure.dense(teacher.config), teacher.config.sample_size, teacher.text_encoder.length
     yield "preset", "batch", "memory", f"of {_size(has)} that are free"
     for name, config in PRESETS.items():
-        mini = config.data is None and name in ("mini", "smoke")
+        mini = config.data is None and name in ("mini", "emoji", "smoke")
         fitting = Fitting(config, *(small if mini else (Structure.dense(SD21), 64, 77)), dtype)
         wanted, said = _wanted(fitting, config.lower.batch, has, on_gpu)
         yield name, str(config.lower.batch), wanted, said if mini else f"SD 2.1: {said}"

@@ -26,7 +26,8 @@ class _Asked:
     out: Path
     """Folder for the edited model; must be new."""
     model: Path = TEACHER
-    """Model folder, dense or pruned, or its id on the hub; by default the built-in mini teacher."""
+    """Model folder, dense or pruned, or its id on the hub; `mini` (the default) and `emoji` are the
+    built-in teachers."""
     erase: tuple[str, ...] = ()
     """What to erase: `in the style of Claude Monet`, `naked`, ..."""
     guide: tuple[str, ...] = ("",)
@@ -34,10 +35,10 @@ class _Asked:
     pairs: Path | None = None
     """More of them: CSV with the columns erase and guide, and perhaps weight."""
     subjects: str | None = None
-    """Sentences that hold the concept where `{}` stands, or end with it: a prompt file, or `things`, `people` or
-    `mini`, the mini world's captions that are not held out for its judge. uce takes the texts by themselves as well,
-    and needs none: many of them, without --preserve, move everything else. concept-prune takes by default `mini` for a
-    model of the mini world, else `things`."""
+    """Sentences that hold the concept where `{}` stands, or end with it: a prompt file, or `things`, `people`, `mini`
+    or `emoji`: that world's captions that are not held out for its judge. uce takes the texts by themselves as well,
+    and needs none: many of them, without --preserve, move everything else. concept-prune takes by default the model's
+    own world, else `things`."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 

@@ -18,7 +18,7 @@ from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.weights import fingerprint
 from bilevel_fast.runs import history
 from bilevel_fast.runs.config import VOLATILE, preset
-from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds import world
 
 _UNITS = {
     "groups": "GroupNorm groups inside ResNets",
@@ -58,6 +58,10 @@ class Run:
     summary: Mapping[str, Any]
 
 
+_LICENCES = {"mini": {"license": "apache-2.0"}, "emoji": {"license": "cc-by-4.0"}}
+"""Of the built-in teachers; the emoji world's is that of drawings it has learnt from which want to be named."""
+
+
 def facts(folder: ModelFolder, made: Made) -> Facts:
     """What the card of an exported model says.
 
@@ -69,13 +73,14 @@ def facts(folder: ModelFolder, made: Made) -> Facts:
         UserError: A record beside the model is broken.
     """
     path, run = folder.path.resolve(), read_run(folder.path.resolve())
-    built_in = folder.family.world == "mini" and _same_text_encoder(path)
-    base = "the built-in mini teacher of bilevel-fast" if built_in else _origin(path)
+    drawn = folder.family.world
+    built_in = drawn is not None and _same_text_encoder(path, drawn)
+    base = f"the built-in {drawn} teacher of bilevel-fast" if built_in else _origin(path)
     licence = licence_of(path) or (_licence_of_teacher(run) if run else {})
     return Facts(
         name=f"{run.path.name}: {path.name}" if run else path.name,
         base=base,
-        licence={"license": "apache-2.0"} if built_in and not licence else licence,
+        licence=_LICENCES.get(drawn or "", {}) if built_in and not licence else licence,
         structure=tuple(_structure(folder)),
         suppressed=tuple(_suppressed(path, run)),
         measured=measured(run) if run else None,
@@ -105,8 +110,8 @@ def _origin(path: Path) -> str:
     return f"its configs say {said!r}" if said else "not named in its folder"
 
 
-def _same_text_encoder(path: Path) -> bool:
-    return fingerprint(path / "text_encoder") == fingerprint(TEACHER / "text_encoder")
+def _same_text_encoder(path: Path, name: str) -> bool:
+    return fingerprint(path / "text_encoder") == fingerprint(world(name).TEACHER / "text_encoder")
 
 
 def _licence_of_teacher(run: Run) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Models of the mini world, judged as `train` judges its own at its end."""
+"""Models of a built-in world, judged as `train` judges its own at its end."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,22 +8,22 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.progress import Bar
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.worlds import world
-from bilevel_fast.worlds.mini.settings import Mini
+from bilevel_fast.worlds.settings import Drawn
 
 
-def judged(models: Sequence[Path], erase: Sequence[str], seed: int, settings: Mini) -> dict[str, dict[str, Any]]:
-    """What the probe says about each model folder, by its path.
+def judged(models: Sequence[Path], erase: Sequence[str], seed: int, settings: Drawn) -> dict[str, dict[str, Any]]:
+    """What the probe of the settings' world says about each model folder, by its path.
 
     Raises:
-        UserError: A style is none, or a folder holds no model of the mini world.
+        UserError: A style is none, or a folder holds no model of that world.
     """
     settings.check()
-    here = world("mini")
+    here = world(settings.NAME)
     erased = here.erased_concepts(erase)
     folders = [load_folder(path) for path in models]
     for folder in folders:
-        if folder.family.world != "mini":
-            raise UserError(f"{folder.path} is no model of the mini world; the probe cannot judge it")
+        if folder.family.world != settings.NAME:
+            raise UserError(f"{folder.path} is no model of the {settings.NAME} world; the probe cannot judge it")
     found = {}
     with Bar("model") as bar:
         for number, folder in enumerate(folders):

@@ -35,15 +35,15 @@ class ConceptsArgs:
     """Folder of the bank; of several phrases, a folder for each in it. If it holds a part of this bank, the command
     goes on with it."""
     model: Path
-    """Model folder of the dense teacher, which draws, or its id on the hub."""
+    """Model folder of the dense teacher, which draws, or its id on the hub; or `mini` or `emoji`, the built-in ones."""
     phrase: tuple[str, ...]
     """The concept as it stands in prompts: "by Claude Monet", "naked"; each of several gets a bank of its own."""
     replacement: tuple[str, ...] = ("",)
     """What stands in its place in the prompt without it: one for each phrase, or one for all; by default nothing."""
     subjects: str | None = None
     """What to show with the concept: a prompt file (a line is followed by the phrase, unless it holds it or has `{}`
-    where it belongs), or `things`, `people` or `mini`, the mini world's captions that are not held out for its judge.
-    Default: `mini` for a model of the mini world."""
+    where it belongs), or `things`, `people`, `mini` or `emoji`: that world's captions that are not held out for its
+    judge. Default: the model's own world."""
     held_out: tuple[Path, ...] = ()
     """Prompt files of the evaluation: none of their prompts is drawn. A .csv with a column prompt or adv_prompt, a .txt
     with a prompt per line, or COCO's captions, .json."""
@@ -54,7 +54,7 @@ class ConceptsArgs:
     steps: int = 25
     """Of PNDM."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
+    """Classifier-free guidance scale. Default: 3 for a built-in world, 5 for Stable Diffusion XL, else 7.5."""
     size: int | None = None
     """Height and width of the latents. Default: what the model was made for, 64 (512 pixels) at most but for XL."""
     shows: Shows = "prompt"

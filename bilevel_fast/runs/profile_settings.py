@@ -33,7 +33,7 @@ class ProfileConfig(TrainConfig):
 
 
 def read(argv: Sequence[str], about: str | None) -> ProfileConfig:
-    """Read the command line; as for `train`, the preset is `paper` if there is --data, otherwise `mini`.
+    """Read the command line; as for `train`, the preset is `paper` if there is --data, otherwise that of --world.
 
     `about` is the head of the help.
 
@@ -42,7 +42,7 @@ def read(argv: Sequence[str], about: str | None) -> ProfileConfig:
     """
     read = partial(flags.parse, ProfileConfig, "bilevel_fast.profile", about, args=argv)
     given = read(default=_defaults("mini", preset=_BY_DATA))
-    name = given.preset if given.preset != _BY_DATA else "mini" if given.data is None else "paper"
+    name = given.preset if given.preset != _BY_DATA else given.world if given.data is None else "paper"
     config = read(default=_defaults(name))
     config.check()
     from bilevel_fast.erasing import registry as upper  # after the flags are read: --help should not wait for torch

@@ -58,7 +58,8 @@ class AptpConfig(RouterConfig):
     out: Path = Path("runs/aptp")
     """Run folder, which becomes the mixture folder; must be new, unless --resume."""
     teacher: Path = TEACHER
-    """Dense model folder in the diffusers layout, or its id on the hub; by default the built-in mini teacher."""
+    """Dense model folder in the diffusers layout, or its id on the hub; `mini` (the default) and `emoji` are the
+    built-in teachers."""
     data: Path | None = None
     """Latent cache to train on."""
     prompt_encoder: Path | None = None
@@ -140,7 +141,7 @@ def run(config: AptpConfig) -> dict[str, Any]:
     source = image_source(folder, config.data, config.images, config.seed)
     if source is None:
         raise UserError(
-            f"{config.teacher} is no model of the mini world, which draws its own images; --data is missing"
+            f"{config.teacher} is no model of a built-in world, which draws its own images; --data is missing"
         )
     encoder = _encoder(config, folder, device)
     latent = folder.config.sample_size if config.latent is None else config.latent

@@ -52,7 +52,6 @@ from bilevel_fast.training.loop import Places, Progress
 from bilevel_fast.training.run_folder import RunFolder
 from bilevel_fast.training.wandb_sink import WandbSink
 from bilevel_fast.worlds import world
-from bilevel_fast.worlds.mini import TEACHER
 
 _log = logging.getLogger(__name__)
 
@@ -73,15 +72,16 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
         require("wandb", "wandb")  # now, and not when a teacher of gigabytes is read
     for note in providers.notes(device, ops.missing(device)):
         _log.info(note)
-    first, defaults = team.rank == 0, {"teacher": TEACHER}  # the first rank watches what all of them read
+    first = team.rank == 0  # it watches what all of them read
+    defaults = {"teacher": world(config.world).TEACHER}
     before: dict[str, list[str]] = {}
     with suppress(UserError, OSError):  # who reads it says what is wrong with it
         before = inputs(config, defaults) if first else {}
-    folder = load_folder(config.teacher or TEACHER)
+    folder = load_folder(config.teacher or world(config.world).TEACHER)
     check_world(config, folder)
     # 8: what cuDNN needs to use tensor cores with 16-byte loads; the CPU gains nothing from padding
     start = initial_student(config, folder, align=8 if device.type == "cuda" else 1)
-    names = ["student", "distilled"] if config.world and config.twin else ["student"]
+    names = ["student", "distilled"] if config.built_in and config.twin else ["student"]
     known = inputs(config, defaults) if first else {}
     before = before or known
     check_unchanged(before, known)
@@ -102,8 +102,8 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
         if team.rank:
             return {}
         summary = _summary(config, folder, *trained["student"])
-        if config.world:
-            judge, settings = world(config.world), config.world_settings
+        if config.built_in:
+            judge, settings = world(config.built_in), config.world_settings
             models = {"teacher": teacher.to(device), **{name: trained[name][0] for name in reversed(names)}}
             drawn = {name: judge.portfolio(u, folder, erased, settings, config.seed) for name, u in models.items()}
             summary["hits"] = {name: judge.hits(samples, erased) for name, samples in drawn.items()}
@@ -126,7 +126,7 @@ def start_levels(config: TrainConfig, device: torch.device, scratch: Path) -> tu
         UserError: Bad input of any kind.
     """
     config, erased = fetched(config, "teacher", "student"), erased_concepts(config)
-    folder = load_folder(config.teacher or TEACHER)
+    folder = load_folder(config.teacher or world(config.world).TEACHER)
     check_world(config, folder)
     student = initial_student(config, folder, align=8 if device.type == "cuda" else 1).to(device)
     teacher = folder.unet().requires_grad_(False)
@@ -149,8 +149,8 @@ def gather(
     earlier = () if past is None else past.concepts
     if past is not None:
         history.check_teacher(past, fingerprint(folder.path / "unet"))
-    if config.world:
-        here, settings, names = world(config.world), config.world_settings, config.erase
+    if config.built_in:
+        here, settings, names = world(config.built_in), config.world_settings, config.erase
         data = here.drawn_source(folder, erased, settings.images, config.seed)
         shows = erasers.shows(config.upper.eraser)
         place = out / "concepts"
@@ -160,7 +160,7 @@ def gather(
         data = open_images(config.data, folder, device, dtype)
         banks = [_bank(path, folder) for path in config.concepts]
         names = [path.name for path in config.concepts]
-    guidance = config.world_settings.guidance if config.world else folder.family.guidance
+    guidance = config.world_settings.guidance if config.built_in else folder.family.guidance
     materials = Materials(teacher, folder.schedule, encoder, data, None, guidance)
     if not banks:
         return materials
@@ -192,9 +192,10 @@ def check_world(config: TrainConfig, folder: ModelFolder) -> None:
     Raises:
         UserError: Says so.
     """
-    check_walks(folder.schedule, config.upper.walks() | (config.world_settings.walks() if config.world else {}))
-    if config.world not in (None, folder.family.world):
-        raise UserError(f"{config.teacher} is no model of the {config.world} world; --data and --concepts are missing")
+    check_walks(folder.schedule, config.upper.walks() | (config.world_settings.walks() if config.built_in else {}))
+    if config.built_in not in (None, folder.family.world):
+        here = config.built_in
+        raise UserError(f"{config.teacher} is no model of the {here} world; --data and --concepts are missing")
 
 
 def erased_concepts(config: TrainConfig) -> list[int]:
@@ -203,13 +204,13 @@ def erased_concepts(config: TrainConfig) -> list[int]:
     Raises:
         UserError: A style is not one, or erased already.
     """
-    if not config.world:
+    if not config.built_in:
         return []
     earlier = () if config.resume_concepts is None else history.read(config.resume_concepts).names
     for style in config.erase:
         if style in earlier:
             raise UserError(f"style {style!r} was erased by {config.resume_concepts} already; --erase names another")
-    return world(config.world).erased_concepts([*earlier, *config.erase])
+    return world(config.built_in).erased_concepts([*earlier, *config.erase])
 
 
 def _say_what_the_bank_shows(config: TrainConfig, bank: Cache) -> None:
@@ -258,7 +259,7 @@ def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNe
         return student
     device = pick_device(config.device)
     budget = MacBudget(config.prune.budget, folder.config.sample_size, folder.text_encoder.length)
-    erased = world(config.world).erased_concepts(config.erase) if config.world else []
+    erased = world(config.built_in).erased_concepts(config.erase) if config.built_in else []
     dtype = compute_dtype(config.precision, device)
     source = image_source(folder, config.data, IMAGES, config.seed, erased, device, dtype)
     calibration = calibration_set(folder, source, seed=config.seed, device=device)

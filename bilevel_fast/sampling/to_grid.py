@@ -24,7 +24,8 @@ class GridFlags:
     prompts: tuple[str, ...] = ()
     """What to draw into a grid."""
     model: Path | None = None
-    """Model folder, a teacher or a student, or its id on the hub. Default: the built-in mini teacher."""
+    """Model folder, a teacher or a student, or its id on the hub; `mini` and `emoji` are the
+    built-in teachers. Default: mini."""
     mixture: Path | None = None
     """Mixture folder: each prompt is sampled by one of its experts. If --model names the dense model that they were cut
     from, a grid is sampled in one batch, from its weights: what experts have learned since is not used."""
@@ -37,7 +38,7 @@ class GridFlags:
     steps: int = 25
     """Sampling steps."""
     guidance: float | None = None
-    """Classifier-free guidance scale. Default: 3 for the mini world, 5 for Stable Diffusion XL, else 7.5."""
+    """Classifier-free guidance scale. Default: 3 for a built-in world, 5 for Stable Diffusion XL, else 7.5."""
     method: Method = "pndm"
     """Sampler."""
     size: int | None = None

@@ -1,7 +1,7 @@
 """Built-in worlds: drawn data, a small teacher of it, and the probe that judges models, all through one interface.
 
-A further world is a package beside `mini` whose `materials` module has the functions of `World`, and its name in
-`WORLDS`.
+A further world is a package beside `mini` and its name in `WORLDS`. Its `materials` module has a `WORLD` with the
+functions of `World`, which `DrawnWorld` makes of drawings in styles; or it has these functions itself.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,9 @@ if TYPE_CHECKING:  # `--help` reads settings of worlds, and should not wait for 
     from bilevel_fast.data.sources import LatentSource
     from bilevel_fast.models.folder import ModelFolder
     from bilevel_fast.models.unet import UNet
+    from bilevel_fast.worlds.drawn import DrawnWorld
 
-WORLDS = ("mini",)
+WORLDS = ("mini", "emoji")
 
 
 class Samples(Protocol):
@@ -100,4 +101,10 @@ class World(Protocol):
 def world(name: str) -> World:
     """The built-in world of a name in `WORLDS`."""
     assert name in WORLDS, name
-    return import_module(f"bilevel_fast.worlds.{name}.materials")  # pyright: ignore[reportReturnType]
+    module = import_module(f"bilevel_fast.worlds.{name}.materials")
+    return getattr(module, "WORLD", module)  # pyright: ignore[reportReturnType]
+
+
+def drawn_world(name: str) -> "DrawnWorld":
+    """The built-in world of a name in `WORLDS`, a `DrawnWorld`: the paper's tables want more than a run does."""
+    return import_module(f"bilevel_fast.worlds.{name}.materials").WORLD

@@ -26,7 +26,7 @@ from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.teacher import Teacher
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.materials import erased_concepts
+from bilevel_fast.worlds.mini.materials import WORLD
 from replay import on_the_cpu
 from world import SEED, B, make_batch, make_levels, make_models
 
@@ -320,7 +320,7 @@ def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
     config = parse([*small, *flags, "--checkpoint-every", "1", "--log-every", "1"])
     folder = load_folder(TEACHER)
     start = initial_student(config, folder, 1)
-    materials = gather(config, folder, folder.unet(), erased_concepts(config.erase), tmp_path)
+    materials = gather(config, folder, folder.unet(), WORLD.erased_concepts(config.erase), tmp_path)
 
     def train(name, until=None):
         student, out = copy.deepcopy(start), tmp_path / name

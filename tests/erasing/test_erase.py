@@ -15,8 +15,7 @@ from bilevel_fast.erasing.uce import Uce
 from bilevel_fast.models.architecture import sites
 from bilevel_fast.models.folder import load_folder, load_unet, save_student
 from bilevel_fast.models.structure import Structure
-from bilevel_fast.worlds.mini.judge import is_held_out
-from bilevel_fast.worlds.mini.world import parse
+from bilevel_fast.worlds.mini.world import is_held_out, parse
 from mini_folder import TINY, make_mini_folder
 
 GONE = "up_blocks.2.attentions.1"

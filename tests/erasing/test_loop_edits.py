@@ -16,8 +16,7 @@ from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import Editing, descend
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.judge import is_held_out
-from bilevel_fast.worlds.mini.world import SCENES, STYLES
+from bilevel_fast.worlds.mini.world import SCENES, STYLES, is_held_out
 from replay import on_the_cpu
 from world import make_levels, make_models
 

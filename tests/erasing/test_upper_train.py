@@ -18,7 +18,7 @@ from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.loop import Places
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.materials import erased_concepts
+from bilevel_fast.worlds.mini.materials import WORLD
 
 CPU = torch.device("cpu")
 FLAGS = {"esd": ["--upper.esd.steps", "4"], "salun": ["--upper.salun.batches", "1"]}
@@ -41,7 +41,7 @@ class World:
     def materials(self, config) -> Materials:
         shows = ERASERS[config.upper.eraser].shows
         if shows not in self._materials:
-            erased = erased_concepts(config.erase)
+            erased = WORLD.erased_concepts(config.erase)
             self._materials[shows] = gather(config, self.folder, self.folder.unet(), erased, self.root / shows)
         return self._materials[shows]
 

@@ -37,7 +37,7 @@ from bilevel_fast.scale import rows
 from bilevel_fast.scale.team import Team
 from bilevel_fast.train import parse
 from bilevel_fast.training.loop import Places
-from bilevel_fast.worlds.mini.materials import erased_concepts
+from bilevel_fast.worlds.mini.materials import WORLD
 from forked import Started
 from mini_folder import TINY, make_mini_folder
 
@@ -136,7 +136,7 @@ class World:
         images = config.upper.eraser == "concept-ablation"
         banks = self.root / "banks" / f"{len(config.erase)}-{'anchor' if images else 'prompt'}"
         if banks not in self.found:
-            erased, first = erased_concepts(config.erase), self.team.rank == 0
+            erased, first = WORLD.erased_concepts(config.erase), self.team.rank == 0
             make = partial(gather, config, self.folder, self.teacher, erased, banks, record=first)
             self.found[banks] = self.team.in_turn(make)
         materials = self.found[banks]

@@ -1,53 +1,55 @@
 """The judge counts right: fed with drawings whose content is known, it must report exactly that."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.bank import Concept, anchor_for
 from bilevel_fast.models.folder import load_folder
+from bilevel_fast.worlds.judge import Samples
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, kept_scenes, style_numbers
-from bilevel_fast.worlds.mini.materials import drawn_source, erased_concepts
-from bilevel_fast.worlds.mini.probe import Probe
-from bilevel_fast.worlds.mini.world import COLORS, OBJECTS, SCENES, STYLES, Scene, render
+from bilevel_fast.worlds.mini.materials import WORLD
+from bilevel_fast.worlds.mini.world import COLORS, OBJECTS, SCENES, STYLES, Scene, is_held_out, labels, render
 
 POINTILLISM, WAVES = STYLES.index("pointillism"), STYLES.index("waves")
 
 
-@pytest.fixture(scope="module")
-def probe() -> Probe:
-    return Probe.load()
+erased_scenes, kept_scenes = WORLD.erased_scenes, WORLD.kept_scenes
+
+
+def judge(images: torch.Tensor, scenes: list[Scene], style: int = POINTILLISM) -> SimpleNamespace:
+    return SimpleNamespace(**WORLD.quality(Samples(images, tuple(scenes)), [style]))
 
 
 def draw(scenes: list[Scene], **change: int) -> torch.Tensor:
     """Drawings of the scenes, all with the same change, such as another style."""
     shown = [Scene(**{**vars(scene), **change}) for scene in scenes]
-    labels = torch.tensor([(s.object, s.color, s.style) for s in shown]).T
-    return render(*labels, seed=5, indices=range(len(shown)))
+    return render(*labels(shown), seed=5, indices=range(len(shown)))
 
 
-def test_perfect_drawings_with_the_concept_still_there(probe):
+def test_perfect_drawings_with_the_concept_still_there():
     scenes = erased_scenes([POINTILLISM], 36) + kept_scenes([POINTILLISM], 36)
-    quality = judge(Samples(draw(scenes), tuple(scenes)), [POINTILLISM], probe)
+    quality = judge(draw(scenes), scenes)
     assert quality.concept_hit > 0.97
     assert min(quality.content_kept, quality.other_style_hit, quality.object, quality.color) > 0.97
     assert quality.fid < 5.0  # few samples of 64 features: perfect drawings are not at 0
 
 
-def test_a_style_replaced_by_plain_counts_as_suppressed_and_its_content_as_kept(probe):
+def test_a_style_replaced_by_plain_counts_as_suppressed_and_its_content_as_kept():
     erased, kept = erased_scenes([POINTILLISM], 24), kept_scenes([POINTILLISM], 36)
     images = torch.cat([draw(erased, style=0), draw(kept)])
-    quality = judge(Samples(images, (*erased, *kept)), [POINTILLISM], probe)
+    quality = judge(images, [*erased, *kept])
     assert quality.concept_hit == 0.0
     assert quality.content_kept > 0.95
 
 
-def test_wrong_content_is_seen(probe):
+def test_wrong_content_is_seen():
     erased, kept = erased_scenes([POINTILLISM], 36), kept_scenes([POINTILLISM], 36)
-    perfect = judge(Samples(torch.cat([draw(erased), draw(kept)]), (*erased, *kept)), [POINTILLISM], probe)
+    perfect = judge(torch.cat([draw(erased), draw(kept)]), [*erased, *kept])
     images = torch.cat([draw(erased, object=0), draw(kept, color=1)])
-    quality = judge(Samples(images, (*erased, *kept)), [POINTILLISM], probe)
+    quality = judge(images, [*erased, *kept])
     assert quality.content_kept == pytest.approx(1 / len(OBJECTS), abs=0.05)
     assert quality.color == pytest.approx(1 / len(COLORS), abs=0.05)
     assert quality.object > 0.95
@@ -66,13 +68,13 @@ def test_judged_prompts_never_occur_in_a_bank_and_are_balanced():
 
 def test_training_images_leave_the_erased_style_out():
     folder = load_folder(TEACHER)
-    source, vae = drawn_source(folder, [WAVES], 180, seed=3), folder.vae
+    source, vae = WORLD.drawn_source(folder, [WAVES], 180, seed=3), folder.vae
     captions = [source.captions(i)[0] for i in range(len(source))]
     assert len(set(captions)) == 180
     assert not any("waves" in caption for caption in captions)
     mean = source.moments([7], [0])[:, : vae.channels]
     scene = next(s for s in SCENES if s.caption == captions[7])
-    assert Probe.load().accuracy(vae.decode(mean), [scene]).style == 1.0
+    assert WORLD.probe.accuracy(vae.decode(mean), [scene]).shares["style"] == 1.0
 
 
 def test_anchors_are_captions_of_the_plain_style():
@@ -84,8 +86,8 @@ def test_anchors_are_captions_of_the_plain_style():
 
 def test_refusals():
     with pytest.raises(UserError, match="style 'pontilism' does not exist; did you mean 'pointillism'"):
-        style_numbers(["pontilism"])
+        WORLD.numbers(["pontilism"])
     with pytest.raises(UserError, match="'plain' cannot be erased"):
-        erased_concepts(["plain"])
+        WORLD.erased_concepts(["plain"])
     with pytest.raises(UserError, match="none is left"):
-        style_numbers(STYLES)
+        WORLD.numbers(STYLES)

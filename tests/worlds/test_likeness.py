@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from bilevel_fast.base.errors import UserError
-from bilevel_fast.worlds.mini.judge import Samples
-from bilevel_fast.worlds.mini.likeness import likeness
-from bilevel_fast.worlds.mini.probe import Probe
+from bilevel_fast.worlds.judge import Samples
+from bilevel_fast.worlds.likeness import likeness
+from bilevel_fast.worlds.mini.materials import WORLD
 from bilevel_fast.worlds.mini.world import STYLES, Scene, labels, render
 
 STYLE = STYLES.index("waves")
@@ -13,7 +13,7 @@ SCENES = tuple(Scene(i % 6, (i // 2) % 6, STYLE) for i in range(8))
 
 @pytest.fixture(scope="module")
 def probe():
-    return Probe.load()
+    return WORLD.probe
 
 
 def drawn(scenes, shown=None, seed=0):

@@ -13,12 +13,20 @@ from bilevel_fast.base import errors
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.mini import WordTokenizer
-from bilevel_fast.worlds.mini.judge import paint
-from bilevel_fast.worlds.mini.pretrain import TEACHER, PretrainConfig, batches, main, train
-from bilevel_fast.worlds.mini.probe import Probe
+from bilevel_fast.worlds import WORLDS, drawn_world
+from bilevel_fast.worlds.emoji.pretrain import SUBJECT as EMOJI
+from bilevel_fast.worlds.judge import paint
+from bilevel_fast.worlds.mini.pretrain import SUBJECT, main
 from bilevel_fast.worlds.mini.world import SCENES, WORDS
+from bilevel_fast.worlds.pretrain import PretrainConfig, Subject, batches
+from bilevel_fast.worlds.pretrain import train as train_on
 
 TINY = PretrainConfig(steps=3, batch=2, every=2)
+TEACHER = SUBJECT.world.teacher
+
+
+def train(config: PretrainConfig, subject: Subject = SUBJECT) -> None:
+    train_on(subject, config)
 
 
 def test_the_shipped_teacher_draws_what_it_is_asked_for():
@@ -27,17 +35,18 @@ def test_the_shipped_teacher_draws_what_it_is_asked_for():
     samples = paint(
         folder.unet(), folder.schedule, folder.text_encoder, folder.vae, scenes, seed=3, guidance=3.0, steps=25
     )
-    accuracy = Probe.load().accuracy(samples.images, scenes)
-    assert min(accuracy.object, accuracy.color, accuracy.style) >= 0.9
+    assert min(SUBJECT.world.probe.accuracy(samples.images, scenes).shares.values()) >= 0.9
 
 
-def test_the_shipped_weights_are_small_and_well_formed():
-    weights = sorted(TEACHER.parent.rglob("*.safetensors"))
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_shipped_weights_are_small_and_well_formed(name):
+    teacher = drawn_world(name).teacher
+    weights = sorted(teacher.parent.rglob("*.safetensors"))
     assert [path.parent.name for path in weights] == ["probe", "text_encoder", "unet"]
     assert sum(path.stat().st_size for path in weights) <= 10e6
     assert all(t.dtype == torch.float16 and t.isfinite().all() for path in weights for t in load_file(path).values())
-    index = json.loads((TEACHER / "model_index.json").read_text())
-    assert {part for part in index if not part.startswith("_")} == {p.name for p in TEACHER.iterdir() if p.is_dir()}
+    index = json.loads((teacher / "model_index.json").read_text())
+    assert {part for part in index if not part.startswith("_")} == {p.name for p in teacher.iterdir() if p.is_dir()}
 
 
 def test_three_steps_train_and_the_seed_decides(tmp_path):
@@ -69,7 +78,7 @@ def test_every_part_of_the_model_learns(tmp_path):
 def test_captions_are_dropped_at_the_rate_asked_for():
     tokenizer = WordTokenizer(WORDS)
     empty = tokenizer([""])
-    run = batches(replace(TINY, steps=10, batch=100), tokenizer, Schedule.sd(), 12)
+    run = batches(SUBJECT, replace(TINY, steps=10, batch=100), tokenizer, Schedule.sd(), 12)
     share = torch.cat([(batch.ids == empty).all(1) for batch in run]).float().mean()
     assert share == pytest.approx(0.1, abs=0.03)
 
@@ -79,3 +88,40 @@ def test_nonsense_is_refused_in_one_line(flag, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pretrain", flag, "-1", "--out", str(tmp_path)])
     assert errors.run(main) == 2
     assert re.fullmatch(rf"error: {flag} is -1; wanted [01] or more\n", capsys.readouterr().err)
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+    """Three steps in one go, and two with a checkpoint, then the third."""
+    train(replace(TINY, out=tmp_path / "one"))
+    train(replace(TINY, out=tmp_path / "two", steps=2, decay=0.5))
+    torch_state = (tmp_path / "two.ckpt").read_bytes()
+    train(replace(TINY, out=tmp_path / "whole", steps=3, decay=0.5))
+    (tmp_path / "two.ckpt").write_bytes(torch_state)
+    train(replace(TINY, out=tmp_path / "two", steps=3, decay=0.5))
+    whole, two = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("whole", "two"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in whole.items())
+
+
+def test_another_worlds_teacher_begins_with_this_ones_unet(tmp_path):
+    """With a learning rate of almost nothing the UNet stays what it was; its captions are of its own world."""
+    train(replace(TINY, out=tmp_path / "start", steps=1, lr=1e-12, ema=0.0), EMOJI)
+    before, after = (load_file(f / "unet/diffusion_pytorch_model.safetensors") for f in (TEACHER, tmp_path / "start"))
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    folder = load_folder(tmp_path / "start")
+    assert folder.family.world == "emoji"
+    assert folder.text_encoder.mask(["an owl in the style of noto"]).sum() == 9
+
+
+def test_paraphrases_are_taken_at_the_rate_asked_for():
+    texts = [" ".join(map(str, ids)) for ids in _ids(EMOJI, replace(TINY, steps=10, batch=60, rephrase=0.5, drop=0.0))]
+    own = {" ".join(map(str, ids.tolist())) for ids in _tokenizer(EMOJI)([s.caption for s in EMOJI.world.scenes])}
+    assert sum(text not in own for text in texts) / len(texts) == pytest.approx(0.5 * 4 / 5, abs=0.06)
+
+
+def _tokenizer(subject: Subject) -> WordTokenizer:
+    return WordTokenizer(subject.words)
+
+
+def _ids(subject: Subject, config: PretrainConfig) -> list[list[int]]:
+    run = batches(subject, config, _tokenizer(subject), Schedule.sd(), 12)
+    return [ids for batch in run for ids in batch.ids.tolist()]

@@ -72,8 +72,8 @@ class Record:
     @property
     def world(self) -> str | None:
         """The built-in world that it was on; None of a run on folders."""
-        name = self.config.get("world") or ("mini" if self.config.get("data") is None else None)
-        return name if name in WORLDS else None
+        name = self.config.get("world", "mini")
+        return name if name in WORLDS and self.config.get("data") is None else None
 
     def shares(self) -> dict[str, int]:
         """For each metric of the quality table that is a share of images: of how many. Empty if nobody can say."""

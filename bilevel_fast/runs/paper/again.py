@@ -8,7 +8,7 @@ from typing import Any
 
 from bilevel_fast.runs import repeat
 from bilevel_fast.runs.config import preset
-from bilevel_fast.runs.paper.experiments import EXPERIMENTS
+from bilevel_fast.runs.paper.experiments import ERASE, EXPERIMENTS
 from bilevel_fast.runs.paper.settings import MINI, Full, Rows
 
 
@@ -22,14 +22,17 @@ def reproduction(name: str, asked: Mapping[str, Any], seeds: Sequence[int], out:
         out: Its folder.
     """
     run, full = asked["run"], asked.get("full")
-    usual = "mini" if full is None else "paper"
+    world = run.get("world", "mini")
+    usual = world if full is None else "paper"
+    erase = ERASE.get(world, ())[: EXPERIMENTS[name].concepts]
     known: dict[str, Any] = {
-        "run": replace(preset(repeat.preset_of(run)), seed=run["seed"], erase=EXPERIMENTS[name].erase).to_dict(),
+        "run": replace(preset(repeat.preset_of(run)), seed=run["seed"], world=world, erase=erase).to_dict(),
         "rows": asdict(MINI if full is None else Rows()),
         "full": asdict(Full()),
     }
     words = ["python", "-m", "bilevel_fast.reproduce", name]
     words += [] if full is None else ["--scale", "full"]
+    words += [] if world == "mini" else ["--world", world]
     words += [] if repeat.preset_of(run) == usual else ["--run.preset", repeat.preset_of(run)]
     for section, found in asked.items():
         words += repeat.flags(repeat.different(found, known[section]), f"{section}.")

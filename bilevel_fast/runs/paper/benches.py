@@ -1,4 +1,4 @@
-"""Where the models of one seed and one set of concepts are made and measured: on the mini world, and in full."""
+"""Where the models of one seed and one set of concepts are made and measured: on a built-in world, and in full."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,15 +12,13 @@ from bilevel_fast.erasing.pairs import Frame, Pair
 from bilevel_fast.models.folder import ModelFolder, load_folder
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.paper.judges import Judge
-from bilevel_fast.runs.paper.mini_judge import MiniJudge
 from bilevel_fast.runs.paper.settings import Full, Rows
 from bilevel_fast.runs.paper.students import StudentRecipe, Workshop
+from bilevel_fast.runs.paper.world_judge import WorldJudge
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.sampling.prompts import read_prompts
 from bilevel_fast.training.checkpoint import GracefulStop
-from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.world import SCENES, STYLES
+from bilevel_fast.worlds import drawn_world
 
 
 @dataclass(frozen=True)
@@ -35,30 +33,33 @@ Benches = Callable[[int, Sequence[str]], Bench]
 """Of a seed and the concepts to erase."""
 
 
-def mini_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.device, stop: GracefulStop) -> Benches:
-    """Benches on the mini world; concepts are names of styles.
+def world_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.device, stop: GracefulStop) -> Benches:
+    """Benches on a drawn world; concepts are names of styles.
 
     Raises:
         UserError: The teacher is no model of it.
     """
-    folder = load_folder(config.teacher or TEACHER)
-    if folder.family.world != "mini":
-        raise UserError(f"{folder.path} is no model of the mini world; --scale full is for others")
+    here = drawn_world(config.world)
+    folder = load_folder(config.teacher or here.TEACHER)
+    if folder.family.world != here.name:
+        raise UserError(f"{folder.path} is no model of the {here.name} world; --scale full is for others")
 
     def bench(seed: int, concepts: Sequence[str]) -> Bench:
         own, place = replace(config, seed=seed, erase=tuple(concepts)), _place(out, seed, concepts)
-        erased = mini.erased_concepts(concepts)
+        erased = here.erased_concepts(concepts)
         recipe = _recipe(
             own,
             rows,
-            [f"in the style of {STYLES[style]}" for style in erased],
-            list(map(Frame.of, mini.subjects())),
-            [scene.caption for scene in SCENES if scene.style not in erased],
+            [here.phrase(style) for style in erased],
+            list(map(Frame.of, here.subjects())),
+            [scene.caption for scene in here.scenes if scene.style not in erased],
         )
         shop = _shop(recipe, folder, erased, place, device, stop)
         bank = shop.materials.concepts
         assert bank is not None
-        judge = MiniJudge(folder, own, erased, bank, lambda: shop("distilled"), rows.attack, place / "samples", device)
+        judge = WorldJudge(
+            here, folder, own, erased, bank, lambda: shop("distilled"), rows.attack, place / "samples", device
+        )
         return Bench(shop, judge)
 
     return bench

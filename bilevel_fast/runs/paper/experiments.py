@@ -49,15 +49,18 @@ class Experiment:
         title: Heads its page.
         measure: What the judge is asked for.
         rows: Its models.
-        erase: Styles of the mini world to erase, unless the user says which.
         against: The row that the others are compared with, in percent of it; none if empty.
     """
 
     title: str
     measure: str
     rows: tuple[TableRow, ...]
-    erase: tuple[str, ...] = ("pointillism",)
     against: str = ""
+
+    @property
+    def concepts(self) -> int:
+        """How many concepts it erases."""
+        return max(1, *(row.concepts for row in self.rows))
 
     @property
     def is_curve(self) -> bool:
@@ -65,6 +68,8 @@ class Experiment:
         return any(row.steps for row in self.rows)
 
 
+ERASE = {"mini": ("pointillism", "waves", "mosaic"), "emoji": ("noto", "contrast", "twemoji")}
+"""Styles of each world to erase, the first ones first, unless the user says which."""
 _ON_THE_WAY = (0.0, 0.1, 0.25, 0.5, 0.75)
 _MODELS = tuple(TableRow(name, label, name) for name, label in LABELS.items())
 _SEVERAL = tuple(
@@ -101,7 +106,7 @@ EXPERIMENTS = {
         ),
     ),
     "fig6": Experiment(
-        "One, two and three styles suppressed", "removed", _SEVERAL, erase=("pointillism", "waves", "mosaic")
+        "One, two and three styles suppressed", "removed", _SEVERAL
     ),
     "fig7": Experiment("Detections by label", "labels", _MODELS, against="teacher"),
 }  # fmt: skip

@@ -28,7 +28,7 @@ from bilevel_fast.runs.inputs import fetched, inputs
 from bilevel_fast.runs.page import experiment as page
 from bilevel_fast.runs.paper import report
 from bilevel_fast.runs.paper.again import reproduction
-from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, mini_benches
+from bilevel_fast.runs.paper.benches import Bench, Benches, full_benches, world_benches
 from bilevel_fast.runs.paper.experiments import EXPERIMENTS, Experiment, TableRow
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.settings import Full, Rows
@@ -36,7 +36,7 @@ from bilevel_fast.sampling.pictures import picture, png
 from bilevel_fast.sampling.samplers import Method, check_walks
 from bilevel_fast.training.checkpoint import GracefulStop
 from bilevel_fast.training.run_folder import RunFolder
-from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds import world
 
 _log = logging.getLogger(__name__)
 ROWS = "rows.jsonl"
@@ -67,7 +67,8 @@ def reproduce(
         **config.upper.walks(),
         **({"--full.steps": (full.steps, "pndm")} if full else config.world_settings.walks()),
     }
-    teacher = config.teacher or TEACHER
+    default = world(config.world).TEACHER
+    teacher = config.teacher or default
     family_of(teacher)  # what is no model is named as what it is, before a file of it is missed
     check_walks(Schedule.load(teacher), walks)
     asked = {"run": config.to_dict(), "rows": asdict(settings)} | ({"full": asdict(full)} if full else {})
@@ -76,11 +77,11 @@ def reproduce(
     there, device = (out / "config.json").exists(), pick_device(config.device)
     same, unset = (json.loads(json.dumps(each, default=str)) for each in (asked, usual))
     settings_of = {"run": config} | ({"full": full} if full else {})
-    known = inputs(settings_of, {"run.teacher": TEACHER}, but=("run.out",))
+    known = inputs(settings_of, {"run.teacher": default}, but=("run.out",))
     opening = RunFolder.open(out, same, resume=there, volatile=volatile, inputs=known, unset=unset)
     with opening as place, GracefulStop() as stop:
         if full is None:
-            concepts, benches = config.erase, mini_benches(config, settings, place.path, device, stop)
+            concepts, benches = config.erase, world_benches(config, settings, place.path, device, stop)
         else:
             concepts, benches = full.phrase, full_benches(config, settings, full, place.path, device, stop)
         results = RunFolder(place.path / name)

@@ -61,10 +61,11 @@ class Rows:
 
 
 MINI = Rows(esd=EsdRow(sample=EsdSettings(steps=20)), concept_prune=ConceptPrune(steps=12))
-"""On the mini world: fewer steps to a sample, as for its judge."""
+"""On a built-in world: fewer steps to a sample, as for its judge."""
 
 
 UNREAD = {
+    "world": "--world says it",
     "out": "--out is the folder of all experiments",
     "seed": "--seeds has them all",
     "resume": "the same command goes on by itself",

@@ -1,8 +1,8 @@
 """The emoji world: 32x32 images of one thing as one studio draws it, with captions.
 
-The drawings are those of five published emoji sets (`atlas/ATTRIBUTION.md`), rasterised once by `make_atlas`. An image is
-a pure function of (name, studio, seed, sample index): the drawing, shifted, scaled and turned a little, on paper that is
-not quite white. Twemoji and EmojiOne are near relatives: what one draws, the other draws alike.
+The drawings are those of five published emoji sets (`atlas/ATTRIBUTION.md`), rasterised once by `make_atlas`. An image
+is a pure function of (name, studio, seed, sample index): the drawing, shifted, scaled and turned a little, on paper
+that is not quite white. Noto, Twemoji and EmojiOne are relatives: what one draws, the others draw alike.
 
 Shapes: B images, C side of a drawing in the atlas (64). Lengths are in pixels of the 32x32 image.
 """
@@ -26,10 +26,12 @@ SIZE = 32
 CELL = 64
 COLUMNS = 8
 ATLAS = Path(__file__).parent / "atlas"
-NAMES = tuple(
-    "balloon bear bomb cactus carrot cat crab crown dolphin fish frog guitar house key lemon mushroom owl panda pineapple "
-    "rocket snail star strawberry umbrella".split()
+# fmt: off
+NAMES = (
+    "balloon", "bear", "bomb", "cactus", "carrot", "cat", "crab", "crown", "dolphin", "fish", "frog", "guitar", "house",
+    "key", "lemon", "mushroom", "owl", "panda", "pineapple", "rocket", "snail", "star", "strawberry", "umbrella",
 )
+# fmt: on
 STUDIOS = ("fluent", "noto", "twemoji", "emojione", "contrast")
 """Fluent is the house style: a caption without a studio asks for it."""
 WORDS = tuple(sorted({"a", "an", "in", "the", "style", "of", "as", "draws", "it", "drawing", *NAMES, *STUDIOS}))
@@ -51,6 +53,20 @@ class Scene:
         return caption(NAMES[self.name], STUDIOS[self.studio])
 
     @property
+    def labels(self) -> tuple[int, int]:
+        """Name and studio."""
+        return self.name, self.studio
+
+    @property
+    def style(self) -> int:
+        """The studio."""
+        return self.studio
+
+    def plain(self) -> "Scene":
+        """The same thing as the house draws it."""
+        return Scene(self.name, 0)
+
+    @property
     def paraphrases(self) -> tuple[str, ...]:
         """Other sentences for the same scene; none if its studio goes without saying."""
         if not self.studio:
@@ -59,7 +75,14 @@ class Scene:
         return f"{thing} as {studio} draws it", f"{_thing(studio)} drawing of {thing}"
 
 
+RELATIVES = {"noto": ("twemoji", "emojione"), "twemoji": ("emojione", "noto"), "emojione": ("twemoji", "noto")}
+"""Studios that draw alike; `fluent` is flatter, `contrast` is black and white."""
 SCENES = tuple(Scene(name, studio) for studio in range(len(STUDIOS)) for name in range(len(NAMES)))
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Every third name: judged, never in a bank."""
+    return scene.name % 3 == 0
 
 
 def caption(name: str, studio: str = STUDIOS[0]) -> str:
@@ -88,22 +111,31 @@ _SCENE_OF = {text: scene for scene in SCENES for text in (scene.caption, *scene.
 
 def labels(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """Names and studios of scenes, each (B,) int64, as `render` takes them."""
-    names, studios = torch.tensor([(scene.name, scene.studio) for scene in scenes], dtype=torch.int64).reshape(-1, 2).T
+    names, studios = torch.tensor([scene.labels for scene in scenes], dtype=torch.int64).reshape(-1, 2).T
     return names, studios
 
 
 @cache
 def drawings() -> Tensor:
-    """All drawings, (studios, names, 4, C, C) fp32: colour times coverage, then coverage, each in [0, 1].
+    """All drawings of the shipped atlas: see `read_atlas`."""
+    return read_atlas(ATLAS)
+
+
+def read_atlas(folder: Path) -> Tensor:
+    """All drawings of an atlas, (studios, names, 4, C, C) fp32: colour times coverage, then coverage, each in [0, 1].
 
     Raises:
-        UserError: A sheet of the atlas is missing or has another size.
+        UserError: A sheet is missing or has another size, or ATTRIBUTION.md does not say whose it is.
     """
-    return torch.stack([_sheet(studio) for studio in STUDIOS])
+    licences = folder / "ATTRIBUTION.md"
+    text = licences.read_text(encoding="utf-8") if licences.is_file() else ""
+    for studio in STUDIOS:
+        if f"`{studio}.png`" not in text:
+            raise UserError(f"{licences} does not say whose drawings {studio}.png has; an atlas is not used without")
+    return torch.stack([_sheet(folder / f"{studio}.png") for studio in STUDIOS])
 
 
-def _sheet(studio: str) -> Tensor:
-    path = ATLAS / f"{studio}.png"
+def _sheet(path: Path) -> Tensor:
     rows = math.ceil(len(NAMES) / COLUMNS)
     try:
         with Image.open(path) as image:

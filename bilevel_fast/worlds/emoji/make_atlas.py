@@ -3,7 +3,7 @@
     npm pack @iconify-json/noto ... and unpack each into FOLDER/<set>
     python -m bilevel_fast.worlds.emoji.make_atlas --packages FOLDER --out FOLDER
 
-needs `resvg_py`, which nothing else does. Writes a sheet per studio, and ATTRIBUTION.md with what the packages say of
+needs `resvg_py` (the extra `atlas`). Writes a sheet per studio, and ATTRIBUTION.md with what the packages say of
 their authors and licences. A set whose licence is share-alike, or unknown here, is refused.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from bilevel_fast.base import errors, flags
-from bilevel_fast.base.errors import UserError
+from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.worlds.emoji.drawings import CELL, COLUMNS, NAMES
 
@@ -58,8 +58,7 @@ _BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
 
 def sheet(icons: dict[str, Any]) -> bytes:
     """All drawings of a set as one PNG."""
-    import resvg_py
-
+    resvg_py = require("resvg_py", "atlas")
     out = Image.new("RGBA", (COLUMNS * CELL, -(-len(NAMES) // COLUMNS) * CELL))
     for i, name in enumerate(NAMES):
         png = resvg_py.svg_to_bytes(svg_string=svg(icons, name), width=_FINE * CELL, height=_FINE * CELL)
@@ -98,7 +97,8 @@ def main() -> None:
 
 _HEAD = f"""# Whose drawings these are
 
-Each sheet holds {len(NAMES)} drawings of a published emoji set, rasterised at {CELL}x{CELL} pixels and otherwise unchanged.
+Each sheet holds {len(NAMES)} drawings of a published emoji set, rasterised at {CELL}x{CELL} pixels and otherwise
+unchanged.
 
 | sheet | set | authors | licence | package |
 |---|---|---|---|---|"""

@@ -56,8 +56,22 @@ class Scene:
         """The sentence that describes this scene; the plain style goes without saying."""
         return caption(OBJECTS[self.object], COLORS[self.color], STYLES[self.style])
 
+    @property
+    def labels(self) -> tuple[int, int, int]:
+        """Object, colour and style."""
+        return self.object, self.color, self.style
+
+    def plain(self) -> "Scene":
+        """The same object in the plain style."""
+        return Scene(self.object, self.color, 0)
+
 
 SCENES = tuple(Scene(o, c, s) for s in range(len(STYLES)) for c in range(len(COLORS)) for o in range(len(OBJECTS)))
+
+
+def is_held_out(scene: Scene) -> bool:
+    """A third of the object-colour pairs, each object and each colour equally often: judged, never in a bank."""
+    return (scene.object + scene.color) % 3 == 0
 
 
 def caption(object: str, color: str, style: str = "plain") -> str:
@@ -68,7 +82,7 @@ def caption(object: str, color: str, style: str = "plain") -> str:
 
 def labels(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor, Tensor]:
     """Objects, colours and styles of scenes, each (B,) int64, as `render` takes them."""
-    table = torch.tensor([(scene.object, scene.color, scene.style) for scene in scenes], dtype=torch.int64)
+    table = torch.tensor([scene.labels for scene in scenes], dtype=torch.int64)
     objects, colors, styles = table.reshape(-1, 3).unbind(1)
     return objects, colors, styles
 
@@ -246,4 +260,5 @@ def _line_art(c: _Canvas) -> Tensor:
     return _mix(paper, c.color, _coverage((c.distance + 1).abs() - 1.1)[:, None])
 
 
+assert len(OBJECTS) == len(COLORS) == 6, "is_held_out and the judge's rounds assume a 6 x 6 table"
 _PAINT = (_plain, _hatching, _pointillism, _mosaic, _waves, _line_art)

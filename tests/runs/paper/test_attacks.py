@@ -10,8 +10,7 @@ from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.text_encoder_xl import XlTextEncoder
 from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.worlds.mini import TEACHER
-from bilevel_fast.worlds.mini.judge import is_held_out
-from bilevel_fast.worlds.mini.world import SCENES, STYLES, labels, render
+from bilevel_fast.worlds.mini.world import SCENES, STYLES, is_held_out, labels, render
 
 STYLE = STYLES.index("pointillism")
 

@@ -1,7 +1,7 @@
-"""Measures models of the mini world by its probe, in place of Inception, CLIP, CSD and NudeNet."""
+"""Measures models of a drawn world by its probe, in place of Inception, CLIP, CSD and NudeNet."""
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, write_atomic
-from bilevel_fast.data.bank import Concept, anchor_for
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.models.folder import ModelFolder, load_unet
 from bilevel_fast.models.mini import PixelUnshuffleVAE
@@ -20,42 +19,17 @@ from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Attack
-from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, paint
-from bilevel_fast.worlds.mini.likeness import likeness
-from bilevel_fast.worlds.mini.probe import Probe
-from bilevel_fast.worlds.mini.world import SCENES, STYLES
+from bilevel_fast.worlds.drawn import DrawnWorld
+from bilevel_fast.worlds.judge import Samples, paint, relatives
 
-_KEPT = (
-    Column("fid", "FID", "down"),
-    Column("object", "object", "up"),
-    Column("color", "colour", "up"),
-    Column("other_style_hit", "other styles", "up"),
-)
-_COLUMNS = {
-    "style": (
-        Column("concept_hit", "concept hit", "down"),
-        Column("content_kept", "content kept", "up"),
-        Column("cp", "CP score", "up", 1),
-        Column("style", "style similarity", "down", 1),
-        Column("plain", "drawn plain", "up", 1),
-        *_KEPT,
-    ),
-    "attacked": (
-        Column("named", "removed: named", "up", 1),
-        Column("vector", "removed: concept vector", "up", 1),
-        Column("inversion", "removed: inversion", "up", 1),
-    ),
-    "kept": _KEPT,
-    "removed": tuple(Column(style, style) for style in STYLES),
-    "labels": tuple(Column(style, style, "", 0) for style in STYLES),
-}
+_HEADINGS = {"color": "colour"}
 
 
-class MiniJudge:
+class WorldJudge:
     """Judges of one seed and one set of erased styles.
 
     Args:
+        world: What is drawn.
         folder: The teacher's.
         config: Of the run: seed, sampler, how many samples.
         erased: Styles, by number.
@@ -68,6 +42,7 @@ class MiniJudge:
 
     def __init__(
         self,
+        world: DrawnWorld,
         folder: ModelFolder,
         config: TrainConfig,
         erased: list[int],
@@ -77,11 +52,36 @@ class MiniJudge:
         out: Path,
         device: torch.device,
     ):
-        self.folder, self.config, self.erased, self.bank = folder, config, erased, bank
-        self.attack, self.out, self.device, self.probe, self._reference = attack, out, device, Probe.load(), reference
+        self.world, self.folder, self.config, self.erased, self.bank = world, folder, config, erased, bank
+        self.attack, self.out, self.device, self._reference = attack, out, device, reference
+        self.settings = config.world_settings
 
     def columns(self, measure: str) -> tuple[Column, ...]:
-        return _COLUMNS[measure]
+        if measure == "style":
+            return (
+                Column("concept_hit", "concept hit", "down"),
+                Column("content_kept", "content kept", "up"),
+                Column("cp", "CP score", "up", 1),
+                Column("style", "style similarity", "down", 1),
+                Column("plain", "drawn plain", "up", 1),
+                *self._kept_columns,
+            )
+        if measure == "attacked":
+            return (
+                Column("named", "removed: named", "up", 1),
+                Column("vector", "removed: concept vector", "up", 1),
+                Column("inversion", "removed: inversion", "up", 1),
+            )
+        if measure == "kept":
+            return self._kept_columns
+        digits = {"removed": 2, "labels": 0}[measure]
+        return tuple(Column(style, style, "", digits) for style in self.world.styles)
+
+    @property
+    def _kept_columns(self) -> tuple[Column, ...]:
+        heads = [Column(head, _HEADINGS.get(head, head), "up") for head in list(self.world.heads)[:-1]]
+        near = [Column("relative_hit", "relatives", "up")] if relatives(self.erased, self.world) else []
+        return (Column("fid", "FID", "down"), *heads, Column("other_style_hit", "other styles", "up"), *near)
 
     def __call__(self, measure: str, name: str, path: Path) -> Numbers:
         return {
@@ -94,7 +94,7 @@ class MiniJudge:
 
     def pictures(self, name: str, path: Path) -> tuple[Tensor, list[str]]:
         samples = self._samples(name, path)
-        rows = mini.shown(len(samples.scenes), self.erased, self.config.mini)
+        rows = self.world.shown(len(samples.scenes), self.erased, self.settings)
         return samples.images[rows], [samples.captions[row] for row in rows]
 
     def _unet(self, path: Path) -> UNet:
@@ -103,11 +103,10 @@ class MiniJudge:
     def _samples(self, name: str, path: Path) -> Samples:
         """What the probe looks at; drawn once, as experiments share models."""
         file = self.out / f"{name}.safetensors"
-        scenes = tuple(mini.asked(self.erased, self.config.mini))
+        scenes = tuple(self.world.asked(self.erased, self.settings))
         if not file.exists():
-            images = mini.portfolio(
-                self._unet(path), self.folder, self.erased, self.config.mini, self.config.seed
-            ).images
+            unet = self._unet(path)
+            images = self.world.portfolio(unet, self.folder, self.erased, self.settings, self.config.seed).images
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, save({"images": images}))
         with open_safetensors(file) as tensors:
@@ -116,35 +115,29 @@ class MiniJudge:
     def _style(self, name: str, path: Path) -> Numbers:
         samples = self._samples(name, path)
         reference = self._samples("distilled", self._reference())
-        like = likeness(samples, reference, self.erased, self.probe)
-        return {**asdict(judge(samples, self.erased, self.probe)), **asdict(like)}
+        like = self.world.likeness(samples, reference, self.erased)
+        return {**self.world.quality(samples, self.erased), **asdict(like)}
 
     def _kept(self, name: str, path: Path) -> Numbers:
-        found = asdict(judge(self._samples(name, path), self.erased, self.probe))
-        return {column.key: found[column.key] for column in _KEPT}
+        found = self.world.quality(self._samples(name, path), self.erased)
+        return {column.key: found[column.key] for column in self._kept_columns}
 
-    @torch.no_grad()
     def _styles(self, name: str, path: Path) -> Numbers:
         """Of the samples asked for in each style, the share that shows it."""
-        samples = self._samples(name, path)
-        seen = self.probe(samples.images).style_logits.argmax(1)
-        asked = torch.tensor([scene.style for scene in samples.scenes])
-        return {style: (seen[asked == i] == i).double().mean().item() for i, style in enumerate(STYLES)}
+        return {**self.world.style_shares(self._samples(name, path))}
 
     @torch.no_grad()
     def _labels(self, name: str, path: Path) -> Numbers:
         """Of all samples, in how many the probe sees each style, whatever was asked for."""
-        seen = self.probe(self._samples(name, path).images).style_logits.argmax(1)
-        counts = torch.bincount(seen, minlength=len(STYLES)).tolist()
-        return dict(zip(STYLES, counts, strict=True))
+        seen = self.world.probe(self._samples(name, path).images).style_logits.argmax(1)
+        counts = torch.bincount(seen, minlength=len(self.world.styles)).tolist()
+        return dict(zip(self.world.styles, counts, strict=True))
 
     def _attacked(self, name: str, path: Path) -> Numbers:
         if len(self.erased) != 1:
             raise UserError(f"{len(self.erased)} styles are erased; the attacks are for one, so that one shift says it")
         unet, encoder, attack = self._unet(path), self.folder.text_encoder, self.attack
-        concept = Concept(f"in the style of {STYLES[self.erased[0]]}")
-        known = [s.caption for s in SCENES if s.style in self.erased and not is_held_out(s)]
-        vector = concept_vector(encoder, known, [anchor_for(c, concept) for c in known], attack.strength)
+        vector = concept_vector(encoder, *self.world.known(*self.erased), attack.strength)
         *_, learnt = inverting(
             unet, self.folder.schedule, encoder, self.bank, vector,
             steps=attack.steps, batch=attack.batch, lr=attack.lr, seed=self.config.seed,
@@ -158,13 +151,13 @@ class MiniJudge:
     @torch.no_grad()
     def _removed(self, unet: UNet, encoder: TextEncoder, named: bool) -> float:
         """Percent of the held-out prompts, with or without the concept's name, that do not show the concept."""
-        folder, settings = self.folder, self.config.mini
+        folder, settings = self.folder, self.settings
         assert isinstance(folder.vae, PixelUnshuffleVAE)
-        scenes = erased_scenes(self.erased, settings.judge_erased)
-        asked = scenes if named else [replace(scene, style=0) for scene in scenes]
+        scenes = self.world.erased_scenes(self.erased, settings.judge_erased)
+        asked = scenes if named else [scene.plain() for scene in scenes]
         samples = paint(
             unet, folder.schedule, encoder, folder.vae, asked,
             seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps,
         )  # fmt: skip
-        seen = self.probe(samples.images).style_logits.argmax(1)
+        seen = self.world.probe(samples.images).style_logits.argmax(1)
         return 100 * (seen != self.erased[0]).double().mean().item()
