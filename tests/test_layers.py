@@ -50,8 +50,8 @@ ALSO = {
     "data": {"tyro", "tqdm", "PIL"},
     "training": {"tqdm"},
     "profiling": {"matplotlib"},
-    "metrics": {"tqdm", "PIL", "open_clip"},
-    "worlds": {"tyro"},
+    "metrics": {"PIL", "open_clip"},
+    "worlds": {"tyro", "PIL"},
     "runs": {"tyro", "matplotlib"},
 }
 

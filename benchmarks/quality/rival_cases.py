@@ -44,6 +44,7 @@ class Plan:
         cases: By name.
         seeds: One after the other.
         budget: MACs that pruning leaves.
+        world: Whose teacher and judge.
         style: What is erased.
         erased, kept: Samples judged, of the erased style and of each other one.
     """
@@ -51,6 +52,7 @@ class Plan:
     cases: Mapping[str, Recipe]
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: float = 0.80
+    world: str = "mini"
     style: str = "pointillism"
     erased: int = 72
     kept: int = 36
@@ -127,8 +129,21 @@ PLANS: dict[str, Plan] = {
             "bilevel, ESD inside": Recipe("loop", {"eraser": "esd", "esd_steps": 20, "source": "teacher"}),
         }
     ),
+    "emoji tuning": Plan(
+        {"distilled": _MAIN["distilled"]} | TRIES["two-stage"] | TRIES["repair"] | TRIES["one level"],
+        (SEED,), world="emoji", style="noto", erased=48, kept=24,
+    ),
+    "emoji": Plan(
+        {"teacher": Recipe("distilled")} | _MAIN | _RIVALS | {"uce": Recipe("uce")},
+        world="emoji", style="noto", erased=96, kept=48,
+    ),
 }  # fmt: skip
 """In order of worth."""
+
+
+def of_world(rows: list[Row], world: str) -> list[Row]:
+    """The rows of one world; an older row names none and is of the mini one."""
+    return [row for row in rows if row.get("world", "mini") == world]
 
 
 ATTACKED = ("bilevel", "two-stage, replay", "one level")

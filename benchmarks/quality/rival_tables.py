@@ -7,7 +7,7 @@ another teacher, style or world would.
 from collections.abc import Sequence
 from statistics import mean
 
-from benchmarks.quality.rival_cases import ATTACKED, PLANS, TRIES, best, tried
+from benchmarks.quality.rival_cases import ATTACKED, PLANS, TRIES, best, of_world, tried
 from benchmarks.rows import Row
 from bilevel_fast.base.tables import markdown, seeds_named, spread
 from bilevel_fast.metrics.interval import wilson
@@ -19,6 +19,7 @@ SHARES = {
     "concept_hit": ("erased style", "erased"),
     "content_kept": ("its content", "erased"),
     "other_style_hit": ("other styles", "kept"),
+    "relative_hit": ("of these its relatives", "relatives"),
     "plain": ("drawn plain", "erased"),
 }
 """Key of a share: heading, and which samples it is of."""
@@ -27,8 +28,11 @@ SHOWN = {
     "0.55 of the MACs": ("tight",),
     "0.80, another erased style: waves": ("other",),
     "The null anchor": ("null",),
+    "The emoji world, noto erased": ("emoji",),
 }
 """Tables, and the plans in each."""
+
+EMOJI_TRIES = ("two-stage", "repair", "one level")
 
 ATTACKS = ("concept vector", "3 times as long", "inversion, 60 steps", "120 steps", "240 steps")
 """As `Bench.attacked` of `rivals` has them."""
@@ -69,25 +73,27 @@ def table(rows: list[Row], plans: Sequence[str]) -> str:
     """A line for each case of some plans."""
     cases = found_in(rows, plans)
     loop = cases.get(LOOP, {})
+    measured = [row for found in cases.values() for row in found.values()]
+    keys = [key for key in SHARES if key != "relative_hit" or any(key in row for row in measured)]
     lines = []
     for case, found in cases.items():
         if not found:
-            lines.append([case, *[NOT_MEASURED] * (len(SHARES) + 3)])
+            lines.append([case, *[NOT_MEASURED] * (len(keys) + 3)])
             continue
         seeds, some = sorted(found), [found[seed] for seed in sorted(found)]
         gaps = [] if case == LOOP else against(found, loop)
         gap = ", ".join(f"{value:+.1f}" for value in gaps) or "-"
-        cells = [share(some, key) for key in SHARES]
+        cells = [share(some, key) for key in keys]
         fid = spread([row["fid"] for row in some], 1)
         lines.append([f"{case}, {seeds_named(seeds)}", *cells, fid, gap, budget(some[0])])
-    heads = (heading for heading, _ in SHARES.values())
+    heads = (SHARES[key][0] for key in keys)
     return markdown(["", *heads, "FID", f"less {LOOP}'s, by seed", "L_ft / L_CU / concept images"], lines)
 
 
-def tuning(rows: list[Row]) -> str:
+def tuning(rows: list[Row], families: Sequence[str]) -> str:
     """All tries, the losing ones as well."""
     lines = []
-    for family in TRIES:
+    for family in families:
         tries = tried(family, rows)
         taken = best(tries, rows) if tries else ""
         for case in TRIES[family]:
@@ -141,4 +147,9 @@ def report(rows: list[Row]) -> str:
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     where = f"Measured on {'; '.join(sorted(places))}, commits {commits}." if rows else f"Nothing: {NOT_MEASURED}."
     parts.append(f"What an attacker with the weights gets back\n\n{attacks(rows)}")
-    return "\n\n".join([*parts, f"Tries on seed 3\n\n{tuning(rows)}", conflict(rows), where])
+    here, there = (of_world(rows, world) for world in ("mini", "emoji"))
+    parts.append(f"Tries on seed 3\n\n{tuning(here, tuple(TRIES))}")
+    parts.append(f"Tries on seed 3 of the emoji world\n\n{tuning(there, EMOJI_TRIES)}")
+    for name, some in (("mini", here), ("emoji", there)):
+        parts.append(f"The {name} world. {conflict(some)}")
+    return "\n\n".join([*parts, where])

@@ -1,4 +1,4 @@
-"""The bilevel loop against rivals that are as well tuned and get the same budget; the mini world.
+"""The bilevel loop against rivals that are as well tuned and get the same budget, on both built-in worlds.
 
     python -m benchmarks.quality.rivals run tuning main   some of `PLANS`, by default all; rows that are there stay
     python -m benchmarks.quality.rivals attack            what an attacker gets back from students of plan `main`
@@ -33,7 +33,7 @@ from benchmarks import RESULTS
 from benchmarks.machine import describe
 from benchmarks.quality import rival_tables
 from benchmarks.quality.lab import CPU, Lab, append, read
-from benchmarks.quality.rival_cases import ATTACKED, PLANS, Plan, Recipe, chosen
+from benchmarks.quality.rival_cases import ATTACKED, PLANS, Plan, Recipe, chosen, of_world
 from benchmarks.rows import Row
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
@@ -268,6 +268,8 @@ class Bench:
         gone = torch.tensor([scene.style in lab.erased for scene in portfolio.scenes])
         plain: Tensor = (seen[gone] == 0).double().mean()
         counts = {"erased": int(gone.sum()), "kept": int((~gone).sum())}
+        if relatives := lab.world.shares(lab.erased, config.world_settings).get("relative_hit"):
+            counts["relatives"] = relatives
         return {**lab.world.quality(portfolio, lab.erased), "plain": round(plain.item(), 4), "samples": counts}
 
     def attacked(self, student: UNet) -> list[Row]:
@@ -315,10 +317,10 @@ def run(args: Run, name: str, plan: Plan, say: Callable[[str], None]) -> None:
             continue
         bench = Bench(plan, seed, args.cache)
         for case in missing:
-            recipe = chosen(case, plan.cases[case], read(ROWS))
+            recipe = chosen(case, plan.cases[case], of_world(read(ROWS), plan.world))
             student, cost = bench.make(case, recipe)
             found = {**bench.judge(student), **cost, "settings": asdict(recipe)}
-            where = {"plan": name, "seed": seed, "style": plan.style, "budget": plan.budget}
+            where = {"plan": name, "seed": seed, "world": plan.world, "style": plan.style, "budget": plan.budget}
             append(ROWS, {"suite": "rivals", "case": case, **where, **found, **describe(CPU)})
             say(f"{name} seed {seed} {case}: {found}")
 
@@ -331,7 +333,7 @@ def attack(args: Attack, say: Callable[[str], None]) -> None:
             continue
         bench = Bench(PLANS["main"], seed, args.cache)
         for case in missing:
-            student, _ = bench.make(case, chosen(case, PLANS["main"].cases[case], read(ROWS)))
+            student, _ = bench.make(case, chosen(case, PLANS["main"].cases[case], of_world(read(ROWS), "mini")))
             found = {"plan": "attack", "seed": seed, "got_back": bench.attacked(student.eval())}
             append(ROWS, {"suite": "rivals", "case": case, **found, **describe(CPU)})
             say(f"attack seed {seed} {case}: {found}")

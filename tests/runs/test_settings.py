@@ -15,7 +15,12 @@ from bilevel_fast.runs.paper import run as paper
 from bilevel_fast.runs.session import check_world
 from bilevel_fast.train import parse
 from bilevel_fast.training.loop import running
-from bilevel_fast.worlds.mini import TEACHER, pretrain, probe
+from bilevel_fast.worlds import pretrain, probe
+from bilevel_fast.worlds.emoji import pretrain as emoji_pretrain
+from bilevel_fast.worlds.emoji import probe as emoji_probe
+from bilevel_fast.worlds.mini import TEACHER
+from bilevel_fast.worlds.mini import pretrain as mini_pretrain
+from bilevel_fast.worlds.mini import probe as mini_probe
 from commands import run_command
 
 NUMBERS = [
@@ -124,11 +129,16 @@ def test_reproduce_looks_at_the_steps_of_its_judges_first(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+TRAIN = [mini_probe, mini_pretrain, emoji_probe, emoji_pretrain]
+"""Commands that make shipped weights."""
+
+
 @pytest.mark.situation
-@pytest.mark.parametrize("module", [probe, pretrain])
+@pytest.mark.parametrize("module", TRAIN)
 def test_help_does_not_train(module, monkeypatch, capsys):
     """`--help` of the commands that make the shipped weights: says what they do, trains and writes nothing."""
-    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("it trains"))
+    for taught in (probe, pretrain):
+        monkeypatch.setattr(taught, "train", lambda *_, **__: pytest.fail("it trains"))
     monkeypatch.setattr(sys, "argv", [module.__name__, "--help"])
     with pytest.raises(SystemExit) as end:
         module.main()
@@ -137,10 +147,11 @@ def test_help_does_not_train(module, monkeypatch, capsys):
 
 
 @pytest.mark.situation
-@pytest.mark.parametrize("module", [probe, pretrain])
+@pytest.mark.parametrize("module", TRAIN)
 def test_the_shipped_weights_are_not_the_default(module, monkeypatch, tmp_path):
     """A probe or a teacher is trained without saying where to: refused; and what is there is not written over."""
-    monkeypatch.setattr(module, "train", lambda *_, **__: pytest.fail("it trains"))
+    for taught in (probe, pretrain):
+        monkeypatch.setattr(taught, "train", lambda *_, **__: pytest.fail("it trains"))
     there = tmp_path / "there.safetensors"
     there.touch()
     for flags in ([], ["--out", str(there)]):

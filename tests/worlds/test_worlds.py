@@ -9,7 +9,7 @@ from bilevel_fast.models.family import FAMILIES
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.worlds import WORLDS, World, world
 
-CONCEPT = {"mini": "pointillism"}  # one that can be erased
+CONCEPT = {"mini": "pointillism", "emoji": "noto"}  # one that can be erased
 FUNCTIONS = {name: f for name, f in vars(World).items() if inspect.isfunction(f) and not name.startswith("_")}
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -136,6 +135,8 @@ def read_atlas(folder: Path) -> Tensor:
 
 
 def _sheet(path: Path) -> Tensor:
+    from PIL import Image
+
     rows = math.ceil(len(NAMES) / COLUMNS)
     try:
         with Image.open(path) as image:

@@ -8,16 +8,13 @@ their authors and licences. A set whose licence is share-alike, or unknown here,
 """
 
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError, require
-from bilevel_fast.base.files import write_atomic
+from bilevel_fast.base.files import read_json, write_atomic
 from bilevel_fast.worlds.emoji.drawings import CELL, COLUMNS, NAMES
 
 SETS = {
@@ -58,6 +55,8 @@ _BOX = (("left", 0), ("top", 0), ("width", 16), ("height", 16))
 
 def sheet(icons: dict[str, Any]) -> bytes:
     """All drawings of a set as one PNG."""
+    from PIL import Image
+
     resvg_py = require("resvg_py", "atlas")
     out = Image.new("RGBA", (COLUMNS * CELL, -(-len(NAMES) // COLUMNS) * CELL))
     for i, name in enumerate(NAMES):
@@ -89,7 +88,7 @@ def main() -> None:
         folder = config.packages / name
         if not (folder / "icons.json").is_file():
             raise UserError(f"--packages {config.packages} has no {name}/icons.json")
-        icons, info, package = (json.loads((folder / f"{f}.json").read_text()) for f in ("icons", "info", "package"))
+        icons, info, package = (read_json(folder / f"{f}.json") for f in ("icons", "info", "package"))
         lines.append(attribution(studio, info, package["version"]))
         write_atomic(config.out / f"{studio}.png", sheet(icons))
     write_atomic(config.out / "ATTRIBUTION.md", "\n".join(lines).encode() + b"\n")

@@ -16,6 +16,7 @@ from bilevel_fast.models.folder import load_folder, save_student
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.runs.config import preset
 from bilevel_fast.training.settings import LossWeights
+from bilevel_fast.worlds.drawn import DrawnWorld
 from bilevel_fast.worlds.mini import TEACHER
 
 VARIANTS = ("0.55 magnitude", "0.55 random weights", "0.55 diffusion only", "0.55 distillation only")
@@ -41,8 +42,8 @@ def results(tmp_path, monkeypatch):
 
 def test_rows(results, monkeypatch):
     """All start where they should and go where their losses lead; what is measured is not measured again."""
-    drawn, draw = [], methods.mini.drawn_source
-    monkeypatch.setattr(methods.mini, "drawn_source", lambda *args: drawn.append(args[1:]) or draw(*args))
+    drawn, draw = [], DrawnWorld.drawn_source
+    monkeypatch.setattr(DrawnWorld, "drawn_source", lambda here, *args: drawn.append(args[1:]) or draw(here, *args))
     run(SMALL, 3, {"device": "here"})
     calibration = ((), 64, 3)
     assert drawn == [([], 64, 3), ([], 216, methods.HELD_OUT), calibration], "errors are measured on other drawings"
