@@ -38,7 +38,7 @@ class Lab:
     """
 
     config: TrainConfig
-    world: DrawnWorld
+    world: DrawnWorld[Any]
     folder: ModelFolder
     teacher: UNet
     erased: list[int]

@@ -105,6 +105,6 @@ def world(name: str) -> World:
     return getattr(module, "WORLD", module)  # pyright: ignore[reportReturnType]
 
 
-def drawn_world(name: str) -> "DrawnWorld":
+def drawn_world(name: str) -> "DrawnWorld[Any]":
     """The built-in world of a name in `WORLDS`, a `DrawnWorld`: the paper's tables want more than a run does."""
     return import_module(f"bilevel_fast.worlds.{name}.materials").WORLD

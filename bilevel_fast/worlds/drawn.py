@@ -16,14 +16,14 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.worlds.judge import Samples, judge, paint, relatives
 from bilevel_fast.worlds.likeness import Likeness, likeness
 from bilevel_fast.worlds.probe import Probe
-from bilevel_fast.worlds.scenes import Drawings, Scene
+from bilevel_fast.worlds.scenes import Drawings, S
 from bilevel_fast.worlds.settings import Drawn
 
 _IMAGES_FROM = 1 << 42  # sample indices of the drawings that students see, far from the teacher's and the judge's
 
 
 @dataclass(frozen=True, eq=False)
-class DrawnWorld(Drawings):
+class DrawnWorld(Drawings[S]):
     """A world of drawings with a teacher and a probe; its concepts are the numbers of its styles."""
 
     @property
@@ -106,7 +106,7 @@ class DrawnWorld(Drawings):
         """Captions of scenes of style 0 that are not held out for the judge."""
         return [scene.caption for scene in self.of_style(0) if not self.is_held_out(scene)]
 
-    def asked(self, erased: Sequence[int], settings: Drawn) -> list[Scene]:
+    def asked(self, erased: Sequence[int], settings: Drawn) -> list[S]:
         """What a model is judged on: first the erased styles' scenes, then all others'."""
         return self.erased_scenes(erased, settings.judge_erased) + self.kept_scenes(erased, settings.judge_kept)
 

@@ -12,6 +12,7 @@ What erased styles are judged on never occurs in the concept bank (`Drawings.is_
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def paint(
 
 
 @torch.no_grad()
-def judge(samples: Samples, erased: Sequence[int], world: Drawings, probe: Probe) -> dict[str, float]:
+def judge(samples: Samples, erased: Sequence[int], world: Drawings[Any], probe: Probe) -> dict[str, float]:
     """Count what the probe sees in samples of `erased_scenes` and `kept_scenes` together; shares lie in [0, 1]."""
     seen, wanted = probe(samples.images), labels(samples.scenes)
     right = seen.labels == wanted  # (N, heads)
@@ -94,13 +95,13 @@ def judge(samples: Samples, erased: Sequence[int], world: Drawings, probe: Probe
     return found | {"fid": round(frechet_distance(FrechetStatistics.of(seen.features[~gone]), drawn), 4)}
 
 
-def relatives(erased: Sequence[int], world: Drawings) -> list[int]:
+def relatives(erased: Sequence[int], world: Drawings[Any]) -> list[int]:
     """Styles that stay and draw like an erased one."""
     near = {name for style in erased for name in world.relatives.get(world.styles[style], ())}
     return [style for style, name in enumerate(world.styles) if name in near and style not in erased]
 
 
-def _drawings(scenes: Sequence[Scene], world: Drawings) -> Tensor:
+def _drawings(scenes: Sequence[Scene], world: Drawings[Any]) -> Tensor:
     """Reference images: each distinct scene drawn equally often."""
     asked = set(scenes)
     each = [scene for scene in world.scenes if scene in asked] * _DRAWINGS_PER_SCENE

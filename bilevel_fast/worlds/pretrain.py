@@ -99,8 +99,8 @@ class Subject:
         start: A model folder whose UNet is begun with; None begins with random weights.
     """
 
-    world: DrawnWorld
-    words: Sequence[str]
+    world: DrawnWorld[Any]
+    words: tuple[str, ...]
     index: Mapping[str, Any]
     start: Path | None = None
 
@@ -118,7 +118,7 @@ class TeacherBatch:
 class Model(nn.Module):
     """What is trained together."""
 
-    def __init__(self, words: Sequence[str]) -> None:
+    def __init__(self, words: tuple[str, ...]) -> None:
         super().__init__()
         self.unet = UNet(MINI)
         self.text = MiniTextEncoder(WordTokenizer(words), width=MINI.cross_attention_dim)
@@ -150,7 +150,7 @@ def batches(
         )
 
 
-def _texts(world: DrawnWorld, config: PretrainConfig, scenes: Sequence[Scene], indices: range) -> list[str]:
+def _texts(world: DrawnWorld[Any], config: PretrainConfig, scenes: Sequence[Scene], indices: range) -> list[str]:
     draws, texts = uniform(config.seed, Stream.DROPOUT, indices, (3,)).tolist(), []
     for scene, (dropped, rephrased, which) in zip(scenes, draws, strict=True):
         caption, *others = world.captions(scene)
@@ -224,7 +224,9 @@ def save(folder: Path, model: Model, vae: PixelUnshuffleVAE, schedule: Schedule,
     write_json(folder / "model_index.json", dict(index))
 
 
-def measure(world: DrawnWorld, folder: Path, guidance: float, per_scene: int, seed: int = 0) -> dict[str, Accuracy]:
+def measure(
+    world: DrawnWorld[Any], folder: Path, guidance: float, per_scene: int, seed: int = 0
+) -> dict[str, Accuracy]:
     """What the probe reads in images of each scene, sampled with 25 steps of DDIM: of all, and style by style."""
     model, vae = load_folder(folder), PixelUnshuffleVAE.load(folder / "vae")
     unet, found = model.unet(), {}

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -21,7 +22,7 @@ from bilevel_fast.base.errors import UserError, in_range
 from bilevel_fast.base.files import write_atomic
 from bilevel_fast.models.weights import read_weights
 from bilevel_fast.ops.randomness import Stream, integers, normal, uniform
-from bilevel_fast.worlds.scenes import Drawings, Scene
+from bilevel_fast.worlds.scenes import Drawings, S, Scene
 
 FEATURES = 64
 _FRESH = 1 << 40  # first sample index of the images that accuracy is measured on; training never gets there
@@ -101,20 +102,20 @@ class Probe(nn.Module):
         write_atomic(path, save(weights, metadata={"format": "pt"}))
 
     @classmethod
-    def load(cls, world: Drawings, path: Path | None = None) -> "Probe":
+    def load(cls, world: Drawings[Any], path: Path | None = None) -> "Probe":
         """The shipped probe of a world, or another one of it: fp32, in eval mode, without gradients."""
         probe, path = cls(world.heads), path or world.probe_file
         probe.load_state_dict(read_weights(path.parent, path.stem))
         return probe.eval().requires_grad_(False)
 
 
-def fresh_drawings(world: Drawings, per_scene: int, seed: int = 0) -> tuple[Tensor, list[Scene]]:
+def fresh_drawings(world: Drawings[S], per_scene: int, seed: int = 0) -> tuple[Tensor, list[S]]:
     """Fresh drawings of every scene that no training saw: images (scenes * per_scene, 3, 32, 32) and their scenes."""
     scenes = list(world.scenes) * per_scene
     return world.render(scenes, seed, range(_FRESH, _FRESH + len(scenes))), scenes
 
 
-def train(world: Drawings, steps: int = 2000, batch: int = 64, lr: float = 1e-3, seed: int = 0) -> Probe:
+def train(world: Drawings[Any], steps: int = 2000, batch: int = 64, lr: float = 1e-3, seed: int = 0) -> Probe:
     """Train a probe on freshly drawn images; the same seed gives the same probe on the same machine."""
     torch.manual_seed(seed)
     probe = Probe(world.heads)
@@ -158,7 +159,7 @@ class ProbeConfig:
     """Of the weights and of everything that is drawn."""
 
 
-def command(world: Drawings) -> None:
+def command(world: Drawings[Any]) -> None:
     """`python -m bilevel_fast.worlds.NAME.probe`."""
     config = flags.parse(ProbeConfig, f"bilevel_fast.worlds.{world.name}.probe", ProbeConfig.__doc__)
     in_range("--steps", config.steps, ">= 1", config.steps >= 1)

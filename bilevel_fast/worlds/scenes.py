@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Generic, Protocol, Self, TypeVar
 
 from torch import Tensor
 
@@ -33,8 +33,11 @@ class Scene(Protocol):
         ...
 
 
+S = TypeVar("S", bound=Scene)
+
+
 @dataclass(frozen=True, eq=False)
-class Drawings:
+class Drawings(Generic[S]):
     """A world of drawings: its scenes, and how one is drawn.
 
     Attributes:
@@ -53,13 +56,13 @@ class Drawings:
 
     name: str
     styles: tuple[str, ...]
-    scenes: tuple[Scene, ...]
+    scenes: tuple[S, ...]
     heads: Mapping[str, int]
-    render: Callable[[Sequence[Scene], int, Sequence[int]], Tensor]
-    is_held_out: Callable[[Scene], bool]
+    render: Callable[[Sequence[S], int, Sequence[int]], Tensor]
+    is_held_out: Callable[[S], bool]
     teacher: Path
     probe_file: Path
-    captions: Callable[[Scene], tuple[str, ...]] = lambda scene: (scene.caption,)
+    captions: Callable[[S], tuple[str, ...]] = lambda scene: (scene.caption,)
     relatives: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def numbers(self, names: Sequence[str]) -> list[int]:
@@ -93,20 +96,20 @@ class Drawings:
         """The words of a caption that ask for a style."""
         return f"in the style of {self.styles[style]}"
 
-    def of_style(self, style: int) -> list[Scene]:
+    def of_style(self, style: int) -> list[S]:
         """All scenes of a style."""
         return [scene for scene in self.scenes if scene.style == style]
 
-    def erased_scenes(self, styles: Sequence[int], count: int) -> list[Scene]:
+    def erased_scenes(self, styles: Sequence[int], count: int) -> list[S]:
         """`count` held-out scenes per erased style, going round."""
         return [s for style in styles for s in _round([s for s in self.of_style(style) if self.is_held_out(s)], count)]
 
-    def kept_scenes(self, styles: Sequence[int], count: int) -> list[Scene]:
+    def kept_scenes(self, styles: Sequence[int], count: int) -> list[S]:
         """`count` scenes per style that is not erased."""
         kept = (style for style in range(len(self.styles)) if style not in styles)
         return [scene for style in kept for scene in _round(self.of_style(style), count)]
 
 
-def _round(scenes: list[Scene], count: int) -> list[Scene]:
+def _round(scenes: list[S], count: int) -> list[S]:
     # a stride prime to their number, so that a short round is a mix and not one colour
     return [scenes[(7 * i) % len(scenes)] for i in range(count)]

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -42,7 +43,7 @@ class WorldJudge:
 
     def __init__(
         self,
-        world: DrawnWorld,
+        world: DrawnWorld[Any],
         folder: ModelFolder,
         config: TrainConfig,
         erased: list[int],
