@@ -25,6 +25,7 @@ ENTRY_POINTS = {
     "train",
     "prune",
     "erase",
+    "attack",
     "prepare",
     "sample",
     "evaluate",

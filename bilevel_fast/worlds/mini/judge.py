@@ -145,6 +145,16 @@ def judge(samples: Samples, erased: Sequence[int], probe: Probe) -> Quality:
     )
 
 
+@torch.no_grad()
+def recognised(images: Tensor, scenes: Sequence[Scene], probe: Probe) -> tuple[Tensor, Tensor]:
+    """Which of N images show their scene's style, and which its object and colour: (N,) bool each."""
+    seen = probe(images)
+    wanted = torch.tensor([(s.object, s.color, s.style) for s in scenes])
+    heads = (seen.object_logits, seen.color_logits, seen.style_logits)
+    right = torch.stack([head.argmax(1) for head in heads], dim=1) == wanted
+    return right[:, 2], right[:, 0] & right[:, 1]
+
+
 def _drawings(scenes: Sequence[Scene]) -> Tensor:
     """Reference images: each distinct scene drawn equally often."""
     each = sorted(set(scenes), key=lambda s: (s.style, s.color, s.object)) * _DRAWINGS_PER_SCENE
