@@ -11,6 +11,7 @@ COMMANDS = {
     "prune": "prune a model folder to a budget",
     "export": "a model to diffusers, one file, ONNX or torch, with a card",
     "erase": "erase concepts from a model folder by an edit of its weights",
+    "attack": "search prompts that bring back what was erased",
     "prepare": "images and captions to the latent cache that training reads",
     "sample": "prompts to a grid, or a file of them to a folder of images",
     "evaluate": "judge models of the mini world, or folders of images",

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("nvidia.dali")
 pytest.importorskip("diffusers")
 
-from bilevel_fast import cli, erase, prepare, worlds
+from bilevel_fast import attack, cli, erase, prepare, worlds
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.pruning import METHODS
 from bilevel_fast.runs import prune_aptp
@@ -47,6 +47,9 @@ SMALL = {
     "prune route": [],
     "erase uce": [],
     "erase concept-prune": ["--steps", "2"],
+    "attack unlearn-diff": ["--iterations", "1", "--timesteps", "1"],
+    "attack ring-a-bell": ["--population", "4", "--generations", "1"],
+    "attack mma": ["--batch", "4", "--steps", "1"],
     "export": [],
     "train": SHORT,
     "sample": ["--steps", "3"],
@@ -139,8 +142,9 @@ def test_every_command_is_parsed_by_its_own_parser():
 
 def test_commands_md_has_every_command():
     names = {command.name for _, text in sections(COMMANDS) for command in commands(text)}
-    wanted = set(cli.COMMANDS) - {"prepare", "erase", "prune"}
+    wanted = set(cli.COMMANDS) - {"prepare", "erase", "attack", "prune"}
     wanted |= {f"prepare {name}" for name in prepare.COMMANDS} | {f"erase {name}" for name in erase.EDITS}
+    wanted |= {f"attack {name}" for name in attack.METHODS}
     assert wanted | {f"prune {name}" for name in prune_aptp.COMMANDS} <= names
     assert all(f"`{name}`" in COMMANDS.read_text() for name in METHODS)
     modules = {command.module for _, text in sections(COMMANDS) for command in commands(text)}

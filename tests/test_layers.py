@@ -18,13 +18,14 @@ KERNELS = sorted((ROOT / "kernels" / "bilevel_kernels").glob("*.py"))
 # A package imports from those before it only; packages on one line do not import each other.
 ORDER = [
     *(["base"], ["scale"], ["ops"], ["models"], ["sampling"], ["data"], ["training"]),
-    *(["profiling", "metrics"], ["erasing", "pruning", "exporting"], ["worlds"], ["runs"]),
+    *(["profiling", "metrics"], ["erasing", "pruning", "exporting", "attacking"], ["worlds"], ["runs"]),
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 ENTRY_POINTS = {
     "train",
     "prune",
     "erase",
+    "attack",
     "prepare",
     "sample",
     "evaluate",

@@ -35,6 +35,7 @@ from benchmarks.quality import rival_tables
 from benchmarks.quality.lab import CPU, Lab, append, read
 from benchmarks.quality.rival_cases import ATTACKED, PLANS, Plan, Recipe, chosen, of_world
 from benchmarks.rows import Row
+from bilevel_fast.attacking.states import Shifted, concept_vector, inverting
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
@@ -45,7 +46,6 @@ from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import token_states
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig, preset
-from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.runs.paper.settings import Attack as Searching
 from bilevel_fast.training.levels import Level, bilevel, descend
 from bilevel_fast.training.losses import Loss

@@ -122,6 +122,20 @@ def check_family(bank: Cache, folder: ModelFolder) -> None:
         )
 
 
+def open_bank(path: Path, folder: ModelFolder) -> Cache:
+    """The bank that `--concepts` names, for a model.
+
+    Raises:
+        UserError: It is none, or a model of another family, another VAE or another size drew it.
+    """
+    cache = Cache.open(path)
+    if cache.index.kind != "concepts":
+        raise UserError(f"--concepts {path} is a cache of {cache.index.kind}, wanted one of concepts")
+    check_family(cache, folder)
+    cache.check_model(folder.config, folder.vae_fingerprint)
+    return cache
+
+
 def make_bank(
     folder: ModelFolder,
     prompts: Sequence[str],

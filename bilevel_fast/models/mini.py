@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.base.files import read_json, whole, write_atomic, write_json
 from bilevel_fast.base.limits import CHANNELS, LAYERS, TOKENS
+from bilevel_fast.models.text_encoder import framed, replaced
 from bilevel_fast.models.weights import check_names, read_weights
 
 _SPECIAL = ("<bos>", "<eos>", "<pad>")
@@ -124,7 +125,10 @@ class MiniTextEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids (B, L) int64 to states (B, L, D)."""
-        h = self.token(ids) + self.position
+        return self._states(self.token(ids))
+
+    def _states(self, embedded: Tensor) -> Tensor:
+        h = embedded + self.position
         for layer in self.layers:
             h = layer(h)
         return self.norm(h)
@@ -145,6 +149,31 @@ class MiniTextEncoder(nn.Module):
             UserError: As `encode`.
         """
         return self.tokenizer(prompts) != _PAD
+
+    @property
+    def vocabulary(self) -> int:
+        """V, how many ids there are."""
+        return self.tokenizer.size
+
+    def free(self) -> Tensor:
+        """(F,) int64 on the CPU, rising: the ids of words."""
+        return torch.arange(len(_SPECIAL), self.vocabulary)
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Ids of a text's words.
+
+        Raises:
+            UserError: It has unknown words, or too many.
+        """
+        return [token for token in self.tokenizer([text])[0].tolist() if token >= len(_SPECIAL)]
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return " ".join(self.tokenizer.words[token - len(_SPECIAL)] for token in tokens)
+
+    def read(self, tokens: Sequence[Sequence[int]], mixed: Tensor | None = None) -> Tensor:
+        """States (B, L, D) fp32 of texts given as tokens, with gradient: see `text_encoder.TokenReader`."""
+        ids = framed(tokens, (_BOS, _EOS, _PAD), self.length).to(self.position.device)
+        return self._states(replaced(self.token(ids), mixed, self.token.weight)).float()
 
     def save(self, folder: Path) -> None:
         """Write `text_encoder/` and `tokenizer/` of a model folder. Weights in fp16."""

@@ -54,6 +54,74 @@ class TextEncoder(Protocol):
         ...
 
 
+class TokenReader(TextEncoder, Protocol):
+    """A text encoder that a search over tokens can work on, as those of all families are.
+
+    Tokens are the ids of a text without what begins, ends and pads it; a text has at most L - 2.
+    """
+
+    @property
+    def vocabulary(self) -> int:
+        """V, how many ids there are."""
+        ...
+
+    def free(self) -> Tensor:
+        """(F,) int64 on the CPU, rising: the ids that a text can be made of."""
+        ...
+
+    def tokens_of(self, text: str) -> list[int]:
+        """What the encoder makes of a text; a longer one is cut, or refused where `encode` refuses it."""
+        ...
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """A text of some tokens. Pieces of words may join in it, and then it is read as other tokens."""
+        ...
+
+    def read(self, tokens: Sequence[Sequence[int]], mixed: Tensor | None = None) -> Tensor:
+        """Text tensor (B, L + R, D) fp32 of B texts, as `encode` gives it, with gradient.
+
+        Args:
+            tokens: Of each text.
+            mixed: (B, k, V) fp32: in place of the embeddings of each text's first k tokens, mixtures of all of them.
+
+        Raises:
+            UserError: A text has more than L - 2 tokens.
+        """
+        ...
+
+
+def token_reader(encoder: TextEncoder) -> TokenReader:
+    """The encoder itself, where it is one.
+
+    Raises:
+        UserError: It reads texts alone.
+    """
+    if not hasattr(encoder, "read"):
+        raise UserError(f"{type(encoder).__name__} reads texts alone; a search over tokens wants one that reads tokens")
+    return encoder  # pyright: ignore[reportReturnType]
+
+
+def framed(tokens: Sequence[Sequence[int]], ends: tuple[int, int, int], length: int) -> Tensor:
+    """Ids (B, L) int64 of texts: begin, tokens, end, padding, of which `ends` has the ids.
+
+    Raises:
+        UserError: A text has more than L - 2 tokens.
+    """
+    begin, end, pad = ends
+    if (longest := max(map(len, tokens), default=0)) > length - 2:
+        raise UserError(f"a text has {longest} tokens; the text encoder takes {length - 2}")
+    rows = [[begin, *some, end, *[pad] * (length - 2 - len(some))] for some in tokens]
+    return torch.tensor(rows, dtype=torch.int64).reshape(-1, length)
+
+
+def replaced(embedded: Tensor, mixed: Tensor | None, table: Tensor) -> Tensor:
+    """Embeddings (B, L, D) with mixtures (B, k, V) of the table's rows (V, D) in those behind the first."""
+    if mixed is None:
+        return embedded
+    inside = mixed.to(table) @ table
+    return torch.cat([embedded[:, :1], inside, embedded[:, 1 + inside.shape[1] :]], dim=1)
+
+
 def token_states(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
     """(B, L, D) fp32: what the tokens of texts say, for those who look at or change tokens; no further rows.
 
@@ -123,6 +191,40 @@ class ClipTextEncoder:
     def mask(self, prompts: Sequence[str]) -> Tensor:
         """(B, L) bool on the CPU: true from the token that begins a prompt to the one that ends it."""
         return self.tokens(prompts).attention_mask.bool()
+
+    @property
+    def vocabulary(self) -> int:
+        """V, the rows of the table of embeddings, of which the tokenizer may know fewer."""
+        return self.model.config.vocab_size
+
+    def free(self) -> Tensor:
+        """(F,) int64 on the CPU, rising: every id of the tokenizer but those that begin, end and pad."""
+        return torch.tensor(sorted(set(self.tokenizer.get_vocab().values()) - set(self.tokenizer.all_special_ids)))
+
+    def tokens_of(self, text: str) -> list[int]:
+        """Ids of a text; a longer one is cut."""
+        found = self.tokens([text])
+        return found.input_ids[0, 1 : int(found.attention_mask[0].sum()) - 1].tolist()
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens)).strip()
+
+    def read(self, tokens: Sequence[Sequence[int]], mixed: Tensor | None = None) -> Tensor:
+        """States (B, L, D) fp32 of texts given as tokens, with gradient: see `TokenReader`."""
+        return self.run(tokens, mixed).last_hidden_state.float()
+
+    def run(self, tokens: Sequence[Sequence[int]], mixed: Tensor | None, **asked: Any) -> Any:
+        """What the tower answers to `tokens` and `mixed` of `read`; `asked` goes to it.
+
+        The tower takes ids alone, and from them knows where a text ends: mixtures are put in behind its table.
+        """
+        ends = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        ids, table = framed(tokens, ends, self.length), self.model.get_input_embeddings()
+        hook = table.register_forward_hook(lambda module, _, out: replaced(out, mixed, module.weight))
+        try:
+            return self.model(ids.to(self.model.device), **asked)
+        finally:
+            hook.remove()
 
     def tokens(self, prompts: Sequence[str]) -> Any:
         """What the tokenizer makes of prompts: `input_ids` and `attention_mask`, (B, L) int64 on the CPU."""

@@ -6,6 +6,7 @@ rows (`models.conditioning`).
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,11 +77,42 @@ class XlTextEncoder:
             tower.model(tower.tokens(prompts).input_ids.to(tower.model.device), output_hidden_states=True)
             for tower in (self.first, self.second)
         )
+        return self._packed(one, two, [self.zeros and prompt == "" for prompt in prompts])
+
+    @property
+    def vocabulary(self) -> int:
+        """V, that of both towers.
+
+        Raises:
+            UserError: The tokenizers have different ids for the same pieces of text.
+        """
+        if self.first.tokenizer.get_vocab() != self.second.tokenizer.get_vocab():
+            raise UserError("the text encoders have two vocabularies; a search over tokens wants one")
+        return self.first.vocabulary
+
+    def free(self) -> Tensor:
+        """(F,) int64 on the CPU, rising: the ids that a text can be made of, in both towers."""
+        one, two = self.first.free(), self.second.free()
+        return one[torch.isin(one, two)]
+
+    def tokens_of(self, text: str) -> list[int]:
+        return self.first.tokens_of(text)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        return self.first.text_of(tokens)
+
+    def read(self, tokens: Sequence[Sequence[int]], mixed: Tensor | None = None) -> Tensor:
+        """Text tensor (B, L + R, D) fp32 of texts given as tokens, with gradient: see `TokenReader`."""
+        one, two = (tower.run(tokens, mixed, output_hidden_states=True) for tower in (self.first, self.second))
+        return self._packed(one, two, [False] * len(tokens))
+
+    def _packed(self, one: Any, two: Any, null: Sequence[bool]) -> Tensor:
+        """Of the answers of both towers; zeros for `null` texts."""
         states = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1).float()
         pooled = two.text_embeds.float()
-        if self.zeros:
-            null = torch.tensor([prompt == "" for prompt in prompts], device=states.device)
-            states, pooled = states.masked_fill(null[:, None, None], 0), pooled.masked_fill(null[:, None], 0)
+        if any(null):
+            rows = torch.tensor(null, device=states.device)
+            states, pooled = states.masked_fill(rows[:, None, None], 0), pooled.masked_fill(rows[:, None], 0)
         sizes = torch.tensor([[self.side, self.side, 0, 0, self.side, self.side]], dtype=torch.float32)
         return pack(states, pooled, sizes.expand(len(states), -1))
 

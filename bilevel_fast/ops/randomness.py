@@ -42,6 +42,7 @@ class Stream(IntEnum):
     WORLD = 9
     GATE = 10
     CROP = 11
+    ATTACK = 12
 
 
 def normal(seed: int, stream: Stream, indices: Indices, shape: tuple[int, ...]) -> Tensor:

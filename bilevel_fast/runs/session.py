@@ -20,7 +20,7 @@ from torch import Tensor
 from bilevel_fast.base.devices import compute_dtype, pick_device
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import write_json
-from bilevel_fast.data.bank import check_family
+from bilevel_fast.data.bank import open_bank
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.stream import open_images
 from bilevel_fast.erasing import registry as erasers
@@ -158,7 +158,7 @@ def gather(
     else:
         assert config.data is not None
         data = open_images(config.data, folder, device, dtype)
-        banks = [_bank(path, folder) for path in config.concepts]
+        banks = [open_bank(path, folder) for path in config.concepts]
         names = [path.name for path in config.concepts]
     guidance = config.world_settings.guidance if config.built_in else folder.family.guidance
     materials = Materials(teacher, folder.schedule, encoder, data, None, guidance)
@@ -232,15 +232,6 @@ def _check_anchors(bank: Cache, encoder: TextEncoder) -> None:
     if len(same) == len(pairs):
         raise UserError(what)
     _log.warning("%s; nothing is suppressed by them", what)
-
-
-def _bank(path: Path, folder: ModelFolder) -> Cache:
-    cache = Cache.open(path)
-    if cache.index.kind != "concepts":
-        raise UserError(f"--concepts {path} is a cache of {cache.index.kind}, wanted one of concepts")
-    check_family(cache, folder)
-    cache.check_model(folder.config, folder.vae_fingerprint)
-    return cache
 
 
 def initial_student(config: TrainConfig, folder: ModelFolder, align: int) -> UNet:

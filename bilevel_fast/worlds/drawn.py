@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bilevel_fast.data.bank import Concept, Shows, anchor_for, make_bank
 from bilevel_fast.data.cache import Cache
@@ -15,7 +16,7 @@ from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.worlds.judge import Samples, judge, paint, relatives
 from bilevel_fast.worlds.likeness import Likeness, likeness
-from bilevel_fast.worlds.probe import Probe
+from bilevel_fast.worlds.probe import Probe, labels
 from bilevel_fast.worlds.scenes import Drawings, S
 from bilevel_fast.worlds.settings import Drawn
 
@@ -135,6 +136,12 @@ class DrawnWorld(Drawings[S]):
         seen = self.probe(samples.images).style_logits.argmax(1)
         wanted = torch.tensor([scene.style for scene in samples.scenes])
         return {name: (seen[wanted == style] == style).double().mean().item() for style, name in enumerate(self.styles)}
+
+    @torch.no_grad()
+    def recognised(self, images: Tensor, scenes: Sequence[S]) -> tuple[Tensor, Tensor]:
+        """Which of N images show their scene's style, and which all the rest of it: (N,) bool each."""
+        right = self.probe(images).labels == labels(scenes)
+        return right[:, -1], right[:, :-1].all(1)
 
     def quality(self, samples: Samples, erased: Sequence[int]) -> dict[str, float]:
         """What the judge finds (`worlds.judge`)."""

@@ -1,6 +1,6 @@
 """The judge of a drawn world: a small CNN that names what an image shows and its style, and gives features for FID.
 
-    python -m bilevel_fast.worlds.mini.probe --out FILE  trains a probe (two minutes of one core), prints its accuracy
+    python -m bilevel_fast.worlds.NAME.probe --out FILE  trains a probe (two minutes of one core), prints its accuracy
 
 Trained on drawn images with light blur and noise, so that it reads what a network paints as well.
 Shapes: B images, D = 64 features.

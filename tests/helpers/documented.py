@@ -32,7 +32,11 @@ class Command:
     def name(self) -> str:
         """Of the entry point, and of what it is asked to do: `prepare coco`."""
         stem = self.module.removeprefix("bilevel_fast.")
-        return f"{stem} {self.arguments[0]}" if stem in ("prepare", "erase", "prune") and self.arguments else stem
+        return (
+            f"{stem} {self.arguments[0]}"
+            if stem in ("prepare", "erase", "attack", "prune") and self.arguments
+            else stem
+        )
 
     def main(self) -> Callable[[], None]:
         """Its entry point."""
@@ -57,7 +61,7 @@ def commands(text: str) -> Iterator[Command]:
         if "<" in line:
             continue  # a name that the reader puts in
         module, *arguments = shlex.split(line, comments=True)[2:]
-        several = module.startswith("bilevel_fast.") and module.split(".")[1] in ("prepare", "erase", "prune")
+        several = module.startswith("bilevel_fast.") and module.split(".")[1] in ("prepare", "erase", "attack", "prune")
         if "..." in module or (several and not arguments):
             continue  # named, not shown
         if module.startswith(("bilevel_fast.", "benchmarks.")):

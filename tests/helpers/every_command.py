@@ -64,6 +64,13 @@ COMMANDS = {
     "erase": Command(
         "erase uce --model IN/teacher --erase in~the~style~of~waves --device cpu --out OUT/erased", "erased"
     ),
+    "attack": Command(
+        "attack ring-a-bell --model IN/teacher --concepts OUT/bank --tokens 2 --population 4 --generations 2 --count 1 "
+        "--device cpu --out OUT/new/attacked",
+        "new",
+        first="prepare concepts --model IN/teacher --phrase in~the~style~of~waves --count 1 --batch 1 --steps 2 "
+        "--device cpu --out OUT/bank",
+    ),
     "export": Command(
         "export folder --model OUT/student --dtype fp16 --out OUT/exported", "exported",
         first="prune uniform --teacher IN/teacher --budget 0.7 --device cpu --out OUT/student",

@@ -5,7 +5,8 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.mini import PixelUnshuffleVAE
-from bilevel_fast.worlds.mini.probe import fresh_drawings
+from bilevel_fast.worlds.mini.materials import WORLD
+from bilevel_fast.worlds.probe import fresh_drawings
 
 
 def test_images_come_back():
@@ -32,7 +33,7 @@ def test_sampling_the_posterior_gives_the_mean():
 
 
 def test_latents_of_the_drawn_world_are_standard():
-    images, _ = fresh_drawings(per_scene=2)
+    images, _ = fresh_drawings(WORLD, per_scene=2)
     latents = PixelUnshuffleVAE().moments(images)[:, :12]
     assert abs(latents.mean()) < 0.02
     assert abs(latents.std() - 1) < 0.02

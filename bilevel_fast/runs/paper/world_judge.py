@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from bilevel_fast.attacking.states import Shifted, concept_vector, inverting
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import open_safetensors, write_atomic
 from bilevel_fast.data.sources import LatentSource
@@ -17,7 +18,6 @@ from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig
-from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Attack
 from bilevel_fast.worlds.drawn import DrawnWorld

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bilevel_fast.attacking.states import Shifted, concept_vector, inverting
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.sources import MemorySource, exact_moments
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.text_encoder_xl import XlTextEncoder
-from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import SCENES, STYLES, is_held_out, labels, render
 

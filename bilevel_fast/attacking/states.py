@@ -7,8 +7,8 @@
 
 f(p) (L, D) are the states of a prompt without the concept; d and the vector are one (L, D) tensor for all prompts. What
 a model reads beside the states (`models.conditioning`) stays as it is.
-Words are not searched for: the mini world has two dozen. The paper's Table 2 takes published lists of prompts that were
-found so, which `full` reads from files.
+`unlearn_diff`, `ring_a_bell` and `mma` search words instead. The paper's Table 2 takes published lists of prompts that
+were found so, which `full` reads from files.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bilevel_fast.attacking.looks import frozen
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batches import Batches
 from bilevel_fast.data.sources import LatentSource
@@ -98,10 +99,7 @@ def inverting(
     schedule = schedule.to(device)
     shift = start.detach().clone().to(device).requires_grad_(True)
     adam = torch.optim.Adam([shift], lr=lr)
-    frozen = [p for p in unet.parameters() if p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
+    with frozen(unet):
         for step in range(steps):
             drawn = batches(step).map(lambda x: x.to(device)).drawn(seed, schedule.num_train_timesteps)
             assert drawn.eps is not None
@@ -113,9 +111,6 @@ def inverting(
             F.mse_loss(unet(noised.x, noised.t, text).out.float(), noised.target).backward()
             adam.step()
             yield shift.detach().clone()
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
 
 
 def _shift_of(text: Tensor, shift: Tensor) -> Tensor:
