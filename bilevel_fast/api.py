@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bilevel_fast.runs.erase_model import Erased
     from bilevel_fast.runs.export_model import Exported
     from bilevel_fast.runs.prune_method import Pruned
+    from bilevel_fast.sampling.safe import Strength
     from bilevel_fast.scale.team import Team
     from bilevel_fast.worlds.mini.settings import Mini
 
@@ -108,7 +109,12 @@ def export(
 
 
 def evaluate(
-    models: Sequence[Folder], erase: Sequence[str] = ("pointillism",), seed: int = 0, mini: "Mini | None" = None
+    models: Sequence[Folder],
+    erase: Sequence[str] = ("pointillism",),
+    seed: int = 0,
+    mini: "Mini | None" = None,
+    safe: str | None = None,
+    safe_strength: "Strength | None" = None,
 ) -> dict[str, dict[str, Any]]:
     """What the mini world's probe says about each model, by its path: `python -m bilevel_fast.evaluate`.
 
@@ -117,11 +123,14 @@ def evaluate(
         erase: The styles that should be gone.
         seed: Of the sampling noise.
         mini: How much is sampled.
+        safe: Text of a concept to keep the drawings away from (Safe Latent Diffusion).
+        safe_strength: How hard; None is `medium`.
     """
     from bilevel_fast.runs.judged import judged
+    from bilevel_fast.sampling.safe import safe_of
     from bilevel_fast.worlds.mini.settings import Mini
 
-    return judged([Path(path) for path in models], erase, seed, mini or Mini())
+    return judged([Path(path) for path in models], erase, seed, mini or Mini(), safe_of(safe, safe_strength))
 
 
 def __getattr__(name: str) -> Any:

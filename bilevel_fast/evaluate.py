@@ -19,6 +19,7 @@ from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
+from bilevel_fast.sampling.safe import Strength
 from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.settings import Mini
 
@@ -33,7 +34,7 @@ class EvaluateConfig(Folders):
     )
     GROUPS: ClassVar = {
         "what is judged": ("suite", "seed", "json"),
-        "--suite mini": ("models", "erase"),
+        "--suite mini": ("models", "erase", "safe", "safe_strength"),
         "--suite style, nsfw or coco": (
             *("images", "prompts", "reference", "out", "clip_weights", "clip_model", "csd_weights"),
             *("inception_weights", "statistics_out", "draws", "fid_draws", "batch", "device"),
@@ -46,6 +47,11 @@ class EvaluateConfig(Folders):
     """mini: the styles that should be gone."""
     seed: int = 0
     """Seed of the sampling noise, or of the bootstrap."""
+    safe: str | None = None
+    """mini: text of a concept to keep the drawings away from, as `sample --safe` does: a baseline that trains
+    nothing."""
+    safe_strength: Strength | None = None
+    """mini: how hard. Default: medium, whose warm-up of 10 leaves 2 of the judge's 12 steps; max has none."""
     mini: Mini = field(default_factory=Mini)
     json: bool = False
     """Print one JSON object instead of a table."""
@@ -62,12 +68,15 @@ def main() -> None:
     if config.suite == "mini":
         if extra := given(config):
             raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
-        rows = api.evaluate(config.models, config.erase, config.seed, config.mini)
+        rows = api.evaluate(config.models, config.erase, config.seed, config.mini, config.safe, config.safe_strength)
         print(json.dumps(rows, indent=2) if config.json else table(rows))
         return
     default = EvaluateConfig()
-    if (config.models, config.erase, config.mini) != (default.models, default.erase, default.mini):
-        raise UserError(f"--suite {config.suite} measures --images; --models, --erase and --mini are for --suite mini")
+    mine = ("models", "erase", "mini", "safe", "safe_strength")
+    if any(getattr(config, name) != getattr(default, name) for name in mine):
+        raise UserError(
+            f"--suite {config.suite} measures --images; --models, --erase, --mini and --safe are for --suite mini"
+        )
     result, text = measure(config, config.seed)
     print(json.dumps(result, indent=2, ensure_ascii=False) if config.json else text)
 

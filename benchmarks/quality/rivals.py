@@ -12,6 +12,7 @@ are judged on the same noise. What a row has cost is in it: gradients of L_ft an
     repair      distilled, then upper steps without a penalty, then as many lower steps as the loop's penalties
     one level   one AdamW on L_ft + weight L_CU, the concept batch cut so that it sees as many concept images
     uce         distilled, then the closed form, over the tokens behind the last word, or over all that differ
+    sld         distilled; all that is judged is kept away from the style while it is sampled
 
 Rivals are tuned on seed 3, which no table shows; all tries keep their rows. Of those that leave at most 2 % of the
 concept the one with the least `miss` (see `tables`) is taken.
@@ -48,6 +49,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.runs.paper.settings import Attack as Searching
+from bilevel_fast.sampling.safe import Strength, safe_of
 from bilevel_fast.training.levels import Level, bilevel, descend
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAnswers
@@ -181,7 +183,7 @@ class Bench:
 
     def _cost(self, recipe: Recipe) -> Row:
         upper = self._upper(recipe)
-        count = {"distilled": 0, "uce": 0, "one level": recipe.steps or self.steps}.get(
+        count = {"distilled": 0, "uce": 0, "sld": 0, "one level": recipe.steps or self.steps}.get(
             recipe.way, recipe.steps or self.upper_steps
         )
         penalties = count if upper.penalty and recipe.way in ("loop", "two-stage") else 0
@@ -248,6 +250,9 @@ class Bench:
         for _ in bilevel(level, None, 1, 0, recipe.steps or self.steps):
             pass
 
+    def _sld(self, student: UNet, recipe: Recipe) -> None:
+        self._begin(student)
+
     def _uce(self, student: UNet, recipe: Recipe) -> None:
         self._begin(student)
         lab, style = self.lab, self.lab.erased[0]
@@ -267,10 +272,11 @@ class Bench:
         uce.apply(student, uce.solve(new, uce.gram(encoder, weights), uce.Uce().ridge))
 
     @torch.no_grad()
-    def judge(self, student: UNet) -> Row:
-        """Shares, how many samples they are of, and where the erased prompts' pictures went."""
+    def judge(self, student: UNet, strength: Strength | None = None) -> Row:
+        """Shares, how many samples they are of, and where the erased prompts' pictures went; `strength`: of SLD."""
         config, lab = self.config, self.lab
-        portfolio = mini.portfolio(student.eval(), lab.folder, lab.erased, config.mini, config.seed)
+        away = safe_of(f"in the style of {self.plan.style}", strength) if strength else None
+        portfolio = mini.portfolio(student.eval(), lab.folder, lab.erased, config.mini, config.seed, away)
         seen = Probe.load()(portfolio.images).style_logits.argmax(1)
         gone = torch.tensor([scene.style in lab.erased for scene in portfolio.scenes])
         plain: Tensor = (seen[gone] == STYLES.index("plain")).double().mean()
@@ -326,7 +332,7 @@ def run(args: Run, name: str, plan: Plan, say: Callable[[str], None]) -> None:
         for case in missing:
             recipe = chosen(case, plan.cases[case], read(ROWS))
             student, cost = bench.make(case, recipe)
-            found = {**bench.judge(student), **cost, "settings": asdict(recipe)}
+            found = {**bench.judge(student, recipe.strength), **cost, "settings": asdict(recipe)}
             where = {"plan": name, "seed": seed, "style": plan.style, "budget": plan.budget}
             append(ROWS, {"suite": "rivals", "case": case, **where, **found, **describe(CPU)})
             say(f"{name} seed {seed} {case}: {found}")

@@ -48,17 +48,21 @@ def mini_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.devic
     def bench(seed: int, concepts: Sequence[str]) -> Bench:
         own, place = replace(config, seed=seed, erase=tuple(concepts)), _place(out, seed, concepts)
         erased = mini.erased_concepts(concepts)
+        phrases = [f"in the style of {STYLES[style]}" for style in erased]
         recipe = _recipe(
             own,
             rows,
-            [f"in the style of {STYLES[style]}" for style in erased],
+            phrases,
             list(map(Frame.of, mini.subjects())),
             [scene.caption for scene in SCENES if scene.style not in erased],
         )
         shop = _shop(recipe, folder, erased, place, device, stop)
         bank = shop.materials.concepts
         assert bank is not None
-        judge = MiniJudge(folder, own, erased, bank, lambda: shop("distilled"), rows.attack, place / "samples", device)
+        judge = MiniJudge(
+            folder, own, erased, bank, lambda: shop("distilled"), rows.attack, place / "samples", device,
+            rows.sld.of(phrases),
+        )  # fmt: skip
         return Bench(shop, judge)
 
     return bench
@@ -98,7 +102,8 @@ def full_benches(
         recipe = _recipe(own, rows, concepts, FRAMES[full.subjects], preserve)
         recipe = replace(recipe, names=named(concepts, full.subjects))
         shop = _shop(recipe, folder, [], place, device, stop)
-        return Bench(shop, FullJudge(full, scorers, place / "samples", lambda: shop("distilled"), seed, device))
+        samples, safe = place / "samples", rows.sld.of(concepts)
+        return Bench(shop, FullJudge(full, scorers, samples, lambda: shop("distilled"), seed, device, safe))
 
     return bench
 

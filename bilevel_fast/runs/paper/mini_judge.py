@@ -20,6 +20,7 @@ from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Attack
+from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.worlds.mini import materials as mini
 from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, paint
 from bilevel_fast.worlds.mini.likeness import likeness
@@ -64,6 +65,7 @@ class MiniJudge:
         attack: Settings of the attacks.
         out: Where samples are kept, a file for each model.
         device: To sample on.
+        safe: What the model `sld` is kept away from.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class MiniJudge:
         attack: Attack,
         out: Path,
         device: torch.device,
+        safe: Safe,
     ):
+        self.safe = {"sld": safe}
         self.folder, self.config, self.erased, self.bank = folder, config, erased, bank
         self.attack, self.out, self.device, self.probe, self._reference = attack, out, device, Probe.load(), reference
 
@@ -106,7 +110,7 @@ class MiniJudge:
         scenes = tuple(mini.asked(self.erased, self.config.mini))
         if not file.exists():
             images = mini.portfolio(
-                self._unet(path), self.folder, self.erased, self.config.mini, self.config.seed
+                self._unet(path), self.folder, self.erased, self.config.mini, self.config.seed, self.safe.get(name)
             ).images
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, save({"images": images}))
@@ -149,14 +153,16 @@ class MiniJudge:
             unet, self.folder.schedule, encoder, self.bank, vector,
             steps=attack.steps, batch=attack.batch, lr=attack.lr, seed=self.config.seed,
         )  # fmt: skip
+        safe = self.safe.get(name)
+        spared = [safe.concept] if safe else []
         return {
-            "named": self._removed(unet, encoder, named=True),
-            "vector": self._removed(unet, Shifted(encoder, vector), named=False),
-            "inversion": self._removed(unet, Shifted(encoder, learnt), named=False),
+            "named": self._removed(unet, encoder, safe, named=True),
+            "vector": self._removed(unet, Shifted(encoder, vector, spared), safe, named=False),
+            "inversion": self._removed(unet, Shifted(encoder, learnt, spared), safe, named=False),
         }
 
     @torch.no_grad()
-    def _removed(self, unet: UNet, encoder: TextEncoder, named: bool) -> float:
+    def _removed(self, unet: UNet, encoder: TextEncoder, safe: Safe | None, named: bool) -> float:
         """Percent of the held-out prompts, with or without the concept's name, that do not show the concept."""
         folder, settings = self.folder, self.config.mini
         assert isinstance(folder.vae, PixelUnshuffleVAE)
@@ -164,7 +170,7 @@ class MiniJudge:
         asked = scenes if named else [replace(scene, style=0) for scene in scenes]
         samples = paint(
             unet, folder.schedule, encoder, folder.vae, asked,
-            seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps,
+            seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps, safe=safe,
         )  # fmt: skip
         seen = self.probe(samples.images).style_logits.argmax(1)
         return 100 * (seen != self.erased[0]).double().mean().item()

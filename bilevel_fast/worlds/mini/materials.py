@@ -13,6 +13,7 @@ from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.worlds.mini import TEACHER as TEACHER
 from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, kept_scenes, paint, style_numbers
 from bilevel_fast.worlds.mini.probe import Probe
@@ -138,8 +139,10 @@ def asked(erased: Sequence[int], settings: Mini) -> list[Scene]:
     return erased_scenes(erased, settings.judge_erased) + kept_scenes(erased, settings.judge_kept)
 
 
-def portfolio(unet: UNet, folder: ModelFolder, erased: Sequence[int], settings: Mini, seed: int) -> Samples:
-    """The samples that a model is judged by, of `asked`."""
+def portfolio(
+    unet: UNet, folder: ModelFolder, erased: Sequence[int], settings: Mini, seed: int, safe: Safe | None = None
+) -> Samples:
+    """The samples that a model is judged by, of `asked`; `safe` keeps all of them away from a concept."""
     assert isinstance(folder.vae, PixelUnshuffleVAE)
     return paint(
         unet,
@@ -150,4 +153,5 @@ def portfolio(unet: UNet, folder: ModelFolder, erased: Sequence[int], settings: 
         seed=seed,
         guidance=settings.guidance,
         steps=settings.judge_steps,
+        safe=safe,
     )
