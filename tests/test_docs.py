@@ -47,6 +47,7 @@ SMALL = {
     "prune route": [],
     "erase uce": [],
     "erase concept-prune": ["--steps", "2"],
+    "erase time": [],
     "export": [],
     "train": SHORT,
     "sample": ["--steps", "3"],

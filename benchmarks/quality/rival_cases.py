@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from benchmarks.rows import Row
 
-Way = Literal["distilled", "loop", "two-stage", "repair", "one level", "uce", "sld"]
+Way = Literal["distilled", "loop", "two-stage", "repair", "one level", "uce", "sld", "edit"]
 Strength = Literal["max", "strong", "medium", "weak"]
 """Of SLD."""
 SEED = 3
@@ -27,6 +27,7 @@ class Recipe:
         weight: Of L_CU in one level; of the preserved texts for UCE, 0 being its default.
         all_tokens: UCE moves all tokens that differ from the anchor's.
         strength: Of SLD.
+        edit: Name of a command of `erase`, and its settings in `upper`.
         tuned: Whose tries on seed `SEED` decide the rest; empty for settings that stand here.
     """
 
@@ -37,6 +38,7 @@ class Recipe:
     weight: float = 0.0
     all_tokens: bool = False
     strength: Strength | None = None
+    edit: str = ""
     tuned: str = ""
 
 
@@ -133,7 +135,7 @@ PLANS: dict[str, Plan] = {
         }
     ),
     "tuning-4": Plan({"distilled": _MAIN["distilled"]} | TRIES["sld"], (SEED,), erased=36, kept=18),
-    "systems": Plan({"sld": Recipe("sld", tuned="sld")}),
+    "systems": Plan({"sld": Recipe("sld", tuned="sld"), "time": Recipe("edit", edit="time")}),
 }  # fmt: skip
 """In order of worth."""
 

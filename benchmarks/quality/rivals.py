@@ -12,6 +12,7 @@ are judged on the same noise. What a row has cost is in it: gradients of L_ft an
     repair      distilled, then upper steps without a penalty, then as many lower steps as the loop's penalties
     one level   one AdamW on L_ft + weight L_CU, the concept batch cut so that it sees as many concept images
     uce         distilled, then the closed form, over the tokens behind the last word, or over all that differ
+    edit        distilled, then an edit of `erase`, of the style's phrase alone
     sld         distilled; all that is judged is kept away from the style while it is sampled
 
 Rivals are tuned on seed 3, which no table shows; all tries keep their rows. Of those that leave at most 2 % of the
@@ -47,6 +48,7 @@ from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import token_states
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig, preset
+from bilevel_fast.runs.erase_model import EDITS
 from bilevel_fast.runs.paper.attacks import Shifted, concept_vector, inverting
 from bilevel_fast.runs.paper.settings import Attack as Searching
 from bilevel_fast.sampling.safe import Strength, safe_of
@@ -183,7 +185,7 @@ class Bench:
 
     def _cost(self, recipe: Recipe) -> Row:
         upper = self._upper(recipe)
-        count = {"distilled": 0, "uce": 0, "sld": 0, "one level": recipe.steps or self.steps}.get(
+        count = {"distilled": 0, "uce": 0, "edit": 0, "sld": 0, "one level": recipe.steps or self.steps}.get(
             recipe.way, recipe.steps or self.upper_steps
         )
         penalties = count if upper.penalty and recipe.way in ("loop", "two-stage") else 0
@@ -191,7 +193,7 @@ class Bench:
         return {"lower_gradients": lower, "upper_gradients": count, "concept_images": count * upper.batch}
 
     def _upper(self, recipe: Recipe) -> Any:
-        settings = dict(recipe.upper)
+        settings = {} if recipe.way == "edit" else dict(recipe.upper)
         upper = self.config.upper
         if settings.pop("controlled", False):
             settings["controller"] = replace(upper.controller, enabled=True)
@@ -252,6 +254,13 @@ class Bench:
 
     def _sld(self, student: UNet, recipe: Recipe) -> None:
         self._begin(student)
+
+    def _edit(self, student: UNet, recipe: Recipe) -> None:
+        """Alone as in sentences: what the paper erases is a name."""
+        self._begin(student)
+        kind, style = EDITS[recipe.edit], STYLES[self.lab.erased[0]]
+        edit = kind(out=self.place, **recipe.upper)
+        edit.edit(student, Job(self.lab.folder, (Pair(f"in the style of {style}"),)))
 
     def _uce(self, student: UNet, recipe: Recipe) -> None:
         self._begin(student)
