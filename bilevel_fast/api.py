@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bilevel_fast.runs.erase_model import Erased
     from bilevel_fast.runs.export_model import Exported
     from bilevel_fast.runs.prune_method import Pruned
+    from bilevel_fast.sampling.safe import Strength
     from bilevel_fast.scale.team import Team
     from bilevel_fast.worlds.emoji.settings import Emoji
     from bilevel_fast.worlds.mini.settings import Mini
@@ -74,7 +75,7 @@ def train(config: "TrainConfig", team: "Team | None" = None) -> dict[str, Any]:
 
 
 def erase(
-    model: Folder, phrases: Sequence[str], *, out: Folder, edit: Literal["uce", "concept-prune"] = "uce",
+    model: Folder, phrases: Sequence[str], *, out: Folder, edit: Literal["uce", "time", "concept-prune"] = "uce",
     **settings: Any,
 ) -> "Erased":  # fmt: skip
     """Edit concepts out of a copy of a model: `python -m bilevel_fast.erase`.
@@ -84,7 +85,7 @@ def erase(
         phrases: As they stand in prompts: `in the style of waves`.
         out: The edited model's folder; must be new.
         edit: Which edit of the weights.
-        settings: Further fields of `bilevel_fast.runs.erase_model.UceArgs` or `ConceptPruneArgs`.
+        settings: Further fields of `bilevel_fast.runs.erase_model.UceArgs`, `TimeArgs` or `ConceptPruneArgs`.
     """
     from bilevel_fast.runs import erase_model
 
@@ -114,6 +115,8 @@ def evaluate(
     seed: int = 0,
     mini: "Mini | None" = None,
     emoji: "Emoji | None" = None,
+    safe: str | None = None,
+    safe_strength: "Strength | None" = None,
 ) -> dict[str, dict[str, Any]]:
     """What a built-in world's probe says about each model, by its path: `python -m bilevel_fast.evaluate`.
 
@@ -122,11 +125,15 @@ def evaluate(
         erase: The styles that should be gone.
         seed: Of the sampling noise.
         mini, emoji: How much is sampled, and which world it is; the mini one if neither is given.
+        safe: Text of a concept to keep the drawings away from (Safe Latent Diffusion).
+        safe_strength: How hard; None is `medium`.
     """
     from bilevel_fast.runs.judged import judged
+    from bilevel_fast.sampling.safe import safe_of
     from bilevel_fast.worlds.mini.settings import Mini
 
-    return judged([Path(path) for path in models], erase, seed, emoji or mini or Mini())
+    settings, away = emoji or mini or Mini(), safe_of(safe, safe_strength)
+    return judged([Path(path) for path in models], erase, seed, settings, away)
 
 
 def __getattr__(name: str) -> Any:

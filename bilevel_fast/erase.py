@@ -4,6 +4,7 @@ python -m bilevel_fast.erase uce --erase "in the style of pointillism" --preserv
 python -m bilevel_fast.erase concept-prune --erase "in the style of pointillism" --out runs/erased
 
 uce            keys and values of a text become those of its guide, in closed form (arXiv:2308.14761)
+time           the same, and nothing is preserved (arXiv:2303.08084)
 concept-prune  zeros feed-forward weights that work for the concept (arXiv:2405.19237)
 """
 
@@ -25,7 +26,7 @@ def main() -> None:
     alone("bilevel_fast.erase")
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(flags.overview(f"{__doc__}\nuce --help and concept-prune --help say more"))
+        print(flags.overview(f"{__doc__}\nuce --help, time --help and so on say more"))
         return
     if name not in EDITS:
         raise UserError(f"no edit {name!r}{nearest(name, EDITS)}")

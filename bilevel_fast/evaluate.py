@@ -21,6 +21,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
 from bilevel_fast.runs.config import preset
+from bilevel_fast.sampling.safe import Strength
 from bilevel_fast.worlds.emoji.settings import Emoji
 from bilevel_fast.worlds.mini.settings import Mini
 
@@ -35,7 +36,7 @@ class EvaluateConfig(Folders):
     )
     GROUPS: ClassVar = {
         "what is judged": ("suite", "seed", "json"),
-        "--suite mini": ("world", "models", "erase"),
+        "--suite mini": ("world", "models", "erase", "safe", "safe_strength"),
         "--suite style, nsfw or coco": (
             *("images", "prompts", "reference", "out", "clip_weights", "clip_model", "csd_weights"),
             *("inception_weights", "statistics_out", "draws", "fid_draws", "batch", "device"),
@@ -50,6 +51,11 @@ class EvaluateConfig(Folders):
     """mini: the styles that should be gone. Default: what `train` on --world erases."""
     seed: int = 0
     """Seed of the sampling noise, or of the bootstrap."""
+    safe: str | None = None
+    """mini: text of a concept to keep the drawings away from, as `sample --safe` does: a baseline that trains
+    nothing."""
+    safe_strength: Strength | None = None
+    """mini: how hard. Default: medium, whose warm-up of 10 leaves 2 of the judge's 12 steps; max has none."""
     mini: Mini = field(default_factory=Mini)
     emoji: Emoji = field(default_factory=Emoji)
     json: bool = False
@@ -69,13 +75,15 @@ def main() -> None:
             raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
         models, erase = config.models or (Path(config.world),), config.erase or preset(config.world).erase
         sampled = {config.world: getattr(config, config.world)}
-        rows = api.evaluate(models, erase, config.seed, **sampled)
+        away = {"safe": config.safe, "safe_strength": config.safe_strength}
+        rows = api.evaluate(models, erase, config.seed, **sampled, **away)
         print(json.dumps(rows, indent=2) if config.json else table(rows))
         return
     default = EvaluateConfig()
-    for name in ("world", "models", "erase", "mini", "emoji"):
+    for name in ("world", "models", "erase", "safe", "safe_strength", "mini", "emoji"):
         if getattr(config, name) != getattr(default, name):
-            raise UserError(f"--suite {config.suite} measures --images; --{name} is for --suite mini")
+            flag = name.replace("_", "-")
+            raise UserError(f"--suite {config.suite} measures --images; --{flag} is for --suite mini")
     result, text = measure(config, config.seed)
     print(json.dumps(result, indent=2, ensure_ascii=False) if config.json else text)
 

@@ -54,7 +54,7 @@ def _fill_folder(config: SampleConfig) -> None:
         raise UserError(f"{config.mixture} is not a mixture: {MIXTURE} is missing")
     assert config.prompts_file is not None
     rows = config.read(config.prompts_file)
-    same = ("steps", "guidance", "method", "size", "precision", "format")
+    same = ("steps", "guidance", "method", "size", "precision", "format", "safe", "safe_strength")
     with Bar("img") as bar:
         folder = sample_folder(
             config.mixture or config.model or TEACHER, rows, config.folder,

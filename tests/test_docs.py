@@ -50,6 +50,7 @@ SMALL = {
     "attack unlearn-diff": ["--iterations", "1", "--timesteps", "1"],
     "attack ring-a-bell": ["--population", "4", "--generations", "1"],
     "attack mma": ["--batch", "4", "--steps", "1"],
+    "erase time": [],
     "export": [],
     "train": SHORT,
     "sample": ["--steps", "3"],

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from benchmarks.rows import Row
 
-Way = Literal["distilled", "loop", "two-stage", "repair", "one level", "uce"]
+Way = Literal["distilled", "loop", "two-stage", "repair", "one level", "uce", "sld", "edit"]
+Strength = Literal["max", "strong", "medium", "weak"]
+"""Of SLD."""
 SEED = 3
 """Of the tuning, which no table shows."""
 GONE = 0.02
@@ -24,6 +26,8 @@ class Recipe:
         steps: Upper steps of a two-stage way, steps of the one level; 0 is as many as the loop takes.
         weight: Of L_CU in one level; of the preserved texts for UCE, 0 being its default.
         all_tokens: UCE moves all tokens that differ from the anchor's.
+        strength: Of SLD.
+        edit: Name of a command of `erase`, and its settings in `upper`.
         tuned: Whose tries on seed `SEED` decide the rest; empty for settings that stand here.
     """
 
@@ -33,6 +37,8 @@ class Recipe:
     steps: int = 0
     weight: float = 0.0
     all_tokens: bool = False
+    strength: Strength | None = None
+    edit: str = ""
     tuned: str = ""
 
 
@@ -77,6 +83,7 @@ TRIES: dict[str, dict[str, Recipe]] = {
     "uce, all tokens": {
         f"uce all tokens hold {hold:g}": Recipe("uce", weight=hold, all_tokens=True) for hold in (0.1, 1.0)
     },
+    "sld": {f"sld {strength}": Recipe("sld", strength=strength) for strength in get_args(Strength)},
     "schedule": {
         f"schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
     },
@@ -137,6 +144,8 @@ PLANS: dict[str, Plan] = {
         {"teacher": Recipe("distilled")} | _MAIN | _RIVALS | {"uce": Recipe("uce")},
         world="emoji", style="noto", erased=96, kept=48,
     ),
+    "tuning-4": Plan({"distilled": _MAIN["distilled"]} | TRIES["sld"], (SEED,), erased=36, kept=18),
+    "systems": Plan({"sld": Recipe("sld", tuned="sld"), "time": Recipe("edit", edit="time")}),
 }  # fmt: skip
 """In order of worth."""
 

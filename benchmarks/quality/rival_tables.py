@@ -24,7 +24,7 @@ SHARES = {
 }
 """Key of a share: heading, and which samples it is of."""
 SHOWN = {
-    "0.80 of the MACs": ("main", "closed", "solvers", "esd"),
+    "0.80 of the MACs": ("main", "closed", "solvers", "esd", "systems"),
     "0.55 of the MACs": ("tight",),
     "0.80, another erased style: waves": ("other",),
     "The null anchor": ("null",),

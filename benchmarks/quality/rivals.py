@@ -12,6 +12,8 @@ are judged on the same noise. What a row has cost is in it: gradients of L_ft an
     repair      distilled, then upper steps without a penalty, then as many lower steps as the loop's penalties
     one level   one AdamW on L_ft + weight L_CU, the concept batch cut so that it sees as many concept images
     uce         distilled, then the closed form, over the tokens behind the last word, or over all that differ
+    edit        distilled, then an edit of `erase`, of the style's phrase alone
+    sld         distilled; all that is judged is kept away from the style while it is sampled
 
 Rivals are tuned on seed 3, which no table shows; all tries keep their rows. Of those that leave at most 2 % of the
 concept the one with the least `miss` (see `tables`) is taken.
@@ -46,7 +48,9 @@ from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import token_states
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig, preset
+from bilevel_fast.runs.erase_model import EDITS
 from bilevel_fast.runs.paper.settings import Attack as Searching
+from bilevel_fast.sampling.safe import Strength, safe_of
 from bilevel_fast.training.levels import Level, bilevel, descend
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAnswers
@@ -176,7 +180,7 @@ class Bench:
 
     def _cost(self, recipe: Recipe) -> Row:
         upper = self._upper(recipe)
-        count = {"distilled": 0, "uce": 0, "one level": recipe.steps or self.steps}.get(
+        count = {"distilled": 0, "uce": 0, "edit": 0, "sld": 0, "one level": recipe.steps or self.steps}.get(
             recipe.way, recipe.steps or self.upper_steps
         )
         penalties = count if upper.penalty and recipe.way in ("loop", "two-stage") else 0
@@ -184,7 +188,7 @@ class Bench:
         return {"lower_gradients": lower, "upper_gradients": count, "concept_images": count * upper.batch}
 
     def _upper(self, recipe: Recipe) -> Any:
-        settings = dict(recipe.upper)
+        settings = {} if recipe.way == "edit" else dict(recipe.upper)
         upper = self.config.upper
         if settings.pop("controlled", False):
             settings["controller"] = replace(upper.controller, enabled=True)
@@ -243,6 +247,16 @@ class Bench:
         for _ in bilevel(level, None, 1, 0, recipe.steps or self.steps):
             pass
 
+    def _sld(self, student: UNet, recipe: Recipe) -> None:
+        self._begin(student)
+
+    def _edit(self, student: UNet, recipe: Recipe) -> None:
+        """Alone as in sentences: what the paper erases is a name."""
+        self._begin(student)
+        kind, style = EDITS[recipe.edit], STYLES[self.lab.erased[0]]
+        edit = kind(out=self.place, **recipe.upper)
+        edit.edit(student, Job(self.lab.folder, (Pair(f"in the style of {style}"),)))
+
     def _uce(self, student: UNet, recipe: Recipe) -> None:
         self._begin(student)
         lab, style = self.lab, self.lab.erased[0]
@@ -260,10 +274,12 @@ class Bench:
         uce.apply(student, uce.solve(new, uce.gram(encoder, weights), uce.Uce().ridge))
 
     @torch.no_grad()
-    def judge(self, student: UNet) -> Row:
-        """Shares, how many samples they are of, and where the erased prompts' pictures went."""
+    def judge(self, student: UNet, strength: Strength | None = None) -> Row:
+        """Shares, how many samples they are of, and where the erased prompts' pictures went; `strength`: of SLD."""
         config, lab = self.config, self.lab
-        portfolio = lab.world.portfolio(student.eval(), lab.folder, lab.erased, config.world_settings, config.seed)
+        away = safe_of(lab.world.phrase(lab.erased[0]), strength) if strength else None
+        asked = lab.folder, lab.erased, config.world_settings, config.seed
+        portfolio = lab.world.portfolio(student.eval(), *asked, away)
         seen = lab.world.probe(portfolio.images).style_logits.argmax(1)
         gone = torch.tensor([scene.style in lab.erased for scene in portfolio.scenes])
         plain: Tensor = (seen[gone] == 0).double().mean()
@@ -319,7 +335,7 @@ def run(args: Run, name: str, plan: Plan, say: Callable[[str], None]) -> None:
         for case in missing:
             recipe = chosen(case, plan.cases[case], of_world(read(ROWS), plan.world))
             student, cost = bench.make(case, recipe)
-            found = {**bench.judge(student), **cost, "settings": asdict(recipe)}
+            found = {**bench.judge(student, recipe.strength), **cost, "settings": asdict(recipe)}
             where = {"plan": name, "seed": seed, "world": plan.world, "style": plan.style, "budget": plan.budget}
             append(ROWS, {"suite": "rivals", "case": case, **where, **found, **describe(CPU)})
             say(f"{name} seed {seed} {case}: {found}")

@@ -29,10 +29,13 @@ LEVEL = 2  # of the random numbers: neither the lower nor the upper level's
 
 
 class Shifted:
-    """A text encoder whose states of every prompt but the null one are moved by the same tensor (L, D)."""
+    """A text encoder whose states of every prompt but the null one are moved by the same tensor (L, D).
 
-    def __init__(self, encoder: TextEncoder, shift: Tensor):
-        self.encoder, self.shift = encoder, shift
+    `spared` are texts that an attacker cannot reach: what the sampler itself asks for.
+    """
+
+    def __init__(self, encoder: TextEncoder, shift: Tensor, spared: Sequence[str] = ()):
+        self.encoder, self.shift, self.spared = encoder, shift, spared
 
     @property
     def width(self) -> int:
@@ -48,7 +51,8 @@ class Shifted:
 
     def encode(self, prompts: Sequence[str]) -> Tensor:
         text = self.encoder.encode(prompts)
-        named = torch.tensor([bool(prompt.strip()) for prompt in prompts], device=text.device)
+        reached = [bool(prompt.strip()) and prompt not in self.spared for prompt in prompts]
+        named = torch.tensor(reached, device=text.device)
         return text + named[:, None, None] * _shift_of(text, self.shift)
 
     def mask(self, prompts: Sequence[str]) -> Tensor:

@@ -18,6 +18,8 @@ that shrinks the weakest directions away, too. So directions are taken out where
 
 P depends on the text encoder alone: it is found once, in fp64, before the first step.
 
+**TIME** (arXiv:2303.08084) is the same without preserved texts: H is made of the guides and of its own lambda.
+
 **ConceptPrune** (arXiv:2405.19237): the masks of `erasing.concept_prune`, found from the student as it is at the first
 upper step, or anew at every so many. The lower level may move masked weights between two upper steps, and the next
 one zeros them again.
@@ -87,6 +89,16 @@ def _pairs(upper: Upper, ground: Ground) -> list[tuple[Pair, ...]]:
     return banks
 
 
+def _weighed(banks: list[tuple[Pair, ...]], ground: Ground) -> list[Pair]:
+    """All pairs: those of a concept weigh 1 together, or as its bank's share asks."""
+    weights = weights_of(ground.concepts)
+    return [
+        replace(pair, weight=weight / (sum(weights) / len(weights)) / len(bank))
+        for bank, weight in zip(banks, weights, strict=True)
+        for pair in bank
+    ]
+
+
 def uce(upper: Upper, ground: Ground) -> "UceProjection":
     """UCE as the settings name it.
 
@@ -106,12 +118,7 @@ def uce(upper: Upper, ground: Ground) -> "UceProjection":
         if clashes:
             _log.warning("%d lower captions hold an erased phrase, such as %r: not preserved", clashes, erased[0])
     kept = dict.fromkeys(("", *kept))
-    weights = weights_of(ground.concepts)
-    pairs = [
-        replace(pair, weight=weight / (sum(weights) / len(weights)) / len(bank))
-        for bank, weight in zip(banks, weights, strict=True)
-        for pair in bank
-    ]
+    pairs = _weighed(banks, ground)
     new = match(ground.encoder, pairs, device)
     held_by = gram(ground.encoder, {text: settings.hold / len(kept) for text in kept}, device)
     matrix, directions = projection(new, held_by, settings.ridge)
@@ -120,6 +127,22 @@ def uce(upper: Upper, ground: Ground) -> "UceProjection":
         _log.warning(
             "uce: what is preserved holds all that is to be erased; lower --upper.uce.hold or --upper.uce.ridge"
         )
+    return UceProjection(ground.flat, names, about, matrix)
+
+
+def time(upper: Upper, ground: Ground) -> "UceProjection":
+    """TIME as the settings name it.
+
+    Raises:
+        UserError: The student has no such layer left, or a text cannot be erased.
+    """
+    pairs, device = _weighed(_pairs(upper, ground), ground), ground.flat.master.device
+    names = [name for name, _ in matrices(ground.student)]
+    nothing = gram(ground.encoder, {}, device)
+    matrix, directions = projection(match(ground.encoder, pairs, device), nothing, upper.time.ridge)
+    about = f"keys and values, {len(pairs)} texts, nothing preserved, {directions} of {len(matrix)} directions"
+    if not directions:
+        _log.warning("time: lambda holds all that is to be erased; lower --upper.time.ridge")
     return UceProjection(ground.flat, names, about, matrix)
 
 

@@ -139,6 +139,7 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         eager=True,
     ),
     "uce": EditKind(loop_edits.uce, reads=("uce",)),
+    "time": EditKind(loop_edits.time, reads=("time",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
 }
 

@@ -97,6 +97,17 @@ class UceStep(Section):
 
 
 @dataclass(frozen=True)
+class TimeStep(Section):
+    """TIME as an upper step: each projects keys and values of all cross-attentions, and preserves no text."""
+
+    ridge: float = 0.1
+    """How much the weights hold on to what they are."""
+
+    def check(self) -> None:
+        in_range("--upper.time.ridge", self.ridge, "> 0 and finite", 0 < self.ridge < math.inf)
+
+
+@dataclass(frozen=True)
 class ConceptPruneStep(Section):
     """ConceptPrune as an upper step: each zeros what masks name, and the lower level may move it again."""
 
@@ -164,8 +175,8 @@ class Upper:
     """Upper steps of linear warm-up; the first has learning rate 0."""
     eraser: str = "guidance"
     """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun,
-    erasediff or forget-me-not. Or an edit of its weights, made again at every upper step: uce or concept-prune; these
-    have no gradient, and of this section read every, anchor and what bears their name."""
+    erasediff or forget-me-not. Or an edit of its weights, made again at every upper step: uce, time or concept-prune;
+    these have no gradient, and of this section read every, anchor and what bears their name."""
     source: Literal["paper", "teacher", "start", "self"] = "paper"
     """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
     student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
@@ -194,6 +205,7 @@ class Upper:
     salun: Salun = field(default_factory=Salun)
     erasediff: Erasediff = field(default_factory=Erasediff)
     uce: UceStep = field(default_factory=UceStep)
+    time: TimeStep = field(default_factory=TimeStep)
     concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)
 
     def walks(self) -> dict[str, tuple[int, Literal["ddim"]]]:

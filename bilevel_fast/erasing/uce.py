@@ -83,7 +83,7 @@ class Uce:
         new, old = (match(encoder, some, device) for some in (pairs, kept_pairs))
         held = gram(encoder, weights, device) + old.erased.T @ (old.weight * old.erased)
         delta = solve(new, held, self.ridge)
-        table = _measure(dict(matrices(unet)), delta, new, old, _states(encoder, preserve, device))
+        table = measure(dict(matrices(unet)), delta, new, old, states_of(encoder, preserve, device))
         apply(unet, delta)
         settings = {field.name: getattr(self, field.name) for field in fields(Uce)} | {"preserve_scale": scale}
         record = Record("uce", job.pairs, job.frames, preserve, settings, skipped)
@@ -180,12 +180,13 @@ def _carried(job: Job, pairs: Sequence[Pair]) -> tuple[list[Pair], dict[str, flo
     )
 
 
-def _states(encoder: TextEncoder, preserve: Sequence[str], device: torch.device) -> Tensor:
+def states_of(encoder: TextEncoder, preserve: Sequence[str], device: torch.device) -> Tensor:
+    """Of all tokens of the first few texts, (n, D) fp64."""
     return token_states(encoder, preserve[:_MEASURED]).to(device).double().flatten(0, 1)
 
 
 @torch.no_grad()
-def _measure(
+def measure(
     parameters: dict[str, nn.Parameter], delta: Tensor, new: Matched, old: Matched, kept: Tensor
 ) -> dict[str, dict[str, float]]:
     """Norms over all matrices of a kind and all tokens of a group, before against after, from the fp64 solution."""

@@ -1,4 +1,4 @@
-"""`python -m bilevel_fast.erase EDIT`: settings of both edits, and the edit of a model folder."""
+"""`python -m bilevel_fast.erase EDIT`: settings of all edits, and the edit of a model folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from bilevel_fast.base.tables import table
 from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
 from bilevel_fast.erasing.pairs import check, framed, make_pairs, read_pairs
+from bilevel_fast.erasing.time_edit import Time
 from bilevel_fast.erasing.uce import Uce
 from bilevel_fast.models.folder import load_folder, save_student
 from bilevel_fast.models.structure import Structure
@@ -36,8 +37,8 @@ class _Asked:
     """More of them: CSV with the columns erase and guide, and perhaps weight."""
     subjects: str | None = None
     """Sentences that hold the concept where `{}` stands, or end with it: a prompt file, or `things`, `people`, `mini`
-    or `emoji`: that world's captions that are not held out for its judge. uce takes the texts by themselves as well,
-    and needs none: many of them, without --preserve, move everything else. concept-prune takes by default the model's
+    or `emoji`: that world's captions that are not held out for its judge. uce and time take the texts by themselves
+    as well, and need none: many of them, without --preserve, move everything else. concept-prune takes by default the model's
     own world, else `things`."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
@@ -59,7 +60,13 @@ class ConceptPruneArgs(ConceptPrune, _Asked):
     """Zero the feed-forward weights that work more for prompts with the concept than for prompts with its guide."""
 
 
-EDITS: dict[str, type[UceArgs] | type[ConceptPruneArgs]] = {"uce": UceArgs, "concept-prune": ConceptPruneArgs}
+@dataclass(frozen=True)
+class TimeArgs(Time, _Asked):
+    """Give the texts to erase the keys and values of their guides, in closed form, and preserve nothing."""
+
+
+Args = UceArgs | TimeArgs | ConceptPruneArgs
+EDITS: dict[str, type[Args]] = {"uce": UceArgs, "time": TimeArgs, "concept-prune": ConceptPruneArgs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +84,7 @@ class Erased:
     page: str
 
 
-def erase(args: UceArgs | ConceptPruneArgs) -> Erased:
+def erase(args: Args) -> Erased:
     """Edit a copy of the model and write its folder.
 
     Raises:
@@ -87,16 +94,17 @@ def erase(args: UceArgs | ConceptPruneArgs) -> Erased:
         return _erase(args)
 
 
-def _erase(args: UceArgs | ConceptPruneArgs) -> Erased:
+def _erase(args: Args) -> Erased:
     weights, kept = (args.weights, args.preserve) if isinstance(args, UceArgs) else ((), None)
     pairs = make_pairs(args.erase, args.guide, weights) if args.erase or args.pairs is None else ()
     pairs += read_pairs(args.pairs) if args.pairs is not None else ()
-    if isinstance(args, ConceptPruneArgs) and any(pair.weight != 1 for pair in pairs):
-        raise UserError(f"{args.pairs} has weights, and concept-prune has no use for them; uce has")
+    if not isinstance(args, UceArgs) and any(pair.weight != 1 for pair in pairs):
+        name = next(name for name, kind in EDITS.items() if isinstance(args, kind))
+        raise UserError(f"{args.pairs} has weights, and {name} has no use for them; uce has")
     preserve = tuple(read_prompts(kept)) if kept is not None else ()
     device = pick_device(args.device)
     folder = load_folder(args.model, device)
-    default = None if isinstance(args, UceArgs) else folder.family.world or "things"
+    default = folder.family.world or "things" if isinstance(args, ConceptPruneArgs) else None
     frames = find_frames(args.subjects, folder.family.world, default)
     check(pairs, preserve, folder.text_encoder)
     check(framed(pairs, frames), preserve, folder.text_encoder)

@@ -7,18 +7,22 @@ from typing import Any
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.progress import Bar
 from bilevel_fast.models.folder import load_folder
-from bilevel_fast.worlds import world
+from bilevel_fast.sampling.safe import Safe
+from bilevel_fast.worlds import drawn_world
 from bilevel_fast.worlds.settings import Drawn
 
 
-def judged(models: Sequence[Path], erase: Sequence[str], seed: int, settings: Drawn) -> dict[str, dict[str, Any]]:
-    """What the probe of the settings' world says about each model folder, by its path.
+def judged(
+    models: Sequence[Path], erase: Sequence[str], seed: int, settings: Drawn, safe: Safe | None = None
+) -> dict[str, dict[str, Any]]:
+    """What the probe of the settings' world says about each model folder, by its path; `safe` keeps their
+    drawings away from a concept.
 
     Raises:
         UserError: A style is none, or a folder holds no model of that world.
     """
     settings.check()
-    here = world(settings.NAME)
+    here = drawn_world(settings.NAME)
     erased = here.erased_concepts(erase)
     folders = [load_folder(path) for path in models]
     for folder in folders:
@@ -28,7 +32,7 @@ def judged(models: Sequence[Path], erase: Sequence[str], seed: int, settings: Dr
     with Bar("model") as bar:
         for number, folder in enumerate(folders):
             bar(number, len(folders))
-            samples = here.portfolio(folder.unet(), folder, erased, settings, seed)
-            found[str(folder.path)] = here.quality(samples, erased)
+            samples = materials.portfolio(folder.unet(), folder, erased, settings, seed, safe)
+            found[str(folder.path)] = materials.quality(samples, erased)
         bar(len(folders), len(folders))
     return found

@@ -9,6 +9,7 @@ from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import Prediction, UNet
 from bilevel_fast.ops.randomness import Stream, normal
+from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.sampling.samplers import Method, guided, sample
 
 Model = Callable[[Tensor, Tensor, Tensor], Prediction]
@@ -30,6 +31,7 @@ def generate(
     stream: Stream = Stream.INITIAL,
     batch: int = 36,
     model: Callable[[slice], Model] | None = None,
+    safe: Safe | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Sample latents with classifier-free guidance.
@@ -40,7 +42,8 @@ def generate(
         size: Latent height and width.
         batch: Prompts per call of the UNet, which sees twice as many rows.
         model: What to call in place of `unet` for some of the prompts, given which. It may be called with all of their
-            rows, or with twice as many: without the prompts, then with them.
+            rows, or with twice as many: without the prompts, then with them; thrice with `safe`.
+        safe: What to keep away from (Safe Latent Diffusion); it wants a third row for each prompt.
         progress: Called after each batch with the number of prompts done.
 
     Returns:
@@ -55,7 +58,11 @@ def generate(
         text = text_encoder.encode(prompts[rows]).to(device)
         x_T = normal(seed, stream, list(indices[rows]), shape).to(device)
         call = unet if model is None else model(rows)
-        done.append(sample(guided(call, text, null, guidance), x_T, schedule, steps, method).cpu())
+        if safe is None:
+            predict = guided(call, text, null, guidance)
+        else:
+            predict = safe.predictor(call, text, null, text_encoder, guidance, schedule)
+        done.append(sample(predict, x_T, schedule, steps, method).cpu())
         if progress:
             progress(min(start + batch, len(prompts)))
     return torch.cat(done)

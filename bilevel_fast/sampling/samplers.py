@@ -37,7 +37,9 @@ _MULTISTEP = {
 }
 
 
-class _Output(Protocol):
+class Output(Protocol):
+    """What a network returns."""
+
     @property
     def out(self) -> Tensor: ...
 
@@ -174,9 +176,7 @@ def _pndm(ask: Callable[[Tensor, int], Tensor], move: Move, x_T: Tensor, grid: t
     return x
 
 
-def guided(
-    model: Callable[[Tensor, Tensor, Tensor], _Output], text: Tensor, uncond: Tensor, guidance: float
-) -> Predict:
+def guided(model: Callable[[Tensor, Tensor, Tensor], Output], text: Tensor, uncond: Tensor, guidance: float) -> Predict:
     """A predictor with classifier-free guidance: v_u + guidance (v_c - v_u).
 
     One call of twice the batch, [unconditional, conditional]; with a guidance of 1 only the conditional half.

@@ -21,6 +21,7 @@ class SampleConfig(RowFlags, GridFlags):
         "what is drawn": ("prompts", "prompts_file", "model", "mixture", "prompt_encoder"),
         "where to": ("out", "folder", "format"),
         "how": ("seeds", "steps", "guidance", "method", "size", "batch", "precision", "device"),
+        "what is kept away": ("safe", "safe_strength"),
         "how --prompts-file is read": (
             *("layout", "prompt_column", "id_column", "seed_column", "duplicates", "limit"),
         ),

@@ -34,6 +34,7 @@ from bilevel_fast.sampling.image_folder import ImageFolder, ImageWriter
 from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import to_pixels
 from bilevel_fast.sampling.prompts import Row
+from bilevel_fast.sampling.safe import Strength, safe_of
 from bilevel_fast.sampling.samplers import Method, checked_grid, guided, sample
 
 Format = Literal["png", "latents"]
@@ -62,6 +63,10 @@ class Recipe:
     and the VAE compute in fp32."""
     format: Format = "png"
     """PNG pictures, or latents as safetensors."""
+    safe: str | None = None
+    """Text of a concept to keep away from (Safe Latent Diffusion); it wants a third row for each prompt."""
+    safe_strength: Strength | None = None
+    """How hard. Default: medium, with a concept."""
 
     def of(self, folder: ModelFolder, device: torch.device) -> "Recipe":
         """With the defaults filled in, for a model and a device to draw on: what is drawn says what it was drawn in.
@@ -83,6 +88,8 @@ class Recipe:
             raise UserError(f"seed is {self.seed}; it must be in [0, 2**64)")
         checked_grid(folder.schedule, self.steps, self.method)
         half = compute_dtype(self.precision, device) == torch.bfloat16
+        if (safe := safe_of(self.safe, self.safe_strength)) is not None:
+            self = replace(self, safe_strength=safe.strength)
         return replace(self, guidance=guidance, size=size, precision="bf16" if half else "fp32")
 
 
@@ -118,7 +125,7 @@ def sample_folder(
         rows: All images, of all processes.
         out: The folder; new, or begun with the same recipe, model and prompts.
         recipe: How.
-        batch: Prompts per call of the UNet, which sees twice as many rows unless guidance is 1.
+        batch: Prompts per call of the UNet, which sees twice as many rows unless guidance is 1, thrice with `safe`.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU if there is one, its own in each process of a machine.
         ranks: This process draws rows rank, rank + world, ...; by default what torchrun says. Processes do not wait
             for each other: the folder is complete when the last one has returned.
@@ -142,7 +149,7 @@ def sample_folder(
     recipe = recipe.of(folder, place)
     if folder.family.closed_vocabulary:
         folder.text_encoder.mask(
-            [row.prompt for row in rows]
+            [row.prompt for row in rows] + ([] if recipe.safe is None else [recipe.safe])
         )  # it has few words: refuses others before the first image
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else place.type
     run = {"batch": batch, "device": name, "torch": torch.__version__}
@@ -209,7 +216,10 @@ def _draw(
     null = folder.text_encoder.encode([""]).to(device)
     shape = (folder.config.in_channels, recipe.size, recipe.size)
     x_T = noise(filled, recipe.seed, shape).to(device)
-    latents = sample(guided(unet, text, null, recipe.guidance), x_T, folder.schedule, recipe.steps, recipe.method)
+    predict = guided(unet, text, null, recipe.guidance)
+    if (safe := safe_of(recipe.safe, recipe.safe_strength)) is not None:
+        predict = safe.predictor(unet, text, null, folder.text_encoder, recipe.guidance, folder.schedule)
+    latents = sample(predict, x_T, folder.schedule, recipe.steps, recipe.method)
     finite = latents.isfinite().flatten(1).all(1).tolist()
     for row, good in zip(rows, finite, strict=False):
         if not good:

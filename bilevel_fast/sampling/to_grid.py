@@ -13,6 +13,7 @@ from bilevel_fast.base.files import write_atomic
 from bilevel_fast.sampling.generate import generate
 from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import picture, png
+from bilevel_fast.sampling.safe import Strength, safe_of
 from bilevel_fast.sampling.samplers import Method
 from bilevel_fast.sampling.to_folder import check_size
 
@@ -41,6 +42,11 @@ class GridFlags:
     """Classifier-free guidance scale. Default: 3 for a built-in world, 5 for Stable Diffusion XL, else 7.5."""
     method: Method = "pndm"
     """Sampler."""
+    safe: str | None = None
+    """Text of a concept to keep away from while sampling, whatever the model has learnt (Safe Latent Diffusion); a call
+    of the network then has a third row for each image."""
+    safe_strength: Strength | None = None
+    """How hard. Default: medium. All four are the paper's, for 50 steps; warm-ups of 15, 10, 7 and 0 of them."""
     size: int | None = None
     """Height and width of the latents. Default: what the model was made for; in a folder 64 (512 pixels) at most, XL's
     excepted."""
@@ -65,6 +71,7 @@ def draw_grid(model: Path, asked: GridFlags, load: Load = load_painter) -> Path:
     out = asked.out or Path("grid.png")
     if not asked.prompts or not asked.seeds:
         raise UserError("--prompts and --seeds want at least one value")
+    safe_of(asked.safe, asked.safe_strength)
     with claimed(out):
         _draw(model, asked, out, load)
     return out
@@ -86,7 +93,7 @@ def _draw(model: Path, asked: GridFlags, out: Path, load: Load) -> None:
             latents = generate(
                 unet, folder.schedule, folder.text_encoder, [prompts[n] for n in numbers], [0] * len(numbers),
                 seed=seed, size=(size, size), guidance=guidance, steps=asked.steps, method=asked.method,
-                model=call,
+                model=call, safe=safe_of(asked.safe, asked.safe_strength),
             )  # fmt: skip
             for n, latent in zip(numbers, latents, strict=True):
                 images[seed, n] = folder.vae.decode(latent[None].to(place)).cpu()

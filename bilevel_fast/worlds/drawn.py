@@ -14,6 +14,7 @@ from bilevel_fast.data.sources import MemorySource
 from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.worlds.judge import Samples, judge, paint, relatives
 from bilevel_fast.worlds.likeness import Likeness, likeness
 from bilevel_fast.worlds.probe import Probe, labels
@@ -111,8 +112,16 @@ class DrawnWorld(Drawings[S]):
         """What a model is judged on: first the erased styles' scenes, then all others'."""
         return self.erased_scenes(erased, settings.judge_erased) + self.kept_scenes(erased, settings.judge_kept)
 
-    def portfolio(self, unet: UNet, folder: ModelFolder, erased: Sequence[int], settings: Drawn, seed: int) -> Samples:
-        """The samples that a model is judged by, of `asked`."""
+    def portfolio(
+        self,
+        unet: UNet,
+        folder: ModelFolder,
+        erased: Sequence[int],
+        settings: Drawn,
+        seed: int,
+        safe: Safe | None = None,
+    ) -> Samples:
+        """The samples that a model is judged by, of `asked`; `safe` keeps all of them away from a concept."""
         assert isinstance(folder.vae, PixelUnshuffleVAE)
         return paint(
             unet,
@@ -123,6 +132,7 @@ class DrawnWorld(Drawings[S]):
             seed=seed,
             guidance=settings.guidance,
             steps=settings.judge_steps,
+            safe=safe,
         )
 
     def hits(self, samples: Samples, erased: Sequence[int]) -> dict[str, float]:

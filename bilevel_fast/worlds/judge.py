@@ -23,6 +23,7 @@ from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.sampling.generate import generate
+from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.worlds.probe import Probe, labels
 from bilevel_fast.worlds.scenes import Drawings, Scene
 
@@ -53,8 +54,12 @@ def paint(
     seed: int,
     guidance: float,
     steps: int,
+    safe: Safe | None = None,
 ) -> Samples:
-    """Sample one image per scene with DDIM; image i starts from the same noise for every model."""
+    """Sample one image per scene with DDIM; image i starts from the same noise for every model.
+
+    `safe` keeps all of them away from a concept.
+    """
     size = unet.config.sample_size, unet.config.sample_size
     prompts = [scene.caption for scene in scenes]
     latents = generate(
@@ -68,6 +73,7 @@ def paint(
         guidance=guidance,
         steps=steps,
         method="ddim",
+        safe=safe,
     )
     return Samples(vae.decode(latents).clamp(-1, 1), tuple(scenes))
 

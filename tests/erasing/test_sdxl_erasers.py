@@ -60,11 +60,11 @@ def test_an_upper_step_of_each(place, tmp_path, name):
     """It reaches the first and the last block of a Transformer of several."""
     edits = isinstance(ERASERS[name], EditKind)
     moved, record = step(place, tmp_path, "--upper.eraser", name, *([] if edits else UPPER), *FLAGS.get(name, []))
-    ends = {"uce": "attn2.to_k.weight", "concept-prune": "ff.net.2.weight"}
+    ends = {"concept-prune": "ff.net.2.weight"}
     for block in (SHALLOW, DEEP):
         assert f"{block}.{ends.get(name, 'attn2.to_k.weight')}" in moved
     if edits:
-        edited = ("attn2.to_k.weight", "attn2.to_v.weight") if name == "uce" else ("ff.net.2.weight",)
+        edited = ("attn2.to_k.weight", "attn2.to_v.weight") if name != "concept-prune" else ("ff.net.2.weight",)
         assert all(parameter.endswith(edited) for parameter in moved)
     else:
         assert record["upper/suppression"] > 0

@@ -47,10 +47,11 @@ def world_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.devi
     def bench(seed: int, concepts: Sequence[str]) -> Bench:
         own, place = replace(config, seed=seed, erase=tuple(concepts)), _place(out, seed, concepts)
         erased = here.erased_concepts(concepts)
+        phrases = [here.phrase(style) for style in erased]
         recipe = _recipe(
             own,
             rows,
-            [here.phrase(style) for style in erased],
+            phrases,
             list(map(Frame.of, here.subjects())),
             [scene.caption for scene in here.scenes if scene.style not in erased],
         )
@@ -58,8 +59,9 @@ def world_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.devi
         bank = shop.materials.concepts
         assert bank is not None
         judge = WorldJudge(
-            here, folder, own, erased, bank, lambda: shop("distilled"), rows.attack, place / "samples", device
-        )
+            here, folder, own, erased, bank, lambda: shop("distilled"), rows.attack, place / "samples", device,
+            rows.sld.of(phrases),
+        )  # fmt: skip
         return Bench(shop, judge)
 
     return bench
@@ -99,7 +101,8 @@ def full_benches(
         recipe = _recipe(own, rows, concepts, FRAMES[full.subjects], preserve)
         recipe = replace(recipe, names=named(concepts, full.subjects))
         shop = _shop(recipe, folder, [], place, device, stop)
-        return Bench(shop, FullJudge(full, scorers, place / "samples", lambda: shop("distilled"), seed, device))
+        samples, safe = place / "samples", rows.sld.of(concepts)
+        return Bench(shop, FullJudge(full, scorers, samples, lambda: shop("distilled"), seed, device, safe))
 
     return bench
 

@@ -5,6 +5,7 @@ What needs a file that was not given is not measured, and the log says which fla
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bilevel_fast.metrics.scorers import Scorers
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Full
 from bilevel_fast.sampling.image_folder import ImageFolder
+from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.sampling.to_folder import Recipe, sample_folder
 
 _log = logging.getLogger(__name__)
@@ -49,13 +51,22 @@ class FullJudge:
         reference: The folder of the distilled student.
         seed: Of the noise, where a prompt file has no seeds.
         device: To sample on.
+        safe: What the model `sld` is kept away from.
     """
 
     def __init__(
-        self, given: Full, scorers: Scorers, out: Path, reference: Callable[[], Path], seed: int, device: torch.device
+        self,
+        given: Full,
+        scorers: Scorers,
+        out: Path,
+        reference: Callable[[], Path],
+        seed: int,
+        device: torch.device,
+        safe: Safe,
     ):
         self.given, self.scorers, self.out, self.reference = given, scorers, out, reference
         self.recipe, self.device = Recipe(given.steps, given.guidance, seed=seed), device
+        self.recipes = {"sld": replace(self.recipe, safe=safe.concept, safe_strength=safe.strength)}
         self._said: set[str] = set()
 
     def columns(self, measure: str) -> tuple[Column, ...]:
@@ -84,7 +95,8 @@ class FullJudge:
         """The folder with a model's images of a prompt file; what is there is not drawn again."""
         folder = self.out / name / (file.stem if limit is None else f"{file.stem}-first-{limit}")
         rows = read_prompt_set(file).rows[:limit]
-        sample_folder(path, rows, folder, self.recipe, batch=self.given.batch, device=str(self.device))
+        recipe = self.recipes.get(name, self.recipe)
+        sample_folder(path, rows, folder, recipe, batch=self.given.batch, device=str(self.device))
         return folder
 
     def _style(self, name: str, path: Path) -> Numbers:

@@ -1,7 +1,7 @@
 """What the rows of an experiment are made with, besides the bilevel run itself."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +10,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.settings import EsdSettings, Upper
 from bilevel_fast.erasing.uce import Uce
+from bilevel_fast.sampling.safe import Safe, Strength
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,18 @@ class EsdRow:
         return replace(
             shared, eraser="esd", subset=self.subset, esd=self.sample, lr=lr, penalty=0.0, surgery=False, source="paper"
         )
+
+
+@dataclass(frozen=True)
+class SldRow:
+    """Safe Latent Diffusion: the distilled student, kept away from the concepts while sampling."""
+
+    strength: Strength = "medium"
+    """weak, medium, strong or max."""
+
+    def of(self, phrases: Sequence[str]) -> Safe:
+        """Away from all the phrases."""
+        return Safe(", ".join(phrases), self.strength)
 
 
 @dataclass(frozen=True)
@@ -57,11 +70,12 @@ class Rows:
     esd: EsdRow = field(default_factory=EsdRow)
     uce: Uce = field(default_factory=Uce)
     concept_prune: ConceptPrune = field(default_factory=ConceptPrune)
+    sld: SldRow = field(default_factory=SldRow)
     attack: Attack = field(default_factory=Attack)
 
 
-MINI = Rows(esd=EsdRow(sample=EsdSettings(steps=20)), concept_prune=ConceptPrune(steps=12))
-"""On a built-in world: fewer steps to a sample, as for its judge."""
+MINI = Rows(esd=EsdRow(sample=EsdSettings(steps=20)), concept_prune=ConceptPrune(steps=12), sld=SldRow("max"))
+"""On a built-in world: fewer steps to a sample, as for its judge; SLD without a warm-up, which would take most."""
 
 
 UNREAD = {

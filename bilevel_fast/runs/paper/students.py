@@ -7,6 +7,7 @@
     concept-prune  distilled, then edited by ConceptPrune (arXiv:2405.19237)
     bilevel        pruned, then lower and upper steps in turn
     bilevel-uce    the same with UCE as the upper step: a projection instead of a gradient
+    sld            distilled, and kept away from the concept while sampling (arXiv:2211.05105)
 
 All start from one pruned student and see the same lower batches. A folder that is there already is read, not made
 again, so a run that was killed goes on; the two long trainings go on from their last checkpoint.
@@ -46,8 +47,9 @@ LABELS = {
     "concept-prune": "distilled + ConceptPrune",
     "bilevel": "bilevel",
     "bilevel-uce": "bilevel, UCE inside",
+    "sld": "distilled + SLD",
 }
-"""Rows of the tables; all but the last are the paper's, in its order."""
+"""Rows of the tables; all but the last two are the paper's, in its order."""
 
 
 Notes = Mapping[str, dict[str, Any]]
@@ -110,7 +112,10 @@ class Workshop:
             Interrupted: A stop was asked for.
             UserError: A step of it cannot be carried out.
         """
-        return self.folder.path if name == "teacher" else self._keep(name, lambda: self._make(name))
+        if name == "teacher":
+            return self.folder.path
+        name = "distilled" if name == "sld" else name  # what differs is how it is sampled: the judge knows
+        return self._keep(name, lambda: self._make(name))
 
     def after(self, name: str, steps: int, weights: LossWeights, random: bool) -> Path:
         """The folder of a student distilled on the way to somewhere, for a curve.

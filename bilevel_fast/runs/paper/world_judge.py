@@ -20,6 +20,7 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Attack
+from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.worlds.drawn import DrawnWorld
 from bilevel_fast.worlds.judge import Samples, paint, relatives
 
@@ -39,6 +40,7 @@ class WorldJudge:
         attack: Settings of the attacks.
         out: Where samples are kept, a file for each model.
         device: To sample on.
+        safe: What the model `sld` is kept away from.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class WorldJudge:
         attack: Attack,
         out: Path,
         device: torch.device,
+        safe: Safe,
     ):
+        self.safe = {"sld": safe}
         self.world, self.folder, self.config, self.erased, self.bank = world, folder, config, erased, bank
         self.attack, self.out, self.device, self._reference = attack, out, device, reference
         self.settings = config.world_settings
@@ -107,7 +111,8 @@ class WorldJudge:
         scenes = tuple(self.world.asked(self.erased, self.settings))
         if not file.exists():
             unet = self._unet(path)
-            images = self.world.portfolio(unet, self.folder, self.erased, self.settings, self.config.seed).images
+            asked = self.folder, self.erased, self.settings, self.config.seed
+            images = self.world.portfolio(unet, *asked, self.safe.get(name)).images
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, save({"images": images}))
         with open_safetensors(file) as tensors:
@@ -143,14 +148,16 @@ class WorldJudge:
             unet, self.folder.schedule, encoder, self.bank, vector,
             steps=attack.steps, batch=attack.batch, lr=attack.lr, seed=self.config.seed,
         )  # fmt: skip
+        safe = self.safe.get(name)
+        spared = [safe.concept] if safe else []
         return {
-            "named": self._removed(unet, encoder, named=True),
-            "vector": self._removed(unet, Shifted(encoder, vector), named=False),
-            "inversion": self._removed(unet, Shifted(encoder, learnt), named=False),
+            "named": self._removed(unet, encoder, safe, named=True),
+            "vector": self._removed(unet, Shifted(encoder, vector, spared), safe, named=False),
+            "inversion": self._removed(unet, Shifted(encoder, learnt, spared), safe, named=False),
         }
 
     @torch.no_grad()
-    def _removed(self, unet: UNet, encoder: TextEncoder, named: bool) -> float:
+    def _removed(self, unet: UNet, encoder: TextEncoder, safe: Safe | None, named: bool) -> float:
         """Percent of the held-out prompts, with or without the concept's name, that do not show the concept."""
         folder, settings = self.folder, self.settings
         assert isinstance(folder.vae, PixelUnshuffleVAE)
@@ -158,7 +165,7 @@ class WorldJudge:
         asked = scenes if named else [scene.plain() for scene in scenes]
         samples = paint(
             unet, folder.schedule, encoder, folder.vae, asked,
-            seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps,
+            seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps, safe=safe,
         )  # fmt: skip
         seen = self.world.probe(samples.images).style_logits.argmax(1)
         return 100 * (seen != self.erased[0]).double().mean().item()

@@ -46,7 +46,7 @@ def test_table1(world):
     result = reproduce(world, "table1")
     assert result.returncode == 0, result.stderr
     rows = {row["row"]: row["numbers"] for row in map(json.loads, (world / "out/table1/rows.jsonl").open())}
-    assert list(rows) == ["teacher", "distilled", "esd", "uce", "concept-prune", "bilevel", "bilevel-uce"]
+    assert list(rows) == ["teacher", "distilled", "esd", "uce", "concept-prune", "bilevel", "bilevel-uce", "sld"]
     for name, numbers in rows.items():
         assert {key for key, value in numbers.items() if value is None} == {"csd", "fid"}, name
         assert -100 <= numbers["style_clip"] <= 100

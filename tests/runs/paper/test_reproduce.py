@@ -17,7 +17,7 @@ from forked import Started
 
 SMALL = ["--run.preset=smoke", "--run.lower.steps=4", "--run.upper.every=2", "--seeds=0"]
 ROWS = ["--rows.esd.sample.steps=4", "--rows.concept-prune.steps=2", "--rows.attack.steps=2", "--rows.attack.batch=2"]
-MODELS = ["teacher", "distilled", "esd", "uce", "concept-prune", "bilevel", "bilevel-uce"]
+MODELS = ["teacher", "distilled", "esd", "uce", "concept-prune", "bilevel", "bilevel-uce", "sld"]
 
 
 def reproduce(*flags):
@@ -43,7 +43,9 @@ def test_everything_is_left_behind(table1):
     numbers = {row["row"]: row["numbers"] for row in rows}
     assert (numbers["distilled"]["cp"], numbers["distilled"]["style"]) == (0, pytest.approx(100))
     assert len({json.dumps(some) for some in numbers.values()}) >= 5, "these are different models"
-    for name in MODELS[1:]:
+    assert numbers["sld"] != numbers["distilled"], "the same weights, sampled otherwise"
+    assert not (out / "seed-0" / "pointillism" / "sld").exists()
+    for name in MODELS[1:-1]:
         assert (out / "seed-0" / "pointillism" / name / "unet" / "structure.json").is_file(), name
     told = (out / "table1" / "table.md").read_text()
     assert "distilled + ESD" in told
@@ -64,7 +66,7 @@ def test_rows_are_made_as_they_say(table1):
     assert "upper/suppression" in records["bilevel"]
     assert "upper/" in records["bilevel-uce"]
     assert "upper/suppression" not in records["bilevel-uce"]
-    weights = {name: load_unet(place / name).state_dict() for name in MODELS[1:]}
+    weights = {name: load_unet(place / name).state_dict() for name in MODELS[1:-1]}
 
     def moved(name):
         return {key for key, value in weights[name].items() if not torch.equal(value, weights["distilled"][key])}
