@@ -12,8 +12,9 @@ gradient of its own; they are rare and not in the table.
               w N (W - g) / W over a network card of its own. ring: w N (W - 1) / W around, and 1 / g of it past a
               machine by each of its g cards
     publish   the copy that computes, 2 bytes an element, gathered as a ring
-    efficiency, as it is     step / (step + reduce + publish): nothing overlaps yet
-    efficiency, overlapped   the same without what backward could hide of reduce, and the teacher of publish
+    efficiency, as it is     step / (step + what backward does not hide of reduce + publish); the last bucket is never
+                             hidden, as backward has ended by then
+    efficiency, overlapped   the same without what the teacher could hide of publish
 
 with N elements, W GPUs, g of them a machine, and w = 2 bytes (bf16; 4 where a rank has several leaves).
 """
@@ -102,9 +103,9 @@ def rows(settings: Settings) -> Iterator[Row]:
             reduce = seconds(width * count, nodes, each, gbits, exchanged=reduction == "tree")
             as_it_is, overlapped = [], []
             for step in (settings.batch * image, 2 * settings.batch * image):
-                left = max(0.0, publish - TEACHER * step) + max(0.0, reduce - BACKWARD * step)
-                as_it_is.append(step / (step + reduce + publish))
-                overlapped.append(step / (step + left))
+                left = max(reduce / -(-count // (BUCKET * ROW)), reduce - BACKWARD * step)
+                as_it_is.append(step / (step + left + publish))
+                overlapped.append(step / (step + left + max(0.0, publish - TEACHER * step)))
             yield {
                 "suite": "scaling", "metric": "projection", "projection": True, "structure": settings.structure,
                 "batch_per_gpu": settings.batch, "gpus": ranks, "machines": nodes, "gbit_per_s": gbits,

@@ -7,7 +7,7 @@ The mini world's UNets in fp32 over gloo, a leaf a rank. Ranks share one machine
 runs there: that checks the formula of `benchmarks.counts.scaling`, and says nothing of GPUs or networks.
 
     ms               of a step, median
-    collectives_ms   of it, spent in collectives: bytes, and the wait for the slowest rank
+    collectives_ms   of it, in which nothing but collectives went on: bytes, and the wait for the slowest rank
     sent_mb          by a rank, counted where it is sent
 """
 
@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.runs.assemble import levels
 from bilevel_fast.runs.session import gather, initial_student
-from bilevel_fast.scale.team import Team
+from bilevel_fast.scale.team import Pending, Team
 from bilevel_fast.train import parse
 from bilevel_fast.training.levels import descend
 from bilevel_fast.worlds.mini import TEACHER
@@ -60,13 +60,26 @@ class Timed(Team):
         self.seconds += time.perf_counter() - start
         self.sent += sent
 
-    def exchange(self, out: Tensor, x: Tensor) -> None:
-        with self._timed(x.nbytes * (self.world - 1) // self.world):
-            super().exchange(out, x)
+    def exchange(self, out: Tensor, x: Tensor) -> Pending:
+        return self._waited(super().exchange, out, x, x.nbytes * (self.world - 1) // self.world)
 
-    def gather(self, out: Tensor, x: Tensor) -> None:
-        with self._timed(x.nbytes * (self.world - 1)):
-            super().gather(out, x)
+    def gather(self, out: Tensor, x: Tensor) -> Pending:
+        return self._waited(super().gather, out, x, x.nbytes * (self.world - 1))
+
+    def _waited(self, call: Callable[[Tensor, Tensor], Pending], out: Tensor, x: Tensor, sent: int) -> Pending:
+        with self._timed(sent):
+            pending = call(out, x)
+        return _Waited(self, pending)
+
+
+@dataclass(frozen=True)
+class _Waited:
+    team: Timed
+    pending: Pending
+
+    def wait(self) -> None:
+        with self.team._timed(0):
+            self.pending.wait()
 
 
 def measure(settings: Settings, team: Timed) -> Row:

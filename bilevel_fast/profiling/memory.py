@@ -31,6 +31,7 @@ from bilevel_fast.scale.rows import buckets
 from bilevel_fast.training.features import Heard, listening
 from bilevel_fast.training.lower import Answered
 from bilevel_fast.training.settings import LossWeights
+from bilevel_fast.training.sharded import IN_FLIGHT
 
 OUTSIDE = 2**30
 """Bytes of the CUDA context, of loaded kernels and of cuDNN's and cuBLAS's workspaces. An assumption, not a count."""
@@ -302,11 +303,15 @@ class _Line:
         own = flat.compute is not flat.master  # rows of what computes, written before they are sent
         gradient = flat.gradient.nbytes if micro == batch else flat.master.nbytes
         found = gradient  # by backward
+        on_way = 0
         if shared := leaves > 1:
-            rows = sum(bucket.size for bucket in buckets(whole, ranks))
+            cut, each = buckets(whole, ranks), leaves // ranks
+            rows = sum(bucket.size for bucket in cut)
             whole, gradient = ranks * rows, 4 * rows
+            sent = width if micro == batch and each == 1 else 4
+            on_way = (IN_FLIGHT + 1) * sent * ranks * cut[0].size * (ranks > 1)
             # of n leaves, log2(n) fp32 sums (`scale.rows.Counter`)
-            found = whole * (width if micro == batch else 4) + 4 * whole * (leaves // ranks - 1).bit_length()
+            found = whole * (width if micro == batch else 4) + 4 * whole * (each.bit_length() - 1)
         # torch's AdamW wants an fp32 copy of a bf16 gradient
         updating = flat.master.nbytes if gradient < 4 * rows else 0
         low, high = self._counts
@@ -328,7 +333,7 @@ class _Line:
             teacher_weights=self._teacher(),
             teacher_activations=self._between(low.answered, high.answered, batch * leaves // ranks),
             student_activations=kept,
-            workspace=max(peak, updating) - kept + OUTSIDE,
+            workspace=max(peak + on_way, updating) - kept + OUTSIDE,
             host=self._pinned(),
         )
 

@@ -10,7 +10,7 @@ each rank, these are the inner nodes of one and the same tree, whoever computes 
 nothing, so no choice of a library can change a bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -100,10 +100,11 @@ class Counter:
 
         What is returned holds until the next `add`.
         """
-        if self.leaves == 1:
-            return leaf
-        stack, height = self._stack, 1
-        seen = sum(2**level for level, _ in stack) + 1
+        stack = self._stack
+        if sum(2**level for level, _ in stack) + 1 == self.leaves:
+            total = self.last(leaf)
+            self.clear()
+            return total
         if stack and stack[-1][0] == 0:
             stack[-1] = (1, stack[-1][1].add_(leaf))
             while len(stack) > 1 and stack[-1][0] == stack[-2][0]:
@@ -111,15 +112,22 @@ class Counter:
         else:
             buffer = self._free.pop() if self._free else leaf.float().clone()
             stack.append((0, buffer.copy_(leaf)))
-        if seen < self.leaves:
-            return None
-        while len(stack) > 1:
-            self._merge()
-        ((height, total),) = stack
-        assert height is not None
-        stack.clear()
-        self._free.append(total)
+        return None
+
+    def last(self, leaf: Tensor, part: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """Of all leaves before and the last one, the sum of a part of them, that is asked for once.
+
+        It holds until the `add` after `clear`, which follows when all parts were asked for.
+        """
+        total = part(leaf)
+        for _, before in reversed(self._stack):
+            total = part(before).add_(total)
         return total
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._free += [buffer for _, buffer in self._stack]
+        self._stack.clear()
 
     def _merge(self) -> None:
         _, last = self._stack.pop()

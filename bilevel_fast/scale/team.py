@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,22 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 _START = timedelta(minutes=5)  # for all ranks to be there
 _NEVER = timedelta(days=1)  # collectives wait as long as the others live, which is `Watch`'s to say
+
+
+class Pending(Protocol):
+    """A collective on its way: wait before what it fills is read, or what it sends is written to."""
+
+    def wait(self) -> object: ...
+
+
+class _Done:
+    """Of a process alone."""
+
+    def wait(self) -> None:
+        return
+
+
+DONE = _Done()
 
 
 class Team:
@@ -167,26 +183,26 @@ class Team:
 
     # ---- tensors
 
-    def exchange(self, out: Tensor, x: Tensor) -> None:
+    def exchange(self, out: Tensor, x: Tensor) -> Pending:
         """Part r of `x` goes to rank r; `out` is what came, in the order of ranks. Both (world n,), of one dtype."""
         if self.world == 1:
             out.copy_(x)
-        else:
-            dist.all_to_all_single(out.view(torch.uint8), x.view(torch.uint8))
+            return DONE
+        return _of(dist.all_to_all_single(out.view(torch.uint8), x.view(torch.uint8), async_op=True))
 
-    def gather(self, out: Tensor, x: Tensor) -> None:
+    def gather(self, out: Tensor, x: Tensor) -> Pending:
         """`out` (world n,) becomes everybody's `x` (n,), in the order of ranks."""
         if self.world == 1:
             out.copy_(x)
-        else:
-            _all_gather(out.view(torch.uint8), x.view(torch.uint8))
+            return DONE
+        return _of(_all_gather(out.view(torch.uint8), x.view(torch.uint8), async_op=True))
 
-    def add_up(self, out: Tensor, x: Tensor) -> None:
+    def add_up(self, out: Tensor, x: Tensor) -> Pending:
         """`out` (n,) becomes the sum of part r of everybody's `x` (world n,), in the dtype of both, in any order."""
         if self.world == 1:
             out.copy_(x)
-        else:
-            _reduce_scatter(out, x)
+            return DONE
+        return _of(_reduce_scatter(out, x, async_op=True))
 
     # ---- agreements
 
@@ -271,6 +287,11 @@ class Team:
             if self._watch is None and time.monotonic() > until:
                 raise UserError(f"rank {self.rank} of {self.world} has waited {_START} for the others")
             time.sleep(0.02)
+
+
+def _of(work: Pending | None) -> Pending:
+    assert work is not None, "this process is no member of the group"
+    return work
 
 
 ALONE = Team()

@@ -133,6 +133,7 @@ def descend(parts: Iterable[Loss], count: int, flat: FlatParameters, weight: flo
     found: list[dict[str, Tensor]] = []
     for number, loss in enumerate(parts):
         share = weight / (count * flat.ranks)
+        flat.expect(number, count, add)
         backward(loss.total if share == 1 else share * loss.total)
         with phase("optimizer"):
             flat.take(number, count, add)

@@ -14,7 +14,7 @@ parameters' gradients were views of the buffer, backward would add to each: a la
 before, and twice the traffic.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,15 +91,21 @@ class FlatParameters:
         Args:
             add: Add to what the buffer holds, instead of replacing it.
         """
-        given = [(view, p.grad) for p, view in self._taken if p.grad is not None]
+        self._collect(self._taken, add)
+
+    def _collect(self, taken: Sequence[tuple[nn.Parameter, Tensor]], add: bool) -> None:
+        given = [(view, p.grad) for p, view in taken if p.grad is not None]
         views, gradients = [view for view, _ in given], [gradient for _, gradient in given]
-        untouched = [view for p, view in self._taken if p.grad is None]
+        untouched = [view for p, view in taken if p.grad is None]
         if given:
             (torch._foreach_add_ if add else torch._foreach_copy_)(views, gradients)  # pyright: ignore[reportPrivateImportUsage]
         if untouched and not add:
             torch._foreach_zero_(untouched)  # pyright: ignore[reportPrivateImportUsage]
-        for p, _ in self._taken:
+        for p, _ in taken:
             p.grad = None
+
+    def expect(self, part: int, parts: int, add: bool) -> None:
+        """Called before the backward pass whose gradient `take` is called for, as that is: it may begin meanwhile."""
 
     def take(self, part: int, parts: int, add: bool) -> None:
         """`collect` the gradient of a part of a batch; after the last of `parts`, `gradient` is that of all of them.

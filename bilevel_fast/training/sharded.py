@@ -8,23 +8,32 @@
     take       after the last leaf: everybody's `local` for this rank's rows -> `gradient`, their sum
     publish    after a step: everybody's rows -> `compute`
 
+Gradients of the last leaf are sent while its backward pass still runs, a bucket at a time, the last one first: that is
+where backward begins. A bucket waits for those behind it, whatever the order in which gradients come, so all ranks send
+in one order.
+
 arXiv:1910.02054, its first stage. With several leaves on one rank alone it is the same, with all rows on it. Sums,
 norms and products are over rows and leaves in one order (`scale.rows`): the bits do not know how many ranks there are.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bilevel_fast.scale.rows import ROW, Counter, buckets, pieces, tree
+from bilevel_fast.scale.rows import ROW, Bucket, Counter, buckets, pieces, tree
 from bilevel_fast.scale.settings import Reduction
-from bilevel_fast.scale.team import Team
+from bilevel_fast.scale.team import Pending, Team
 from bilevel_fast.training.parameters import CHUNK, FlatParameters
 
 assert CHUNK == ROW, "norms are over rows"
+
+IN_FLIGHT = 2
+"""Buckets that are on their way at a time: what they take in memory does not grow with the network."""
 
 
 class ShardedParameters(FlatParameters):
@@ -67,42 +76,81 @@ class ShardedParameters(FlatParameters):
         self.local = torch.zeros(size, dtype=torch.float32 if summed else dtype, device=device)
         self._point_at(self.compute)
         self._taken = [(module.get_parameter(name), view) for name, view in self.views(self.local).items()]
+        self._hear()
         # where the rows of (N,) are in everybody's rows, one rank's after the other
         place = torch.arange(team.world * rows // ROW, device=device).view(team.world, -1)
         runs = [place[:, b.mine // ROW : (b.mine + b.size) // ROW].reshape(-1) for b in self._cut]
         self._places = torch.cat(runs)[: self.size // ROW]
 
-    def take(self, part: int, parts: int, add: bool) -> None:
-        """`parts` and `part` are of this rank. Collective with the last of them."""
+    def _hear(self) -> None:
+        """Be told when backward has left a parameter its gradient."""
+        starts = [bucket.start for bucket in self._cut]
+        ends = [start + shape.numel() for start, shape, _ in self._layouts.values()]
+        # by bucket: parameters that end there. Those that go on are of one that is sent before
+        places = [sum(start < end for start in starts) - 1 for end in ends]
+        self._members = [[n for n, place in enumerate(places) if place == k] for k in range(len(starts))]
+        self._on_way = deque[tuple[Bucket, Pending, Callable[[], Tensor]]]()
+        self._rest()
+        hear = [p.register_post_accumulate_grad_hook for p, _ in self._taken] if self.ranks > 1 else []
+        self._heard = [on(partial(self._landed, place)) for on, place in zip(hear, places, strict=False)]
+
+    def _rest(self) -> None:
+        """Nothing is to be sent."""
+        self._ends, self._more, self._add = False, False, False
+        self._next, self._awaited = len(self._cut) - 1, [len(members) for members in self._members]
+
+    def expect(self, part: int, parts: int, add: bool) -> None:
         each = parts // self.leaves
         assert each * self.leaves == parts, "a leaf consists of whole parts"
-        self.collect(part % each > 0)
-        if (part + 1) % each:
-            return
-        total = self._counter.add(self.local)
-        if part + 1 == parts:
-            assert total is not None
-            for bucket in self._cut:
-                own = bucket.own(self.gradient)
-                found = self._reduced(bucket.whole(total))
-                if add:
-                    own.add_(found)
-                else:
-                    own.copy_(found)
+        self._ends, self._more, self._add = part + 1 == parts, part % each > 0, add
 
-    def _reduced(self, x: Tensor) -> Tensor:
-        """Of a bucket: the sum of everybody's `x`, (world n,), for this rank's run, (n,)."""
+    def _landed(self, place: int, _: Tensor) -> None:
+        if not self._ends:
+            return
+        self._awaited[place] -= 1
+        while self._next >= 0 and not self._awaited[self._next]:
+            self._send()
+
+    def take(self, part: int, parts: int, add: bool) -> None:
+        """`parts` and `part` are of this rank. Collective with the last of them, as is the backward pass before it."""
+        self.expect(part, parts, add)
+        if not self._ends:
+            self.collect(self._more)
+            if (part + 1) % (parts // self.leaves) == 0:
+                self._counter.add(self.local)
+            return
+        while self._next >= 0:
+            self._send()
+        while self._on_way:
+            self._receive()
+        self._counter.clear()
+        self._rest()
+
+    def _send(self) -> None:
+        """Send the bucket that is next, whose gradients are there; those that never come are zero."""
+        self._collect([self._taken[n] for n in self._members[self._next]], self._more)
+        bucket = self._cut[self._next]
+        x = self._counter.last(self.local, bucket.whole)
         if self.reduction == "ring":
             out = x.new_empty(len(x) // self.ranks)
-            self.team.add_up(out, x)
-            return out
-        came = torch.empty_like(x)
-        self.team.exchange(came, x)
-        return tree(came.chunk(self.ranks))
+            self._on_way.append((bucket, self.team.add_up(out, x), lambda: out))
+        else:
+            came = torch.empty_like(x)
+            self._on_way.append((bucket, self.team.exchange(came, x), lambda: tree(came.chunk(self.ranks))))
+        self._next -= 1
+        if len(self._on_way) > IN_FLIGHT:
+            self._receive()
+
+    def _receive(self) -> None:
+        """Put the sum of the bucket that was sent first, for this rank's run of it, into the gradient."""
+        bucket, pending, total = self._on_way.popleft()
+        pending.wait()
+        own = bucket.own(self.gradient)
+        (own.add_ if self._add else own.copy_)(total())
 
     def everywhere(self, numbers: Tensor) -> Tensor:
         out = numbers.new_empty(self.ranks * len(numbers), *numbers.shape[1:])
-        self.team.gather(out.view(-1), numbers.contiguous().view(-1))
+        self.team.gather(out.view(-1), numbers.contiguous().view(-1)).wait()
         return out
 
     def norm(self, buffer: Tensor | None = None) -> Tensor:
@@ -132,7 +180,7 @@ class ShardedParameters(FlatParameters):
 
     def publish(self) -> None:
         for bucket in self._cut:
-            self.team.gather(bucket.whole(self.compute), bucket.own(self.rows))
+            self.team.gather(bucket.whole(self.compute), bucket.own(self.rows)).wait()
 
     @contextmanager
     def whole(self) -> Iterator[list[Tensor]]:
@@ -151,7 +199,7 @@ class ShardedParameters(FlatParameters):
         whole = torch.empty(self.compute.shape if self.team.rank == 0 else 0, dtype=buffer.dtype)
         for bucket in self._cut:
             came = buffer.new_empty(self.ranks * bucket.size)
-            self.team.gather(came, bucket.own(buffer))
+            self.team.gather(came, bucket.own(buffer)).wait()
             if self.team.rank == 0:
                 bucket.whole(whole).copy_(came)
         if self.team.rank:
@@ -173,6 +221,8 @@ class ShardedParameters(FlatParameters):
             self._republish()
 
     def release(self) -> nn.Module:
+        for handle in self._heard:
+            handle.remove()
         self._point_at(self._all_rows(self.master if self.average is None else self.average))
         for p in self.module.parameters():
             p.data = p.data.clone()
@@ -187,7 +237,7 @@ class ShardedParameters(FlatParameters):
         """All rows of a buffer (m,), with the padding at their end."""
         whole = buffer.new_empty(self.compute.shape)
         for bucket in self._cut:
-            self.team.gather(bucket.whole(whole), bucket.own(buffer))
+            self.team.gather(bucket.whole(whole), bucket.own(buffer)).wait()
         return whole
 
     def _mine(self, name: str) -> list[tuple[int, int]]:

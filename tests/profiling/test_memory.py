@@ -187,7 +187,9 @@ def test_what_an_eraser_holds():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize(("world", "leaves", "split"), [(2, 2, False), (3, 3, True), (2, 8, False), (1, 4, True)])
+@pytest.mark.parametrize(
+    ("world", "leaves", "split"), [(2, 2, False), (3, 3, True), (2, 8, False), (1, 4, True), (1, 3, False)]
+)
 def test_what_a_rank_holds_is_what_sharded_parameters_allocate(precision, world, leaves, split):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     team = Team(Ranks(0, world))

@@ -1,49 +1,18 @@
 """Flat parameters of several ranks, which are threads here: what they hold together is what one rank holds."""
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from bilevel_fast.base.devices import Ranks
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.scale import rows
-from bilevel_fast.scale.team import Team
 from bilevel_fast.training.optim import LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.sharded import ShardedParameters
+from thread_team import together
 from world import TINY
-
-
-class Threads(Team):
-    """A team within a process."""
-
-    def __init__(self, rank, table, barrier):
-        super().__init__(Ranks(rank, len(table)))
-        self.table, self.barrier = table, barrier
-
-    def everybodys(self, x):
-        self.table[self.rank] = x.clone()
-        self.barrier.wait()
-        found = list(self.table)
-        self.barrier.wait()
-        return found
-
-    def exchange(self, out, x):
-        out.copy_(torch.cat([part.chunk(self.world)[self.rank] for part in self.everybodys(x)]))
-
-    def gather(self, out, x):
-        out.copy_(torch.cat(self.everybodys(x)))
-
-
-def together(world, call):
-    """What `call(team)` returns on each rank."""
-    table, barrier = [None] * world, threading.Barrier(world, timeout=60)
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(lambda rank: call(Threads(rank, table, barrier)), range(world)))
-
 
 ONE_AT_A_TIME = threading.Lock()
 
