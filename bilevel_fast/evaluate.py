@@ -75,8 +75,8 @@ def main() -> None:
             raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
         models, erase = config.models or (Path(config.world),), config.erase or preset(config.world).erase
         sampled = {config.world: getattr(config, config.world)}
-        away = {"safe": config.safe, "safe_strength": config.safe_strength}
-        rows = api.evaluate(models, erase, config.seed, **sampled, **away)
+        away, hard = config.safe, config.safe_strength
+        rows = api.evaluate(models, erase, config.seed, **sampled, safe=away, safe_strength=hard)
         print(json.dumps(rows, indent=2) if config.json else table(rows))
         return
     default = EvaluateConfig()

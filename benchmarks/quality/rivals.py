@@ -253,9 +253,8 @@ class Bench:
     def _edit(self, student: UNet, recipe: Recipe) -> None:
         """Alone as in sentences: what the paper erases is a name."""
         self._begin(student)
-        kind, style = EDITS[recipe.edit], STYLES[self.lab.erased[0]]
-        edit = kind(out=self.place, **recipe.upper)
-        edit.edit(student, Job(self.lab.folder, (Pair(f"in the style of {style}"),)))
+        edit = EDITS[recipe.edit](out=self.place, **recipe.upper)
+        edit.edit(student, Job(self.lab.folder, (Pair(self.lab.world.phrase(self.lab.erased[0])),)))
 
     def _uce(self, student: UNet, recipe: Recipe) -> None:
         self._begin(student)

@@ -50,8 +50,8 @@ class _Asked:
     out: Path
     """Folder for what was found; must be new."""
     model: Path = TEACHER
-    """Model folder that is attacked, or its id on the hub; `mini` (the default) and `emoji` are the
-    built-in teachers."""
+    """Model folder that is attacked, or its id on the hub; `mini` and `emoji` are the
+    built-in teachers. Default: mini."""
     count: int = 8
     """Prompts, the first of the bank, each once."""
     looks: int = 10

@@ -27,8 +27,8 @@ class _Asked:
     out: Path
     """Folder for the edited model; must be new."""
     model: Path = TEACHER
-    """Model folder, dense or pruned, or its id on the hub; `mini` (the default) and `emoji` are the
-    built-in teachers."""
+    """Model folder, dense or pruned, or its id on the hub; `mini` and `emoji` are the
+    built-in teachers. Default: mini."""
     erase: tuple[str, ...] = ()
     """What to erase: `in the style of Claude Monet`, `naked`, ..."""
     guide: tuple[str, ...] = ("",)
@@ -38,8 +38,8 @@ class _Asked:
     subjects: str | None = None
     """Sentences that hold the concept where `{}` stands, or end with it: a prompt file, or `things`, `people`, `mini`
     or `emoji`: that world's captions that are not held out for its judge. uce and time take the texts by themselves
-    as well, and need none: many of them, without --preserve, move everything else. concept-prune takes by default the model's
-    own world, else `things`."""
+    as well, and need none: many of them, without --preserve, move everything else. concept-prune takes by default the
+    model's own world, else `things`."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 

@@ -32,7 +32,7 @@ def judged(
     with Bar("model") as bar:
         for number, folder in enumerate(folders):
             bar(number, len(folders))
-            samples = materials.portfolio(folder.unet(), folder, erased, settings, seed, safe)
-            found[str(folder.path)] = materials.quality(samples, erased)
+            samples = here.portfolio(folder.unet(), folder, erased, settings, seed, safe)
+            found[str(folder.path)] = here.quality(samples, erased)
         bar(len(folders), len(folders))
     return found

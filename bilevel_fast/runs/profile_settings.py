@@ -21,7 +21,7 @@ class ProfileConfig(TrainConfig):
     GROUPS: ClassVar = {"profile": MAIN}
 
     preset: str = _BY_DATA
-    """Where the defaults come from: mini, smoke, paper or released."""
+    """Where the defaults come from: mini, emoji, smoke, paper or released."""
     steps: int = 8
     """Lower steps to record; upper ones as many as training would take meanwhile, at least one."""
     warmup: int = 2

@@ -48,8 +48,8 @@ class Args:
     out: Path
     """Folder for the student; must be new."""
     teacher: Path = TEACHER
-    """Dense model folder in the diffusers layout, or its id on the hub; `mini` (the default) and `emoji` are the
-    built-in teachers."""
+    """Dense model folder in the diffusers layout, or its id on the hub; `mini` and `emoji` are the
+    built-in teachers. Default: mini."""
     budget: float | None = None
     """MACs of the student as a share of the teacher's: never more, and as close as whole units allow. By default 0.8,
     and for a method that is a shape, such as BK-SDM's, whatever it costs."""

@@ -58,8 +58,8 @@ class AptpConfig(RouterConfig):
     out: Path = Path("runs/aptp")
     """Run folder, which becomes the mixture folder; must be new, unless --resume."""
     teacher: Path = TEACHER
-    """Dense model folder in the diffusers layout, or its id on the hub; `mini` (the default) and `emoji` are the
-    built-in teachers."""
+    """Dense model folder in the diffusers layout, or its id on the hub; `mini` and `emoji` are the
+    built-in teachers. Default: mini."""
     data: Path | None = None
     """Latent cache to train on."""
     prompt_encoder: Path | None = None
