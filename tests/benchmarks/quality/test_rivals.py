@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.quality import rival_tables, rivals
-from benchmarks.quality.rival_cases import TRIES, Plan, Recipe, best, chosen, tried
+from benchmarks.quality.rival_cases import TRIES, Plan, Recipe, best, chosen, of_world, tried
 from benchmarks.quality.rivals import Bench
 from bilevel_fast.runs.config import preset
 
@@ -72,6 +72,22 @@ def test_of_the_tries_that_suppress_the_best_is_taken():
     assert chosen("x", recipe, rows) == replace(TRIES["repair"][second], tuned="repair")
     assert best(tried("repair", rows[:1] + rows[3:]), rows) == third, "nobody suppresses"
     assert chosen("x", Recipe("loop"), rows) == Recipe("loop")
+
+
+def test_each_world_has_tries_and_tables_of_its_own():
+    first, second, *_ = TRIES["repair"]
+    recipe = Recipe("repair", tuned="repair")
+    mini = [measured("distilled", 3, 1.0, 4.0), measured(first, 3, 0.0, 9.0), measured(second, 3, 0.0, 6.0)]
+    emoji = [{**row, "world": "emoji", "plan": "emoji tuning"} for row in mini]
+    emoji[1]["fid"] = 5.0
+    rows = [*mini, *emoji]
+    assert chosen("x", recipe, of_world(rows, "mini")) == replace(TRIES["repair"][second], tuned="repair")
+    assert chosen("x", recipe, of_world(rows, "emoji")) == replace(TRIES["repair"][first], tuned="repair")
+    near = {"relative_hit": 0.25, "samples": {"erased": 100, "kept": 200, "relatives": 80}, "world": "emoji"}
+    table = rival_tables.table([measured("bilevel", 0, 0.0, 4.0, "emoji") | near], ["emoji"])
+    assert "of these its relatives" in table
+    assert "0.25 (0.17..0.35)" in table
+    assert "of these its relatives" not in rival_tables.table(rows, ["main"])
 
 
 def test_tables():
