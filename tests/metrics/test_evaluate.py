@@ -105,7 +105,7 @@ def test_json_and_what_is_not_measured(run, place):
         ("--suite coco --images images --statistics-out s.npz", "--statistics-out wants"),
         ("--suite coco --images images --reference gone", "reference gone does not exist; wanted a folder of images"),
         ("--suite coco --images images --draws 10", "--draws of at least 100"),
-        ("--suite coco --images images --models x", "--models, --erase and --mini are for --suite mini"),
+        ("--suite coco --images images --models x", "--models is for --suite mini"),
         ("--suite style --images images --prompts i2p.csv --references x", "did you mean '--reference'"),
         ("--images images", "--suite mini does not read --images"),
         ("--suite nsfw --images images images --prompts i2p.csv i2p.csv", "two prompt files are named 'i2p'"),

@@ -17,7 +17,7 @@ from bilevel_fast.worlds import WORLDS, drawn_world
 from bilevel_fast.worlds.emoji.pretrain import SUBJECT as EMOJI
 from bilevel_fast.worlds.judge import paint
 from bilevel_fast.worlds.mini.pretrain import SUBJECT, main
-from bilevel_fast.worlds.mini.world import SCENES, WORDS
+from bilevel_fast.worlds.mini.world import WORDS
 from bilevel_fast.worlds.pretrain import PretrainConfig, Subject, batches
 from bilevel_fast.worlds.pretrain import train as train_on
 
@@ -29,13 +29,15 @@ def train(config: PretrainConfig, subject: Subject = SUBJECT) -> None:
     train_on(subject, config)
 
 
-def test_the_shipped_teacher_draws_what_it_is_asked_for():
-    scenes = SCENES[::13]  # 17 scenes with every object, colour and style
-    folder = load_folder(TEACHER)
-    samples = paint(
-        folder.unet(), folder.schedule, folder.text_encoder, folder.vae, scenes, seed=3, guidance=3.0, steps=25
-    )
-    assert min(SUBJECT.world.probe.accuracy(samples.images, scenes).shares.values()) >= 0.9
+@pytest.mark.parametrize("name", WORLDS)
+def test_the_shipped_teacher_draws_what_it_is_asked_for(name):
+    world = drawn_world(name)
+    scenes = world.scenes[:: 13 if name == "mini" else 7]  # 17 and 18 scenes with every label of the mini world's
+    folder = load_folder(world.teacher)
+    parts = folder.unet(), folder.schedule, folder.text_encoder, folder.vae
+    samples = paint(*parts, scenes, seed=3, guidance=3.0, steps=12)
+    shares = world.probe.accuracy(samples.images, scenes).shares
+    assert min(shares.values()) >= 0.88, shares  # two wrong
 
 
 @pytest.mark.parametrize("name", WORLDS)
