@@ -55,6 +55,11 @@ def no_more(values: Values) -> str:
     return {HOLDS: FAILS}.get(found, HOLDS) if len(values[0]) > 1 else UNSEEN
 
 
+def keeps(values: Values) -> str:
+    """The mean of the last share is at most 0.03 below that of the first."""
+    return HOLDS if mean(values[-1]) >= mean(values[0]) - 0.03 else FAILS
+
+
 @dataclass(frozen=True)
 class Claim:
     """A sentence, and what holds it.
@@ -141,6 +146,46 @@ TABLE1, TABLE2, RIVALS = "reproduce/table1/results.json", "reproduce/table2/resu
 REPRODUCE, FRONTIER = "python -m bilevel_fast.reproduce table1", "python -m benchmarks.quality.frontier run"
 RUN, ATTACK = "python -m benchmarks.quality.rivals run", "python -m benchmarks.quality.rivals attack"
 
+
+def _of_the_emoji_world() -> tuple[Claim, ...]:
+    """Where three of the styles draw alike, and one of them is erased."""
+    make, rows = f"{RUN} 'emoji tuning' emoji", rivals("emoji")
+
+    def claim(text: str, verdict: Verdict, *shown: tuple[str, str, str, int]) -> Claim:
+        return Claim(text, verdict, rows, RIVALS, make, shown)
+
+    def share(case: str, key: str) -> tuple[str, str, str, int]:
+        return "case", case, key, 2
+
+    return (
+        claim(
+            "On the emoji world, where the erased studio has two relatives, the loop's student draws it on none of its "
+            "prompts, and the distilled one on most.",
+            near(0.0), share("distilled", "concept_hit"), share("bilevel", "concept_hit"),
+        ),
+        claim(
+            "There it leaves the relatives as they were (share of their prompts drawn so).",
+            keeps, share("distilled", "relative_hit"), share("bilevel", "relative_hit"),
+        ),
+        claim("There, too, it costs no FID against distillation alone.", no_more, *fid("distilled", "bilevel")),
+        claim(
+            "There it keeps more of the relatives than two stages with replay.",
+            above, share("two-stage, replay", "relative_hit"), share("bilevel", "relative_hit"),
+        ),
+        claim(
+            "There it keeps more of the erased prompts' things than two stages with replay.",
+            above, share("two-stage, replay", "content_kept"), share("bilevel", "content_kept"),
+        ),
+        claim("There its FID is below that of two stages with replay.", less, *fid("two-stage, replay", "bilevel")),
+        claim("There its FID is below that of one level.", less, *fid("one level", "bilevel")),
+        claim("There BOME costs no FID against the lambda of the mini world.", no_more, *fid("bilevel", "bome")),
+        claim(
+            "There the gradients of both levels have a cosine below 0.",
+            lambda values: HOLDS if mean(values[-1]) < -0.05 else FAILS, share("bilevel", "cosine"),
+        ),
+    )  # fmt: skip
+
+
 CLAIMS = (
     Claim(
         "The teacher draws the style on all of its prompts, the student on none.",
@@ -177,6 +222,7 @@ CLAIMS = (
         "BOME, which has no lambda, costs no FID against the tuned lambda.",
         no_more, rivals("main"), RIVALS, f"{RUN} main", fid("bilevel", "bome"),
     ),
+    *_of_the_emoji_world(),
     Claim(
         "With 0.55 of the MACs the loop's FID is below that of two stages with replay.",
         less, rivals("tight"), RIVALS, f"{RUN} tight", fid("two-stage, replay", "bilevel"),
