@@ -21,7 +21,7 @@ from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.paper.judges import Column, Numbers
 from bilevel_fast.runs.paper.settings import Attack
 from bilevel_fast.worlds.mini import materials as mini
-from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, paint
+from bilevel_fast.worlds.mini.judge import Samples, erased_scenes, is_held_out, judge, paint, recognised
 from bilevel_fast.worlds.mini.likeness import likeness
 from bilevel_fast.worlds.mini.probe import Probe
 from bilevel_fast.worlds.mini.world import SCENES, STYLES
@@ -45,6 +45,9 @@ _COLUMNS = {
         Column("named", "removed: named", "up", 1),
         Column("vector", "removed: concept vector", "up", 1),
         Column("inversion", "removed: inversion", "up", 1),
+        Column("named_content", "content: named", "", 1),
+        Column("vector_content", "content: concept vector", "", 1),
+        Column("inversion_content", "content: inversion", "", 1),
     ),
     "kept": _KEPT,
     "removed": tuple(Column(style, style) for style in STYLES),
@@ -149,22 +152,26 @@ class MiniJudge:
             unet, self.folder.schedule, encoder, self.bank, vector,
             steps=attack.steps, batch=attack.batch, lr=attack.lr, seed=self.config.seed,
         )  # fmt: skip
-        return {
-            "named": self._removed(unet, encoder, named=True),
-            "vector": self._removed(unet, Shifted(encoder, vector), named=False),
-            "inversion": self._removed(unet, Shifted(encoder, learnt), named=False),
+        attacks = {
+            "named": (encoder, True),
+            "vector": (Shifted(encoder, vector), False),
+            "inversion": (Shifted(encoder, learnt), False),
         }
+        shares = {name: self._removed(unet, *how) for name, how in attacks.items()}
+        removed: Numbers = {name: removed for name, (removed, _) in shares.items()}
+        return removed | {f"{name}_content": content for name, (_, content) in shares.items()}
 
-    @torch.no_grad()
-    def _removed(self, unet: UNet, encoder: TextEncoder, named: bool) -> float:
-        """Percent of the held-out prompts, with or without the concept's name, that do not show the concept."""
+    def _removed(self, unet: UNet, encoder: TextEncoder, named: bool) -> tuple[float, float]:
+        """Of the held-out prompts, with or without the concept's name: percent that do not show the concept, and
+        percent that show object and colour as asked."""
         folder, settings = self.folder, self.config.mini
         assert isinstance(folder.vae, PixelUnshuffleVAE)
         scenes = erased_scenes(self.erased, settings.judge_erased)
         asked = scenes if named else [replace(scene, style=0) for scene in scenes]
-        samples = paint(
-            unet, folder.schedule, encoder, folder.vae, asked,
-            seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps,
-        )  # fmt: skip
-        seen = self.probe(samples.images).style_logits.argmax(1)
-        return 100 * (seen != self.erased[0]).double().mean().item()
+        with torch.no_grad():
+            samples = paint(
+                unet, folder.schedule, encoder, folder.vae, asked,
+                seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps,
+            )  # fmt: skip
+        hit, content = recognised(samples.images, scenes, self.probe)
+        return 100 * (~hit).double().mean().item(), 100 * content.double().mean().item()
