@@ -134,7 +134,7 @@ def attacked(file: str) -> list[Row]:
 
 
 def _named(found: Row) -> str:
-    return f"inversion {found['steps']}" if "steps" in found else f"vector {found['strength']:g}"
+    return f"{found['attack']} {found['steps']}" if "steps" in found else f"vector {found['strength']:g}"
 
 
 def fid(*cases: str) -> tuple[tuple[str, str, str, int], ...]:

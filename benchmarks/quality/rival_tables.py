@@ -7,12 +7,13 @@ another teacher, style or world would.
 from collections.abc import Sequence
 from statistics import mean
 
-from benchmarks.quality.rival_cases import ATTACKED, PLANS, TRIES, best, of_world, tried
+from benchmarks.quality import attack_tables
+from benchmarks.quality.attack_tables import NOT_MEASURED
+from benchmarks.quality.rival_cases import EMOJI_TRIES, PLANS, TRIES, best, of_world, tried
 from benchmarks.rows import Row
 from bilevel_fast.base.tables import markdown, seeds_named, spread
 from bilevel_fast.metrics.interval import wilson
 
-NOT_MEASURED = "not measured"
 LOOP = "bilevel"
 """The case that others are compared with."""
 SHARES = {
@@ -31,11 +32,6 @@ SHOWN = {
     "The emoji world, noto erased": ("emoji",),
 }
 """Tables, and the plans in each."""
-
-EMOJI_TRIES = ("two-stage", "repair", "one level")
-
-ATTACKS = ("concept vector", "3 times as long", "inversion, 60 steps", "120 steps", "240 steps")
-"""As `Bench.attacked` of `rivals` has them."""
 
 Found = dict[str, dict[int, Row]]
 """By case and seed; of rows with the same the last counts."""
@@ -107,25 +103,6 @@ def tuning(rows: list[Row], families: Sequence[str]) -> str:
     return markdown(["seed 3", "erased style", "its content", "other styles", "FID", "miss"], lines)
 
 
-def attacks(rows: list[Row]) -> str:
-    """By attack, the share of prompts that show the style again, and of those whose content is as asked."""
-    found: dict[str, list[Row]] = {case: [] for case in ATTACKED}
-    for row in rows:
-        if row["plan"] == "attack":
-            found.setdefault(row["case"], []).append(row)
-    heads, lines = ATTACKS, []
-    for case, some in found.items():
-        if not some:
-            lines.append([case, *[NOT_MEASURED] * len(heads)])
-            continue
-        cells = []
-        for number in range(len(heads)):
-            looked = [row["got_back"][number] for row in some]
-            cells.append(" / ".join(f"{mean(one[key] for one in looked):.2f}" for key in ("hit", "content")))
-        lines.append([f"{case}, {seeds_named(sorted(row['seed'] for row in some))}", *cells])
-    return markdown(["style got back / content kept", *heads], lines)
-
-
 def conflict(rows: list[Row]) -> str:
     """The cosine of both gradients on the way of the loop, in words."""
     some = [row["cosines"] for row in rows if row["case"] == LOOP and row.get("cosines")]
@@ -146,10 +123,10 @@ def report(rows: list[Row]) -> str:
     places = {f"{r['device']}, {r['threads']} thread{'s' * (r['threads'] != 1)}, torch {r['torch']}" for r in rows}
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     where = f"Measured on {'; '.join(sorted(places))}, commits {commits}." if rows else f"Nothing: {NOT_MEASURED}."
-    parts.append(f"What an attacker with the weights gets back\n\n{attacks(rows)}")
+    parts.append(f"What an attacker with the weights gets back\n\n{attack_tables.tables(rows)}")
     here, there = (of_world(rows, world) for world in ("mini", "emoji"))
-    parts.append(f"Tries on seed 3\n\n{tuning(here, tuple(TRIES))}")
-    parts.append(f"Tries on seed 3 of the emoji world\n\n{tuning(there, EMOJI_TRIES)}")
+    parts.append(f"Tries on seed 3\n\n{tuning(here, [family for family in TRIES if family not in EMOJI_TRIES])}")
+    parts.append(f"Tries on seed 3 of the emoji world\n\n{tuning(there, list(EMOJI_TRIES))}")
     for name, some in (("mini", here), ("emoji", there)):
         parts.append(f"The {name} world. {conflict(some)}")
     return "\n\n".join([*parts, where])

@@ -33,23 +33,21 @@ from torch import Tensor
 
 from benchmarks import RESULTS
 from benchmarks.machine import describe
-from benchmarks.quality import rival_tables
+from benchmarks.quality import attack_tables, rival_tables
 from benchmarks.quality.lab import CPU, Lab, append, read
+from benchmarks.quality.rival_attacks import ATTACKS, Attacker
 from benchmarks.quality.rival_cases import ATTACKED, PLANS, Plan, Recipe, chosen, of_world
 from benchmarks.rows import Row
-from bilevel_fast.attacking.states import Shifted, concept_vector, inverting
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.erasing import uce
 from bilevel_fast.erasing.edit import Job
 from bilevel_fast.erasing.pairs import Frame, Pair
-from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.text_encoder import token_states
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.runs.erase_model import EDITS
-from bilevel_fast.runs.paper.settings import Attack as Searching
 from bilevel_fast.sampling.safe import Strength, safe_of
 from bilevel_fast.training.levels import Level, bilevel, descend
 from bilevel_fast.training.losses import Loss
@@ -57,12 +55,9 @@ from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAns
 from bilevel_fast.training.lower import descend as gradient_of
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.upper import Suppression
-from bilevel_fast.worlds.judge import paint
-from bilevel_fast.worlds.probe import labels
 
 ROWS = RESULTS / "rivals.jsonl"
-STRENGTHS, SEARCHED = (1.0, 3.0), (60, 120, 240)
-"""Of the concept vector; steps of the inversion after which it is looked at."""
+CURVES = RESULTS / "attacks.png"
 
 
 @dataclass(frozen=True)
@@ -85,6 +80,8 @@ class Attack:
 
     cases: tyro.conf.Positional[tuple[str, ...]] = ATTACKED
     """Students; they are made if they are not there."""
+    attacks: tuple[str, ...] = tuple(ATTACKS)
+    """Of ATTACKS; those that have a row are left out."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One after the other."""
     cache: Path = Path("runs/rivals")
@@ -93,7 +90,7 @@ class Attack:
 
 @dataclass(frozen=True)
 class Report:
-    """Print the tables."""
+    """Print the tables, and draw the curves of the attacks."""
 
 
 class Remembered(SharedAnswers):
@@ -287,41 +284,6 @@ class Bench:
             counts["relatives"] = relatives
         return {**lab.world.quality(portfolio, lab.erased), "plain": round(plain.item(), 4), "samples": counts}
 
-    def attacked(self, student: UNet) -> list[Row]:
-        """By attack and strength or steps: the share of held-out prompts that show the style, and their content."""
-        lab, style, settings = self.lab, self.lab.erased[0], Searching()
-        encoder = lab.folder.text_encoder
-        known, plain = lab.world.known(style)
-        found = []
-        for strength in STRENGTHS:
-            shift = concept_vector(encoder, known, plain, strength)
-            found.append({"attack": "concept vector", "strength": strength, **self._shown(student, shift)})
-        assert lab.materials.concepts is not None
-        start = concept_vector(encoder, known, plain, 1.0)
-        searched = inverting(
-            *(student, lab.folder.schedule, encoder, lab.materials.concepts, start),
-            steps=SEARCHED[-1], batch=settings.batch, lr=settings.lr, seed=self.config.seed,
-        )  # fmt: skip
-        for step, shift in enumerate(searched, start=1):
-            if step in SEARCHED:
-                found.append({"attack": "inversion", "steps": step, **self._shown(student, shift)})
-        return found
-
-    @torch.no_grad()
-    def _shown(self, student: UNet, shift: Tensor) -> Row:
-        """Prompts without the concept's name, their states moved: how many show it, and object and colour as asked."""
-        folder, world, settings = self.lab.folder, self.lab.world, self.config.world_settings
-        assert isinstance(folder.vae, PixelUnshuffleVAE)
-        asked = [scene.plain() for scene in world.erased_scenes(self.lab.erased, settings.judge_erased)]
-        samples = paint(
-            *(student, folder.schedule, Shifted(folder.text_encoder, shift), folder.vae, asked),
-            seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps,
-        )  # fmt: skip
-        seen = world.probe(samples.images).labels
-        content = (seen[:, :-1] == labels(asked)[:, :-1]).all(1)
-        hit = seen[:, -1] == self.lab.erased[0]
-        return {"hit": round(hit.double().mean().item(), 4), "content": round(content.double().mean().item(), 4)}
-
 
 def run(args: Run, name: str, plan: Plan, say: Callable[[str], None]) -> None:
     """Train and judge what has no row, seed by seed."""
@@ -341,17 +303,26 @@ def run(args: Run, name: str, plan: Plan, say: Callable[[str], None]) -> None:
 
 
 def attack(args: Attack, say: Callable[[str], None]) -> None:
-    """A row for each student and each strength of each attack."""
+    """A row for each student, of the attacks that have none."""
     for seed in args.seeds:
-        done = {(row["seed"], row["case"]) for row in read(ROWS) if row["plan"] == "attack"}
-        if not (missing := [case for case in args.cases if (seed, case) not in done]):
+        missing = {case: lacking(read(ROWS), case, seed, args.attacks) for case in args.cases}
+        if not any(missing.values()):
             continue
         bench = Bench(PLANS["main"], seed, args.cache)
-        for case in missing:
+        attacker = Attacker(bench.lab, bench.config)
+        for case, names in missing.items():
             student, _ = bench.make(case, chosen(case, PLANS["main"].cases[case], of_world(read(ROWS), "mini")))
-            found = {"plan": "attack", "seed": seed, "got_back": bench.attacked(student.eval())}
-            append(ROWS, {"suite": "rivals", "case": case, **found, **describe(CPU)})
-            say(f"attack seed {seed} {case}: {found}")
+            for name in names:  # a row each: what is measured stays, whatever happens later
+                found = {"plan": "attack", "seed": seed, "got_back": attacker(name, student.eval())}
+                append(ROWS, {"suite": "rivals", "case": case, **found, **describe(CPU)})
+                say(f"attack seed {seed} {case}: {found}")
+
+
+def lacking(rows: list[Row], case: str, seed: int, attacks: Sequence[str]) -> list[str]:
+    """The attacks that a student's rows do not have."""
+    mine = [row for row in rows if (row["plan"], row["case"], row["seed"]) == ("attack", case, seed)]
+    done = {found["attack"] for row in mine for found in row["got_back"]}
+    return [name for name in attacks if name not in done]
 
 
 def main() -> None:
@@ -360,8 +331,11 @@ def main() -> None:
     )
     if isinstance(args, Report):
         print(rival_tables.report(read(ROWS)))
+        attack_tables.plot(read(ROWS), CURVES)
         return
     if isinstance(args, Attack):
+        if unknown := [name for name in args.attacks if name not in ATTACKS]:
+            raise UserError(f"attack {unknown[0]!r} does not exist; there are {', '.join(ATTACKS)}")
         attack(args, lambda text: print(text, file=sys.stderr, flush=True))
         return
     for name in args.plans:

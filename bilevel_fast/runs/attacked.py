@@ -13,11 +13,13 @@ from bilevel_fast.attacking.looks import Look
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.models.folder import ModelFolder
+from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.ops.randomness import Stream
 from bilevel_fast.sampling.generate import generate
 from bilevel_fast.worlds import drawn_world
 from bilevel_fast.worlds.drawn import DrawnWorld
+from bilevel_fast.worlds.scenes import SIZE
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Target:
         """The first `count` captions of a bank, each by its first image.
 
         Raises:
-            UserError: A caption is not of the built-in world that the model draws.
+            UserError: A caption or the size is not the built-in world's that the model draws.
         """
         first: dict[str, int] = {}
         for number in range(len(bank)):
@@ -111,6 +113,8 @@ class Target:
             raise UserError(
                 f"{bank.path}: caption {other[0]!r} is none of the {here.name} world, whose probe would judge it"
             )
+        if isinstance(folder.vae, PixelUnshuffleVAE) and (side := bank.latent_shape[1] * folder.vae.block) != SIZE:
+            raise UserError(f"{bank.path} has images of {side}x{side}; a built-in world's probe reads {SIZE}x{SIZE}")
         latents = bank.moments(numbers, [0] * len(numbers)).chunk(2, dim=1)[0].to(device)
         anchors = [bank.anchor(number) or "" for number in numbers]
         return cls(folder, bank, numbers, captions, anchors, latents, device, here)

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError, nearest
 
+SIZE = 32
+"""Pixels of a side of every image."""
+
 
 class Scene(Protocol):
     """What one image shows: something, in a style. Scenes can be compared and hashed."""

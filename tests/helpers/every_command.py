@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bilevel_fast.data.bank import make_bank
+from bilevel_fast.models.folder import load_folder
 from coco_folder import encoded, picture
 from measuring import doodle, image_folder
 from mini_folder import TINY, make_mini_folder
@@ -65,11 +67,9 @@ COMMANDS = {
         "erase uce --model IN/teacher --erase in~the~style~of~waves --device cpu --out OUT/erased", "erased"
     ),
     "attack": Command(
-        "attack ring-a-bell --model IN/teacher --concepts OUT/bank --tokens 2 --population 4 --generations 2 --count 1 "
+        "attack ring-a-bell --model IN/larger --concepts IN/bank --tokens 2 --population 4 --generations 2 --count 1 "
         "--device cpu --out OUT/new/attacked",
         "new",
-        first="prepare concepts --model IN/teacher --phrase in~the~style~of~waves --count 1 --batch 1 --steps 2 "
-        "--device cpu --out OUT/bank",
     ),
     "export": Command(
         "export folder --model OUT/student --dtype fp16 --out OUT/exported", "exported",
@@ -119,6 +119,7 @@ def make_world(path: Path) -> Path:
     """What the commands read."""
     make_mini_folder(path / "teacher")
     make_mini_folder(path / "larger", config=replace(TINY, sample_size=16))  # of what the mini world draws
+    make_bank(load_folder(path / "larger"), [f"a red star {WAVES}"], ["a red star"], 1, 0, 3.0, 2, 1, path / "bank")
     (path / "images").mkdir()
     names = [f"{n}.jpg" for n in range(5)]
     with tarfile.open(path / "a.tar", "w") as tar:

@@ -9,6 +9,7 @@ from bilevel_fast import attack
 from bilevel_fast.data.bank import make_bank
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.worlds.mini import TEACHER
+from mini_folder import make_mini_folder
 from sd_folder import make_sd_folder
 
 WAVES = "in the style of waves"
@@ -103,6 +104,18 @@ def test_what_the_mini_world_does_not_draw_is_refused(command, tmp_path):
     code, _, wrong = command(attack.main, "mma", "--concepts", tmp_path / "bank", "--out", tmp_path / "out")
     assert code == 2
     assert f"caption {prompts[0]!r} is none of the mini world" in wrong
+
+
+@pytest.mark.situation
+def test_images_of_another_size_are_refused(command, tmp_path):
+    """A model of the mini world draws images of another size than its probe reads: refused, with both sizes."""
+    model = make_mini_folder(tmp_path / "model")
+    prompts = [f"a red star {WAVES}"]
+    make_bank(load_folder(model), prompts, ["a red star"], 1, 0, 3.0, 2, 1, tmp_path / "bank")
+    words = ("--model", model, "--concepts", tmp_path / "bank", "--out", tmp_path / "out")
+    code, _, wrong = command(attack.main, "mma", *words)
+    assert code == 2
+    assert "has images of 16x16; the mini world's probe reads 32x32" in wrong
 
 
 @pytest.mark.situation

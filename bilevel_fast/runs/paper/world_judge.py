@@ -76,6 +76,9 @@ class WorldJudge:
                 Column("named", "removed: named", "up", 1),
                 Column("vector", "removed: concept vector", "up", 1),
                 Column("inversion", "removed: inversion", "up", 1),
+                Column("named_content", "content: named", "", 1),
+                Column("vector_content", "content: concept vector", "", 1),
+                Column("inversion_content", "content: inversion", "", 1),
             )
         if measure == "kept":
             return self._kept_columns
@@ -150,15 +153,19 @@ class WorldJudge:
         )  # fmt: skip
         safe = self.safe.get(name)
         spared = [safe.concept] if safe else []
-        return {
-            "named": self._removed(unet, encoder, safe, named=True),
-            "vector": self._removed(unet, Shifted(encoder, vector, spared), safe, named=False),
-            "inversion": self._removed(unet, Shifted(encoder, learnt, spared), safe, named=False),
+        attacks = {
+            "named": (encoder, True),
+            "vector": (Shifted(encoder, vector, spared), False),
+            "inversion": (Shifted(encoder, learnt, spared), False),
         }
+        shares = {attack: self._removed(unet, encoder, safe, named) for attack, (encoder, named) in attacks.items()}
+        removed: Numbers = {attack: removed for attack, (removed, _) in shares.items()}
+        return removed | {f"{attack}_content": content for attack, (_, content) in shares.items()}
 
     @torch.no_grad()
-    def _removed(self, unet: UNet, encoder: TextEncoder, safe: Safe | None, named: bool) -> float:
-        """Percent of the held-out prompts, with or without the concept's name, that do not show the concept."""
+    def _removed(self, unet: UNet, encoder: TextEncoder, safe: Safe | None, named: bool) -> tuple[float, float]:
+        """Of the held-out prompts, with or without the concept's name: percent that do not show the concept, and
+        percent that show all the rest as asked."""
         folder, settings = self.folder, self.settings
         assert isinstance(folder.vae, PixelUnshuffleVAE)
         scenes = self.world.erased_scenes(self.erased, settings.judge_erased)
@@ -167,5 +174,5 @@ class WorldJudge:
             unet, folder.schedule, encoder, folder.vae, asked,
             seed=self.config.seed, guidance=settings.guidance, steps=settings.judge_steps, safe=safe,
         )  # fmt: skip
-        seen = self.world.probe(samples.images).style_logits.argmax(1)
-        return 100 * (seen != self.erased[0]).double().mean().item()
+        hit, content = self.world.recognised(samples.images, scenes)
+        return 100 * (~hit).double().mean().item(), 100 * content.double().mean().item()

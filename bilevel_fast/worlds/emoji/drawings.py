@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.ops.randomness import Stream, uniform
+from bilevel_fast.worlds.scenes import SIZE as SIZE
 
-SIZE = 32
 CELL = 64
 COLUMNS = 8
 ATLAS = Path(__file__).parent / "atlas"

@@ -14,7 +14,7 @@ SUBJECT = Subject(WORLD, WORDS, EMOJI_INDEX, start=mini.TEACHER)
 
 
 def main() -> None:
-    command(SUBJECT, PretrainConfig(steps=8000, lr=8e-4, decay=0.2, rephrase=0.2, every=250), per_scene=4)
+    command(SUBJECT, PretrainConfig(steps=3400, lr=8e-4, decay=0.2, rephrase=0.2, every=250), per_scene=4)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.ops.randomness import Stream, uniform
+from bilevel_fast.worlds.scenes import SIZE as SIZE
 
-SIZE = 32
 OBJECTS = ("circle", "square", "triangle", "star", "cross", "ring")
 COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 STYLES = ("plain", "hatching", "pointillism", "mosaic", "waves", "line art")

@@ -5,9 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.quality import rival_tables, rivals
+from benchmarks.quality import attack_tables, rival_attacks, rival_tables
+from benchmarks.quality.rival_attacks import ATTACKS, Attacker
 from benchmarks.quality.rival_cases import TRIES, Plan, Recipe, best, chosen, of_world, tried
-from benchmarks.quality.rivals import Bench
+from benchmarks.quality.rivals import Bench, lacking
+from bilevel_fast.attacking.mma import Mma
+from bilevel_fast.attacking.ring_a_bell import RingABell
+from bilevel_fast.attacking.unlearn_diff import UnlearnDiff
 from bilevel_fast.runs.config import preset
 
 
@@ -45,14 +49,31 @@ def test_every_way_trains_from_the_same_start_and_says_what_it_cost(bench, case)
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in again.state_dict().items())
 
 
-def test_an_attack_is_looked_at_on_its_way(bench, monkeypatch):
-    monkeypatch.setattr(rivals, "SEARCHED", (1, 2))
-    student, _ = bench.make("bilevel", WAYS["bilevel"][0])
-    found = bench.attacked(student.eval())
+def test_every_attack_is_looked_at_on_its_way(bench, monkeypatch):
+    """After so many steps of each; the teacher has forgotten nothing, and gives the style to who moves its states."""
+    monkeypatch.setattr(rival_attacks, "SEARCHED", (1, 2))
+    monkeypatch.setattr(rival_attacks, "TEXTS", 1)
+    monkeypatch.setattr(rival_attacks, "RING_A_BELL", RingABell(tokens=6, population=40, generations=12, strength=1))
+    monkeypatch.setattr(rival_attacks, "BRED", (2, 12))
+    monkeypatch.setattr(rival_attacks, "MMA", Mma(tokens=3, steps=2, top=4, batch=6))
+    monkeypatch.setattr(rival_attacks, "CHANGED", (1, 2))
+    monkeypatch.setattr(rival_attacks, "UNLEARN_DIFF", UnlearnDiff(tokens=2, iterations=1, timesteps=2))
+    attacker = Attacker(bench.lab, bench.config)
+    found = [row for name in ATTACKS for row in attacker(name, bench.lab.folder.unet().eval())]
     assert [(row["attack"], row.get("strength", row.get("steps"))) for row in found] == [
-        *(("concept vector", 1.0), ("concept vector", 3.0), ("inversion", 1), ("inversion", 2))
+        *(("concept vector", 1.0), ("concept vector", 3.0), ("inversion", 1), ("inversion", 2)),
+        *(("ring-a-bell", 2), ("ring-a-bell", 12), ("mma", 1), ("mma", 2), ("unlearn-diff", 1), ("unlearn-diff", 2)),
     ]
-    assert all(0 <= row[key] <= 1 for row in found for key in ("hit", "content"))
+    assert all(0 <= row[key] <= 1 and row["samples"] == 1 for row in found for key in ("hit", "content"))
+    assert found[0]["hit"] == found[2]["hit"] == 1.0
+    assert found[-2]["hit"] <= found[-1]["hit"]
+
+
+def test_attacks_that_have_a_row_are_not_repeated():
+    row = {"plan": "attack", "case": "bilevel", "seed": 0, "got_back": [{"attack": "mma"}, {"attack": "inversion"}]}
+    names = ["inversion", "ring-a-bell", "mma"]
+    assert lacking([row], "bilevel", 0, names) == ["ring-a-bell"]
+    assert lacking([row], "bilevel", 1, names) == lacking([row], "bome", 0, names) == names
 
 
 def measured(case, seed, hit, fid, plan="tuning", cosines=()):
@@ -90,7 +111,7 @@ def test_each_world_has_tries_and_tables_of_its_own():
     assert "of these its relatives" not in rival_tables.table(rows, ["main"])
 
 
-def test_tables():
+def test_tables(tmp_path):
     rows = [measured("bilevel", seed, 0.0, 4.0 + seed, "main", [0.0, 0.4]) for seed in (0, 1)]
     rows += [measured("two-stage, replay", seed, 0.02, 6.0, "main") for seed in (0, 1)]
     lines = rival_tables.table(rows, ["main"]).splitlines()
@@ -102,7 +123,14 @@ def test_tables():
     assert "| 6.0 ± 0.0 | +2.0, +1.0 | 150 / 30 / 480 |" in other
     assert "| bome | not measured |" in "\n".join(lines)
     assert "over 2 runs: +0.20 in the first five, +0.20 in the last five, +0.00 at least" in rival_tables.conflict(rows)
-    got = [{"hit": 0.1 * n, "content": 1.0} for n in range(5)]
+    got = [{"attack": "inversion", "steps": n, "hit": 0.1 * n, "content": 1.0} for n in range(1, 4)]
     rows.append({**rows[0], "plan": "attack", "got_back": got, "seed": 0, "cosines": []})
-    assert "| bilevel, seed 0 | 0.00 / 1.00 | 0.10 / 1.00 | 0.20 / 1.00 |" in rival_tables.attacks(rows)
+    rows.append({**rows[-1], "got_back": [{**got[1], "hit": 0.4}], "seed": 1})
+    text = attack_tables.tables(rows)
+    assert "inversion: style got back / content kept | steps 1 | steps 2 | steps 3 |" in text
+    assert "| bilevel, seeds 0, 1 | 0.10 / 1.00 | 0.30 / 1.00 | 0.30 / 1.00 |" in text
+    assert "| one level | not measured | not measured | not measured |" in text
+    assert "mma: style got back / content kept | steps |" in text
+    attack_tables.plot(rows, tmp_path / "attacks.png")
+    assert (tmp_path / "attacks.png").stat().st_size > 1000
     assert "Measured on a CPU, 1 thread, torch 2, commits abc." in rival_tables.report(rows)

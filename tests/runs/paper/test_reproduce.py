@@ -129,6 +129,7 @@ def test_attacks(table1):
     numbers = {row["row"]: row["numbers"] for row in rows_of(out / "table2")}
     assert numbers["teacher"]["named"] == numbers["teacher"]["vector"] == 0, "it has forgotten nothing"
     assert numbers["uce"]["named"] == 100
+    assert numbers["teacher"]["named_content"] > 50, "and draws what was asked for besides"
     assert all(0 <= value <= 100 for some in numbers.values() for value in some.values())
 
 
