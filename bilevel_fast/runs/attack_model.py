@@ -163,18 +163,15 @@ def _searches(args: Args, target: Target) -> Iterator[tuple[Sequence[int], int, 
             )  # fmt: skip
             yield rows, args.timesteps, search
         return
-    if isinstance(args, RingABellArgs):
-        vector = concept_vector(reader, target.captions, target.anchors, args.strength)
+    if isinstance(args, MmaArgs):
+        for row in range(count):
+            search = mma(reader, target.captions[row], args, seed=args.seed + row, forbidden=args.forbid)
+            yield [row], args.steps, search
+        return
+    vector = concept_vector(reader, target.captions, target.anchors, args.strength)
     for row in range(count):
-        if isinstance(args, MmaArgs):
-            yield (
-                [row],
-                args.steps,
-                mma(reader, target.captions[row], args, seed=args.seed + row, forbidden=args.forbid),
-            )
-        else:
-            near = token_states(reader, [target.anchors[row]])[0] + vector
-            yield [row], args.generations, ring_a_bell(reader, near, args, seed=args.seed + row)
+        near = token_states(reader, [target.anchors[row]])[0] + vector
+        yield [row], args.generations, ring_a_bell(reader, near, args, seed=args.seed + row)
 
 
 def _csv(found: Sequence[Attacked]) -> bytes:
