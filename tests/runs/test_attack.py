@@ -115,7 +115,7 @@ def test_images_of_another_size_are_refused(command, tmp_path):
     words = ("--model", model, "--concepts", tmp_path / "bank", "--out", tmp_path / "out")
     code, _, wrong = command(attack.main, "mma", *words)
     assert code == 2
-    assert "has images of 16x16; the mini world's probe reads 32x32" in wrong
+    assert "has images of 16x16; a built-in world's probe reads 32x32" in wrong
 
 
 @pytest.mark.situation
