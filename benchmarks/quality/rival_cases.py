@@ -97,6 +97,11 @@ TRIES: dict[str, dict[str, Recipe]] = {
 _MAIN = {"distilled": Recipe("distilled"), "bilevel": LOOP, "bome": BOME}
 _RIVALS = {"two-stage, replay": REPLAY, "two-stage, repair": REPAIR, "one level": ONE}
 
+_SYSTEMS = {
+    "bilevel, selective amnesia inside": Recipe("loop", {"eraser": "selective-amnesia"}),
+    "bilevel, ewc in place of the penalty": Recipe("loop", {"solver": "ewc", "penalty": 50.0}),
+}
+
 PLANS: dict[str, Plan] = {
     "tuning": Plan(
         {"distilled": _MAIN["distilled"]} | TRIES["two-stage"] | TRIES["repair"], (SEED,), erased=36, kept=18
@@ -135,7 +140,7 @@ PLANS: dict[str, Plan] = {
         }
     ),
     "tuning-4": Plan({"distilled": _MAIN["distilled"]} | TRIES["sld"], (SEED,), erased=36, kept=18),
-    "systems": Plan({"sld": Recipe("sld", tuned="sld"), "time": Recipe("edit", edit="time")}),
+    "systems": Plan({"sld": Recipe("sld", tuned="sld"), "time": Recipe("edit", edit="time"), **_SYSTEMS}),
 }  # fmt: skip
 """In order of worth."""
 

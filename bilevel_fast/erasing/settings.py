@@ -77,6 +77,31 @@ class Erasediff(Section):
 
 
 @dataclass(frozen=True)
+class Fisher(Section):
+    """What the weights are held to, for selective-amnesia and for --upper.solver ewc."""
+
+    samples: int = 16
+    """Images of the lower level over which the Fisher information is taken, before the first step."""
+    timesteps: int = 8
+    """Of each image, evenly spread; the paper takes all of them."""
+
+    def check(self) -> None:
+        in_range("--upper.fisher.samples", self.samples, ">= 1", self.samples >= 1)
+        in_range("--upper.fisher.timesteps", self.timesteps, ">= 1", self.timesteps >= 1)
+
+
+@dataclass(frozen=True)
+class AmnesiaSettings(Section):
+    """Selective Amnesia."""
+
+    weight: float = 50.0
+    """Lambda: how strongly the weights are held to what they were, by their Fisher information."""
+
+    def check(self) -> None:
+        in_range("--upper.amnesia.weight", self.weight, ">= 0 and finite", 0 <= self.weight < math.inf)
+
+
+@dataclass(frozen=True)
 class UceStep(Section):
     """UCE as an upper step: each projects keys and values of all cross-attentions; see erasing/loop_edits.py."""
 
@@ -174,9 +199,9 @@ class Upper:
     warmup: int = 250
     """Upper steps of linear warm-up; the first has learning rate 0."""
     eraser: str = "guidance"
-    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun,
-    erasediff or forget-me-not. Or an edit of its weights, made again at every upper step: uce, time or concept-prune;
-    these have no gradient, and of this section read every, anchor and what bears their name."""
+    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun, erasediff,
+    selective-amnesia or forget-me-not. Or an edit of its weights, made again at every upper step: uce, time or
+    concept-prune; these have no gradient, and of this section read every, anchor and what bears their name."""
     source: Literal["paper", "teacher", "start", "self"] = "paper"
     """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
     student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
@@ -196,14 +221,17 @@ class Upper:
     penalty_schedule: Literal["constant", "rising", "linear", "falling"] = "constant"
     """How lambda goes on from --upper.penalty over upper steps k = 0, 1, ...: rising times (k + 1)^(1/4), linear times
     min(10, (k + 1) / 10), falling times 1 + (k + 1)^(-1/7) / 10."""
-    solver: Literal["penalty", "bome"] = "penalty"
+    solver: Literal["penalty", "bome", "ewc"] = "penalty"
     """What makes one direction of the two gradients: `penalty` adds lambda times the lower loss's; `bome` has no
-    lambda, and adds as much of it as the lower loss needs to fall (bilevel_fast.erasing.solvers)."""
+    lambda, and adds as much of it as the lower loss needs to fall (bilevel_fast.erasing.solvers). `ewc` asks for no
+    lower loss: it adds lambda times a pull to the weights as they were, by their Fisher information."""
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     ablation: Ablation = field(default_factory=Ablation)
     esd: EsdSettings = field(default_factory=EsdSettings)
     salun: Salun = field(default_factory=Salun)
     erasediff: Erasediff = field(default_factory=Erasediff)
+    amnesia: AmnesiaSettings = field(default_factory=AmnesiaSettings)
+    fisher: Fisher = field(default_factory=Fisher)
     uce: UceStep = field(default_factory=UceStep)
     time: TimeStep = field(default_factory=TimeStep)
     concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)

@@ -37,8 +37,8 @@ class _Asked:
     subjects: str | None = None
     """Sentences that hold the concept where `{}` stands, or end with it: a prompt file, or `things`, `people` or
     `mini`, the mini world's captions that are not held out for its judge. uce and time take the texts by themselves as
-    well, and need none: many of them, without --preserve, move everything else. concept-prune takes by default `mini` for a
-    model of the mini world, else `things`."""
+    well, and need none: many of them, without --preserve, move everything else. concept-prune takes by default `mini`
+    for a model of the mini world, else `things`."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
 

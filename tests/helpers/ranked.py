@@ -51,6 +51,7 @@ BRIEF = [*EDITED, "--upper.batch", "2", "--upper.warmup", "0"]
 SMALLER = {
     "esd": ["--upper.esd.steps", "4"],
     "salun": ["--upper.salun.batches", "1"],
+    "selective-amnesia": ["--upper.fisher.samples", "2", "--upper.fisher.timesteps", "2"],
     "concept-prune": [
         *["--upper.concept-prune.prompts", "1", "--upper.concept-prune.steps", "2"],
         *["--upper.concept-prune.guidance", "1"],
