@@ -48,6 +48,8 @@ SMALL = {
     "erase uce": [],
     "erase concept-prune": ["--steps", "2"],
     "erase time": [],
+    "erase separable": [],
+    "erase p-esd": ["--updates", "2", "--steps", "3", "--batch", "1"],
     "export": [],
     "train": SHORT,
     "sample": ["--steps", "3"],

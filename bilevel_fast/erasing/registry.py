@@ -151,7 +151,9 @@ ERASERS: dict[str, GradientKind | EditKind] = {
     ),
     "uce": EditKind(loop_edits.uce, reads=("uce",)),
     "time": EditKind(loop_edits.time, reads=("time",)),
+    "separable": EditKind(loop_edits.separable, reads=("separable",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
+    "p-esd": EditKind(loop_edits.p_esd_masks, reads=("p_esd",)),
 }
 
 _OWN = {name for kind in ERASERS.values() for name in kind.reads}

@@ -379,8 +379,9 @@ class _Line:
         if answers.listens:
             with _Weighing(), listening(answers.teacher.unet, answers.listens) as heard:
                 answer = answers.teacher.predict(noised, given.text)
-        answered = Answered(noised, given.text, answer, heard)
-        held = (answer.out, *answer.blocks, *heard.values())
+        free = answers.unprompted(noised, given)
+        answered = Answered(noised, given.text, answer, heard, *free)
+        held = (answer.out, *answer.blocks, *heard.values(), *(t for t in free if t is not None))
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}  # some are one
         inputs = (noised.x, noised.t, noised.target, noised.weight, given.text)
         with _Weighing() as learning:

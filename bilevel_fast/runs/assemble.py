@@ -96,6 +96,8 @@ def levels(
         if config.fp8_teacher:
             with loader(batches) as ahead:
                 answers.teacher = _in_fp8(answers, ahead(0).split(micro[0])[0])
+    if lower.weights.guided:
+        answers.null = encoder.encode([""]).to(device)
     fine_tuning = FineTuning(flat, answers, lower.weights, micro[0])
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:

@@ -30,7 +30,7 @@ def judged(
     with Bar("model") as bar:
         for number, folder in enumerate(folders):
             bar(number, len(folders))
-            samples = materials.portfolio(folder.unet(), folder, erased, settings, seed, safe)
+            samples = materials.kept_away(folder.unet(), folder, erased, settings, seed, safe)
             found[str(folder.path)] = materials.quality(samples, erased)
         bar(len(folders), len(folders))
     return found

@@ -52,6 +52,10 @@ SMALLER = {
     "esd": ["--upper.esd.steps", "4"],
     "salun": ["--upper.salun.batches", "1"],
     "selective-amnesia": ["--upper.fisher.samples", "2", "--upper.fisher.timesteps", "2"],
+    "p-esd": [
+        *["--upper.p-esd.updates", "1", "--upper.p-esd.steps", "3", "--upper.p-esd.batch", "1"],
+        *["--upper.p-esd.lr", "2"],
+    ],
     "concept-prune": [
         *["--upper.concept-prune.prompts", "1", "--upper.concept-prune.steps", "2"],
         *["--upper.concept-prune.guidance", "1"],

@@ -109,7 +109,7 @@ class MiniJudge:
         file = self.out / f"{name}.safetensors"
         scenes = tuple(mini.asked(self.erased, self.config.mini))
         if not file.exists():
-            images = mini.portfolio(
+            images = mini.kept_away(
                 self._unet(path), self.folder, self.erased, self.config.mini, self.config.seed, self.safe.get(name)
             ).images
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -139,10 +139,15 @@ def asked(erased: Sequence[int], settings: Mini) -> list[Scene]:
     return erased_scenes(erased, settings.judge_erased) + kept_scenes(erased, settings.judge_kept)
 
 
-def portfolio(
-    unet: UNet, folder: ModelFolder, erased: Sequence[int], settings: Mini, seed: int, safe: Safe | None = None
+def portfolio(unet: UNet, folder: ModelFolder, erased: Sequence[int], settings: Mini, seed: int) -> Samples:
+    """The samples that a model is judged by, of `asked`."""
+    return kept_away(unet, folder, erased, settings, seed, None)
+
+
+def kept_away(
+    unet: UNet, folder: ModelFolder, erased: Sequence[int], settings: Mini, seed: int, safe: Safe | None
 ) -> Samples:
-    """The samples that a model is judged by, of `asked`; `safe` keeps all of them away from a concept."""
+    """The same, all of them kept away from a concept while they are sampled; as they are where that is None."""
     assert isinstance(folder.vae, PixelUnshuffleVAE)
     return paint(
         unet,

@@ -22,6 +22,8 @@ def test_the_best_weight_is_that_of_the_seed_that_tunes():
         losses.tuned(rows[:2])
     assert losses.weighted("layer 0.1") == LossWeights(layer=0.1)
     assert losses.weighted("usual") == LossWeights()
+    assert losses.weighted("feature_by_norm 1") == LossWeights(feature=1.0, feature_by_norm=True)
+    assert losses.tuned([row("guided 1", 0.2), row("guided 0.1", 0.3)], ["guided"]) == ["guided 1"]
 
 
 def test_the_table_shows_what_is_worse_as_well():

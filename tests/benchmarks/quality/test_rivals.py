@@ -8,6 +8,7 @@ import torch
 from benchmarks.quality import rival_tables, rivals
 from benchmarks.quality.rival_cases import TRIES, Plan, Recipe, best, chosen, tried
 from benchmarks.quality.rivals import Bench
+from bilevel_fast.erasing.settings import Fisher
 from bilevel_fast.runs.config import preset
 
 
@@ -31,6 +32,9 @@ WAYS = {
     "one level": (Recipe("one level", weight=0.5), (4, 4, 4)),
     "uce": (Recipe("uce"), (4, 0, 0)),
     "uce, all tokens": (Recipe("uce", all_tokens=True), (4, 0, 0)),
+    "sld": (Recipe("sld", strength="max"), (4, 0, 0)),
+    "time": (Recipe("edit", edit="time"), (4, 0, 0)),
+    "amnesia": (Recipe("loop", {"eraser": "selective-amnesia", "fisher": Fisher(1, 1)}), (6, 2, 4)),
 }
 
 
