@@ -151,7 +151,7 @@ def test_what_cannot_be_erased_or_given_back(model, both, tmp_path):
         (["--model", model, "--erase", WAVES, "--preserve", tmp_path / "all.txt"], "leaves no direction to"),
         (["--model", both, "--erase", WAVES], "is erased by an increment already; --give-back takes it out"),
         (["--model", model, "--give-back", WAVES], "has no such increment; there are: none"),
-        (["--model", both, "--give-back", "mosaic"], f"has no such increment; there are: '{WAVES}', '{DOTS}'"),
+        (["--model", both, "--give-back", "mosaic"], f"has no such increment; there are: '{DOTS}', '{WAVES}'"),
         (["--model", both, "--give-back", WAVES, "--erase", "mosaic"], "give no --erase, --pairs, --preserve"),
         (["--model", model, "--erase", WAVES, "--threshold", "1"], "--threshold is 1.0; wanted a number between"),
     ):
