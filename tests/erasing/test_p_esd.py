@@ -20,7 +20,7 @@ from mini_folder import make_mini_folder
 from mutants import mutated
 
 PAIRS = [Pair("a red star in the style of waves", "a red star"), Pair("in the style of waves")]
-LEARNING = Learning(ratio=0.3, updates=2, lr=0.7, eta=0.5, steps=4, guidance=2.0, batch=2)
+LEARNING = Learning(ratio=0.3, updates=3, lr=0.7, eta=0.5, steps=4, guidance=2.0, batch=2)
 
 
 @pytest.fixture(scope="module")
