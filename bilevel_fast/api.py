@@ -75,8 +75,8 @@ def train(config: "TrainConfig", team: "Team | None" = None) -> dict[str, Any]:
 
 
 def erase(
-    model: Folder, phrases: Sequence[str], *, out: Folder, edit: Literal["uce", "time", "concept-prune"] = "uce",
-    **settings: Any,
+    model: Folder, phrases: Sequence[str], *, out: Folder,
+    edit: Literal["uce", "time", "separable", "concept-prune", "p-esd"] = "uce", **settings: Any,
 ) -> "Erased":  # fmt: skip
     """Edit concepts out of a copy of a model: `python -m bilevel_fast.erase`.
 
@@ -85,7 +85,8 @@ def erase(
         phrases: As they stand in prompts: `in the style of waves`.
         out: The edited model's folder; must be new.
         edit: Which edit of the weights.
-        settings: Further fields of `bilevel_fast.runs.erase_model.UceArgs`, `TimeArgs` or `ConceptPruneArgs`.
+        settings: Further fields of `UceArgs`, `TimeArgs`, `SeparableArgs`, `ConceptPruneArgs` or `PEsdArgs` in
+            `bilevel_fast.runs.erase_model`.
     """
     from bilevel_fast.runs import erase_model
 

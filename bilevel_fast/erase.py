@@ -5,7 +5,9 @@ python -m bilevel_fast.erase concept-prune --erase "in the style of pointillism"
 
 uce            keys and values of a text become those of its guide, in closed form (arXiv:2308.14761)
 time           the same, and nothing is preserved (arXiv:2303.08084)
+separable      each text by an increment that no other text sees, and that can be given back (arXiv:2402.05947)
 concept-prune  zeros feed-forward weights that work for the concept (arXiv:2405.19237)
+p-esd          zeros weights of cross-attentions by a mask learnt under ESD's loss (arXiv:2405.16534)
 """
 
 import sys

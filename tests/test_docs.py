@@ -51,6 +51,8 @@ SMALL = {
     "attack ring-a-bell": ["--population", "4", "--generations", "1"],
     "attack mma": ["--batch", "4", "--steps", "1"],
     "erase time": [],
+    "erase separable": [],
+    "erase p-esd": ["--updates", "2", "--steps", "3", "--batch", "1"],
     "export": [],
     "train": SHORT,
     "sample": ["--steps", "3"],

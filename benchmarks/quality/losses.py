@@ -1,4 +1,5 @@
-"""What the two further terms of the lower loss are worth on the mini world: self-attentions (KOALA), layers (SSD-1B).
+"""What further terms of the lower loss are worth on the mini world: self-attentions (KOALA), layers (SSD-1B); and, if
+asked for by `--terms`, the guided output (SnapFusion) and block outputs by their norm (LAPTOP-Diff).
 
     python -m benchmarks.quality.losses run --seeds 3 --tune    every weight that was tried, on a seed of its own
     python -m benchmarks.quality.losses run --seeds 0 1 2       the usual loss, and each term at its best weight
@@ -32,6 +33,7 @@ from bilevel_fast.training.losses import LossWeights
 ROWS = RESULTS / "losses.jsonl"
 USUAL = "usual"
 TERMS = {"self_attention": "self-attention", "layer": "layer"}
+NAMES = TERMS | {"guided": "guided output", "feature_by_norm": "block outputs by their norm"}
 WEIGHTS = (0.1, 1.0)
 MEASURED = {"output_error": "output error", "target_error": "target error", "fid": "FID"}
 SHOWN = {"style": "style", "object": "object", "color": "color"}
@@ -45,6 +47,8 @@ class Run:
     """Of everything random; one after the other."""
     tune: bool = False
     """Try every weight of every term, instead of the best of each."""
+    terms: tuple[str, ...] = tuple(TERMS)
+    """Which of them: self_attention, layer, guided or feature_by_norm."""
     preset: str = "mini"
     """Settings of the lower level."""
     budget: float = 0.55
@@ -65,17 +69,19 @@ class Report:
 def weighted(name: str) -> LossWeights:
     """`usual`, or `TERM WEIGHT` beside the usual ones."""
     term, _, weight = name.partition(" ")
+    if term == "feature_by_norm":  # a choice of how the weight of block outputs is meant
+        return replace(LossWeights(), feature=float(weight), feature_by_norm=True)
     return LossWeights() if name == USUAL else replace(LossWeights(), **{term: float(weight)})
 
 
-def tuned(rows: Sequence[Row]) -> list[str]:
+def tuned(rows: Sequence[Row], terms: Sequence[str] = tuple(TERMS)) -> list[str]:
     """The case of each term that did best where all weights were tried.
 
     Raises:
         UserError: They were not.
     """
     found = []
-    for term in TERMS:
+    for term in terms:
         tried = [row for row in rows if row["tuning"] and row["case"].startswith(f"{term} ")]
         if not tried:
             raise UserError(f"{ROWS} has no weight of {term} tried; run with --seeds 3 --tune first")
@@ -85,8 +91,10 @@ def tuned(rows: Sequence[Row]) -> list[str]:
 
 def run(args: Run, seed: int, place: Row) -> None:
     """All cases of a seed that have no row. `place` is part of every row."""
+    if strangers := [term for term in args.terms if term not in NAMES]:
+        raise UserError(f"--terms {strangers[0]!r} is none of {', '.join(NAMES)}")
     rows = read(ROWS)
-    names = [USUAL] + ([f"{t} {w:g}" for t in TERMS for w in WEIGHTS] if args.tune else tuned(rows))
+    names = [USUAL] + ([f"{t} {w:g}" for t in args.terms for w in WEIGHTS] if args.tune else tuned(rows, args.terms))
     done = {(row["seed"], row["case"]) for row in rows}
     if not (missing := [name for name in names if (seed, name) not in done]):
         return
@@ -135,7 +143,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _said(name: str) -> str:
     term, _, weight = name.partition(" ")
-    return name if name == USUAL else f"{TERMS[term]}, weight {weight}"
+    return name if name == USUAL else f"{NAMES[term]}, weight {weight}"
 
 
 def main() -> None:

@@ -123,6 +123,16 @@ TRIES |= EMOJI_TRIES
 _MAIN = {"distilled": Recipe("distilled"), "bilevel": LOOP, "bome": BOME}
 _RIVALS = {"two-stage, replay": REPLAY, "two-stage, repair": REPAIR, "one level": ONE}
 
+_SYSTEMS = {
+    "sld": Recipe("sld", tuned="sld"),
+    "time": Recipe("edit", edit="time"),
+    "separable": Recipe("edit", edit="separable"),
+    "p-esd": Recipe("edit", {"steps": 20}, edit="p-esd"),
+    "bilevel, selective amnesia inside": Recipe("loop", {"eraser": "selective-amnesia"}),
+    "bilevel, ewc in place of the penalty": Recipe("loop", {"solver": "ewc", "penalty": 50.0}),
+}
+"""Of docs/systems.md; at their papers' settings but for SLD, whose strength is tuned."""
+
 PLANS: dict[str, Plan] = {
     "tuning": Plan(
         {"distilled": _MAIN["distilled"]} | TRIES["two-stage"] | TRIES["repair"], (SEED,), erased=36, kept=18
@@ -173,7 +183,7 @@ PLANS: dict[str, Plan] = {
         world="emoji", style="noto", erased=96, kept=48,
     ),
     "tuning-4": Plan({"distilled": _MAIN["distilled"]} | TRIES["sld"], (SEED,), erased=36, kept=18),
-    "systems": Plan({"sld": Recipe("sld", tuned="sld"), "time": Recipe("edit", edit="time")}),
+    "systems": Plan(_SYSTEMS),
 }  # fmt: skip
 """In order of worth."""
 

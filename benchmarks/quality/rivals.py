@@ -41,6 +41,7 @@ from benchmarks.rows import Row
 from bilevel_fast.base import errors
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.batch import Batch
+from bilevel_fast.erasing import registry as erasers
 from bilevel_fast.erasing import uce
 from bilevel_fast.erasing.edit import Job
 from bilevel_fast.erasing.pairs import Frame, Pair
@@ -200,7 +201,12 @@ class Bench:
 
     def _levels(self, student: UNet, recipe: Recipe) -> tuple[Level, Level | None]:
         lower = replace(self.config.lower, **recipe.lower)
-        lower, upper = self.lab.levels(replace(self.config, lower=lower, upper=self._upper(recipe)), student)
+        config = replace(self.config, lower=lower, upper=self._upper(recipe))
+        lab = self.lab
+        if erasers.shows(config.upper.eraser) == "anchor":  # images of a bank of its own, of the same number and noise
+            other = Lab.set_up(config, self.place / "bank-anchor")
+            lab = replace(lab, materials=replace(lab.materials, concepts=other.materials.concepts))
+        lower, upper = lab.levels(config, student)
         assert upper is None or isinstance(upper, Level)
         return lower, upper
 

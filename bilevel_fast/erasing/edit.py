@@ -4,9 +4,11 @@ erased.json   {"format", "version", "edits": [...]}: every edit that the weights
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_json
@@ -62,11 +64,13 @@ class Outcome:
         record: For the model folder.
         table: For each kind of layer, the numbers by column.
         notes: Whatever else the user should know, a line each.
+        tensors: Files of tensors for the model folder, by file name: what a later edit wants to know.
     """
 
     record: Record
     table: Mapping[str, Mapping[str, float]]
     notes: tuple[str, ...] = ()
+    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
 def transformers(structure: Structure) -> tuple[tuple[Site, ...], tuple[str, ...]]:

@@ -20,6 +20,8 @@ P depends on the text encoder alone: it is found once, in fp64, before the first
 
 **TIME** (arXiv:2303.08084) is the same without preserved texts: H is made of the guides and of its own lambda.
 
+**SepME** (arXiv:2402.05947) is a projection as it stands: see `erasing.separable`.
+
 **ConceptPrune** (arXiv:2405.19237): the masks of `erasing.concept_prune`, found from the student as it is at the first
 upper step, or anew at every so many. The lower level may move masked weights between two upper steps, and the next
 one zeros them again.
@@ -37,10 +39,11 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.blend import parts_of, weights_of
 from bilevel_fast.data.sources import LatentSource
-from bilevel_fast.erasing import concept_prune
+from bilevel_fast.erasing import concept_prune, p_esd
 from bilevel_fast.erasing.edit import transformers
 from bilevel_fast.erasing.pairs import Pair, check
 from bilevel_fast.erasing.phrases import captions_of, held, pairs_of, phrases
+from bilevel_fast.erasing.separable import increments
 from bilevel_fast.erasing.settings import Upper
 from bilevel_fast.erasing.uce import Matched, gram, match, matrices
 from bilevel_fast.models.diffusion import Schedule
@@ -146,6 +149,26 @@ def time(upper: Upper, ground: Ground) -> "UceProjection":
     return UceProjection(ground.flat, names, about, matrix)
 
 
+def separable(upper: Upper, ground: Ground) -> "UceProjection":
+    """SepME as the settings name it: the phrases of each bank are a concept, their guide is the null prompt.
+
+    Raises:
+        UserError: The student has no such layer left, a phrase cannot be erased, or nothing is left to it.
+    """
+    settings, encoder = upper.separable, ground.encoder
+    concepts = [tuple(map(Pair, phrases(bank))) for bank in parts_of(ground.concepts)]
+    check([pair for pairs in concepts for pair in pairs], (), encoder)
+    kept, _ = captions_of(ground.data, settings.texts, phrases(ground.concepts)) if settings.texts else ((), 0)
+    names = [name for name, _ in matrices(ground.student)]
+    device = ground.flat.master.device
+    found, matrix = increments(
+        encoder, concepts, ("", *kept), settings.threshold, "--upper.separable.threshold", device
+    )
+    ranks = " + ".join(str(right.shape[1]) for _, right in found)
+    about = f"keys and values, {len(concepts)} concepts, {1 + len(kept)} preserved, {ranks} of {len(matrix)} directions"
+    return UceProjection(ground.flat, names, about, matrix)
+
+
 def prune(upper: Upper, ground: Ground) -> "PruneMasks":
     """ConceptPrune as the settings name it.
 
@@ -167,6 +190,24 @@ def prune(upper: Upper, ground: Ground) -> "PruneMasks":
         )  # fmt: skip
 
     return PruneMasks(ground.flat, list(layers), "the second of feed-forward layers", find, settings.every)
+
+
+def p_esd_masks(upper: Upper, ground: Ground) -> "PruneMasks":
+    """P-ESD as the settings name it.
+
+    Raises:
+        UserError: The student has no such layer left, or a text cannot be erased.
+    """
+    settings = {name: value for name, value in vars(upper.p_esd).items() if name != "every"}
+    pairs = [pair for bank in _pairs(upper, ground) for pair in bank]
+    size = ground.concepts.latent_shape[1]
+
+    def find() -> dict[str, Tensor]:
+        learning = p_esd.Learning(**settings)
+        return p_esd.learn(ground.student, ground.schedule, ground.encoder, pairs, learning, ground.seed, size)[0]
+
+    layers = p_esd.matrices(ground.student)
+    return PruneMasks(ground.flat, list(layers), "of cross-attentions", find, upper.p_esd.every)
 
 
 class _OnMatrices(Edit):
@@ -239,11 +280,12 @@ def projection(new: Matched, held: Tensor, ridge: float) -> tuple[Tensor, int]:
 
 
 class PruneMasks(_OnMatrices):
-    """Zeros what masks name in the second matrices of the feed-forward layers, and what was zero there from the start:
-    that is how a run that goes on from another one's student does not forget what that one has erased.
+    """Zeros what masks name in some matrices, such as the second ones of the feed-forward layers, and what was zero
+    there from the start: that is how a run that goes on from another one's student does not forget what that one has
+    erased.
 
     Args:
-        find: Finds the masks of the student as it is: (C, F) bool by parameter name.
+        find: Finds the masks of the student as it is: bool by parameter name.
         every: Upper steps between two searches; 0 searches before the first upper step only.
     """
 

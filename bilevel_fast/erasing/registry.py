@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.data.bank import Shows
 from bilevel_fast.erasing import loop_edits, solvers
+from bilevel_fast.erasing.amnesia import Remembered, SelectiveAmnesia
 from bilevel_fast.erasing.attention import ForgetMeNot, Words
 from bilevel_fast.erasing.esd import Esd
 from bilevel_fast.erasing.references import Itself, Source, Start
@@ -35,6 +36,7 @@ class EraserParts:
         null: (1, L, D) states of the null prompt, on the device.
         words: Makes what finds the concept's words in captions.
         salient: Which parameters move, by number of concept batches and share: see `saliency.salient`.
+        fisher: Fisher information of the student, by number of images and of timesteps: see `amnesia.fisher`.
     """
 
     teacher: Teacher
@@ -43,6 +45,7 @@ class EraserParts:
     null: Tensor
     words: Callable[[], Words]
     salient: Callable[[int, float], Tensor]
+    fisher: Callable[[int, int], Tensor]
 
     @property
     def student(self) -> UNet:
@@ -71,6 +74,7 @@ class Kind:
         watched: Whether it shows a controller how far the student has come, and leaves lambda to it.
         ruled: Whether it weighs the two gradients by a rule of its own.
         masked: Whether it holds a mask over the student's parameters.
+        remembers: Whether it holds the weights to what they were, and so two buffers of them.
         whole: Why a batch of it cannot be split into micro-batches; empty where its loss is a mean over images.
         eager: Whether its steps cannot be recorded: `Eraser.eager` says why.
     """
@@ -81,6 +85,7 @@ class Kind:
     watched: bool = False
     ruled: bool = False
     masked: bool = False
+    remembers: bool = False
     whole: str = ""
     eager: bool = False
 
@@ -133,6 +138,12 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         source="self",
         ruled=True,
     ),
+    "selective-amnesia": GradientKind(
+        lambda upper, parts: SelectiveAmnesia(remembered(upper, parts, upper.amnesia.weight)),
+        reads=("amnesia", "fisher"),
+        shows="anchor",
+        remembers=True,
+    ),
     "forget-me-not": GradientKind(
         lambda upper, parts: ForgetMeNot(parts.words()),
         whole="forget-me-not takes one norm over all images of a batch",
@@ -140,7 +151,9 @@ ERASERS: dict[str, GradientKind | EditKind] = {
     ),
     "uce": EditKind(loop_edits.uce, reads=("uce",)),
     "time": EditKind(loop_edits.time, reads=("time",)),
+    "separable": EditKind(loop_edits.separable, reads=("separable",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
+    "p-esd": EditKind(loop_edits.p_esd_masks, reads=("p_esd",)),
 }
 
 _OWN = {name for kind in ERASERS.values() for name in kind.reads}
@@ -151,6 +164,16 @@ def source_of(upper: Upper) -> Source | None:
     """The source that the settings mean; None where the eraser has none."""
     paper = ERASERS[upper.eraser].source
     return paper if paper is None or upper.source == "paper" else upper.source
+
+
+def remembered(upper: Upper, parts: EraserParts, weight: float) -> Remembered:
+    """What holds the weights to what they are now."""
+    return Remembered(parts.flat, parts.fisher(upper.fisher.samples, upper.fisher.timesteps), weight)
+
+
+def pull(upper: Upper, parts: EraserParts) -> Remembered | None:
+    """What takes the place of the lower loss in an upper step; None where nothing does."""
+    return remembered(upper, parts, upper.penalty) if upper.solver == "ewc" else None
 
 
 def start(upper: Upper, student: UNet, dtype: torch.dtype) -> Start | None:
@@ -164,12 +187,14 @@ def holds(upper: Upper, graphs: bool) -> dict[str, bool]:
     descends = on and isinstance(kind, GradientKind)
     moves = upper.penalty_schedule != "constant"
     scaled = (upper.penalty_norm == "grad" or moves) and (upper.penalty > 0 or upper.controller.enabled)
-    ruled = kind.ruled or upper.solver != "penalty"
+    ruled, held = kind.ruled or upper.solver == "bome", upper.solver == "ewc"
+    scaled = scaled and not held
     return {
         "upper": descends,
         "second": descends and (ruled or upper.surgery or scaled),
         "start": on and source_of(upper) == "start",
         "mask": on and kind.masked,
+        "remembered": on and (kind.remembers or held),
         "eager": on and graphs and kind.eager,
     }
 
@@ -215,13 +240,14 @@ def check(upper: Upper, default: Upper | None = None) -> None:
     given, defaults = (flatten(asdict(settings)) for settings in (upper, default or Upper()))
     for name, value in given.items():
         section = name.partition(".")[0]
-        if value != defaults[name] and section != "eraser" and not _reads(upper.eraser, section):
+        held = section == "fisher" and upper.solver == "ewc"
+        if value != defaults[name] and section != "eraser" and not held and not _reads(upper.eraser, section):
             readers = ", ".join(other for other in ERASERS if _reads(other, section))
             raise UserError(
                 f"--upper.{name.replace('_', '-')} is {value}, but eraser {upper.eraser!r} does not read it; "
                 f"those that do: {readers}"
             )
-    solvers.check(upper, default or Upper(), ERASERS[upper.eraser].ruled)
+    solvers.check(upper, default or Upper(), ERASERS[upper.eraser].ruled, ERASERS[upper.eraser].remembers)
     if upper.controller.enabled:
         _check_controller(upper)
 

@@ -77,6 +77,31 @@ class Erasediff(Section):
 
 
 @dataclass(frozen=True)
+class Fisher(Section):
+    """What the weights are held to, for selective-amnesia and for --upper.solver ewc."""
+
+    samples: int = 16
+    """Images of the lower level over which the Fisher information is taken, before the first step."""
+    timesteps: int = 8
+    """Of each image, evenly spread; the paper takes all of them."""
+
+    def check(self) -> None:
+        in_range("--upper.fisher.samples", self.samples, ">= 1", self.samples >= 1)
+        in_range("--upper.fisher.timesteps", self.timesteps, ">= 1", self.timesteps >= 1)
+
+
+@dataclass(frozen=True)
+class AmnesiaSettings(Section):
+    """Selective Amnesia."""
+
+    weight: float = 50.0
+    """Lambda: how strongly the weights are held to what they were, by their Fisher information."""
+
+    def check(self) -> None:
+        in_range("--upper.amnesia.weight", self.weight, ">= 0 and finite", 0 <= self.weight < math.inf)
+
+
+@dataclass(frozen=True)
 class UceStep(Section):
     """UCE as an upper step: each projects keys and values of all cross-attentions; see erasing/loop_edits.py."""
 
@@ -108,6 +133,22 @@ class TimeStep(Section):
 
 
 @dataclass(frozen=True)
+class SeparableStep(Section):
+    """SepME as an upper step: each projects keys and values of all cross-attentions so that no preserved text sees
+    it. What is erased are the concepts' phrases by themselves."""
+
+    texts: int = 2
+    """How many captions of the lower level's data are preserved, and the empty text. The fewer, the more directions
+    are left to a concept."""
+    threshold: float = 1e-4
+    """Singular values of the preserved texts below this share of the largest one count as nothing."""
+
+    def check(self) -> None:
+        in_range("--upper.separable.texts", self.texts, ">= 0", self.texts >= 0)
+        in_range("--upper.separable.threshold", self.threshold, "> 0 and < 1", 0 < self.threshold < 1)
+
+
+@dataclass(frozen=True)
 class ConceptPruneStep(Section):
     """ConceptPrune as an upper step: each zeros what masks name, and the lower level may move it again."""
 
@@ -133,6 +174,36 @@ class ConceptPruneStep(Section):
         in_range("--upper.concept-prune.prompts", self.prompts, ">= 1", self.prompts >= 1)
         in_range("--upper.concept-prune.steps", self.steps, ">= 1", self.steps >= 1)
         in_range("--upper.concept-prune.batch", self.batch, ">= 1", self.batch >= 1)
+
+
+@dataclass(frozen=True)
+class PEsdStep(Section):
+    """P-ESD as an upper step: each zeros what learnt masks name, and the lower level may move it again."""
+
+    every: int = 0
+    """Upper steps between two searches for masks; 0 searches once, before the first upper step."""
+    ratio: float = 0.05
+    """Share of the cross-attentions' weights that may go, at most."""
+    updates: int = 100
+    """Of the masks, by Adam, in each search."""
+    lr: float = 0.05
+    """Learning rate of the masks' scores, which begin at 1 and zero a weight below 0."""
+    eta: float = 1.0
+    """How far the target lies beyond the anchor, away from the concept."""
+    steps: int = 50
+    """DDIM steps of a whole sample, at least 3; 1 to steps - 2 of them are painted."""
+    guidance: float = 3.0
+    """Classifier-free guidance of the half painted samples."""
+    batch: int = 4
+    """Samples for each update."""
+
+    def check(self) -> None:
+        in_range("--upper.p-esd.every", self.every, ">= 0", self.every >= 0)
+        in_range("--upper.p-esd.ratio", self.ratio, "> 0 and <= 1", 0 < self.ratio <= 1)
+        in_range("--upper.p-esd.updates", self.updates, ">= 1", self.updates >= 1)
+        in_range("--upper.p-esd.lr", self.lr, "> 0 and finite", 0 < self.lr < math.inf)
+        in_range("--upper.p-esd.steps", self.steps, ">= 3", self.steps >= 3)
+        in_range("--upper.p-esd.batch", self.batch, ">= 1", self.batch >= 1)
 
 
 @dataclass(frozen=True)
@@ -174,9 +245,9 @@ class Upper:
     warmup: int = 250
     """Upper steps of linear warm-up; the first has learning rate 0."""
     eraser: str = "guidance"
-    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun,
-    erasediff or forget-me-not. Or an edit of its weights, made again at every upper step: uce, time or concept-prune;
-    these have no gradient, and of this section read every, anchor and what bears their name."""
+    """What the student is taught on the concept: guidance, anchor-kd, concept-ablation, esd, salun, erasediff,
+    selective-amnesia or forget-me-not. Or an edit of its weights, made again at every upper step: uce, time, separable,
+    concept-prune or p-esd; these have no gradient, and of this section read every, anchor and what bears their name."""
     source: Literal["paper", "teacher", "start", "self"] = "paper"
     """Whose answers the target is made of, for erasers that leave the choice: the dense teacher, a frozen copy of the
     student as the run starts, or the student itself; `paper` is the choice of the eraser's authors."""
@@ -196,21 +267,26 @@ class Upper:
     penalty_schedule: Literal["constant", "rising", "linear", "falling"] = "constant"
     """How lambda goes on from --upper.penalty over upper steps k = 0, 1, ...: rising times (k + 1)^(1/4), linear times
     min(10, (k + 1) / 10), falling times 1 + (k + 1)^(-1/7) / 10."""
-    solver: Literal["penalty", "bome"] = "penalty"
+    solver: Literal["penalty", "bome", "ewc"] = "penalty"
     """What makes one direction of the two gradients: `penalty` adds lambda times the lower loss's; `bome` has no
-    lambda, and adds as much of it as the lower loss needs to fall (bilevel_fast.erasing.solvers)."""
+    lambda, and adds as much of it as the lower loss needs to fall (bilevel_fast.erasing.solvers). `ewc` asks for no
+    lower loss: it adds lambda times a pull to the weights as they were, by their Fisher information."""
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     ablation: Ablation = field(default_factory=Ablation)
     esd: EsdSettings = field(default_factory=EsdSettings)
     salun: Salun = field(default_factory=Salun)
     erasediff: Erasediff = field(default_factory=Erasediff)
+    amnesia: AmnesiaSettings = field(default_factory=AmnesiaSettings)
+    fisher: Fisher = field(default_factory=Fisher)
     uce: UceStep = field(default_factory=UceStep)
     time: TimeStep = field(default_factory=TimeStep)
+    separable: SeparableStep = field(default_factory=SeparableStep)
     concept_prune: ConceptPruneStep = field(default_factory=ConceptPruneStep)
+    p_esd: PEsdStep = field(default_factory=PEsdStep)
 
     def walks(self) -> dict[str, tuple[int, Literal["ddim"]]]:
         """What the eraser samples while it trains, by flag: steps and method."""
-        sections = {"esd": self.esd.steps, "concept-prune": self.concept_prune.steps}
+        sections = {"esd": self.esd.steps, "concept-prune": self.concept_prune.steps, "p-esd": self.p_esd.steps}
         return {
             f"--upper.{n}.steps": (steps, "ddim") for n, steps in sections.items() if n == self.eraser and self.every
         }

@@ -9,6 +9,8 @@ points where L_ft is least. With g = grad L_CU and r = grad L_ft, both at theta,
       linear      lambda min(10, (k + 1) / 10)   min(max, l0 + k s), from a tenth of lambda to ten times it
                                                  (penalty-based bilevel gradient descent, arXiv:2302.05185)
       falling     lambda (1 + (k + 1)^(-1/7) / 10)
+    ewc         d = g + 2 lambda F (theta - theta*)   in place of r: see erasing.amnesia (arXiv:2305.10120); no pass of
+                                                 the student
     bome        d = g + max(0, eta - <g, r> / |r|^2) r      eta = 0.5 (arXiv:2209.08709): the direction nearest to g
                                                  along which L_ft falls by eta |r|^2 at least; no lambda
 
@@ -53,12 +55,13 @@ def weight_at(schedule: str, penalty: float, step: Tensor) -> Tensor:
     return penalty * growth[schedule]()
 
 
-def check(upper: Upper, default: Upper, ruled: bool) -> None:
+def check(upper: Upper, default: Upper, ruled: bool, remembers: bool = False) -> None:
     """Refuse settings that no solver, or two of them, would read.
 
     Args:
         default: What the settings are where nobody gives them.
         ruled: Whether the eraser weighs the two gradients by a rule of its own.
+        remembers: Whether it holds the weights to what they were already.
 
     Raises:
         UserError: Names the flags.
@@ -78,6 +81,14 @@ def check(upper: Upper, default: Upper, ruled: bool) -> None:
         unread += ["--upper.controller.enabled"] * upper.controller.enabled
         if unread:
             raise UserError(f"{unread[0]} given with --upper.solver bome, which has no lambda and reads only gradients")
+    if upper.solver == "ewc":
+        if remembers:
+            raise UserError(f"--upper.solver ewc given with eraser {upper.eraser!r}, which holds the weights already")
+        unread = [flag for flag in given if "solver" not in flag]
+        unread += [f"--upper.penalty-norm {upper.penalty_norm}"] * (upper.penalty_norm != default.penalty_norm)
+        unread += ["--upper.controller.enabled"] * upper.controller.enabled
+        if unread:
+            raise UserError(f"{unread[0]} given with --upper.solver ewc, which asks for no gradient of the lower loss")
     if moves and (upper.controller.enabled or not upper.penalty):
         other = "--upper.controller.enabled, which chooses lambda" if upper.controller.enabled else "--upper.penalty 0"
         raise UserError(f"--upper.penalty-schedule {upper.penalty_schedule} given with {other}")

@@ -1,4 +1,4 @@
-"""TIME (arXiv:2303.08084): keys and values of a text become those of its guide, in closed form, and nothing is preserved.
+"""TIME (arXiv:2303.08084): keys and values of a text become those of its guide, in closed form; nothing is preserved.
 
 For the keys' or values' matrix W of a cross-attention, with text states k of width D (its equations 2 and 3),
 

@@ -21,7 +21,7 @@ Tokens: those of a pair are matched from the last word of each text to the end o
 what a text means gathers in its last word and in what follows; preserved texts count with all their tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -187,7 +187,7 @@ def states_of(encoder: TextEncoder, preserve: Sequence[str], device: torch.devic
 
 @torch.no_grad()
 def measure(
-    parameters: dict[str, nn.Parameter], delta: Tensor, new: Matched, old: Matched, kept: Tensor
+    parameters: Mapping[str, Tensor], delta: Tensor, new: Matched, old: Matched, kept: Tensor
 ) -> dict[str, dict[str, float]]:
     """Norms over all matrices of a kind and all tokens of a group, before against after, from the fp64 solution."""
     table: dict[str, dict[str, float]] = {}

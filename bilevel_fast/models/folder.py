@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import aside_of, read_json, replacing, sweep, sync_folder, write_json
@@ -189,6 +190,7 @@ def save_student(
     *,
     overwrite: bool = False,
     notes: Mapping[str, dict[str, Any]] | None = None,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write a model folder: the UNet, and every other component copied from the folder that it was made from.
 
@@ -200,6 +202,7 @@ def save_student(
         unet: The student; on any device, padded or not.
         overwrite: Replace a student that an earlier call wrote.
         notes: JSON files to lie beside the components, by file name.
+        tensors: The same of safetensors files.
 
     Raises:
         UserError: The path exists and is not to be, or not to be lightly, replaced; or a file of the source is a pipe,
@@ -216,9 +219,12 @@ def save_student(
     aside, old = aside_of(path), aside_of(path, "old")
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent)
-    _sweep_old(path, {*(part.parts[0] for part in parts), *(notes or {}), "unet", "model_index.json"})
+    _sweep_old(path, {*(part.parts[0] for part in parts), *(notes or {}), *(tensors or {}), "unet", "model_index.json"})
     try:
         _write_student(aside, source, parts, unet, notes or {})
+        for name, some in (tensors or {}).items():
+            with replacing(aside / name) as file:
+                write_tensors(file, some)
         if path.exists():
             path.rename(old)
         aside.rename(path)

@@ -61,6 +61,7 @@ class Setting:
             against it; a penalty that is added as it is (`raw`) needs no second gradient.
         start: Whether the eraser keeps a frozen copy of the student as the run starts, which computes.
         mask: Whether it keeps a byte for each parameter, as SalUn does.
+        remembered: Whether it keeps the weights as they were and their Fisher information, both fp32.
         eager: Whether its steps run as they are beside recorded lower steps: the memory of a CUDA graph serves nobody
             else, so they have activations of their own.
         align: As `UNet`; the engine pads to 8 on a GPU.
@@ -80,6 +81,7 @@ class Setting:
     mask: bool = False
     eager: bool = False
     weights: LossWeights = field(default_factory=LossWeights)
+    remembered: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -148,6 +150,7 @@ def estimate(
     weights: LossWeights = _USUAL,
     ranks: int = 1,
     leaves: int = 1,
+    remembered: bool = False,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
 
@@ -163,7 +166,8 @@ def estimate(
     if batch < 1:
         raise UserError(f"batch is {batch}, wanted at least 1")
     setting = Setting(
-        *(structure, latent, text, precision, recompute, ema, upper, second, align, start, mask, eager, weights)
+        *(structure, latent, text, precision, recompute, ema, upper, second, align, start, mask, eager, weights),
+        remembered,
     )
     return _line(setting).at(batch, micro, ranks, leaves)
 
@@ -352,7 +356,7 @@ class _Line:
 
     def _held(self, rows: int) -> int:
         copy = sum(p.numel() for p in self._flat.module.parameters()) * self.setting.dtype.itemsize
-        return copy * self.setting.start + rows * self.setting.mask
+        return copy * self.setting.start + rows * self.setting.mask + 8 * rows * self.setting.remembered
 
     def largest(self, bytes_of_card: int, ranks: int) -> int:
         def fit(batch: int) -> bool:
@@ -380,8 +384,9 @@ class _Line:
         if answers.listens:
             with _Weighing(), listening(answers.teacher.unet, answers.listens) as heard:
                 answer = answers.teacher.predict(noised, given.text)
-        answered = Answered(noised, given.text, answer, heard)
-        held = (answer.out, *answer.blocks, *heard.values())
+        free = answers.unprompted(noised, given)
+        answered = Answered(noised, given.text, answer, heard, *free)
+        held = (answer.out, *answer.blocks, *heard.values(), *(t for t in free if t is not None))
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}  # some are one
         inputs = (noised.x, noised.t, noised.target, noised.weight, given.text)
         with _Weighing() as learning:

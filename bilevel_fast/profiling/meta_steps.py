@@ -60,7 +60,10 @@ class Steps:
             teacher = Teacher(UNet(structure.config).to(dtype))
         self.student = student
         self.batch = random_batch(structure.config, latent, text, batch, device)
-        self.fine_tuning = FineTuning(self.flat, Answers(teacher, Schedule.sd().to(device), seed=0), weights)
+        answers = Answers(teacher, Schedule.sd().to(device), seed=0)
+        if weights.guided:
+            answers.null = self.batch.text[:1].clone()
+        self.fine_tuning = FineTuning(self.flat, answers, weights)
         self.lower = Level(
             "lower", lambda _: self.batch, self.fine_tuning, LevelOptimizer(self.flat, lr=1e-6, warmup=1)
         )

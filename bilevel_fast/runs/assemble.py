@@ -18,6 +18,7 @@ from bilevel_fast.data.loader import Loader
 from bilevel_fast.data.sources import LatentSource
 from bilevel_fast.erasing import loop_edits, solvers
 from bilevel_fast.erasing import registry as erasers
+from bilevel_fast.erasing.amnesia import fisher
 from bilevel_fast.erasing.attention import Words
 from bilevel_fast.erasing.controller import Controller
 from bilevel_fast.erasing.saliency import salient
@@ -95,6 +96,8 @@ def levels(
         if config.fp8_teacher:
             with loader(batches) as ahead:
                 answers.teacher = _in_fp8(answers, ahead(0).split(micro[0])[0])
+    if lower.weights.guided:
+        answers.null = encoder.encode([""]).to(device)
     fine_tuning = FineTuning(flat, answers, lower.weights, micro[0])
     first = Level("lower", loader(batches), fine_tuning, optimizer(lr=lower.lr, warmup=lower.warmup))
     if materials.concepts is None or not upper.every:
@@ -105,12 +108,15 @@ def levels(
             flat, materials.data, materials.concepts, encoder, schedule, config.seed, materials.guidance
         )
         return first, Editing(kind.make(upper, ground))
+    lower_batches = batches
     batches = draw(materials.concepts, encoder, upper.batch, config.seed, level=1, anchor=upper.anchor)
     null = encoder.encode([""]).to(device)
-    with loader(batches) as ahead:
+    with loader(batches) as ahead, loader(lower_batches) as kept:
         look = partial(salient, student, answers, flat, ahead, micro=micro[1])
         words = partial(Words, encoder, materials.concepts)
-        eraser = kind.make(upper, erasers.EraserParts(answers.teacher, start, flat, null, words, look))
+        remember = partial(fisher, student, answers, flat, kept, lower.batch)
+        parts = erasers.EraserParts(answers.teacher, start, flat, null, words, look, remember)
+        eraser, pull = kind.make(upper, parts), erasers.pull(upper, parts)
     hold = erasers.holder(flat, upper.subset)
     controller = None
     if upper.controller.enabled:
@@ -120,7 +126,7 @@ def levels(
             *(upper, lower.steps, device, len(shares.weights), lambda sample: shares(sample)[0], together),
             (leaves, team.ranks.leaves(leaves)),
         )
-    making, penalty = optimizer(lr=upper.lr, warmup=upper.warmup), upper.penalty
+    making, penalty = optimizer(lr=upper.lr, warmup=upper.warmup), 0.0 if pull else upper.penalty
     if controller is not None:
         penalty = controller.penalty
     elif upper.penalty_schedule != "constant":
@@ -128,7 +134,7 @@ def levels(
         penalty = partial(solvers.weight_at, upper.penalty_schedule, upper.penalty, making.steps)
     suppression = Suppression(
         *(fine_tuning, eraser, penalty, upper.penalty_norm), hold=hold, surgery=upper.surgery, micro=micro[1],
-        rule=solvers.rule_of(upper),
+        rule=solvers.rule_of(upper), pull=pull,
     )  # fmt: skip
     second = Level("upper", loader(batches), suppression, making, eraser=eraser)
     return (first, second) if controller is None else controller.take(first, second)

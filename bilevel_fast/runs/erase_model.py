@@ -10,7 +10,9 @@ from bilevel_fast.base.progress import Bar
 from bilevel_fast.base.tables import table
 from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
+from bilevel_fast.erasing.p_esd import PEsd
 from bilevel_fast.erasing.pairs import check, framed, make_pairs, read_pairs
+from bilevel_fast.erasing.separable import Separable
 from bilevel_fast.erasing.time_edit import Time
 from bilevel_fast.erasing.uce import Uce
 from bilevel_fast.models.folder import load_folder, save_student
@@ -65,8 +67,28 @@ class TimeArgs(Time, _Asked):
     """Give the texts to erase the keys and values of their guides, in closed form, and preserve nothing."""
 
 
-Args = UceArgs | TimeArgs | ConceptPruneArgs
-EDITS: dict[str, type[Args]] = {"uce": UceArgs, "time": TimeArgs, "concept-prune": ConceptPruneArgs}
+@dataclass(frozen=True)
+class SeparableArgs(Separable, _Asked):
+    """Give each text to erase an increment of keys and values that no preserved text sees, and that can be taken out
+    again."""
+
+    preserve: Path | None = None
+    """Prompt file: few texts that should keep their keys and values, as the empty one always does."""
+
+
+@dataclass(frozen=True)
+class PEsdArgs(PEsd, _Asked):
+    """Zero weights of cross-attentions by a mask that is learnt under ESD's loss."""
+
+
+Args = UceArgs | TimeArgs | SeparableArgs | ConceptPruneArgs | PEsdArgs
+EDITS: dict[str, type[Args]] = {
+    "uce": UceArgs,
+    "time": TimeArgs,
+    "separable": SeparableArgs,
+    "concept-prune": ConceptPruneArgs,
+    "p-esd": PEsdArgs,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +117,12 @@ def erase(args: Args) -> Erased:
 
 
 def _erase(args: Args) -> Erased:
-    weights, kept = (args.weights, args.preserve) if isinstance(args, UceArgs) else ((), None)
-    pairs = make_pairs(args.erase, args.guide, weights) if args.erase or args.pairs is None else ()
+    weights = args.weights if isinstance(args, UceArgs) else ()
+    kept = args.preserve if isinstance(args, UceArgs | SeparableArgs) else None
+    back = isinstance(args, SeparableArgs) and bool(args.give_back)
+    if back and (args.erase or args.pairs or kept or args.subjects):
+        raise UserError("--give-back takes increments out: give no --erase, --pairs, --preserve or --subjects with it")
+    pairs = make_pairs(args.erase, args.guide, weights) if not back and (args.erase or args.pairs is None) else ()
     pairs += read_pairs(args.pairs) if args.pairs is not None else ()
     if not isinstance(args, UceArgs) and any(pair.weight != 1 for pair in pairs):
         name = next(name for name, kind in EDITS.items() if isinstance(args, kind))
@@ -113,7 +139,7 @@ def _erase(args: Args) -> Erased:
     unet = folder.unet().to(device).requires_grad_(False)
     with Bar("prompt") as bar:
         outcome = args.edit(unet, Job(folder, pairs, frames, preserve, earlier, progress=bar))
-    save_student(args.out, folder, unet, notes={RECORD: to_json([*earlier, outcome.record])})
+    save_student(args.out, folder, unet, notes={RECORD: to_json([*earlier, outcome.record])}, tensors=outcome.tensors)
     return Erased(args.out, outcome, _page(outcome, args.out))
 
 

@@ -8,7 +8,14 @@
 with student S, teacher T, K block outputs f^k (9 for SD 2.1), SNR weight omega, and the frozen teacher's
 outputs c for the concept's prompt and a for its anchor (the prompt without the concept, or the empty prompt).
 By default w_a and w_l are 0: outputs a^m of the M self-attentions and h^n of the N ResNets and Transformers that the
-student has kept (`training.features`).
+student has kept (`training.features`). Two more, off by default:
+
+    normalised features   w_f / K sum_k mean (f_S^k - f_T^k)^2 / rms(f_T^k)     LAPTOP-Diff, arXiv:2404.11098
+    guided output         w_g mean (g_S - g_T)^2,  g = v(0) + s (v(c) - v(0))   SnapFusion, arXiv:2306.00980
+
+LAPTOP-Diff divides squared norms by the norm of the teacher's feature; in means both are over the number of elements.
+v(0) is the output for the empty prompt, and s of a sample is uniform in [2, 14]. SnapFusion takes the guided loss in
+place of the plain one at one step in ten; here it is a term with a weight of its own.
 
 Gradients, for N elements of v and N_k of f^k:
 
@@ -22,6 +29,7 @@ equation sums; negative guidance as a target, ESD, arXiv:2303.07345; self-attent
 layers, arXiv:2401.02677, where the papers sum squared norms and these are means.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +51,15 @@ class Loss:
     terms: dict[str, Tensor]  # () fp32 each, detached, before weighting
 
 
+@dataclass(frozen=True, eq=False)
+class Unprompted:
+    """What both networks say without the prompt, and how strongly it is guided away from."""
+
+    student: Tensor  # (B, C, H, W), with gradient
+    teacher: Tensor  # (B, C, H, W)
+    scale: Tensor  # (B,) fp32
+
+
 DEFAULT_WEIGHTS = LossWeights()
 NOTHING: Heard = {}
 
@@ -54,6 +71,7 @@ def fine_tuning_loss(
     weights: LossWeights = DEFAULT_WEIGHTS,
     inside: Heard = NOTHING,
     inside_teacher: Heard = NOTHING,
+    unprompted: Unprompted | None = None,
 ) -> Loss:
     """The lower level: diffusion loss, output distillation and feature distillation.
 
@@ -64,6 +82,7 @@ def fine_tuning_loss(
         weights: Of the terms, which are named as its fields.
         inside: What was heard inside the student, for the terms `self_attention` and `layer`.
         inside_teacher: What was heard inside the teacher, of the same names at least.
+        unprompted: For the term `guided`.
 
     Raises:
         ValueError: Two tensors that should agree differ in shape, or the models in their number of blocks.
@@ -84,7 +103,10 @@ def fine_tuning_loss(
             raise ValueError(f"student has {len(student.blocks)} blocks, teacher {len(teacher.blocks)}")
         for k, (mine, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
             _check(f"student block {k}", mine, f"teacher block {k}", theirs)
-        total, terms["feature"] = feature_kd(student.blocks, teacher.blocks, weights.feature)
+        if weights.feature_by_norm:
+            total, terms["feature"] = _normalised(student.blocks, teacher.blocks, weights.feature)
+        else:
+            total, terms["feature"] = feature_kd(student.blocks, teacher.blocks, weights.feature)
         weighted.append(total)
     for term, names in {
         "self_attention": [name for name in inside if is_self_attention(name)],
@@ -96,7 +118,28 @@ def fine_tuning_loss(
             mine, theirs = ([heard[name] for name in names] for heard in (inside, inside_teacher))
             total, terms[term] = feature_kd(mine, theirs, weight)
             weighted.append(total)
+    if weights.guided:
+        assert unprompted is not None, "the guided term wants answers without the prompt"
+        scale = unprompted.scale.reshape(-1, 1, 1, 1)
+        mine, theirs = (
+            free.float() + scale * (out.float() - free.float())
+            for free, out in ((unprompted.student, student.out), (unprompted.teacher, teacher.out))
+        )
+        total = _mse("student output", mine, "teacher output", theirs)
+        terms["guided"] = total.detach()
+        weighted.append(weights.guided * total)
     return Loss(torch.stack(weighted).sum(), {name: term for name, term in terms.items() if getattr(weights, name)})
+
+
+def _normalised(mine: Sequence[Tensor], theirs: Sequence[Tensor], weight: float) -> tuple[Tensor, Tensor]:
+    """`feature_kd` with each block divided by the root mean square of the teacher's: the loss, and it unweighted."""
+    parts = []
+    for own, other in zip(mine, theirs, strict=True):
+        size = torch.linalg.vector_norm(other, dtype=torch.float32) / other.numel() ** 0.5
+        total, _ = feature_kd([own], [other], weight)
+        parts.append(total / size.clamp(min=torch.finfo(torch.float32).tiny))
+    total = torch.stack(parts).mean()
+    return total, (total / weight).detach()
 
 
 def suppression_target(anchor_out: Tensor, concept_out: Tensor, eta: float = 1.0) -> Tensor:

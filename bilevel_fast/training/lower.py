@@ -15,7 +15,7 @@ from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.diffusion import Noised, Schedule, noise
 from bilevel_fast.models.unet import Prediction, UNet
 from bilevel_fast.training.features import Heard, listened_to, listening
-from bilevel_fast.training.losses import DEFAULT_WEIGHTS, Loss, LossWeights, fine_tuning_loss
+from bilevel_fast.training.losses import DEFAULT_WEIGHTS, Loss, LossWeights, Unprompted, fine_tuning_loss
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.phases import phase
 from bilevel_fast.training.teacher import Teacher
@@ -30,6 +30,10 @@ class Answered:
     teacher: Prediction
     heard: Heard = field(default_factory=dict)
     """What was heard inside the teacher."""
+    free: Tensor | None = None  # (B, C, H, W)
+    """The teacher's output without the prompt, where a loss wants it."""
+    scale: Tensor | None = None  # (B,) fp32
+    """Of the guidance away from it."""
 
 
 class Answers:
@@ -43,7 +47,10 @@ class Answers:
         keeps: Whether the answers to the last lower batch stay, for the upper level's penalty.
         last: Those, a part of the batch each.
         listens: Names of the teacher's modules that a loss wants to hear.
+        null: (1, L, D) states of the empty prompt, where a loss wants outputs without the prompt.
     """
+
+    null: Tensor | None = None
 
     def __init__(self, teacher: Teacher, schedule: Schedule, seed: int, snr_gamma: float | None = 5.0):
         self.teacher, self.schedule, self.seed, self.snr_gamma = teacher, schedule, seed, snr_gamma
@@ -64,7 +71,20 @@ class Answers:
         noised = self.noise(batch)
         with listening(self.teacher.unet, self.listens) as heard:
             answer = self.teacher.predict(noised, batch.text)
-        return Answered(noised, batch.text, answer, heard)
+        return Answered(noised, batch.text, answer, heard, *self.unprompted(noised, batch))
+
+    def unprompted(self, noised: Noised, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """The teacher's output without the prompt and a guidance scale for each sample; None where nobody wants them.
+
+        The scale is uniform in [2, 14], by the first number of the sample's noise: on the device, as a recorded step
+        wants it, and a function of its index.
+        """
+        if self.null is None:
+            return None, None
+        out = self.teacher.predict(noised, self.null.expand_as(batch.text)).out
+        first = batch.drawn(self.seed, self.schedule.num_train_timesteps).eps
+        assert first is not None
+        return out, 2 + 12 * torch.special.ndtr(first.flatten(1)[:, 0].float())
 
     def noise(self, batch: Batch) -> Noised:
         with phase("diffusion"):
@@ -116,8 +136,19 @@ class FineTuning:
     def loss(self, answered: Answered) -> Loss:
         with phase("student"), listening(self.student, self.listens) as heard:
             student = self.student(answered.noised.x, answered.noised.t, answered.text)
+        free = None
+        if self.weights.guided:
+            null, x = self.answers.null, answered.noised.x
+            assert null is not None
+            assert answered.free is not None
+            assert answered.scale is not None
+            with phase("student"):
+                out = self.student(x, answered.noised.t, null.expand_as(answered.text)).out
+            free = Unprompted(out, answered.free, answered.scale)
         with phase("losses"):
-            return fine_tuning_loss(student, answered.teacher, answered.noised, self.weights, heard, answered.heard)
+            return fine_tuning_loss(
+                student, answered.teacher, answered.noised, self.weights, heard, answered.heard, free
+            )
 
 
 def descend(parts: Iterable[Loss], count: int, flat: FlatParameters, weight: float = 1.0, add: bool = False) -> Loss:

@@ -42,11 +42,12 @@ class FlatParameters:
         size: N.
         ranks: Processes that share a batch, each of which holds (m,) of all N rows of masters, gradient and average.
             Here it is one, and m is N; `scale` has the others.
+        leaves: Equal parts of a batch that this process takes one after the other.
         rows: (m,) of `compute` that an optimizer step writes; the masters if fp32.
         copies: Whether a state dict is a copy on the host.
     """
 
-    ranks, copies = 1, False
+    ranks, leaves, copies = 1, 1, False
 
     def __init__(
         self, module: nn.Module, dtype: torch.dtype = torch.float32, average: bool = False, summed: bool = False

@@ -40,7 +40,16 @@ class LossWeights:
     layer: float = 0.0
     """Against the outputs of the teacher's ResNets and Transformers, of those that the student has kept (SSD-1B)."""
 
+    guided: float = 0.0
+    """Against the teacher's output under classifier-free guidance, of scales between 2 and 14 (SnapFusion); costs each
+    network a second pass, without the prompt."""
+    feature_by_norm: bool = False
+    """Divide each block's part of `feature` by the root mean square of the teacher's block output (LAPTOP-Diff), so
+    that no block outweighs the others."""
+
     def __post_init__(self) -> None:
-        weights = (self.diffusion, self.output, self.feature, self.self_attention, self.layer)
+        weights = (self.diffusion, self.output, self.feature, self.self_attention, self.layer, self.guided)
+        if self.feature_by_norm and not self.feature:
+            raise UserError("--lower.weights.feature-by-norm is given with --lower.weights.feature 0, which it divides")
         if not (all(0 <= w < math.inf for w in weights) and any(weights)):
             raise UserError(f"loss weights {weights} must not be negative or infinite, nor all zero")

@@ -27,6 +27,9 @@ PenaltyNorm = Literal["grad", "raw"]
 Terms = dict[str, Tensor]
 """What a step measured, scalars on the device."""
 
+Pull = Callable[[FlatParameters], Tensor]
+"""pull(flat) adds the gradient of a term of the weights alone to `flat.gradient`, and returns the term, () fp32."""
+
 Rule = Callable[[Tensor, FlatParameters], None]
 """rule(g, flat): g (m,) is the suppression gradient, `flat.gradient` the lower loss's, and then what is descended."""
 
@@ -59,10 +62,12 @@ class Eraser(Plugin, ABC):
 
     Attributes:
         rule: How its gradient and that of the lower loss become one: see `Suppression`; None leaves it to the settings.
+        pull: A term of the weights alone that it descends as well; None where it has none.
         watch: Wants to see how far the student has come, in every step; None where nobody does.
     """
 
     rule: Rule | None = None
+    pull: Pull | None = None
     watch: "Watch | None" = None
 
     @abstractmethod
@@ -110,6 +115,7 @@ class Suppression:
         micro: Images of the concept batch that are computed at once; the batch is a multiple of it. None: all of them.
             The lower loss takes the parts in which the lower level has asked the teacher.
         rule: How both gradients become one; that of the eraser goes before it. None: by lambda.
+        pull: A term of the weights alone, for erasers that have none of their own.
     """
 
     def __init__(
@@ -122,10 +128,11 @@ class Suppression:
         surgery: bool = False,
         micro: int | None = None,
         rule: Rule | None = None,
+        pull: Pull | None = None,
     ):
         self.lower, self.eraser, self.flat, self.penalty = lower, eraser, lower.flat, penalty
         self.penalty_norm: PenaltyNorm = penalty_norm
-        self.own = rule
+        self.own, self.pull = rule, eraser.pull or pull
         self.surgery, self._hold, self.micro = surgery, hold, micro
         lower.answers.keeps |= self.asks_lower
 
@@ -134,6 +141,12 @@ class Suppression:
         parts = batch.split(self.micro or len(batch.latents))
         losses = (eraser.loss(lower.student, lower.answers, part) for part in parts)
         loss = self._descend(losses, len(parts))
+        if self.pull is not None:
+            with phase("losses"):
+                term = self.pull(self.flat)
+            self._hold()
+            eraser.hold()
+            loss = Loss(loss.total + term, {**loss.terms, "weights_held": term})
         if not self.asks_lower:
             return loss
         last = lower.answers.last

@@ -119,7 +119,8 @@ def test_every_eraser_shows_what_it_does(name):
     start, answers = erasers.start(upper, student, torch.float32), Answers(Teacher(teacher), Schedule.sd(), SEED)
     flat = FlatParameters(student)
     look = lambda batches, share: torch.ones_like(flat.master, dtype=torch.bool)  # noqa: E731
-    scene = erasers.EraserParts(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
+    null = torch.zeros(1, 5, 16)
+    scene = erasers.EraserParts(answers.teacher, start, flat, null, lambda: None, look, lambda *_: flat.master)
     eraser, batch, seen = kind.make(upper, scene), make_batch(1, 0), []
     unwatched = eraser.loss(student, answers, batch)
     assert set(unwatched.terms) <= {"suppression", "anchor"}

@@ -39,7 +39,8 @@ def make(upper, dtype=torch.float32):
     start, answers = erasers.start(upper, student, dtype), Answers(Teacher(teacher), Schedule.sd(), SEED)
     flat = FlatParameters(student, dtype)
     look = partial(salient, student, answers, flat, lambda step: make_batch(1, step))
-    scene = erasers.EraserParts(answers.teacher, start, flat, torch.zeros(1, 5, 16), lambda: None, look)
+    null = torch.zeros(1, 5, 16)
+    scene = erasers.EraserParts(answers.teacher, start, flat, null, lambda: None, look, lambda *_: flat.master)
     return erasers.ERASERS[upper.eraser].make(upper, scene), scene
 
 

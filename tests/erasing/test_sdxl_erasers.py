@@ -26,6 +26,7 @@ FLAGS = {
     "esd": ["--upper.esd.steps", "3"],
     "salun": ["--upper.salun.batches", "1"],
     "concept-prune": ["--upper.concept-prune.steps", "2", "--upper.concept-prune.ratio", "0.1"],
+    "p-esd": ["--upper.p-esd.steps", "3", "--upper.p-esd.updates", "1", "--upper.p-esd.lr", "2"],
 }
 SHALLOW = "down_blocks.1.attentions.0.transformer_blocks.0"
 DEEP = "down_blocks.2.attentions.0.transformer_blocks.4"
@@ -55,6 +56,9 @@ def step(place, out: Path, *flags: str) -> tuple[set[str], dict]:
     return {name for name, p in before.items() if (p - after[name]).abs().max() > 1e-20}, record
 
 
+PARTS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
 @pytest.mark.parametrize("name", ERASERS)
 def test_an_upper_step_of_each(place, tmp_path, name):
     """It reaches the first and the last block of a Transformer of several."""
@@ -64,7 +68,8 @@ def test_an_upper_step_of_each(place, tmp_path, name):
     for block in (SHALLOW, DEEP):
         assert f"{block}.{ends.get(name, 'attn2.to_k.weight')}" in moved
     if edits:
-        edited = ("attn2.to_k.weight", "attn2.to_v.weight") if name != "concept-prune" else ("ff.net.2.weight",)
+        edited = {"concept-prune": ("ff.net.2.weight",), "p-esd": tuple(f"attn2.{part}.weight" for part in PARTS)}
+        edited = edited.get(name, ("attn2.to_k.weight", "attn2.to_v.weight"))
         assert all(parameter.endswith(edited) for parameter in moved)
     else:
         assert record["upper/suppression"] > 0

@@ -22,7 +22,8 @@ from bilevel_fast.worlds.mini.materials import WORLD
 
 CPU = torch.device("cpu")
 FLAGS = {"esd": ["--upper.esd.steps", "4"], "salun": ["--upper.salun.batches", "1"]}
-STATEFUL = ("concept-ablation", "esd", "salun")
+FLAGS["selective-amnesia"] = ["--upper.fisher.samples", "1", "--upper.fisher.timesteps", "1"]
+STATEFUL = ("concept-ablation", "esd", "salun", "selective-amnesia")
 SMALL = ["--preset", "smoke", "--lower.batch", "1", "--upper.batch", "2", "--upper.every", "1"]
 WARM = ["--lower.warmup", "0", "--upper.warmup", "0", "--checkpoint-every", "1", "--log-every", "1"]
 

@@ -51,6 +51,12 @@ BRIEF = [*EDITED, "--upper.batch", "2", "--upper.warmup", "0"]
 SMALLER = {
     "esd": ["--upper.esd.steps", "4"],
     "salun": ["--upper.salun.batches", "1"],
+    "selective-amnesia": ["--upper.fisher.samples", "2", "--upper.fisher.timesteps", "2"],
+    "solver-ewc": ["--upper.fisher.samples", "1", "--upper.fisher.timesteps", "1"],
+    "p-esd": [
+        *["--upper.p-esd.updates", "1", "--upper.p-esd.steps", "3", "--upper.p-esd.batch", "1"],
+        *["--upper.p-esd.lr", "2"],
+    ],
     "concept-prune": [
         *["--upper.concept-prune.prompts", "1", "--upper.concept-prune.steps", "2"],
         *["--upper.concept-prune.guidance", "1"],
@@ -70,7 +76,7 @@ def choices() -> dict[str, list[str]]:
         values = NAMES if name == "subset" else get_args(hint) if get_origin(hint) is Literal else ()
         for value in values:
             if value != default:
-                found[f"{name}-{value}"] = [*found[reader], flag, value]
+                found[f"{name}-{value}"] = [*found[reader], flag, value, *SMALLER.get(f"{name}-{value}", [])]
         if hint is bool:
             found[name] = [*found[reader], flag]
     return found
@@ -133,8 +139,7 @@ class World:
         """From the last checkpoint in `out` to step `steps`."""
         config = self.config(*(CASES | ENDING)[case])
         config = dataclasses.replace(config, lower=dataclasses.replace(config.lower, steps=steps))
-        images = config.upper.eraser == "concept-ablation"
-        banks = self.root / "banks" / f"{len(config.erase)}-{'anchor' if images else 'prompt'}"
+        banks = self.root / "banks" / f"{len(config.erase)}-{ERASERS[config.upper.eraser].shows}"
         if banks not in self.found:
             erased, first = WORLD.erased_concepts(config.erase), self.team.rank == 0
             make = partial(gather, config, self.folder, self.teacher, erased, banks, record=first)

@@ -17,18 +17,20 @@ _TITLES = {
     "lower/feature": ("Block distillation", "lower level; squared error to the teacher"),
     "lower/self_attention": ("Self-attention distillation", "lower level; squared error to the teacher"),
     "lower/layer": ("Layer distillation", "lower level; squared error to the teacher"),
+    "lower/guided": ("Distillation of the guided output", "lower level; squared error to the teacher"),
     "lower/loss": ("Lower loss", "lower level; weighted sum of its terms"),
     "lower/grad_norm": ("Gradient norm", "lower level"),
     "lower/lr": ("Learning rate", "lower level"),
     "upper/suppression": ("Suppression loss", "upper level; squared error to the target"),
     "upper/penalty": ("Penalty", "upper level; the lower loss on lower images"),
+    "upper/weights_held": ("Weights held", "upper level; lambda times the weighted square of how far they moved"),
     "upper/loss": ("Upper loss", "upper level; suppression and penalty"),
     "upper/grad_norm": ("Gradient norm", "upper level"),
     "upper/lr": ("Learning rate", "upper level"),
 }
 """What is logged, and what it is: errors are means over a batch, as latents have no unit."""
-_FIRST = ("lower/diffusion", "lower/output", "lower/feature", "lower/self_attention", "lower/layer")
-_FIRST += ("upper/suppression", "upper/penalty")
+_FIRST = ("lower/diffusion", "lower/output", "lower/feature", "lower/self_attention", "lower/layer", "lower/guided")
+_FIRST += ("upper/suppression", "upper/penalty", "upper/weights_held")
 
 
 def losses(stats: Stats) -> Html:

@@ -22,6 +22,8 @@ def test_the_best_weight_is_that_of_the_seed_that_tunes():
         losses.tuned(rows[:2])
     assert losses.weighted("layer 0.1") == LossWeights(layer=0.1)
     assert losses.weighted("usual") == LossWeights()
+    assert losses.weighted("feature_by_norm 1") == LossWeights(feature=1.0, feature_by_norm=True)
+    assert losses.tuned([row("guided 1", 0.2), row("guided 0.1", 0.3)], ["guided"]) == ["guided 1"]
 
 
 def test_the_table_shows_what_is_worse_as_well():
@@ -42,8 +44,7 @@ def test_the_table_shows_what_is_worse_as_well():
 def test_rows_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(losses, "ROWS", tmp_path / "losses.jsonl")
     monkeypatch.setattr(losses, "WEIGHTS", (1.0,))
-    monkeypatch.setattr(losses, "TERMS", {"layer": "layer"})
-    small = losses.Run(seeds=(3,), tune=True, preset="smoke", steps=2, judged=1)
+    small = losses.Run(seeds=(3,), tune=True, terms=("layer",), preset="smoke", steps=2, judged=1)
     losses.run(small, 3, {"device": "a CPU"})
     losses.run(small, 3, {"device": "a CPU"})
     found = [json.loads(line) for line in losses.ROWS.read_text().splitlines()]

@@ -12,6 +12,7 @@ from benchmarks.quality.rivals import Bench, lacking
 from bilevel_fast.attacking.mma import Mma
 from bilevel_fast.attacking.ring_a_bell import RingABell
 from bilevel_fast.attacking.unlearn_diff import UnlearnDiff
+from bilevel_fast.erasing.settings import Fisher
 from bilevel_fast.runs.config import preset
 
 
@@ -35,6 +36,9 @@ WAYS = {
     "one level": (Recipe("one level", weight=0.5), (4, 4, 4)),
     "uce": (Recipe("uce"), (4, 0, 0)),
     "uce, all tokens": (Recipe("uce", all_tokens=True), (4, 0, 0)),
+    "sld": (Recipe("sld", strength="max"), (4, 0, 0)),
+    "time": (Recipe("edit", edit="time"), (4, 0, 0)),
+    "amnesia": (Recipe("loop", {"eraser": "selective-amnesia", "fisher": Fisher(1, 1)}), (6, 2, 4)),
 }
 
 
