@@ -66,11 +66,6 @@ COMMANDS = {
     "erase": Command(
         "erase uce --model IN/teacher --erase in~the~style~of~waves --device cpu --out OUT/erased", "erased"
     ),
-    "attack": Command(
-        "attack ring-a-bell --model IN/larger --concepts IN/bank --tokens 2 --population 4 --generations 2 --count 1 "
-        "--device cpu --out OUT/new/attacked",
-        "new",
-    ),
     "export": Command(
         "export folder --model OUT/student --dtype fp16 --out OUT/exported", "exported",
         first="prune uniform --teacher IN/teacher --budget 0.7 --device cpu --out OUT/student",
@@ -98,6 +93,11 @@ SLOW = {
     "profile": Command(
         f"profile --preset smoke {_TRAIN} --steps 1 --warmup 0 --profile-out OUT/profile", "profile", "trace.json",
         "--overwrite",
+    ),
+    "attack": Command(
+        "attack ring-a-bell --model IN/larger --concepts IN/bank --tokens 2 --population 4 --generations 2 --count 1 "
+        "--device cpu --out OUT/new/attacked",
+        "new",
     ),
     "reproduce": Command(
         "reproduce fig5 --run.preset smoke --run.teacher IN/larger --run.lower.batch 2 --run.upper.batch 2 "

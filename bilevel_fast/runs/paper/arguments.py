@@ -72,4 +72,9 @@ def read(argv: Sequence[str], about: str | None) -> Args:
     flag, named = ("--run.erase", args.run.erase) if args.scale == "mini" else ("--full.phrase", args.full.phrase)
     if len(named) < wanted:
         raise UserError(f"{args.experiment} erases {wanted} concepts; {flag} names {len(named)}")
+    if EXPERIMENTS[args.experiment].apart and len(args.full.styles) not in (0, len(args.full.phrase)):
+        raise UserError(
+            f"{args.experiment} makes models for each of {len(args.full.phrase)} --full.phrase; --full.styles names "
+            f"{len(args.full.styles)} prompt files, wanted one each"
+        )
     return args

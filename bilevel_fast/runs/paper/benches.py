@@ -45,7 +45,9 @@ def world_benches(config: TrainConfig, rows: Rows, out: Path, device: torch.devi
         raise UserError(f"{folder.path} is no model of the {here.name} world; --scale full is for others")
 
     def bench(seed: int, concepts: Sequence[str]) -> Bench:
-        own, place = replace(config, seed=seed, erase=tuple(concepts)), _place(out, seed, concepts)
+        weights = weights_of(config, config.erase, concepts)
+        own = replace(config, seed=seed, erase=tuple(concepts), concept_weights=weights)
+        place = _place(out, seed, concepts)
         erased = here.erased_concepts(concepts)
         phrases = [here.phrase(style) for style in erased]
         recipe = _recipe(
@@ -97,14 +99,33 @@ def full_benches(
     )
 
     def bench(seed: int, concepts: Sequence[str]) -> Bench:
-        own, place = replace(config, seed=seed, concepts=config.concepts[: len(concepts)]), _place(out, seed, concepts)
+        own, place = replace(alone(config, full, concepts), seed=seed), _place(out, seed, concepts)
         recipe = _recipe(own, rows, concepts, FRAMES[full.subjects], preserve)
         recipe = replace(recipe, names=named(concepts, full.subjects))
         shop = _shop(recipe, folder, [], place, device, stop)
-        samples, safe = place / "samples", rows.sld.of(concepts)
-        return Bench(shop, FullJudge(full, scorers, samples, lambda: shop("distilled"), seed, device, safe))
+        samples, safe, given = place / "samples", rows.sld.of(concepts), replace(full, styles=styles_of(full, concepts))
+        return Bench(shop, FullJudge(given, scorers, samples, lambda: shop("distilled"), seed, device, safe))
 
     return bench
+
+
+def alone(config: TrainConfig, full: Full, concepts: Sequence[str]) -> TrainConfig:
+    """A run that erases some of the phrases: with their banks, and their weights."""
+    banks = tuple(config.concepts[full.phrase.index(name)] for name in concepts)
+    return replace(config, concepts=banks, concept_weights=weights_of(config, full.phrase, concepts))
+
+
+def weights_of(config: TrainConfig, all_concepts: Sequence[str], some: Sequence[str]) -> tuple[float, ...]:
+    """The weights of some of a run's concepts; none where it has none."""
+    weights = dict(zip(all_concepts, config.concept_weights, strict=False))
+    return tuple(weights[name] for name in some) if weights else ()
+
+
+def styles_of(full: Full, concepts: Sequence[str]) -> tuple[Path, ...]:
+    """The prompt files in some styles: file number n is for phrase number n, if there are as many."""
+    if len(full.styles) != len(full.phrase):
+        return full.styles
+    return tuple(full.styles[full.phrase.index(name)] for name in concepts)
 
 
 def named(phrases: Sequence[str], subjects: str) -> tuple[Pair, ...]:

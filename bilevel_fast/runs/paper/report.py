@@ -18,12 +18,17 @@ Found = dict[str, dict[str, dict[int, list[float]]]]
 
 
 def gather(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> Found:
-    """Measured values by row, column and step."""
-    found: Found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    """Measured values by row, column and step; of concepts erased apart, a seed's mean if it has all."""
+    seeds: dict[tuple[str, str, int], dict[int, list[float | None]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         for column in columns:
-            if (value := row["numbers"].get(column.key)) is not None:
-                found[row["row"]][column.key][row["step"]].append(value)
+            seeds[row["row"], column.key, row["step"]][row["seed"]].append(row["numbers"].get(column.key))
+    found: Found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for (name, key, step), by_seed in seeds.items():
+        for values in by_seed.values():
+            known = [value for value in values if value is not None]
+            if len(known) == len(values):
+                found[name][key][step].append(mean(known))
     return found
 
 

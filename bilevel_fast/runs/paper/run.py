@@ -100,20 +100,22 @@ def _run(
     again: Callable[[Sequence[int]], str],
 ) -> str:
     """`again` is the command that carries the experiment out once more, on some seeds."""
-    wanted = {row.name: list(concepts[: row.concepts or None]) for row in experiment.rows}
-    rows = [row for row in read(place.path / ROWS) if row.get("concepts") == wanted.get(row["row"])]
+    models = experiment.models(concepts)
+    wanted = [(row.name, list(erase)) for row, erase in models]
+    rows = [row for row in read(place.path / ROWS) if (row["row"], row["concepts"]) in wanted]
     columns: tuple[Column, ...] = ()
-    done = {(row["row"], row["seed"], row["step"]) for row in rows}
+    done = {(row["row"], tuple(row["concepts"]), row["seed"], row["step"]) for row in rows}
     shown: dict[str, Any] = {}
     for seed in seeds:
         made: dict[tuple[str, ...], Bench] = {}
-        for row in experiment.rows:
-            erase = tuple(wanted[row.name])
+        for row, erase in models:
             steps = dict.fromkeys(round(share * config.lower.steps) for share in (*row.steps, 1.0))
-            missing = [step for step in steps if (row.name, seed, step) not in done]
+            missing = [step for step in steps if (row.name, erase, seed, step) not in done]
             if not missing and columns and (seed != seeds[0] or experiment.is_curve):
                 continue
             if erase not in made:
+                if experiment.apart:
+                    made.clear()  # the models of another concept are done
                 made[erase] = benches(seed, erase)
             bench = made[erase]
             columns = bench.judge.columns(experiment.measure)
@@ -121,7 +123,8 @@ def _run(
                 rows.append(_measure(experiment, row, erase, seed, step, bench))
                 append(place.path / ROWS, (json.dumps(rows[-1], allow_nan=False) + "\n").encode())
                 _log.info("seed %d, %s, step %d: %s", seed, row.label, step, rows[-1]["numbers"])
-            if seed == seeds[0] and not experiment.is_curve and len(erase) == len(concepts):  # one set of prompts
+            one_set = erase == models[-1][1]  # of prompts, for all that are shown
+            if seed == seeds[0] and not experiment.is_curve and one_set:
                 shown[row.name], prompts = bench.judge.pictures(row.member, bench.shop(row.member))
                 shown.setdefault("", prompts)
     return _write(experiment, config, columns, rows, shown, place, again(sorted({row["seed"] for row in rows})))

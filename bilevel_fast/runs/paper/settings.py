@@ -102,7 +102,8 @@ class Full:
     preserve: Path | None = None
     """Prompt file: texts that UCE keeps, such as other artists."""
     styles: tuple[Path, ...] = ()
-    """Prompt files in the erased styles, which the bank must not hold: CSV with a column prompt."""
+    """Prompt files in the erased styles, which the bank must not hold: CSV with a column prompt. As many as phrases:
+    the n-th is for the n-th, and a model is judged by those of what it lacks."""
     coco: Path | None = None
     """Prompts of everything else: captions_val2017.json, or CSV."""
     coco_images: Path | None = None
