@@ -1,6 +1,7 @@
 """Networks whose weights lie on all ranks in parts, and are whole on one of them only while a layer computes.
 
-    unit    the parameters of a ResNet, of a Transformer block, or of what is left around them: what is whole at once
+    unit    the parameters of a block, or where that is large, of a ResNet or a Transformer block in it; what is left
+            around them is one, too
     open    everybody's rows of a unit -> memory that its parameters are views of
     close   that memory is given back
 
@@ -15,7 +16,6 @@ channels_last, and hands blocks copies of their arguments, so that the skip conn
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from bilevel_fast.models.layers import Resample, ResNet, Transformer, TransformerBlock
+from bilevel_fast.models.unet import Block
 from bilevel_fast.scale.rows import ROW, Bucket, pieces
 from bilevel_fast.scale.team import Pending, Team
 from bilevel_fast.training.parameters import ALIGN
@@ -30,18 +31,57 @@ from bilevel_fast.training.parameters import ALIGN
 Layout = tuple[int, torch.Size, tuple[int, ...]]
 """Of a parameter: where it begins in a buffer (N,), its shape and its strides."""
 
-_OWNERS = (ResNet, Transformer, TransformerBlock, Resample)
+_OWNERS = (Block, ResNet, Transformer, TransformerBlock, Resample)
+SMALL = 2**25
+"""Parameters of a module that is one unit with all that is in it: 67 MB in bf16. Smaller messages cost more."""
 
 
-def members(network: nn.Module) -> list[tuple[nn.Module, list[str]]]:
-    """The modules whose parameters are whole together, and their names: the network itself with what no other has."""
-    owners = {"": network} | {name: module for name, module in network.named_modules() if isinstance(module, _OWNERS)}
-    found: dict[str, list[str]] = {name: [] for name in owners}
-    for name, _ in network.named_parameters():
-        path = name.split(".")[:-1]
-        ways = accumulate(path, lambda way, part: f"{way}.{part}")
-        found[next((way for way in reversed([*ways]) if way in owners), "")].append(name)
-    return [(owners[name], names) for name, names in found.items() if names]
+@dataclass(frozen=True)
+class Member:
+    """What is whole together.
+
+    Attributes:
+        module: In whose forward pass.
+        names: Of its parameters.
+        inner: Modules within that may be computed again by themselves, in a backward pass.
+    """
+
+    module: nn.Module
+    names: list[str]
+    inner: list[nn.Module]
+
+
+def members(network: nn.Module, sizes: Mapping[str, int]) -> list[Member]:
+    """The units of a network, the first of which has what no other one has.
+
+    Args:
+        sizes: Elements of each parameter.
+    """
+    owners = {"": network}
+
+    def visit(path: str, module: nn.Module) -> None:
+        for name, child in module.named_children():
+            way = f"{path}{name}."
+            if isinstance(child, _OWNERS):
+                owners[way] = child
+                if sum(size for other, size in sizes.items() if other.startswith(way)) <= SMALL:
+                    continue
+            visit(way, child)
+
+    visit("", network)
+    found: dict[str, list[str]] = {way: [] for way in owners}
+    for name in sizes:
+        found[max((way for way in owners if name.startswith(way)), key=len)].append(name)
+    known = set(owners.values())
+    return [
+        Member(
+            owners[way],
+            names,
+            [m for m in owners[way].modules() if way and isinstance(m, _OWNERS) and m not in known],
+        )
+        for way, names in found.items()
+        if names
+    ]
 
 
 def lay_out(network: nn.Module, values: Mapping[str, Tensor], world: int) -> tuple[dict[str, Layout], list[Bucket]]:
@@ -51,9 +91,9 @@ def lay_out(network: nn.Module, values: Mapping[str, Tensor], world: int) -> tup
         values: What has the parameters' shapes and strides, by name.
     """
     layouts, cut, start, mine = dict[str, Layout](), list[Bucket](), 0, 0
-    for _, names in members(network):
+    for member in members(network, {name: value.numel() for name, value in values.items()}):
         end = start
-        for name in names:
+        for name in member.names:
             p = values[name]
             layouts[name] = (end, p.shape, p.stride())
             end += -(-p.numel() // ALIGN) * ALIGN
@@ -131,17 +171,20 @@ class Units:
             network.register_forward_pre_hook(self._begin, prepend=True),
             network.register_forward_hook(self._end, always_call=True),
         ]
-        for bucket, (module, names) in zip(cut, members(network), strict=True):
+        sizes = {name: shape.numel() for name, (_, shape, _) in layouts.items()}
+        found = members(network, {name: sizes[name] for name, _ in network.named_parameters()})
+        for bucket, member in zip(cut, found, strict=True):
             buffer = rows.new_empty(bucket.world * bucket.size)
             unit = self._of[buffer.untyped_storage()._cdata] = Unit(buffer, bucket.own(rows))
             self.units.append(unit)
-            for name in names:
+            for name in member.names:
                 start, shape, strides = layouts[name]
                 network.get_parameter(name).data = unit.buffer.as_strided(shape, strides, start - bucket.start)
             self._free(unit)
-            if module is not network:
-                self._handles.append(module.register_forward_pre_hook(partial(self._enter, unit), prepend=True))
-                self._handles.append(module.register_forward_hook(partial(self._leave, unit)))
+            if member.module is not network:
+                for module in (member.module, *member.inner):
+                    self._handles.append(module.register_forward_pre_hook(partial(self._enter, unit), prepend=True))
+                self._handles.append(member.module.register_forward_hook(partial(self._leave, unit)))
 
     @classmethod
     @torch.no_grad()
@@ -211,7 +254,7 @@ class Units:
 
     def _enter(self, unit: Unit, *_: Any) -> None:
         if not self.backward:
-            if self._latest is not None:
+            if self._latest is not None and self._latest is not unit:
                 self._next[self._latest], self._before[unit] = unit, self._latest
             self._latest = unit
         self.open(unit)

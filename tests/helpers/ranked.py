@@ -88,6 +88,13 @@ CASES = {
         "--recompute",
     ],
 }
+PARTS = ["--scale.parameters", "fsdp"]
+_ABLE = [name for name, kind in ERASERS.items() if not kind.undivided]
+IN_PARTS = {
+    "fsdp": [*CASES["bilevel"], *PARTS],
+    **{f"fsdp-{name}": [*CASES[name], *PARTS] for name in (*_ABLE, "subset-esd-x", "micro")},
+}
+"""Weights lie on all ranks in parts: the same up to rounding."""
 ENDING = {"spoilt": ["--max-bad-steps", "2"]}
 """Ends with an error."""
 UNREADABLE = "unreadable"
@@ -131,7 +138,7 @@ class World:
 
     def train(self, case: str, steps: int, out: Path) -> None:
         """From the last checkpoint in `out` to step `steps`."""
-        config = self.config(*(CASES | ENDING)[case])
+        config = self.config(*(CASES | IN_PARTS | ENDING)[case])
         config = dataclasses.replace(config, lower=dataclasses.replace(config.lower, steps=steps))
         images = config.upper.eraser == "concept-ablation"
         banks = self.root / "banks" / f"{len(config.erase)}-{'anchor' if images else 'prompt'}"
