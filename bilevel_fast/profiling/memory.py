@@ -32,7 +32,7 @@ from bilevel_fast.training.features import Heard, listening
 from bilevel_fast.training.lower import Answered
 from bilevel_fast.training.settings import LossWeights
 from bilevel_fast.training.sharded import IN_FLIGHT
-from bilevel_fast.training.units import lay_out
+from bilevel_fast.training.units import lay_out, most_open
 
 OUTSIDE = 2**30
 """Bytes of the CUDA context, of loaded kernels and of cuDNN's and cuBLAS's workspaces. An assumption, not a count."""
@@ -310,14 +310,12 @@ class _Line:
         """Where networks lie on all ranks in parts: of `memory`, what is otherwise then."""
         setting, width = self.setting, self.setting.dtype.itemsize
         networks = [self._flat.module, self._fine_tuning.answers.teacher.unet]
-        held, whole = list[int](), list[int]()
-        for network in networks:
+        held, whole, largest = list[int](), list[int](), 0
+        for network, again in zip(networks, (setting.recompute, False), strict=True):
             _, cut = lay_out(network, dict(network.named_parameters()), ranks)
             held.append(sum(bucket.size for bucket in cut))
-            # what is around the others, a Transformer, its block, and who comes before and after it
-            first, *others = (ranks * bucket.size for bucket in cut)
-            whole.append(first + sum(sorted(others)[-4:]))
-            largest = max(others)
+            whole.append(most_open(network, cut, again))
+            largest = max(largest, *(ranks * bucket.size for bucket in cut))
         (rows, teacher), (student_open, teacher_open) = held, whole
         separate = setting.dtype != torch.float32
         copy = width * (rows + student_open) * setting.start

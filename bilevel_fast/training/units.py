@@ -103,6 +103,24 @@ def lay_out(network: nn.Module, values: Mapping[str, Tensor], world: int) -> tup
     return layouts, cut
 
 
+def most_open(network: nn.Module, cut: Sequence[Bucket], recompute: bool) -> int:
+    """Elements that are whole at once, at most.
+
+    That is what is around all units, and four of them: a Transformer, its block, and those before and after. Where a
+    Transformer is computed again, it is all of its blocks.
+    """
+    around, *others = (bucket.world * bucket.size for bucket in cut)
+    together = sum(sorted(others)[-4:])
+    if recompute:
+        found = members(network, {name: p.numel() for name, p in network.named_parameters()})
+        for transformer in (module for module in network.modules() if isinstance(module, Transformer)):
+            within = set(transformer.modules())
+            pairs = zip(found[1:], others, strict=True)
+            again = sum(size for member, size in pairs if member.module in within)
+            together = max(together, again + sum(sorted(others)[-2:]))
+    return around + together
+
+
 def put(
     rows: Tensor,
     value: Tensor,

@@ -99,7 +99,7 @@ ENDING = {"spoilt": ["--max-bad-steps", "2"]}
 """Ends with an error."""
 UNREADABLE = "unreadable"
 """A job that one rank cannot do, and the others wait for."""
-STEPS = {"bilevel": 20, "poisoned": 4, "ring": 4, "controller": 2}
+STEPS = {"bilevel": 20, "fsdp": 20, "poisoned": 4, "ring": 4, "controller": 2}
 POISONED = {"poisoned": 6, "spoilt": 64}
 """How many of the 64 images are not finite: some steps see one of them, on the rank that has it; or all do."""
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,18 +22,13 @@ import torch
 
 import ranked
 from bilevel_fast.base.files import write_json
-from bilevel_fast.models.folder import load_folder
 from bilevel_fast.scale.watch import EVERY, LIMIT, PATIENCE
 from bilevel_fast.train import main
 from bilevel_fast.training import checkpoint
 from commands import run_command
 from ranked import Crew, ranks_of, start, torchrun
+from short_runs import FLAGS, assert_same, records, until
 
-FLAGS = [
-    *["--preset", "smoke", "--no-twin", "--scale.leaves", "4", "--lower.batch", "4", "--upper.batch", "4"],
-    *["--upper.every", "2", "--log-every", "1", "--checkpoint-every", "100000"],
-    *["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "2"],
-]
 ENDLESS = ["--lower.steps", "100000"]
 BUSY = 10
 """Seconds that a busy machine may add to any time that is promised."""
@@ -51,19 +46,6 @@ def _nobody_is_left() -> Iterator[None]:
     yield
     while Crew.begun:
         Crew.begun.pop().end()
-
-
-def records(out: Path) -> list[dict]:
-    stats = out / "stats.jsonl"
-    return [json.loads(line) for line in stats.read_text().splitlines()] if stats.exists() else []
-
-
-def until(alive: Callable[[], object], done: Callable[[], object], said: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 120
-    while not done():
-        assert alive(), said()
-        assert time.monotonic() < deadline, said()
-        time.sleep(0.02)
 
 
 def errors_of(text: str) -> list[str]:
@@ -225,17 +207,6 @@ def test_a_fault_of_one_rank_alone_is_said_with_its_number(tmp_path):
 
 
 # ---- the long form
-
-
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    return load_folder(out / "student").unet().state_dict()
-
-
-def assert_same(out: Path, whole: Path) -> None:
-    first, second = weights_of(whole), weights_of(out)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    qualities = [json.loads((path / "summary.json").read_text())["quality"] for path in (whole, out)]
-    assert qualities[0] == qualities[1]
 
 
 @contextlib.contextmanager

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from test_faults import FLAGS, assert_same, records, until
 
 import ranked
 from bilevel_fast.runs import sessions
 from bilevel_fast.train import main
 from commands import run_command
+from short_runs import FLAGS, assert_same, records, until
 
 STEPS = 14
 NETWORK = "10.213.7"

@@ -15,7 +15,7 @@ from bilevel_fast.training.lower import descend
 from bilevel_fast.training.optim import AdamW, LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.teacher import Teacher
-from bilevel_fast.training.units import members
+from bilevel_fast.training.units import members, most_open
 from thread_team import together
 from world import TINY
 
@@ -114,7 +114,7 @@ def test_steps_are_those_of_flat_parameters(monkeypatch, world, leaves, micro, d
     for rank, flat, its_norms, states, found, network in together(world, work):
         assert its_norms[0] == pytest.approx(float(norms[0]), rel=3 * close), "sums of squares in fp32, over other rows"
         assert its_norms[1] == pytest.approx(float(norms[1]), rel=10 * close), "AdamW makes steps of rounding, too"
-        assert flat._units.peak < flat.size, "never all of the network was whole"
+        assert flat._units.peak <= most_open(flat.module, flat._cut, recompute) < flat.size
         assert found == pytest.approx(product(one), rel=10 * close)
         if rank:
             assert states == [{}, {}, {}]
