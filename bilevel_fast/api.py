@@ -70,7 +70,7 @@ def train(config: "TrainConfig", team: "Team | None" = None) -> dict[str, Any]:
     from bilevel_fast.runs.session import run
 
     config.check()
-    registry.check(config.upper, preset(config.preset).upper)
+    registry.check(config.upper, preset(config.preset).upper, config.scale.in_parts)
     return run(config) if team is None else run(config, team)
 
 

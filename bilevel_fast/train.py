@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
     config.check()
     from bilevel_fast.erasing import registry as upper  # after the flags are read: --help should not wait for torch
 
-    upper.check(config.upper, preset(config.preset).upper)
+    upper.check(config.upper, preset(config.preset).upper, config.scale.in_parts)
     return config
 
 
@@ -52,15 +52,14 @@ def main() -> None:
     # after parsing: --help and a typo should not wait for torch
     from bilevel_fast.base.devices import Ranks
     from bilevel_fast.runs.page.ending import end
-    from bilevel_fast.runs.ranks import started_with
+    from bilevel_fast.runs.ranks import goes_on, started_with
     from bilevel_fast.scale.team import Team
     from bilevel_fast.training.loop import Interrupted
-    from bilevel_fast.training.run_folder import RunFolder
 
     ranks = Ranks.from_environment()
     if ranks.rank:
         logging.disable()  # the first rank says what there is to say
-    if ranks.restarts and RunFolder(config.out).config.is_file():
+    if goes_on(ranks, config.out):
         config = replace(config, resume=True)  # the same command, for the second time
     with Team.join(ranks) as team:
         if team.world > 1:

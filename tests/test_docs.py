@@ -31,7 +31,7 @@ ELSEWHERE = {
     "--version",
     "--rehearse",
 }  # of every command, of `bilevel-fast`, and of benchmarks/gpu.sh
-ELSEWHERE |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-conf"}  # of torchrun
+ELSEWHERE |= {"--nproc-per-node", "--nnodes", "--max-restarts", "--rdzv-conf", "--rdzv-id"}  # of torchrun
 
 PICTURES = ["--resolution", "64", "--batch", "2", "--per-file", "2", "--threads", "1"]
 FEW = ["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "3"]

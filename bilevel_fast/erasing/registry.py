@@ -77,6 +77,7 @@ class Kind:
         remembers: Whether it holds the weights to what they were, and so two buffers of them.
         whole: Why a batch of it cannot be split into micro-batches; empty where its loss is a mean over images.
         eager: Whether its steps cannot be recorded: `Eraser.eager` says why.
+        undivided: Why weights cannot lie in parts on all ranks (`--scale.parameters fsdp`); empty where they can.
     """
 
     reads: tuple[str, ...] = ()
@@ -88,6 +89,7 @@ class Kind:
     remembers: bool = False
     whole: str = ""
     eager: bool = False
+    undivided: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class EditKind(Kind):
 
 
 SET_FOR_EDITS = ("every", "anchor")
+_EDITS = "edits whole weights"
+_REMEMBERS = "holds whole weights to what they were"
 
 ERASERS: dict[str, GradientKind | EditKind] = {
     "guidance": GradientKind(lambda upper, parts: Guidance(upper.eta), reads=("eta",), watched=True),
@@ -122,6 +126,7 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         source="start",
         watched=True,
         eager=True,
+        undivided="asks the student another number of times on each rank",
     ),
     "salun": GradientKind(
         lambda upper, parts: SalUn(
@@ -131,6 +136,7 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         source="self",
         masked=True,
         watched=True,
+        undivided="looks for its mask in the whole gradient",
     ),
     "erasediff": GradientKind(
         lambda upper, parts: EraseDiff(parts.source(upper), upper.erasediff.barrier),
@@ -143,17 +149,18 @@ ERASERS: dict[str, GradientKind | EditKind] = {
         reads=("amnesia", "fisher"),
         shows="anchor",
         remembers=True,
+        undivided=_REMEMBERS,
     ),
     "forget-me-not": GradientKind(
         lambda upper, parts: ForgetMeNot(parts.words()),
         whole="forget-me-not takes one norm over all images of a batch",
         eager=True,
     ),
-    "uce": EditKind(loop_edits.uce, reads=("uce",)),
-    "time": EditKind(loop_edits.time, reads=("time",)),
-    "separable": EditKind(loop_edits.separable, reads=("separable",)),
-    "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",)),
-    "p-esd": EditKind(loop_edits.p_esd_masks, reads=("p_esd",)),
+    "uce": EditKind(loop_edits.uce, reads=("uce",), undivided=_EDITS),
+    "time": EditKind(loop_edits.time, reads=("time",), undivided=_EDITS),
+    "separable": EditKind(loop_edits.separable, reads=("separable",), undivided=_EDITS),
+    "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",), undivided=_EDITS),
+    "p-esd": EditKind(loop_edits.p_esd_masks, reads=("p_esd",), undivided=_EDITS),
 }
 
 _OWN = {name for kind in ERASERS.values() for name in kind.reads}
@@ -226,11 +233,12 @@ def shows(name: str) -> Shows:
     return ERASERS[name].shows
 
 
-def check(upper: Upper, default: Upper | None = None) -> None:
+def check(upper: Upper, default: Upper | None = None, in_parts: bool = False) -> None:
     """Refuse an eraser that does not exist, and settings that it would not read.
 
     Args:
         default: What the settings are where nobody gives them: a preset's; those of `Upper` if None.
+        in_parts: Whether weights lie in parts on all ranks.
 
     Raises:
         UserError: Names the flag.
@@ -250,6 +258,23 @@ def check(upper: Upper, default: Upper | None = None) -> None:
     solvers.check(upper, default or Upper(), ERASERS[upper.eraser].ruled, ERASERS[upper.eraser].remembers)
     if upper.controller.enabled:
         _check_controller(upper)
+    if in_parts:
+        _check_in_parts(upper)
+
+
+def _check_in_parts(upper: Upper) -> None:
+    """Refuse an eraser that wants whole weights, where they lie in parts on all ranks."""
+    why = ERASERS[upper.eraser].undivided
+    if upper.solver == "ewc" and upper.every:
+        raise UserError(
+            f"--scale.parameters fsdp given with --upper.solver ewc, which {_REMEMBERS}; wanted --scale.parameters flat"
+        )
+    if why and upper.every:
+        able = ", ".join(name for name, kind in ERASERS.items() if not kind.undivided)
+        raise UserError(
+            f"--scale.parameters fsdp given with eraser {upper.eraser!r}, which {why}; wanted --scale.parameters flat, "
+            f"or one of {able}"
+        )
 
 
 def _reads(eraser: str, section: str) -> bool:

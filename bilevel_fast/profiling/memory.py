@@ -32,6 +32,7 @@ from bilevel_fast.training.features import Heard, listening
 from bilevel_fast.training.lower import Answered
 from bilevel_fast.training.settings import LossWeights
 from bilevel_fast.training.sharded import IN_FLIGHT
+from bilevel_fast.training.units import lay_out, most_open
 
 OUTSIDE = 2**30
 """Bytes of the CUDA context, of loaded kernels and of cuDNN's and cuBLAS's workspaces. An assumption, not a count."""
@@ -66,6 +67,7 @@ class Setting:
             else, so they have activations of their own.
         align: As `UNet`; the engine pads to 8 on a GPU.
         weights: Of the lower loss: a term that compares what is inside the networks keeps it.
+        in_parts: Whether weights, too, lie on all ranks in parts (`training.units`).
     """
 
     structure: Structure
@@ -82,6 +84,7 @@ class Setting:
     eager: bool = False
     weights: LossWeights = field(default_factory=LossWeights)
     remembered: bool = False
+    in_parts: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,6 +154,7 @@ def estimate(
     ranks: int = 1,
     leaves: int = 1,
     remembered: bool = False,
+    in_parts: bool = False,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
 
@@ -168,6 +172,7 @@ def estimate(
     setting = Setting(
         *(structure, latent, text, precision, recompute, ema, upper, second, align, start, mask, eager, weights),
         remembered,
+        in_parts,
     )
     return _line(setting).at(batch, micro, ranks, leaves)
 
@@ -302,6 +307,42 @@ class _Line:
     def at(self, batch: int, micro: int | None = None, ranks: int = 1, leaves: int = 1) -> Memory:
         """For a leaf of so many images; `leaves` is at least `ranks`."""
         micro, leaves = micro or batch, max(leaves, ranks)
+        memory = self._flat_at(batch, micro, ranks, leaves)
+        return self._in_parts(memory, ranks) if self.setting.in_parts else memory
+
+    def _in_parts(self, memory: Memory, ranks: int) -> Memory:
+        """Where networks lie on all ranks in parts: of `memory`, what is otherwise then."""
+        setting, width = self.setting, self.setting.dtype.itemsize
+        networks = [self._flat.module, self._fine_tuning.answers.teacher.unet]
+        held, whole, largest = list[int](), list[int](), 0
+        for network, again in zip(networks, (setting.recompute, False), strict=True):
+            _, cut = lay_out(network, dict(network.named_parameters()), ranks)
+            held.append(sum(bucket.size for bucket in cut))
+            whole.append(most_open(network, cut, again))
+            largest = max(largest, *(ranks * bucket.size for bucket in cut))
+        (rows, teacher), (student_open, teacher_open) = held, whole
+        separate = setting.dtype != torch.float32
+        copy = width * (rows + student_open) * setting.start
+        # what a unit's gradients are sent from, and what comes
+        on_way = 2 * (IN_FLIGHT + 1) * width * largest
+        return replace(
+            memory,
+            weights=4 * rows + width * rows * separate + width * student_open,
+            gradients=4 * rows * (1 + (setting.upper and setting.second)),
+            moments=8 * rows * (1 + setting.upper),
+            ema=4 * rows * setting.ema,
+            eraser=copy,
+            teacher_weights=width * (teacher + teacher_open),
+            workspace=self._workspace(memory.micro, on_way, 0),
+        )
+
+    def _workspace(self, micro: int, on_way: int, updating: int) -> int:
+        low, high = self._counts
+        moments = [*zip(low.teaching, high.teaching, strict=True), *zip(low.learning, high.learning, strict=True)]
+        peak = max(self._between(few, many, micro) for few, many in moments)
+        return max(peak + on_way, updating) - self._between(low.kept, high.kept, micro) + OUTSIDE
+
+    def _flat_at(self, batch: int, micro: int, ranks: int, leaves: int) -> Memory:
         flat, copies, width = self._flat, 1 + self.setting.upper, self.setting.dtype.itemsize
         rows = whole = flat.master.numel()
         own = flat.compute is not flat.master  # rows of what computes, written before they are sent
@@ -337,7 +378,7 @@ class _Line:
             teacher_weights=self._teacher(),
             teacher_activations=self._between(low.answered, high.answered, batch * leaves // ranks),
             student_activations=kept,
-            workspace=max(peak + on_way, updating) - kept + OUTSIDE,
+            workspace=self._workspace(micro, on_way, updating),
             host=self._pinned(),
         )
 
@@ -389,10 +430,14 @@ class _Line:
         held = (answer.out, *answer.blocks, *heard.values(), *(t for t in free if t is not None))
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}  # some are one
         inputs = (noised.x, noised.t, noised.target, noised.weight, given.text)
+        sent = self._flat.module.parameters() if self.setting.in_parts else ()
+        leave = [p.register_post_accumulate_grad_hook(_forget) for p in sent]
         with _Weighing() as learning:
             loss = self._fine_tuning.loss(answered).total
             kept = learning.now
             loss.backward()
+        for handle in leave:
+            handle.remove()
         self._flat.collect()
         weighed = sum(storages.values()) + sum(t.nbytes for t in inputs)
         return _Activations(weighed, kept, teaching.history, learning.history)
@@ -400,6 +445,11 @@ class _Line:
     def _batch(self, images: int) -> Batch:
         setting = self.setting
         return random_batch(setting.structure.config, setting.latent, setting.text, images, torch.device("meta"))
+
+
+def _forget(p: Tensor) -> None:
+    """Its gradient is sent and gone."""
+    p.grad = None
 
 
 def _first(x: Tensor, batch: int) -> Tensor:

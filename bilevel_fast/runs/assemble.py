@@ -30,6 +30,7 @@ from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.fitting import Fitting, free_bytes
 from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.training.checkpoint import GracefulStop
+from bilevel_fast.training.fully_sharded import FullyShardedParameters
 from bilevel_fast.training.levels import AnyLevel, Editing, Level, descend
 from bilevel_fast.training.loop import LoopSettings, Places, Progress, run, running
 from bilevel_fast.training.lower import Answers, FineTuning
@@ -82,7 +83,9 @@ def levels(
     if split:
         _log.info("computing %d of %d lower and %d of %d upper images at once", micro[0], leaf[0], micro[1], leaf[1])
     start = erasers.start(upper, student, dtype) if suppress else None
-    flat = _flat(config, student, dtype, split, team)
+    if start is not None and config.scale.in_parts:
+        start.share_out(device, dtype, team)
+    flat = _flat(config, student, dtype, split, team, device)
     draw = partial(Batches, leaves=leaves, ranks=team.ranks)
     make = partial(AdamW, decay=config.ema or 0.0)
     optimizer = partial(LevelOptimizer, flat, clip_norm=config.clip_norm, make=make)
@@ -91,7 +94,7 @@ def levels(
 
     batches = draw(materials.data, encoder, lower.batch, config.seed, level=0, p_uncond=lower.p_uncond)
     if answers is None:
-        teacher = Teacher.of(materials.teacher, device, dtype)
+        teacher = _teacher(config, materials.teacher, device, dtype, team)
         answers = Answers(teacher, schedule, config.seed, lower.snr_gamma)
         if config.fp8_teacher:
             with loader(batches) as ahead:
@@ -140,8 +143,18 @@ def levels(
     return (first, second) if controller is None else controller.take(first, second)
 
 
-def _flat(config: TrainConfig, student: UNet, dtype: torch.dtype, split: bool, team: Team) -> FlatParameters:
+def _teacher(config: TrainConfig, unet: UNet, device: torch.device, dtype: torch.dtype, team: Team) -> Teacher:
+    return Teacher.in_parts(unet, device, dtype, team) if config.scale.in_parts else Teacher.of(unet, device, dtype)
+
+
+def _flat(
+    config: TrainConfig, student: UNet, dtype: torch.dtype, split: bool, team: Team, device: torch.device
+) -> FlatParameters:
     average, scale = config.ema is not None, config.scale
+    if scale.in_parts:
+        return FullyShardedParameters(
+            student, dtype, average, team=team, leaves=scale.leaves, reduction=scale.reduction, device=device
+        )
     if team.world == 1 and scale.leaves == 1:
         return FlatParameters(student, dtype, average, summed=split)
     return ShardedParameters(
@@ -150,9 +163,17 @@ def _flat(config: TrainConfig, student: UNet, dtype: torch.dtype, split: bool, t
 
 
 def _fitting(config: TrainConfig, student: UNet, materials: Materials, device: torch.device, team: Team) -> Fitting:
-    dtype, graphs = compute_dtype(config.precision, device), config.graphs and device.type == "cuda" and team.world == 1
+    dtype = compute_dtype(config.precision, device)
+    graphs = device.type == "cuda" and not _without_graphs(config, team)
     latent, text = materials.data.latent_shape[-1], materials.text_encoder.length
     return Fitting(config, student.structure, latent, text, dtype, graphs, team.world)
+
+
+def _without_graphs(config: TrainConfig, team: Team) -> str:
+    """Why steps run as they are; empty where they are recorded, on a GPU."""
+    if team.world > 1:
+        return f"{team.world} processes train together"
+    return "weights lie in parts" if config.scale.in_parts else "" if config.graphs else "--no-graphs"
 
 
 def _in_fp8(answers: Answers, batch: Batch) -> Teacher:
@@ -188,10 +209,10 @@ def fit(
     """
     try:
         lower, upper = levels(config, student, materials, device, team=team)
-        graphs = config.graphs and team.world == 1
-        if config.graphs != graphs and device.type == "cuda":
-            _log.info("no CUDA graphs: %d processes train together", team.world)
-        training = StudentTraining(lower, upper, config.upper.every, device, graphs)
+        without = _without_graphs(config, team)
+        if config.graphs and without and device.type == "cuda":
+            _log.info("no CUDA graphs: %s", without)
+        training = StudentTraining(lower, upper, config.upper.every, device, not without)
         settings = LoopSettings(
             config.lower.steps, config.lower.batch, config.log_every, config.checkpoint_every, config.max_bad_steps
         )

@@ -191,6 +191,10 @@ class TrainConfig:
         self.lower.check()
         self.upper.check()
         self.scale.check(lower=self.lower.batch, **({"upper": self.upper.batch} if self.upper.every else {}))
+        if self.scale.in_parts and self.fp8_teacher:
+            raise UserError(
+                "--fp8-teacher given with --scale.parameters fsdp, whose teacher computes in --precision; wanted flat"
+            )
         for name, level in (("lower", self.lower), ("upper", self.upper)):
             leaf = level.batch // self.scale.leaves
             if level.micro_batch != "auto" and leaf % level.micro_batch:

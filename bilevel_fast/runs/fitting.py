@@ -55,6 +55,7 @@ class Fitting:
             "recompute": config.recompute,
             "ema": config.ema is not None,
             "weights": config.lower.weights,
+            "in_parts": config.scale.in_parts,
             **erasers.holds(config.upper, self.graphs),
         }
 

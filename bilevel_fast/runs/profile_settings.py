@@ -48,6 +48,8 @@ def read(argv: Sequence[str], about: str | None) -> ProfileConfig:
     from bilevel_fast.erasing import registry as upper  # after the flags are read: --help should not wait for torch
 
     upper.check(config.upper, preset(config.preset).upper)
+    if config.scale.in_parts:
+        raise UserError("--scale.parameters fsdp: a profile is of one process, which has all weights; wanted flat")
     if config.steps < 1 or config.warmup < 0:
         raise UserError(f"--steps {config.steps} --warmup {config.warmup}: wanted at least 1 and at least 0")
     return config

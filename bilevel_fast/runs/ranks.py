@@ -5,22 +5,34 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import bilevel_fast
+from bilevel_fast.base.devices import Ranks
 from bilevel_fast.data.blend import parts_of
 from bilevel_fast.data.cache import Cache
 from bilevel_fast.data.sources import LatentSource, MemorySource
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.models.weights import DIGEST, digest_of
+from bilevel_fast.runs import sessions
 from bilevel_fast.runs.assemble import Materials
 from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.scale.team import Team
 from bilevel_fast.training.run_folder import RunFolder, flatten
 
 _LOOKED_AT = 8  # samples whose latents are compared
+
+
+def goes_on(ranks: Ranks, out: Path) -> bool:
+    """Whether these processes are not the first that their torchrun has started on a run.
+
+    It may have started them again after one was lost; or a machine has come, or gone, which it does not count.
+    """
+    again = ranks.restarts > 0 or (sessions.launch() is not None and sessions.launch() in sessions.launches(out))
+    return again and RunFolder(out).config.is_file()
 
 
 def started_with(config: TrainConfig) -> dict[str, Any]:

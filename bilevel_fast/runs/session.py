@@ -104,7 +104,8 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
         summary = _summary(config, folder, *trained["student"])
         if config.built_in:
             judge, settings = world(config.built_in), config.world_settings
-            models = {"teacher": teacher.to(device), **{name: trained[name][0] for name in reversed(names)}}
+            models = {"teacher": teacher, **{name: trained[name][0] for name in reversed(names)}}
+            models = {name: unet.to(device) for name, unet in models.items()}
             drawn = {name: judge.portfolio(u, folder, erased, settings, config.seed) for name, u in models.items()}
             summary["hits"] = {name: judge.hits(samples, erased) for name, samples in drawn.items()}
             summary["quality"] = {name: judge.quality(samples, erased) for name, samples in drawn.items()}
@@ -294,7 +295,9 @@ def _train(
     if team.first(out.exists):
         saved = latest(places.checkpoints) if team.rank == 0 else None
         return load_unet(out).to(device), Progress(**saved.state) if saved else Progress()
-    student = (start if last else copy.deepcopy(start)).to(device)
+    student = start if last else copy.deepcopy(start)
+    if not config.scale.in_parts:  # which is for networks that are larger than a device
+        student = student.to(device)
     _log.info("training %s: %d parameters", name, sum(p.numel() for p in student.state_dict().values()))
     if name == "distilled":
         materials = replace(materials, concepts=None)

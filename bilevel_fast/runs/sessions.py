@@ -1,14 +1,16 @@
 """Who worked on a run: `sessions.jsonl` in its folder, a line when a process begins, and one when it has finished.
 
     {"event": "begun", "time": "2026-11-30T15:53:39Z", "device", "torch", "cuda", "threads", "processes", "python",
-     "version", "commit"}
+     "version", "commit", "launch"}
     {"event": "finished", "time", "peak_gib", "peak_of": "process" or "GPU"}
 
-A run that was killed and resumed has a line for every try. The commit is None where the package is no checkout.
+A run that was killed and resumed has a line for every try. The commit is None where the package is no checkout, the
+launch, torchrun's --rdzv-id, where it has none.
 """
 
 import datetime
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -27,7 +29,7 @@ RECORD = "sessions.jsonl"
 def begin(run: Path, device: torch.device, processes: int = 1) -> None:
     """Note that this process works on a run, with what its numbers depend on."""
     versions = {"python": platform.python_version(), "version": bilevel_fast.__version__, "commit": commit()}
-    _note(run, "begun", machine(device) | {"processes": processes} | versions)
+    _note(run, "begun", machine(device) | {"processes": processes} | versions | {"launch": launch()})
 
 
 def finish(run: Path, device: torch.device) -> None:
@@ -47,6 +49,17 @@ def read(run: Path) -> list[dict[str, Any]]:
     """
     path = run / RECORD
     return [fields for _, fields in read_json_lines(path)] if path.is_file() else []
+
+
+def launch() -> str | None:
+    """What torchrun calls these processes and all that it starts in their place; None without a name."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    return None if name == "none" else name
+
+
+def launches(run: Path) -> set[str]:
+    """Who has begun on a run, by `launch`."""
+    return {str(fields["launch"]) for fields in read(run) if fields.get("launch") is not None}
 
 
 def commit(package: Path = Path(bilevel_fast.__file__).parent) -> str | None:

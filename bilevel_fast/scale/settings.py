@@ -6,13 +6,14 @@ from typing import Literal
 from bilevel_fast.base.errors import UserError, in_range
 
 Reduction = Literal["tree", "ring"]
+Parameters = Literal["flat", "fsdp"]
 
 
 @dataclass(frozen=True)
 class Scale:
     """Training on the processes that torchrun starts; their number is no setting, and changes no result. Not supported:
-    CUDA graphs with several processes, weights that are cut up as well (FSDP), a number of processes that changes while
-    they run. Not measured: several GPUs, of any kind. See docs/scale.md."""
+    CUDA graphs with several processes, a number of processes that changes while they run. Not measured: several GPUs,
+    of any kind. See docs/scale.md."""
 
     leaves: int = 1
     """Equal parts of a batch, of both levels, that are computed one by one and added up: a multiple of the number of
@@ -20,6 +21,15 @@ class Scale:
     reduction: Reduction = "tree"
     """How gradients are added up over processes: tree, in fp32 and in one order for any number of them; or ring, as the
     library likes it, with half the bytes between machines."""
+    parameters: Parameters = "flat"
+    """What each process holds of the weights that compute: flat, all of student and teacher; or fsdp, a part of both,
+    and a layer while it computes, for networks that do not fit on a card. fsdp sends them anew in every pass, and
+    changes results by rounding; not with every eraser."""
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no process holds whole networks."""
+        return self.parameters == "fsdp"
 
     def check(self, **batches: int) -> None:
         """Refuse leaves that batches, by the name of their level, do not consist of.

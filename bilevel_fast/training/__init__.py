@@ -9,6 +9,8 @@ A step, in its order:
     upper        the upper gradient: an eraser's loss, and the lower loss as penalty
     parameters   master weights, gradients and averages, flat
     sharded      the same, of several ranks
+    fully_sharded  the same, of ranks none of which has a whole network
+    units        layers that are whole while they compute
     optim        AdamW with warm-up; steps that are not finite are skipped
     graphs       a step as one CUDA graph
     phases       names of the parts of a step, for profiles

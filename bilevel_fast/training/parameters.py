@@ -181,8 +181,12 @@ class FlatParameters:
         if buffer is None and self.compute is not self.master:
             self.compute.copy_(self.master)
 
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Of what the network's state dict holds."""
+        return {name: value.shape for name, value in self.module.state_dict().items()}
+
     def _check_fits(self, state: Mapping[str, Any]) -> None:
-        wanted = {name: value.shape for name, value in self.module.state_dict().items()}
+        wanted = self._shapes()
         for name in sorted(wanted.keys() ^ state.keys()):
             raise RuntimeError(f"{name} is {'missing' if name in wanted else 'not of this network'}")
         for name, shape in wanted.items():

@@ -29,6 +29,7 @@ from bilevel_fast.scale.rows import ROW, Bucket, Counter, buckets, pieces, tree
 from bilevel_fast.scale.settings import Reduction
 from bilevel_fast.scale.team import Pending, Team
 from bilevel_fast.training.parameters import CHUNK, FlatParameters
+from bilevel_fast.training.units import put
 
 assert CHUNK == ROW, "norms are over rows"
 
@@ -45,6 +46,7 @@ class ShardedParameters(FlatParameters):
         team: The ranks. All make the same calls in the same order; most of them are collective.
         leaves: Equal parts of a batch, of all ranks together.
         reduction: See `scale.settings.Scale`.
+        device: Where the buffers are; that of the module if None.
     """
 
     copies = True
@@ -59,28 +61,36 @@ class ShardedParameters(FlatParameters):
         team: Team,
         leaves: int,
         reduction: Reduction = "tree",
+        device: torch.device | None = None,
     ):
-        self.size, device = self._lay_out(module, dtype), next(module.parameters()).device
         self.team, self.reduction, self.ranks = team, reduction, team.world
         self.leaves = len(team.ranks.leaves(leaves))
-        self._counter, self._cut = Counter(self.leaves), buckets(self.size, team.world)
-        size, rows = (sum(n * bucket.size for bucket in self._cut) for n in (team.world, 1))
-        self.compute = torch.zeros(size, dtype=dtype, device=device)
+        self.size, device = self._lay_out(module, dtype), device or next(module.parameters()).device
+        self._counter, self._cut = Counter(self.leaves), self._buckets()
+        self._whole, rows = (sum(n * bucket.size for bucket in self._cut) for n in (team.world, 1))
         self.master, self.gradient = (torch.zeros(rows, device=device) for _ in range(2))
-        views = self.views(self.compute)
         for name, p in module.named_parameters():
-            views[name].copy_(p.detach())
             self._put(self.master, name, p.detach(), 0)
         self.average = self.master.clone() if average else None
         self.rows = self.master if dtype == torch.float32 else self.master.to(dtype)
-        self.local = torch.zeros(size, dtype=torch.float32 if summed else dtype, device=device)
-        self._point_at(self.compute)
-        self._taken = [(module.get_parameter(name), view) for name, view in self.views(self.local).items()]
+        self._hold(torch.float32 if summed else dtype)
         self._hear()
         # where the rows of (N,) are in everybody's rows, one rank's after the other
         place = torch.arange(team.world * rows // ROW, device=device).view(team.world, -1)
         runs = [place[:, b.mine // ROW : (b.mine + b.size) // ROW].reshape(-1) for b in self._cut]
         self._places = torch.cat(runs)[: self.size // ROW]
+
+    def _buckets(self) -> list[Bucket]:
+        return buckets(self.size, self.ranks)
+
+    def _hold(self, dtype: torch.dtype) -> None:
+        """Make what the network computes with, and what backward finds, in `dtype`."""
+        self.compute = torch.zeros(self._whole, dtype=self.dtype, device=self.master.device)
+        for name, view in self.views(self.compute).items():
+            view.copy_(self.module.get_parameter(name).detach())
+        self._point_at(self.compute)
+        self.local = torch.zeros(self._whole, dtype=dtype, device=self.master.device)
+        self._taken = [(self.module.get_parameter(name), view) for name, view in self.views(self.local).items()]
 
     def _hear(self) -> None:
         """Be told when backward has left a parameter its gradient."""
@@ -91,8 +101,11 @@ class ShardedParameters(FlatParameters):
         self._members = [[n for n, place in enumerate(places) if place == k] for k in range(len(starts))]
         self._on_way = deque[tuple[Bucket, Pending, Callable[[], Tensor]]]()
         self._rest()
-        hear = [p.register_post_accumulate_grad_hook for p, _ in self._taken] if self.ranks > 1 else []
-        self._heard = [on(partial(self._landed, place)) for on, place in zip(hear, places, strict=False)]
+        parameters = [self.module.get_parameter(name) for name in self._layouts]
+        self._heard = [
+            p.register_post_accumulate_grad_hook(partial(self._landed, place))
+            for p, place in zip(parameters, places, strict=True)
+        ]
 
     def _rest(self) -> None:
         """Nothing is to be sent."""
@@ -105,7 +118,7 @@ class ShardedParameters(FlatParameters):
         self._ends, self._more, self._add = part + 1 == parts, part % each > 0, add
 
     def _landed(self, place: int, _: Tensor) -> None:
-        if not self._ends:
+        if not self._ends or self.ranks == 1:
             return
         self._awaited[place] -= 1
         while self._next >= 0 and not self._awaited[self._next]:
@@ -128,9 +141,8 @@ class ShardedParameters(FlatParameters):
 
     def _send(self) -> None:
         """Send the bucket that is next, whose gradients are there; those that never come are zero."""
-        self._collect([self._taken[n] for n in self._members[self._next]], self._more)
         bucket = self._cut[self._next]
-        x = self._counter.last(self.local, bucket.whole)
+        x = self._found(bucket, self._members[self._next])
         if self.reduction == "ring":
             out = x.new_empty(len(x) // self.ranks)
             self._on_way.append((bucket, self.team.add_up(out, x), lambda: out))
@@ -140,6 +152,11 @@ class ShardedParameters(FlatParameters):
         self._next -= 1
         if len(self._on_way) > IN_FLIGHT:
             self._receive()
+
+    def _found(self, bucket: Bucket, ending: list[int]) -> Tensor:
+        """This rank's gradient of a bucket, (world n,); `ending` are the numbers of the parameters that end there."""
+        self._collect([self._taken[n] for n in ending], self._more)
+        return self._counter.last(self.local, bucket.whole)
 
     def _receive(self) -> None:
         """Put the sum of the bucket that was sent first, for this rank's run of it, into the gradient."""
@@ -196,29 +213,34 @@ class ShardedParameters(FlatParameters):
     def state_dict(self, buffer: Tensor | None = None) -> dict[str, Tensor]:
         """Of a buffer (m,): a copy of all rows, on the host of rank 0; empty on the other ranks. Collective."""
         buffer = self.master if buffer is None else buffer
-        whole = torch.empty(self.compute.shape if self.team.rank == 0 else 0, dtype=buffer.dtype)
+        whole = self._at_first(buffer)
+        return {} if self.team.rank else self._state_of(whole)
+
+    def _at_first(self, buffer: Tensor) -> Tensor:
+        """All rows of a buffer (m,), on the host of rank 0; nothing on the others."""
+        whole = torch.empty(0 if self.team.rank else self._whole, dtype=buffer.dtype)
         for bucket in self._cut:
             came = buffer.new_empty(self.ranks * bucket.size)
             self.team.gather(came, bucket.own(buffer)).wait()
             if self.team.rank == 0:
                 bucket.whole(whole).copy_(came)
-        if self.team.rank:
-            return {}
-        return self._state_of(whole)
+        return whole
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], buffer: Tensor | None = None) -> None:
         """Each rank fills its rows from all there are."""
         self._check_fits(state)
+        self._fill(self.master if buffer is None else buffer, state)
+        if buffer is None:
+            self._republish()
+
+    def _fill(self, rows: Tensor, state: Mapping[str, Any]) -> None:
         for name, place in self._state_of(self.compute).items():
             if name in self._layouts:
                 inside = int(place.storage_offset() - self.compute.storage_offset()) - self._layouts[name][0]
-                rows = self.master if buffer is None else buffer
                 self._put(rows, name, state[name], inside, place.stride())
             else:
                 place.copy_(state[name])
-        if buffer is None:
-            self._republish()
 
     def release(self) -> nn.Module:
         for handle in self._heard:
@@ -235,7 +257,7 @@ class ShardedParameters(FlatParameters):
 
     def _all_rows(self, buffer: Tensor) -> Tensor:
         """All rows of a buffer (m,), with the padding at their end."""
-        whole = buffer.new_empty(self.compute.shape)
+        whole = buffer.new_empty(self._whole)
         for bucket in self._cut:
             self.team.gather(bucket.whole(whole), bucket.own(buffer)).wait()
         return whole
@@ -249,18 +271,5 @@ class ShardedParameters(FlatParameters):
     def _put(
         self, buffer: Tensor, name: str, value: Tensor, inside: int, strides: tuple[int, ...] | None = None
     ) -> None:
-        """Write what a buffer (m,) has of a parameter.
-
-        Args:
-            value: The parameter, or what its network says of it, which may leave out padding.
-            inside: Where its first element lies in the parameter.
-            strides: Of its elements in the parameter; the parameter's own if None.
-        """
-        start, shape, own = self._layouts[name]
-        found = list(pieces(self._cut, self.team.rank, start, shape.numel()))
-        if not found:
-            return
-        flat = torch.zeros(shape.numel(), dtype=buffer.dtype, device=value.device)
-        flat.as_strided(value.shape, strides or own, inside).copy_(value)  # in the order of the buffer
-        for piece in found:
-            buffer[piece.mine : piece.mine + piece.length] = flat[piece.after : piece.after + piece.length]
+        """Write what a buffer (m,) has of a parameter; see `units.put`."""
+        put(buffer, value, self._layouts[name], self._cut, self.team.rank, inside, strides)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from bilevel_fast.models.diffusion import Noised
 from bilevel_fast.models.unet import Prediction, UNet
+from bilevel_fast.scale.team import Team
 from bilevel_fast.training.losses import suppression_target
 from bilevel_fast.training.phases import phase
+from bilevel_fast.training.units import Units
 
 
 class Teacher:
@@ -40,6 +42,24 @@ class Teacher:
         # parameter by parameter: there is never a second copy in the dtype that it has
         moved: dict[int, Tensor] = {id(p): nn.Parameter(p.detach().to(device, dtype)) for p in unet.parameters()}
         return cls(copy.deepcopy(unet, moved))
+
+    @classmethod
+    def in_parts(cls, unet: UNet, device: torch.device, dtype: torch.dtype, team: Team) -> Self:
+        """The same of `unet`, which stays as it is, but that each rank of `team` holds a part of it (`units`).
+
+        All ranks ask it the same number of times.
+        """
+        empty: dict[int, Tensor] = {
+            id(p): nn.Parameter(torch.empty(0, dtype=dtype, device=device)) for p in unet.parameters()
+        }
+        teacher = cls(copy.deepcopy(unet, empty))
+        Units.frozen(teacher.unet, dict(unet.named_parameters()), device, dtype, team)
+        return teacher
+
+    def share_out(self, device: torch.device, dtype: torch.dtype, team: Team) -> None:
+        """The same of this teacher itself."""
+        Units.frozen(self.unet, dict(self.unet.named_parameters()), device, dtype, team)
+        self.images = self.images.to(device)
 
     def predict(self, noised: Noised, text: Tensor) -> Prediction:
         """Output and block outputs for text states (B, L, D)."""

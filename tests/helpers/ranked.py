@@ -94,11 +94,18 @@ CASES = {
         "--recompute",
     ],
 }
+PARTS = ["--scale.parameters", "fsdp"]
+_ABLE = [name for name, kind in ERASERS.items() if not kind.undivided]
+IN_PARTS = {
+    "fsdp": [*CASES["bilevel"], *PARTS],
+    **{f"fsdp-{name}": [*CASES[name], *PARTS] for name in (*_ABLE, "subset-esd-x", "micro")},
+}
+"""Weights lie on all ranks in parts: the same up to rounding."""
 ENDING = {"spoilt": ["--max-bad-steps", "2"]}
 """Ends with an error."""
 UNREADABLE = "unreadable"
 """A job that one rank cannot do, and the others wait for."""
-STEPS = {"bilevel": 20, "poisoned": 4, "ring": 4, "controller": 2}
+STEPS = {"bilevel": 20, "fsdp": 20, "poisoned": 4, "ring": 4, "controller": 2}
 POISONED = {"poisoned": 6, "spoilt": 64}
 """How many of the 64 images are not finite: some steps see one of them, on the rank that has it; or all do."""
 
@@ -137,7 +144,7 @@ class World:
 
     def train(self, case: str, steps: int, out: Path) -> None:
         """From the last checkpoint in `out` to step `steps`."""
-        config = self.config(*(CASES | ENDING)[case])
+        config = self.config(*(CASES | IN_PARTS | ENDING)[case])
         config = dataclasses.replace(config, lower=dataclasses.replace(config.lower, steps=steps))
         banks = self.root / "banks" / f"{len(config.erase)}-{ERASERS[config.upper.eraser].shows}"
         if banks not in self.found:

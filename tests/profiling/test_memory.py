@@ -25,18 +25,22 @@ from bilevel_fast.profiling.memory import (
     OUTSIDE,
     Setting,
     _Line,
+    _line,
     _Weighing,
     describe,
     estimate,
     largest_batch,
 )
 from bilevel_fast.scale.team import Team
+from bilevel_fast.training import units
 from bilevel_fast.training.features import listened_to, listening
+from bilevel_fast.training.fully_sharded import FullyShardedParameters
 from bilevel_fast.training.losses import DEFAULT_WEIGHTS, LossWeights, fine_tuning_loss
 from bilevel_fast.training.optim import AdamW
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.saver import Pinned
 from bilevel_fast.training.sharded import ShardedParameters
+from bilevel_fast.training.units import Units
 
 PRUNED = Structure.uniform(MINI, 0.6)
 SIZES = (MINI.sample_size, 12)
@@ -211,6 +215,33 @@ def test_what_a_rank_holds_is_what_sharded_parameters_allocate(precision, world,
     alone, each = mini(4, micro=2, precision=precision, ema=True), leaves // world
     assert memory.teacher_activations == each * alone.teacher_activations
     assert memory.student_activations == mini(2 if split else 4, precision=precision).student_activations
+
+
+def test_what_a_rank_holds_where_networks_lie_in_parts(monkeypatch):
+    monkeypatch.setattr(units, "SMALL", 10**5)
+    dtype, world, team = torch.bfloat16, 3, Team(Ranks(0, 3))
+    flat = FullyShardedParameters(UNet(MINI, PRUNED, 8), dtype, average=True, team=team, leaves=world)
+    teacher = UNet(MINI)
+    held = Units.frozen(teacher, dict(teacher.named_parameters()), torch.device("cpu"), dtype, team)
+    memory, whole = (mini(4, in_parts=on, ema=True, ranks=world, leaves=world) for on in (True, False))
+
+    def opened(found):
+        first, *others = (unit.buffer.numel() * unit.buffer.element_size() for unit in found.units)
+        assert len(others) > 8
+        return first + sum(sorted(others)[-4:])
+
+    def own(found):
+        return sum(unit.own.nbytes for unit in found.units)
+
+    assert memory.weights == flat.master.nbytes + own(flat._units) + opened(flat._units)
+    assert memory.teacher_weights == own(held) + opened(held)
+    assert memory.gradients == 2 * flat.gradient.nbytes
+    assert memory.moments == 4 * flat.master.nbytes
+    assert memory.ema == flat.average.nbytes
+    assert memory.student_activations == whole.student_activations
+    gradients = sum(p.numel() for p in flat.module.parameters()) * dtype.itemsize
+    left = [_line(found.setting)._counts[0].learning[-1] for found in (whole, memory)]
+    assert left[0] - left[1] > gradients / 2, "those of the units before are gone"
 
 
 def test_checkpoints_pin_memory_of_the_host_and_take_none_of_the_card():

@@ -1,7 +1,7 @@
 """What becomes of a run when a rank is asked to stop, is killed, hangs, or was started in another way than the rest.
 
 What is not marked takes seconds and is part of every run of the tests. The rest, under torchrun itself or many times
-over, is `-m faults`; BILEVEL_FAST_KILLS says how many kills.
+over, is `-m faults`; BILEVEL_FAST_KILLS says how many kills, BILEVEL_FAST_KILLED where they are gone on with.
 """
 
 import contextlib
@@ -14,25 +14,21 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import ranked
-from bilevel_fast.models.folder import load_folder
+from bilevel_fast.base.files import write_json
 from bilevel_fast.scale.watch import EVERY, LIMIT, PATIENCE
 from bilevel_fast.train import main
 from bilevel_fast.training import checkpoint
 from commands import run_command
 from ranked import Crew, ranks_of, start, torchrun
+from short_runs import FLAGS, assert_same, records, until
 
-FLAGS = [
-    *["--preset", "smoke", "--no-twin", "--scale.leaves", "4", "--lower.batch", "4", "--upper.batch", "4"],
-    *["--upper.every", "2", "--log-every", "1", "--checkpoint-every", "100000"],
-    *["--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "2"],
-]
 ENDLESS = ["--lower.steps", "100000"]
 BUSY = 10
 """Seconds that a busy machine may add to any time that is promised."""
@@ -50,19 +46,6 @@ def _nobody_is_left() -> Iterator[None]:
     yield
     while Crew.begun:
         Crew.begun.pop().end()
-
-
-def records(out: Path) -> list[dict]:
-    stats = out / "stats.jsonl"
-    return [json.loads(line) for line in stats.read_text().splitlines()] if stats.exists() else []
-
-
-def until(alive: Callable[[], object], done: Callable[[], object], said: Callable[[], str]) -> None:
-    deadline = time.monotonic() + 120
-    while not done():
-        assert alive(), said()
-        assert time.monotonic() < deadline, said()
-        time.sleep(0.02)
 
 
 def errors_of(text: str) -> list[str]:
@@ -226,17 +209,6 @@ def test_a_fault_of_one_rank_alone_is_said_with_its_number(tmp_path):
 # ---- the long form
 
 
-def weights_of(out: Path) -> dict[str, torch.Tensor]:
-    return load_folder(out / "student").unet().state_dict()
-
-
-def assert_same(out: Path, whole: Path) -> None:
-    first, second = weights_of(whole), weights_of(out)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    qualities = [json.loads((path / "summary.json").read_text())["quality"] for path in (whole, out)]
-    assert qualities[0] == qualities[1]
-
-
 @contextlib.contextmanager
 def under_torchrun(*flags: str, count: int = 2) -> Iterator:
     """An agent, and its ranks once there are records."""
@@ -307,15 +279,31 @@ def test_ranks_of_torchrun_that_are_started_differently(flags, tmp_path):
 
 
 @pytest.mark.faults
-def test_kill_any_rank_at_any_moment_and_go_on_with_any_number(flags, tmp_path):
-    """As often as that happens, the end has the bits of a run that nobody touched."""
-    kills, dice, done = int(os.environ.get("BILEVEL_FAST_KILLS", "10")), random.Random(0), 0
-    steps = [*flags, "--lower.steps", "12", "--checkpoint-every", "1"]
-    whole, out, finished = tmp_path / "whole", tmp_path / "run-0", 0
-    assert run_command(main, *steps, "--out", whole).returncode == 0
+def test_kill_any_rank_at_any_moment_and_go_on_with_any_number(tmp_path, capfd):
+    """As often as that happens, the end has the bits of a run that nobody touched.
+
+    Every kill is said. BILEVEL_FAST_KILLED names a folder where a test that was ended is gone on with.
+    """
+    kills, place = (
+        int(os.environ.get("BILEVEL_FAST_KILLS", "10")),
+        Path(os.environ.get("BILEVEL_FAST_KILLED", tmp_path)),
+    )
+    place.mkdir(parents=True, exist_ok=True)
+    steps = [*FLAGS, "--teacher", str(ranked.teacher(place)), "--lower.steps", "12", "--checkpoint-every", "1"]
+    whole, count = place / "whole", place / "count.json"
+    known = json.loads(count.read_text()) if count.exists() else {}
+    tries, done, finished = (known.get(name, 0) for name in ("tries", "done", "finished"))
+    started = time.monotonic()
+
+    def resume(out: Path) -> list[str]:
+        return ["--resume"] if (out / "config.json").exists() else []
+
+    if not (whole / "summary.json").exists():
+        assert run_command(main, *steps, "--out", whole, *resume(whole)).returncode == 0
     while done < kills:
-        resume = ["--resume"] if (out / "config.json").exists() else []
-        crew = Crew(dice.choice((1, 2, 2, 4)), "train", *steps, "--out", out, *resume, log=tmp_path / f"{done}.log")
+        out, dice = place / f"run-{finished}", random.Random(tries)
+        log = place / f"{tries}.log"
+        crew = Crew(dice.choice((1, 2, 2, 4)), "train", *steps, "--out", out, *resume(out), log=log)
         wanted, more = len(records(out)), dice.randrange(5)  # none: while it starts
         while more and crew.runs() and len(records(out)) < wanted + more:
             time.sleep(0.005)
@@ -324,13 +312,17 @@ def test_kill_any_rank_at_any_moment_and_go_on_with_any_number(flags, tmp_path):
         for rank in crew.ranks:
             rank.send(signal.SIGTERM)  # as torchrun does; who has not met the others yet would wait for minutes
         codes = crew.wait()
-        done += -signal.SIGKILL in codes
         assert set(codes) <= {0, 2, -signal.SIGKILL, -signal.SIGTERM}, crew.said()
         if (out / "summary.json").exists():
             assert_same(out, whole)
             finished += 1
-            out = tmp_path / f"run-{finished}"
-    crew = Crew(4, "train", *steps, "--out", out, "--resume", log=tmp_path / "last.log")
+        done += -signal.SIGKILL in codes
+        tries += 1
+        write_json(count, {"tries": tries, "done": done, "finished": finished})
+        with capfd.disabled():
+            taken = f"{tries} tries, {finished} runs done, {len(codes)} ranks at step {len(records(out))}"
+            print(f"{done} of {kills} kills: {taken}; {time.monotonic() - started:.0f} s", flush=True)
+    out = place / f"run-{finished}"
+    crew = Crew(4, "train", *steps, "--out", out, *resume(out), log=place / "last.log")
     assert crew.wait() == [0] * 4, crew.said()
     assert_same(out, whole)
-    print(f"{done} kills, {finished + 1} runs")
