@@ -20,7 +20,6 @@ from bilevel_fast.runs.assemble import fit, levels
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.loop import Places
-from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import STYLES
 
 CPU = torch.device("cpu")
@@ -45,8 +44,8 @@ EDITS["concept-prune"] += ["--upper.concept-prune.prompts", "2"]
 
 
 class World:
-    def __init__(self, root: Path):
-        self.root, self.folder = root, load_folder(TEACHER)
+    def __init__(self, root: Path, teacher: Path):
+        self.root, self.folder = root, load_folder(teacher)
         self.student = session.initial_student(parse(SMALL), self.folder, 1)
 
     def materials(self, config):
@@ -64,8 +63,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def world(small_teacher, tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"), small_teacher)
 
 
 def stats(out: Path) -> list[dict]:

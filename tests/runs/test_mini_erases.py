@@ -8,8 +8,8 @@ from bilevel_fast.train import main
 from commands import run_command
 
 SMALLER = {
-    "mini.images": 512, "mini.bank": 24, "mini.judge-erased": 18, "mini.judge-kept": 6, "lower.steps": 80,
-    "lower.batch": 8, "upper.batch": 8,
+    "mini.images": 128, "mini.bank": 12, "mini.bank-steps": 15, "mini.judge-erased": 9, "mini.judge-kept": 3,
+    "mini.judge-steps": 8, "lower.steps": 24, "lower.batch": 4, "upper.every": 2, "upper.batch": 4,
 }  # fmt: skip
 
 
