@@ -101,7 +101,7 @@ def test_concept_prune_in_the_loop_and_the_same_run_when_stopped(world, tmp_path
     masks = saved.optimizers["eraser"]["masks"]
     assert set(masks) == set(second_matrices(world.student))
     share = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
-    assert 0.002 < share < 0.05
+    assert 0.001 < share < 0.05
     for name, mask in masks.items():
         assert not after[name][mask].any(), "what is saved is masked"
         assert saved.tensors[name][mask].any(), "which the last lower step had moved"
@@ -135,7 +135,7 @@ def test_several_concepts_and_dropped_sites(world, tmp_path, caplog):
     """Both styles' texts are projected; what the student has dropped is skipped, and that is said."""
     caplog.set_level(logging.INFO)
     dense = world.folder.unet()
-    site = "up_blocks.2.attentions.1"
+    site = "up_blocks.1.attentions.1"
     student = dense.cut(Structure.uniform(dense.config, 0.8, [site]))
     flags = ["--erase", "waves", "mosaic", "--concept-weights", "2", "1", "--mini.bank", "12"]
     after = world.fit("uce", tmp_path, 2, *flags, student=student)
