@@ -25,7 +25,6 @@ from bilevel_fast.training.loop import Interrupted, Places, running
 from bilevel_fast.training.lower import Answers
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.teacher import Teacher
-from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.materials import WORLD
 from replay import on_the_cpu
 from world import SEED, B, make_batch, make_levels, make_models
@@ -314,12 +313,12 @@ class After:
         return self.saved.exists()
 
 
-def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
+def test_a_training_is_the_same_when_it_is_stopped_in_between(small_teacher, tmp_path):
     """Through `fit` and its checkpoints, on the mini world: weights and statistics, with K changed before the stop."""
     flags = ["--upper.controller.enabled", "--upper.controller.horizon", "2", "--upper.controller.by", "0.1"]
     small = ["--preset", "smoke", "--lower.batch", "2", "--upper.batch", "2", "--upper.every", "2", "--mini.bank", "2"]
     config = parse([*small, *flags, "--checkpoint-every", "1", "--log-every", "1"])
-    folder = load_folder(TEACHER)
+    folder = load_folder(small_teacher)
     start = initial_student(config, folder, 1)
     materials = gather(config, folder, folder.unet(), WORLD.erased_concepts(config.erase), tmp_path)
 
@@ -353,11 +352,11 @@ def test_a_training_is_the_same_when_it_is_stopped_in_between(tmp_path):
     ]
 
 
-def test_the_engine_says_which_row_shows_which_concept(tmp_path):
+def test_the_engine_says_which_row_shows_which_concept(small_teacher, tmp_path):
     """Two styles, one in three quarters of the samples: as the captions of the upper batches have it."""
     flags = ["--preset", "smoke", "--upper.controller.enabled", "--erase", "waves", "pointillism", "--mini.bank", "2"]
     config = parse([*flags, "--concept-weights", "1", "3", "--mini.images", "4"])
-    folder = load_folder(TEACHER)
+    folder = load_folder(small_teacher)
     materials = gather(config, folder, folder.unet(), [], tmp_path)
     both = levels(config, initial_student(config, folder, 1), materials, CPU)
     _, upper = both

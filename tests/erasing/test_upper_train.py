@@ -17,7 +17,6 @@ from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.loop import Places
-from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.materials import WORLD
 
 CPU = torch.device("cpu")
@@ -31,8 +30,8 @@ WARM = ["--lower.warmup", "0", "--upper.warmup", "0", "--checkpoint-every", "1",
 class World:
     """The mini world, and one bank for all erasers that want the same images."""
 
-    def __init__(self, root: Path):
-        self.root, self.folder = root, load_folder(TEACHER)
+    def __init__(self, root: Path, teacher: Path):
+        self.root, self.folder = root, load_folder(teacher)
         self.student = initial_student(self.config("guidance"), self.folder, 1)
         self._materials: dict[str, Materials] = {}
 
@@ -59,8 +58,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> World:
-    return World(tmp_path_factory.mktemp("world"))
+def world(small_teacher, tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"), small_teacher)
 
 
 @pytest.mark.parametrize("name", [name for name, kind in ERASERS.items() if isinstance(kind, GradientKind)])

@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from bilevel_fast.data.bank import make_bank
 from bilevel_fast.models.folder import load_folder
 from coco_folder import encoded, picture
 from measuring import doodle, image_folder
-from mini_folder import TINY, make_mini_folder
+from mini_folder import TRAINED, make_mini_folder
 
 WAVES = "in the style of waves"
 
@@ -118,7 +118,7 @@ _LOCKS = (".lock", ".index.lock")
 def make_world(path: Path) -> Path:
     """What the commands read."""
     make_mini_folder(path / "teacher")
-    make_mini_folder(path / "larger", config=replace(TINY, sample_size=16))  # of what the mini world draws
+    make_mini_folder(path / "larger", config=TRAINED)  # of what the mini world draws
     make_bank(load_folder(path / "larger"), [f"a red star {WAVES}"], ["a red star"], 1, 0, 3.0, 2, 1, path / "bank")
     (path / "images").mkdir()
     names = [f"{n}.jpg" for n in range(5)]

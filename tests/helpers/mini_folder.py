@@ -15,6 +15,11 @@ from bilevel_fast.models.unet import UNet
 from bilevel_fast.worlds.mini.world import WORDS
 
 TINY = replace(MINI, sample_size=8, block_out_channels=(16, 32, 32), num_heads=(2, 4, 4), norm_num_groups=8)
+TRAINED = replace(
+    MINI, block_out_channels=(16, 32), num_heads=(2, 4), norm_num_groups=8,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)  # fmt: skip
+"""What the mini world's students are trained from where nobody looks at what they draw: every kind of block, once."""
 
 
 def make_mini_folder(path: Path, seed: int = 0, config: UNetConfig = TINY) -> Path:

@@ -28,6 +28,7 @@ def make_sd_folder(
     scheduler: str = "PNDMScheduler",
     linear: bool = True,
     text_layers: int = 2,
+    layers: int = 2,
 ) -> Path:
     """Write a model folder and return its path; the same seed writes the same weights.
 
@@ -42,6 +43,7 @@ def make_sd_folder(
         unet = UNet2DConditionModel(
             sample_size=sample_size,
             block_out_channels=widths,
+            layers_per_block=layers,
             attention_head_dim=heads,
             cross_attention_dim=TEXT_WIDTH,
             norm_num_groups=groups,

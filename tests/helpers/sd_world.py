@@ -16,7 +16,7 @@ CONCEPT = Concept("in the style of monet")
 
 def make_sd_world(root: Path) -> Path:
     """teacher/, pruned/ by magnitude, cache/ (encoded by the teacher's VAE), bank/ (drawn by the teacher)."""
-    teacher = load_folder(make_sd_folder(root / "teacher"))
+    teacher = load_folder(make_sd_folder(root / "teacher", layers=1))
     dense = teacher.unet()
     budget = MacBudget(0.8, teacher.config.sample_size, teacher.text_encoder.length)
     save_student(root / "pruned", teacher, dense.cut(method("magnitude")(dense, budget, None)))

@@ -221,7 +221,7 @@ def command(monkeypatch, capsys, *flags: str | Path) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def test_the_steps_of_a_run(tmp_path, monkeypatch, capsys):
+def test_the_steps_of_a_run(small_teacher, tmp_path, monkeypatch, capsys):
     """The smoke preset with a sleepy teacher: rooms, FLOPs of the teacher, files, and what is printed."""
     made = Teacher.__init__
 
@@ -232,6 +232,7 @@ def test_the_steps_of_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Teacher, "__init__", sleepy)
     out = tmp_path / "profile"
     flags = ["--preset", "smoke", "--steps", "2", "--warmup", "0", "--device", "cpu", "--profile-out", out]
+    flags += ["--teacher", small_teacher]
     code, printed, complaint = command(monkeypatch, capsys, *flags)
     assert code == 0, complaint
 
@@ -241,7 +242,7 @@ def test_the_steps_of_a_run(tmp_path, monkeypatch, capsys):
     assert not saved["graphs"]
     lower, upper = saved["steps"]
     assert [(s["name"], s["repeats"]) for s in saved["steps"]] == [("lower", 2), ("upper", 1)]
-    folder = load_folder(TEACHER)
+    folder = load_folder(small_teacher)
     dense = count(Structure.dense(folder.config), folder.config.sample_size, folder.text_encoder.length)
     for step, images in ((lower, 4), (upper, 8)):
         rows = {row["room"]: row for row in step["rooms"]}

@@ -19,7 +19,7 @@ from bilevel_fast.pruning.aptp.losses import GatePrices, RouterWeights, router_l
 from bilevel_fast.pruning.aptp.router import embed
 from bilevel_fast.pruning.aptp.train import RouterConfig, RouterTraining, mean_pool, train
 from bilevel_fast.pruning.budget import MacBudget
-from mini_folder import TINY
+from mini_folder import TINY, TRAINED
 
 BUDGET = MacBudget(0.8, 8, 5)
 SCHEDULE = Schedule.sd()
@@ -120,12 +120,12 @@ def test_macs_arrive_at_the_budget(ratio):
         assert step == len(seen)
         seen.append(terms["macs"].item())
 
-    router = train(UNet(TINY), SCHEDULE, batches, MacBudget(ratio, 8, 5), config, watch=watch)
+    router = train(UNet(TRAINED), SCHEDULE, batches, MacBudget(ratio, 8, 5), config, watch=watch)
     assert len(seen) == 110
     assert min(seen[0], seen[50]) > 0.97  # predictor and codes start open, and wait for their phase
     assert sum(seen[40:50]) / 10 == pytest.approx(ratio, abs=0.06)
     assert sum(seen[-20:]) / 20 == pytest.approx(ratio, abs=0.06)
-    found = experts(TINY, router.gates())
+    found = experts(TRAINED, router.gates())
     assert sum(count(structure, 8, 5).ratio for structure in found) / 3 == pytest.approx(ratio, abs=0.1)
     assert not any(p.requires_grad for p in router.parameters())
 

@@ -17,6 +17,7 @@ from bilevel_fast.train import main
 from commands import run_command
 
 PAPER = preset("paper")
+LITTLE = ["--mini.judge-erased", "1", "--mini.judge-kept", "1", "--mini.judge-steps", "2"]
 
 
 def fitting(config: TrainConfig = PAPER, dtype=torch.bfloat16) -> Fitting:
@@ -110,12 +111,13 @@ def test_what_the_model_counts_itself_is_free(monkeypatch):
         assert free_bytes(torch.device("cuda"), there, here) == 16 + 8 + 16
 
 
-def test_a_run_in_parts_ends_where_the_run_ends(tmp_path):
+def test_a_run_in_parts_ends_where_the_run_ends(small_teacher, tmp_path):
     """And stopped and resumed in other parts it is accepted: a part's size is no setting of the result."""
     students = {}
     for name, flags in {"whole": [], "parts": ["--lower.micro-batch", "2", "--upper.micro-batch", "1"]}.items():
         out = tmp_path / name
-        result = run_command(main, "--preset", "smoke", "--no-twin", "--lower.steps", "4", *flags, "--out", str(out))
+        given = ["--preset", "smoke", "--no-twin", "--teacher", small_teacher, "--lower.steps", "4", *LITTLE]
+        result = run_command(main, *given, *flags, "--out", str(out))
         assert result.returncode == 0, result.stderr
         students[name] = load_unet(out / "student").state_dict()
     assert "computing 2 of 4 lower and 1 of 4 upper images at once" in result.stderr

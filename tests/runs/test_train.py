@@ -85,12 +85,13 @@ def test_resume_with_another_config_is_refused(smoke_run):
     refused(train("--preset", "smoke", "--out", out, "--resume", "--lower.lr", "1e-5"), "lower.lr")
 
 
-def test_same_seed_same_weights_another_seed_others(smoke_run, tmp_path):
-    out, _ = smoke_run
-    again, other = tmp_path / "again", tmp_path / "other"
-    for path, seed in ((again, 0), (other, 1)):
-        assert train("--preset", "smoke", "--out", path, "--seed", seed, "--no-twin", *LITTLE).returncode == 0
-    first, second, third = (load_folder(p / "student").unet().state_dict() for p in (out, again, other))
+def test_same_seed_same_weights_another_seed_others(small_teacher, tmp_path):
+    """With and without the twin, whatever is judged."""
+    flags = ["--preset", "smoke", "--teacher", small_teacher, "--lower.steps", 4, *LITTLE]
+    runs = {"first": (0, "--mini.judge-kept", 2), "again": (0, "--no-twin"), "other": (1, "--no-twin")}
+    for name, (seed, *more) in runs.items():
+        assert train(*flags, "--out", tmp_path / name, "--seed", seed, *more).returncode == 0
+    first, second, third = (load_folder(tmp_path / name / "student").unet().state_dict() for name in runs)
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert any(not torch.equal(first[k], third[k]) for k in first)
 
@@ -176,9 +177,10 @@ def test_a_micro_batch_is_a_part_of_a_leaf():
     parse(["--scale.leaves", "4", "--upper.micro-batch", "2"])
 
 
-def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
+def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(small_teacher, tmp_path):
     """What is saved is fp32 and the average; a stop in between changes no bit."""
     flags = ["--preset", "smoke", "--no-twin", "--precision", "bf16", "--ema", "0.9", "--recompute", *LITTLE]
+    flags += ["--teacher", small_teacher, "--lower.batch", 2, "--upper.batch", 2]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     result = train(*flags, "--out", whole)
     assert result.returncode == 0, result.stderr
@@ -197,12 +199,13 @@ def test_bf16_with_an_average_and_recomputation_is_killed_and_resumed(tmp_path):
     assert all(torch.equal(trained.optimizers["average"][k], first[k]) for k in first)
 
 
-def test_out_of_memory_says_what_would_fit(monkeypatch, tmp_path):
+def test_out_of_memory_says_what_would_fit(small_teacher, monkeypatch, tmp_path):
     def fit(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("bilevel_fast.runs.assemble.levels", fit)
-    result = train("--preset", "smoke", "--no-twin", "--out", tmp_path / "run", "--lower.batch", 32)
+    flags = ["--preset", "smoke", "--no-twin", "--teacher", small_teacher, *LITTLE, "--lower.batch", 32]
+    result = train(*flags, "--out", tmp_path / "run")
     assert result.returncode == 2
     assert "error: cpu is out of memory; what was saved is whole\nbatch 32 at latents of 16 x 16 (fp32) wants" in (
         result.stderr
@@ -210,11 +213,12 @@ def test_out_of_memory_says_what_would_fit(monkeypatch, tmp_path):
     assert "student activations" in result.stderr
 
 
-def test_the_error_of_an_fp8_teacher_is_said(monkeypatch, tmp_path):
+def test_the_error_of_an_fp8_teacher_is_said(small_teacher, monkeypatch, tmp_path):
     from bilevel_fast.models.fp8 import to_fp8
 
     monkeypatch.setattr("bilevel_fast.runs.assemble.to_fp8", lambda unet: to_fp8(unet, emulate=True))
-    result = train("--preset", "smoke", "--no-twin", "--out", tmp_path / "run", "--fp8-teacher", *LITTLE)
+    flags = ["--preset", "smoke", "--no-twin", "--teacher", small_teacher, "--lower.steps", 1, *LITTLE]
+    result = train(*flags, "--out", tmp_path / "run", "--fp8-teacher")
     assert result.returncode == 0, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("fp8 teacher")]
     assert 0.5 < float(line.split("off by ")[1].split(" ")[0]) < 20
@@ -225,13 +229,12 @@ def test_an_fp8_teacher_wants_its_card(tmp_path):
     refused(result, "fp8: the teacher is on cpu; wanted a GPU of sm_89 or sm_90")
 
 
-def test_methods_that_want_data_or_a_seed_get_them():
+def test_methods_that_want_data_or_a_seed_get_them(small_teacher):
     from dataclasses import replace
 
     from bilevel_fast.runs.session import initial_student
-    from bilevel_fast.worlds.mini import TEACHER
 
-    folder, config = load_folder(TEACHER), preset("smoke")
+    folder, config = load_folder(small_teacher), preset("smoke")
     random = replace(config, prune=replace(config.prune, method="random"))
     first, again, other = (initial_student(replace(random, seed=seed), folder, 1).structure for seed in (0, 0, 1))
     assert first == again != other

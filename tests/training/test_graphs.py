@@ -4,6 +4,7 @@ import logging
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -33,6 +34,12 @@ def train(run=None, steps=STEPS, change=lambda batch, step: batch, device="cpu",
     terms = [{name: value.item() for name, value in step.items()} for step in walk]
     means = lower.means.take()[0] | upper.means.take()[0]
     return terms, lower.optimizer.flat.state_dict(), int(lower.gradient.answers.teacher.images), means
+
+
+@cache
+def plain(**settings):
+    """Without recordings; not to be written to."""
+    return train(**settings)
 
 
 class Counting:
@@ -83,13 +90,13 @@ def test_no_step_that_could_be_recorded_runs_beside_a_recording(every):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"norm": "raw"}, {"penalty": 0.0}, {"dtype": torch.bfloat16}, {"decay": 0.9}],
-    ids=["grad", "raw", "no penalty", "bf16", "average"],
+    [{}, {"norm": "raw", "decay": 0.9}, {"penalty": 0.0, "dtype": torch.bfloat16}],
+    ids=["grad", "raw and average", "no penalty in bf16"],
 )
 def test_a_replayed_run_is_the_same_run(settings):
     """Warm-up of the learning rate, Adam's step numbers, noise, the kept answer: all of it follows."""
     counting = Counting()
-    expected, replayed = train(**settings), train(Graphs(counting), **settings)
+    expected, replayed = plain(**settings), train(Graphs(counting), **settings)
     assert counting.recordings == 4, "the lower level's three times: upper steps that warm up leave it none"
     assert counting.replays == STEPS + STEPS // EVERY - 2 * WARMUP
     assert replayed[0] == expected[0]
@@ -132,7 +139,7 @@ def test_what_cannot_be_recorded_runs_without(caplog):
     def reading(call):
         return on_the_cpu(lambda: (call(), torch.ones(()).item())[0])
 
-    expected, eager = train(), train(Graphs(reading))
+    expected, eager = plain(), train(Graphs(reading))
     assert eager[0] == expected[0]
     torch.testing.assert_close(eager[1], expected[1], rtol=0, atol=0)
     assert caplog.messages == [

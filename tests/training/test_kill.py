@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,18 @@ FLAGS = [
     "--preset", "smoke", "--lower.steps", "24", "--lower.batch", "2", "--upper.batch", "2", "--checkpoint-every", "1",
     "--log-every", "1", "--mini.judge-erased", "2", "--mini.judge-kept", "1", "--mini.judge-steps", "2",
 ]  # fmt: skip
+Start = Callable[..., Started]
 KILLS = (
     40 if "SOAK" in os.environ else 5
 )  # some hit the start, some a step; `tests/faults` kills at every kind of write
 
 
-def start(out: Path, *more: str) -> Started:
-    return Started("train", *FLAGS, "--out", out, *more, log=out.with_suffix(".log"))
+@pytest.fixture(scope="module")
+def start(small_teacher) -> Start:
+    def start(out: Path, *more: str) -> Started:
+        return Started("train", *FLAGS, "--teacher", small_teacher, "--out", out, *more, log=out.with_suffix(".log"))
+
+    return start
 
 
 def outcome(out: Path) -> dict[str, bytes]:
@@ -41,7 +47,7 @@ def outcome(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def untouched(tmp_path_factory) -> tuple[dict[str, bytes], float]:
+def untouched(start, tmp_path_factory) -> tuple[dict[str, bytes], float]:
     """The outcome of a run in one piece, and the seconds until its first step was done."""
     out = tmp_path_factory.mktemp("untouched") / "run"
     Started("train", "--dry-run", log=out.with_suffix(".dry")).wait()  # the server they are forked from is up
@@ -79,7 +85,7 @@ def killed(process: Started, out: Path, dice: random.Random, startup: float) -> 
 
 
 @pytest.mark.slow
-def test_kills_change_nothing(untouched, tmp_path):
+def test_kills_change_nothing(start, untouched, tmp_path):
     """When a run is finished in spite of them, another one begins."""
     expected, startup = untouched
     dice, kills, stages = random.Random(0), 0, set()
@@ -105,7 +111,7 @@ def test_kills_change_nothing(untouched, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_resumes(untouched, tmp_path):
+def test_sigterm_saves_and_resumes(start, untouched, tmp_path):
     expected, _ = untouched
     out = tmp_path / "run"
     process = start(out, "--checkpoint-every", "1000")

@@ -3,6 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from benchmarks.quality import aptp
 from bilevel_fast.base import errors
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.pruning.aptp.mixture_folder import Mixture
-from bilevel_fast.worlds.mini import TEACHER, world
+from bilevel_fast.worlds.mini import world
 
 SCENES = world.SCENES[:36]
 
@@ -30,8 +31,8 @@ def test_information():
     assert aptp.information([0, 0, 0, 1], [1, 1, 0, 0]) == pytest.approx(wanted)
 
 
-def test_distances_are_relative_to_the_teacher():
-    folder = load_folder(TEACHER)
+def test_distances_are_relative_to_the_teacher(small_teacher):
+    folder = load_folder(small_teacher)
     teacher, silent = folder.unet().eval(), folder.unet().eval()
     with torch.no_grad():
         for parameter in silent.conv_out.parameters():
@@ -42,8 +43,10 @@ def test_distances_are_relative_to_the_teacher():
     assert found["silent"].mean().item() == pytest.approx(1)
 
 
-def test_trains_measures_and_writes(tmp_path, monkeypatch):
+def test_trains_measures_and_writes(small_teacher, tmp_path, monkeypatch):
     """A training of two steps, and its row against the mixture that it left behind."""
+    monkeypatch.setattr(aptp, "TEACHER", small_teacher)
+    monkeypatch.setattr(aptp, "AptpConfig", partial(aptp.AptpConfig, teacher=small_teacher, batch=4, images=216))
     monkeypatch.setattr(aptp, "METHODS", ("uniform",))
     monkeypatch.setattr(aptp, "ROWS", tmp_path / "aptp.jsonl")
     monkeypatch.setattr(aptp.tempfile, "TemporaryDirectory", lambda: nullcontext(tmp_path))
@@ -56,7 +59,7 @@ def test_trains_measures_and_writes(tmp_path, monkeypatch):
     assert all(0.69 < expert["macs"] <= 0.7 for expert in found["experts"])
     assert found["case"] == "0.70"
     assert found["seconds"] > 0
-    folder = load_folder(TEACHER)
+    folder = load_folder(small_teacher)
     teacher = folder.unet().eval()
     students = {str(k): teacher.cut(s).eval() for k, s in enumerate(mixture.structures)}
     lost = aptp.distances(teacher, students, folder, rounds=1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.quality import controller
+from benchmarks.quality import controller, lab
 from benchmarks.quality.controller import STARTS, SWEPT, Run, cases, run
 from benchmarks.quality.tables import by_case, dominating
 from benchmarks.quality.tables import controller as table
@@ -63,10 +63,11 @@ def test_dominating():
     assert dominating(point, others, [0]) == ["better in one"]
 
 
-def test_a_small_run(tmp_path, monkeypatch):
+def test_a_small_run(small_teacher, tmp_path, monkeypatch):
     """Rows as soon as they are measured, none twice; the controller's course is in its rows."""
     small = config.preset("smoke")
     small = replace(small, mini=replace(small.mini, judge_erased=1, judge_kept=1, judge_steps=2))
+    monkeypatch.setattr(lab, "TEACHER", small_teacher)
     monkeypatch.setattr(controller, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(controller, "preset", lambda name: small)
     monkeypatch.setattr(controller, "STARTS", ((10.0, 2),))
