@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -225,7 +224,12 @@ def holder(flat: FlatParameters, which: str) -> Callable[[], object]:
     views = flat.gradients(sorted(still))
     if not views:
         return lambda: None
-    return partial(torch._foreach_zero_, views)  # pyright: ignore[reportPrivateImportUsage]  # one launch
+
+    def hold() -> None:
+        flat.settle()
+        torch._foreach_zero_(views)  # pyright: ignore[reportPrivateImportUsage]  # one launch
+
+    return hold
 
 
 def shows(name: str) -> Shows:

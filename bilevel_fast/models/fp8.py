@@ -10,6 +10,9 @@ its answers are the student's targets: the mini world's teacher is off by 4 to 5
 
     y[m, n] = scale_x[m] scale_w[n] sum_k q_x[m, k] q_w[n, k] + bias[n],    scale = max |row| / 448,  q = row / scale
 
+It is no gain yet: `quantise` runs as kernels of torch that move `QUANTISE_BYTES` an element where one would move 3,
+and q, k and v quantise the same rows each. docs/performance.md says why the flag is there all the same.
+
 Not measured: its speed, and `torch._scaled_mm` itself; nothing of this has run on a GPU. `emulate` multiplies the same
 rounded numbers in fp32, anywhere: what tests look at, and what the error of a teacher can be judged by without a card.
 
@@ -35,6 +38,7 @@ LARGEST = torch.finfo(E4M3).max  # 448; what is rounded above it becomes NaN, no
 SMALLEST_SCALE = 1e-12  # of a row of zeros, which has no scale of its own
 ALIGNMENT = 16  # of K and N, as the hardware wants them
 CARDS = ((8, 9), (9, 0))
+QUANTISE_BYTES = 39  # an element of bf16: to fp32, abs, maximum of a row, quotient, clamp, to e4m3
 
 
 def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,10 @@ from bilevel_fast.models.architecture import Site, UNetConfig
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.ops.dispatch import (
     Branch,
+    add,
     add_norm,
     attention,
+    feed_forward,
     geglu,
     group_norm_and_input,
     group_norm_silu,
@@ -145,14 +147,15 @@ class FeedForward(nn.Module):
         # index 1 is a dropout of rate 0 in diffusers; it holds the place of the key `net.2`
         self.net = nn.Sequential(GEGLU(channels, inner), nn.Identity(), nn.Linear(inner, channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
-        return self.net(x)
+    def forward(self, x: Tensor) -> Tensor | Branch:
+        """x (B, T, C) -> (B, T, C), for `add`."""
+        geglu, _, last = self.net
+        return feed_forward(x, self.net, geglu.proj, last)  # pyright: ignore[reportArgumentType]
 
 
 Attend = Callable[[str, Attention, Tensor, Tensor], Tensor | Branch]
 """("attn1" or "attn2", module, x (B, T, C), context (B, S, D)) -> (B, T, C)"""
-Feed = Callable[[FeedForward, Tensor], Tensor]
+Feed = Callable[[FeedForward, Tensor], Tensor | Branch]
 """(module, x (B, T, C)) -> (B, T, C)"""
 
 
@@ -160,7 +163,7 @@ def _attend(_: str, module: nn.Module, x: Tensor, context: Tensor) -> Tensor | B
     return module(x, context)
 
 
-def _feed(module: nn.Module, x: Tensor) -> Tensor:
+def _feed(module: nn.Module, x: Tensor) -> Tensor | Branch:
     return module(x)
 
 
@@ -181,7 +184,7 @@ class TransformerBlock(nn.Module):
         h, n = add_norm(None, h, self.norm1)
         h, n = add_norm(h, attend("attn1", self.attn1, n, n), self.norm2)
         h, n = add_norm(h, attend("attn2", self.attn2, n, text), self.norm3)
-        return h + feed(self.ff, n)
+        return add(h, feed(self.ff, n))
 
 
 def _kept(structure: Structure, site: Site) -> dict[str, int]:
@@ -228,9 +231,10 @@ class Transformer(nn.Module):
         h = linear(_to_tokens(h), self.proj_in) if self.linear else _to_tokens(self.proj_in(h))
         for number, block in enumerate(self.transformer_blocks):
             h = run(number, block, h, text)  # pyright: ignore[reportArgumentType]  # or a Dropped one
-        h = whole(h)
-        h = self.proj_out(h) if self.linear else h
-        h = h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+        h = linear(whole(h), self.proj_out) if self.linear else whole(h)
+        if isinstance(h, Branch):
+            return _to_image(add(_to_tokens(x), h), x)
+        h = _to_image(h, x)
         return x + (h if self.linear else self.proj_out(h))
 
 
@@ -242,6 +246,11 @@ def whole(h: Tensor | Branch) -> Tensor:
 def _to_tokens(x: Tensor) -> Tensor:
     """(B, C, H, W) channels_last -> (B, T, C), a view."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _to_image(h: Tensor, x: Tensor) -> Tensor:
+    """(B, T, C) -> (B, C, H, W) of x's size, channels_last, a view."""
+    return h.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
 class Resample(nn.Module):

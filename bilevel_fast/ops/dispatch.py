@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,8 @@ from bilevel_fast.ops.products import runs
 from bilevel_fast.ops.providers import choose
 from bilevel_kernels.group_norm_silu import group_norm_silu_and_input as group_norm_with_input
 from bilevel_kernels.group_norm_silu import group_norm_silu_of_two as norm_of_two
+from bilevel_kernels.linear_norm import tiles
+from bilevel_kernels.pruned_attention import spills
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -105,49 +108,139 @@ def triton_runs(x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Branch:
-    """What a branch adds to its residual connection, but for the bias of its last layer.
+    """What a branch adds to its residual connection; its last layer is still to be computed, best with the sum.
 
     Attributes:
-        value: (..., C), the last layer's product.
-        bias: (C,), still to be added.
+        x: (..., C_in), what goes into the last layer, or into the first one of a feed-forward.
+        last: The last layer.
+        first: The first layer of a feed-forward, whose GEGLU comes between the two.
     """
 
-    value: Tensor
-    bias: Tensor
+    x: Tensor
+    last: nn.Linear
+    first: nn.Linear | None = None
 
     def whole(self) -> Tensor:
-        return self.value + self.bias
+        return self.last(self.inner())
+
+    def inner(self) -> Tensor:
+        """What goes into the last layer."""
+        return self.x if self.first is None else geglu(self.x, self.first)
 
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor | Branch:
-    """layer(x), for `add_norm` alone: a trained bias is left to it where its backward sums up that gradient anyway."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    """layer(x), for `add` and `add_norm`: left to them where they have a kernel for more than the layer."""
+    if not _is_plain(layer):
         return layer(x)
-    bias: Tensor | None = layer.bias
-    numel = x.numel() // layer.in_features * layer.out_features
-    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
-        return layer(x)
-    if _layer_norm_provider(x, numel, bias) != "triton":
-        return layer(x)
-    return Branch(F.linear(x, layer.weight), bias)
+    assert isinstance(layer, nn.Linear)
+    return Branch(x, layer) if _is_left(x, layer) else layer(x)
+
+
+def feed_forward(x: Tensor, net: nn.Module, first: nn.Module, last: nn.Module) -> Tensor | Branch:
+    """net(x), `last` behind the GEGLU of `first`, for `add`: left to it where it has a kernel for more than a layer."""
+    modules = (net, *net.children(), first, last)
+    if all(not (m._forward_hooks or m._forward_pre_hooks) for m in modules) and _is_plain(first) and _is_plain(last):
+        assert isinstance(first, nn.Linear)
+        assert isinstance(last, nn.Linear)
+        if first.bias is not None and last.bias is not None and _adds(x, last):
+            return Branch(x, last, first)
+    return net(x)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """No other kind of linear layer, such as a LoRA's, and nobody watches it."""
+    return type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def _is_left(x: Tensor, layer: nn.Linear) -> bool:
+    if _adds(x, layer) or choose("linear_norm", x.device, *_asked(x, layer)) == "triton":
+        return True
+    if layer.bias is None or not (torch.is_grad_enabled() and layer.bias.requires_grad):
+        return False
+    return _layer_norm_provider(x, x.numel() // layer.in_features * layer.out_features, layer.bias) == "triton"
+
+
+def _asked(x: Tensor, layer: nn.Linear) -> tuple[Any, ...]:
+    """For `choose`: the elements of layer(x), and whether kernels that have its product take it."""
+    given = (x, layer.weight, *(t for t in (layer.bias,) if t is not None))
+    able = x.numel() > 0 and x.dim() > 1 and triton_runs(x) and layer.weight.dtype == x.dtype
+    able = able and all(t.is_contiguous() and t.dtype in _FLOATS for t in given)
+    return x.numel() // layer.in_features * layer.out_features, *["triton"] * able
+
+
+def _adds(x: Tensor, layer: nn.Linear) -> bool:
+    """Whether layer(x) is added to something by the product's kernel."""
+    return choose("linear_add", x.device, *_asked(x, layer)) == "triton"
+
+
+def add(x: Tensor, r: Tensor | Branch) -> Tensor:
+    """x + r, (..., C) each."""
+    if not isinstance(r, Branch):
+        return x + r
+    if not (x.is_contiguous() and x.dtype == r.x.dtype and _adds(r.x, r.last)):
+        return x + r.whole()
+    if r.first is None:
+        return triton_ops.linear_add(r.x, r.last.weight, r.last.bias, x)
+    if choose("feed_forward", r.x.device, *_asked(r.x, r.first)) == "triton":
+        return triton_ops.feed_forward(r.x, r.first.weight, r.first.bias, r.last.weight, r.last.bias, x)
+    return triton_ops.linear_add(r.inner(), r.last.weight, r.last.bias, x)
 
 
 def add_norm(x: Tensor | None, r: Tensor | Branch, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """The residual connection x + r, or r alone, and its LayerNorm: (..., C) each.
 
+    Where the LayerNorm is a kernel, its backward sums up the gradient of the branch's last bias as well.
+
     On the CPU torch 2.11 adds up the gradients of a 16-bit gain and bias in 16 bits: off by a third after 4,096 rows.
     With the affine part by itself they are sums like any other, in fp32.
     """
-    value, rbias = (r.value, r.bias) if isinstance(r, Branch) else (r, None)
-    tensors = (value, norm.weight, norm.bias, *(t for t in (x, rbias) if t is not None))
-    if _layer_norm_provider(value, value.numel(), *tensors) == "triton":
-        first, second = (value, None) if x is None else (x, value)
-        return triton_ops.layer_norm(first, norm.weight, norm.bias, norm.eps, r=second, rbias=rbias)
-    r = r.whole() if isinstance(r, Branch) else r
+    if isinstance(r, Branch):
+        if _norms(x, r, norm):
+            settings = (norm.weight, norm.bias, norm.eps)
+            return triton_ops.linear_norm(r.inner(), r.last.weight, r.last.bias, x, *settings)
+        found = _branch_norm(x, r, norm)
+        if found is not None:
+            return found
+        if x is not None and _adds(r.x, r.last):
+            x, r = None, add(x, r)
+        else:
+            r = r.whole()
+    tensors = (r, norm.weight, norm.bias, *(() if x is None else (x,)))
+    if _layer_norm_provider(r, r.numel(), *tensors) == "triton":
+        first, second = (r, None) if x is None else (x, r)
+        return triton_ops.layer_norm(first, norm.weight, norm.bias, norm.eps, r=second)
     h = r if x is None else x + r
     if h.device.type == "cpu" and h.dtype != torch.float32:
         return h, F.layer_norm(h, norm.normalized_shape, eps=norm.eps) * norm.weight + norm.bias
     return h, norm(h)
+
+
+def _norms(x: Tensor | None, r: Branch, norm: nn.LayerNorm) -> bool:
+    """Whether the last layer, the sum and the LayerNorm are one kernel."""
+    if r.last.bias is None or tiles(r.last.out_features) is None or r.x.dtype != r.last.weight.dtype:
+        return False
+    given = (r.last.bias, norm.weight, norm.bias)
+    able = all(t is not None and t.is_contiguous() and t.dtype in (r.x.dtype, torch.float32) for t in given)
+    able = able and (x is None or (x.is_contiguous() and x.dtype == r.x.dtype))
+    return able and choose("linear_norm", r.x.device, *_asked(r.x, r.last)) == "triton"
+
+
+def _branch_norm(x: Tensor | None, r: Branch, norm: nn.LayerNorm) -> tuple[Tensor, Tensor] | None:
+    """`add_norm` where the bias of the branch is trained and the LayerNorm is a kernel; else None."""
+    weight, bias, inner = r.last.weight, r.last.bias, r.inner()
+    if bias is None or not (torch.is_grad_enabled() and bias.requires_grad):
+        return None
+    tensors = (inner, norm.weight, norm.bias, bias, *(() if x is None else (x,)))
+    numel = inner.numel() // r.last.in_features * r.last.out_features
+    if _layer_norm_provider(inner, numel, *tensors) != "triton":
+        return None
+    settings = (norm.weight, norm.bias, norm.eps)
+    if x is None:
+        return triton_ops.layer_norm(F.linear(inner, weight, bias.detach()), *settings, rbias=bias, held=True)
+    if x.dtype == inner.dtype and _adds(inner, r.last):
+        h = triton_ops.linear_add(inner, weight, bias.detach(), x)
+        return triton_ops.layer_norm(h, *settings, rbias=bias, held=True)
+    return triton_ops.layer_norm(x, *settings, r=F.linear(inner, weight), rbias=bias)
 
 
 def _layer_norm_provider(x: Tensor, numel: int, *tensors: Tensor | None) -> str:
@@ -166,7 +259,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     Returns:
         (B, T, heads * head_dim).
     """
-    able = [name for name, can in (("triton", triton_runs(q)), ("xformers", q.is_cuda and _has_xformers())) if can]
+    ours = triton_runs(q) and not spills(q.shape[-1] // heads, q.dtype)
+    able = [name for name, can in (("triton", ours), ("xformers", q.is_cuda and _has_xformers())) if can]
     provider = choose("pruned_attention", q.device, q.numel(), *able)
     if provider == "triton":
         return triton_ops.pruned_attention(q, k, v, heads)

@@ -12,10 +12,13 @@ IMPLEMENTED: dict[str, tuple[str, ...]] = {
     "adamw_ema": ("native", "triton", "cuda"),
     "denoise_loss": ("triton",),
     "feature_kd": ("native", "triton"),
+    "feed_forward": ("triton",),
     "geglu": ("triton",),
     "group_norm_silu": ("native", "triton"),
     "layer_norm": ("triton",),
+    "linear_add": ("triton",),
     "linear_geglu": ("triton",),
+    "linear_norm": ("triton",),
     "mixture": ("triton",),
     "pruned_attention": ("triton", "xformers"),
 }
@@ -77,6 +80,8 @@ def _why(op: str, here: str, runs: set[str], missing: Mapping[str, str]) -> str:
     else:
         said = "unmeasured"
     refused = [f"{name} wanted, but {missing[name]}" for name in sorted(wanted & set(missing) - runs)]
+    if op == "pruned_attention" and "triton" in runs:
+        refused.append("fp32 heads of more than 128 on torch: registers would spill")
     return "; ".join([said, *(refused or ([] if row and "triton" in wanted else _elsewhere(op, here)))])
 
 

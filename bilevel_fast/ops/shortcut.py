@@ -3,7 +3,8 @@
     out = widened(h, conv2, (x, skip), widen)          conv2(h) + widen(cat([x, skip]))
 
 Apart, the 1x1 convolution writes a tensor of the size of the result, and the sum reads both and writes a third. As a
-product that adds to the branch, it reads and writes that one. Both biases are added by conv2, and their gradient, which
+product that adds to the branch, it reads and writes that one; and where `linear_add` is Triton's, it goes through two
+sources at once instead of through the branch twice. Both biases are added by conv2, and their gradient, which
 is one, is summed once.
 """
 
@@ -11,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bilevel_kernels as triton_ops
+from bilevel_fast.ops.dispatch import triton_runs
 from bilevel_fast.ops.products import runs
+from bilevel_fast.ops.providers import choose
 
 
 def widened(h: Tensor, conv: nn.Module, sources: tuple[Tensor, ...], widen: nn.Module) -> Tensor | None:
@@ -33,7 +37,14 @@ def widened(h: Tensor, conv: nn.Module, sources: tuple[Tensor, ...], widen: nn.M
     if widen.kernel_size != (1, 1) or widen.stride != (1, 1) or conv.bias is None or widen.bias is None:
         return None
     branch = F.conv2d(h, conv.weight, conv.bias + widen.bias, conv.stride, conv.padding)
-    return _Widened.apply(branch, widen.weight, *sources) if _channels_last(branch) else None  # pyright: ignore[reportReturnType]
+    if not _channels_last(branch):
+        return None
+    able = len(sources) == 2 and all(map(triton_runs, sources)) and widen.weight.dtype == h.dtype
+    if choose("linear_add", h.device, branch.numel(), *["triton"] * able) == "triton":
+        x, skip = map(_rows, sources)
+        rows = triton_ops.linear_add(x, widen.weight.flatten(1), None, _rows(branch), x2=skip)
+        return rows.unflatten(0, (len(h), *branch.shape[2:])).permute(0, 3, 1, 2)
+    return _Widened.apply(branch, widen.weight, *sources)  # pyright: ignore[reportReturnType]
 
 
 class _Widened(torch.autograd.Function):

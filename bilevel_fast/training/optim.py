@@ -18,7 +18,7 @@ import bilevel_kernels as triton_ops
 from bilevel_fast.ops import native
 from bilevel_fast.ops.native import cuda
 from bilevel_fast.ops.providers import choose
-from bilevel_fast.training.parameters import FlatParameters
+from bilevel_fast.training.parameters import Apart, FlatParameters
 
 BETAS, EPS = (0.9, 0.999), 1e-8
 
@@ -42,6 +42,10 @@ class AdamW:
         self._settings = native.AdamW(*BETAS, EPS, weight_decay=0.0, ema_decay=decay)
         self._trained = native.Trained([flat.master], [self.first], [self.second], emas)
 
+    def provider(self) -> str:
+        # by all elements and not by this rank's: implementations differ in their last bits
+        return choose("adamw_ema", self.flat.master.device, self.flat.size, *self._able())
+
     @torch.no_grad()
     def step(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
         """Move the parameters by the gradient that `flat` holds, which may be scaled by `clip` in place.
@@ -49,9 +53,13 @@ class AdamW:
         Args:
             lr, skip, clip: () fp32, on the device. Where `skip` is 1, no bit of anything changes.
         """
-        # by all elements and not by this rank's: implementations differ in their last bits
-        provider = choose("adamw_ema", lr.device, self.flat.size, *self._able())
-        {"native": self._native, "cuda": self._cuda, "triton": self._triton}.get(provider, self._torch)(lr, skip, clip)
+        own = {"native": self._native, "cuda": self._cuda, "triton": self._triton}
+        own.get(self.provider(), self._torch)(lr, skip, clip)
+        self.done += 1 - skip
+
+    def step_apart(self, gradient: Apart, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
+        """The same by a gradient that is not in the buffer, which Triton's kernel alone can."""
+        self._triton(lr, skip, clip, gradient)
         self.done += 1 - skip
 
     def _able(self) -> list[str]:
@@ -78,10 +86,12 @@ class AdamW:
         if flat.rows is not flat.master:
             flat.rows.copy_(flat.master)
 
-    def _triton(self, lr: Tensor, skip: Tensor, clip: Tensor | None) -> None:
+    def _triton(self, lr: Tensor, skip: Tensor, clip: Tensor | None, given: Apart | None = None) -> None:
         flat, (beta1, beta2) = self.flat, BETAS
         triton_ops.adamw_ema_(
-            *(flat.master, flat.gradient, self.first, self.second),
+            *(flat.master, given.buffer if given else flat.gradient, self.first, self.second),
+            apart=given.large if given else (),
+            places=given.places if given else None,
             lr=lr,
             step=self.done + 1,
             beta1=beta1,
@@ -150,10 +160,16 @@ class LevelOptimizer:
 
     def step(self) -> Tensor:
         """Apply the gradient; returns its global norm before clipping, () fp32, on the device."""
-        norm = self.flat.norm()
+        # a rule of its own reads the buffer
+        apart = self.flat.apart() if type(self.rule) is AdamW and self.rule.provider() == "triton" else None
+        norm = apart.norm() if apart else self.flat.norm()
         bad = (~norm.isfinite()).float()
         clip = None if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.rule.step(self.next_lr, bad if self.held is None else torch.maximum(bad, self.held), clip)
+        skip = bad if self.held is None else torch.maximum(bad, self.held)
+        if apart:
+            self.rule.step_apart(apart, self.next_lr, skip, clip)
+        else:
+            self.rule.step(self.next_lr, skip, clip)
         self.flat.publish()
         # in place: a CUDA graph that holds this step moves the same counters
         self.bad_in_a_row.add_(1).mul_(bad)

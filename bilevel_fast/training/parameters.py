@@ -11,19 +11,26 @@ order (channels_last); N is a multiple of `CHUNK`. What lies between parameters 
 
 Backward hands each parameter a gradient of its own, and `collect` copies all of them into the buffer at once. If the
 parameters' gradients were views of the buffer, backward would add to each: a launch per parameter, a buffer to zero
-before, and twice the traffic.
+before, and twice the traffic. After a single backward pass they are copied only when somebody asks for `gradient`: an
+optimizer that can reads them where they lie (`apart`).
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bilevel_kernels.adamw_ema import EVEN, GROUP, Places
+
 ALIGN = 64  # elements: 128 bytes of bf16, a cache line of every card
 CHUNK = 2**16  # elements: a row of the first pass of the norm
 _PART = 2**26  # elements that an inner product widens at once
+_LARGE = 2**12  # elements from which on a gradient is worth a place of its own
+assert ALIGN % GROUP == 0, "a group of elements has one parameter"
 
 
 class FlatParameters:
@@ -61,13 +68,32 @@ class FlatParameters:
         self.gradient = torch.zeros(self.size, dtype=torch.float32 if summed else dtype, device=device)
         self.rows = self.compute
         self._point_at(self.compute)
-        self._taken = [(module.get_parameter(name), view) for name, view in self.views(self.gradient).items()]
+        self._taken = [(module.get_parameter(name), view) for name, view in self.views(self._gradient).items()]
+
+    @property
+    def gradient(self) -> Tensor:
+        """(m,) what was found last."""
+        self.settle()
+        assert not self._spent, "an optimizer has read this gradient where backward had left it"
+        return self._gradient
+
+    @gradient.setter
+    def gradient(self, buffer: Tensor) -> None:
+        self._gradient = buffer
+
+    def settle(self) -> None:
+        """Move a gradient that still lies where backward has left it into the buffer."""
+        if self._left is not None:
+            self._move(self._left)
+            self._left = None
 
     def _lay_out(self, module: nn.Module, dtype: torch.dtype) -> int:
         """Find each parameter its place; returns N."""
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype {dtype}: parameters compute in float32 or bfloat16")
         self.module, self.dtype = module, dtype
+        self._left: list[Tensor | None] | None = None  # of each parameter, after a single backward pass
+        self._spent, self._places = False, None
         self._layouts: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
         end = 0
         for name, p in module.named_parameters():
@@ -92,18 +118,59 @@ class FlatParameters:
         Args:
             add: Add to what the buffer holds, instead of replacing it.
         """
-        self._collect(self._taken, add)
+        if add:
+            self.settle()
+        self._left, self._spent = None, False
+        self._move(self._released(), add)
 
     def _collect(self, taken: Sequence[tuple[nn.Parameter, Tensor]], add: bool) -> None:
+        """`collect` of some parameters, given with their places."""
         given = [(view, p.grad) for p, view in taken if p.grad is not None]
-        views, gradients = [view for view, _ in given], [gradient for _, gradient in given]
-        untouched = [view for p, view in taken if p.grad is None]
-        if given:
-            (torch._foreach_add_ if add else torch._foreach_copy_)(views, gradients)  # pyright: ignore[reportPrivateImportUsage]
-        if untouched and not add:
-            torch._foreach_zero_(untouched)  # pyright: ignore[reportPrivateImportUsage]
+        untouched = [] if add else [view for p, view in taken if p.grad is None]
+        _write([view for view, _ in given], [g for _, g in given], untouched, add)
         for p, _ in taken:
             p.grad = None
+
+    def _released(self) -> list[Tensor | None]:
+        """What the parameters hold as gradients, and they no longer."""
+        found = [p.grad for p, _ in self._taken]
+        for p, _ in self._taken:
+            p.grad = None
+        return found
+
+    def _move(self, gradients: Sequence[Tensor | None], add: bool = False) -> None:
+        """Write gradients, one for each parameter, into the buffer, or add them to it; where there is none, zeros."""
+        pairs = list(zip([view for _, view in self._taken], gradients, strict=True))
+        given = [(view, g) for view, g in pairs if g is not None]
+        untouched = [] if add else [view for view, g in pairs if g is None]
+        _write([view for view, _ in given], [g for _, g in given], untouched, add)
+
+    def apart(self) -> "Apart | None":
+        """The gradient where backward has left it, for an optimizer; None where it is in the buffer already.
+
+        Whoever asks has used it up. What is small, lies otherwise than its parameter or is not there at all is in the
+        buffer.
+        """
+        if self._left is None:
+            return None
+        left, self._left, self._spent = self._left, None, True
+        large = [p.numel() >= _LARGE and p.numel() % EVEN == 0 for p, _ in self._taken]
+        if self._places is None:
+            layouts = list(compress(self._layouts.values(), large))
+            starts, sizes = [start for start, _, _ in layouts], [shape.numel() for _, shape, _ in layouts]
+            self._places = Places.of(self.size, starts, sizes, self.master.device)
+        whole, into, found, untouched = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
+        for (_, view), g, is_large in zip(self._taken, left, large, strict=True):
+            if g is None:
+                untouched.append(view)
+            elif is_large and _lie_alike(g, view):
+                whole.append(g)
+                continue
+            else:
+                into.append(view), found.append(g)
+            whole.append(view)
+        _write(into, found, untouched)
+        return Apart(self._gradient, whole, list(compress(whole, large)), self._places)
 
     def expect(self, part: int, parts: int, add: bool) -> None:
         """Called before the backward pass whose gradient `take` is called for, as that is: it may begin meanwhile."""
@@ -115,7 +182,10 @@ class FlatParameters:
             part: Its number, from 0.
             add: Add the whole batch's to the gradient that is there, instead of replacing it.
         """
-        self.collect(add or part > 0)
+        if parts == 1 and not add:
+            self._left, self._spent = self._released(), False
+        else:
+            self.collect(add or part > 0)
 
     def everywhere(self, numbers: Tensor) -> Tensor:
         """(n, ...) numbers of this process's parts of a batch -> (n ranks, ...) those of all parts, in their order."""
@@ -139,7 +209,7 @@ class FlatParameters:
 
     def gradients(self, names: Collection[str]) -> list[Tensor]:
         """What `gradient` holds of some parameters, as views."""
-        return list(self.views(self.gradient, names).values())
+        return list(self.views(self._gradient, names).values())
 
     def publish(self) -> None:
         """Bring what a step wrote to `rows` to the network, on all ranks; here it is there already."""
@@ -203,6 +273,39 @@ class FlatParameters:
     def _point_at(self, buffer: Tensor) -> None:
         for name, view in self.views(buffer).items():
             self.module.get_parameter(name).data = view
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A gradient that lies where backward has left it.
+
+    Attributes:
+        buffer: (N,), which holds the rest.
+        all: The gradient of each parameter.
+        large: Those that lie at `places`, elsewhere or in the buffer.
+    """
+
+    buffer: Tensor
+    all: list[Tensor]
+    large: list[Tensor]
+    places: Places
+
+    def norm(self) -> Tensor:
+        """Euclidean norm of all of it, () fp32."""
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.all, 2, dtype=torch.float32)))  # pyright: ignore
+
+
+def _write(into: list[Tensor], found: list[Tensor], untouched: list[Tensor], add: bool = False) -> None:
+    if into:
+        (torch._foreach_add_ if add else torch._foreach_copy_)(into, found)  # pyright: ignore[reportPrivateImportUsage]
+    if untouched:
+        torch._foreach_zero_(untouched)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _lie_alike(g: Tensor, view: Tensor) -> bool:
+    """Whether a gradient lies in memory as its parameter does, from a multiple of 16 bytes on."""
+    alike = all(a == b for a, b, size in zip(g.stride(), view.stride(), g.shape, strict=True) if size > 1)
+    return alike and g.dtype == view.dtype and g.storage_offset() * g.itemsize % 16 == 0
 
 
 def norm(buffer: Tensor) -> Tensor:

@@ -15,11 +15,15 @@ Dtypes     p, m, v, ema and scalars fp32; g fp32 | fp16 | bf16; copy fp16 | bf16
 Layout     contiguous, at any address; loads are 16 bytes wide where addresses are multiples of 16, whatever n is
 Numerics   no element depends on another; roots are rounded correctly, quotients to 2 ulp; c is good to a relative
            3e-7 from the first step on, without fp64
-Traffic    p, m, v and ema read and written, g read, copy written: 36 B an element with ema, bf16 g and bf16 copy
+Traffic    p, m, v and ema read and written, g read, copy written: 36 B an element with ema, bf16 g and bf16 copy.
+           Of gradients that lie apart (`Places`), 0.1 B more: one place for each 64 elements
 Source     arXiv:1711.05101, algorithm 2, with the step size of torch.optim.AdamW
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import triton
@@ -28,7 +32,11 @@ from torch import Tensor
 
 KIND = "optimizer"
 ONLY_WRITTEN = ("copy",)  # of what the operator changes; it reads the others first
+UNTOUCHED = ("between",)  # read where no gradient lies apart: next to nothing
 BLOCK, WARPS = 1024, 8  # 4 elements a thread: 16 bytes of p, m, v and ema; 8 took 72 registers instead of 48
+GROUP = 64  # elements, all of one gradient: what starts in a flat buffer starts at a multiple of it
+AT_ONCE = 32  # addresses that a launch takes as arguments; a table on the host would have to be copied in each step
+EVEN = 8  # elements: what lies apart has a multiple of them, so that 16 bytes are loaded whole
 
 
 # --- reference ------------------------------------------------------------------------------
@@ -81,6 +89,19 @@ def _one_minus_exp(x):
 
 
 @triton.jit
+def _shifts_kernel(
+    between_ptr,  # (n,)
+    g_ptrs,  # AT_ONCE gradients
+    start_ptr,  # (AT_ONCE,) int64: where each starts in (n,)
+    shift_ptr,  # (AT_ONCE,) int64: from a place in (n,), by so many elements, to that of its gradient
+    ITEMSIZE: tl.constexpr,
+):
+    base = between_ptr.to(tl.int64)
+    for i in tl.static_range(len(g_ptrs)):
+        tl.store(shift_ptr + i, (g_ptrs[i].to(tl.int64) - base) // ITEMSIZE - tl.load(start_ptr + i))
+
+
+@triton.jit
 def _adamw_ema_kernel(
     p_ptr,  # (n,) fp32
     g_ptr,  # (n,)
@@ -92,6 +113,9 @@ def _adamw_ema_kernel(
     step_ptr,  # ()
     clip_ptr,  # (), or None
     skip_ptr,  # (), or None
+    owner_ptr,  # (n / GROUP,) int32: which gradient that lies apart; None where g is all of them
+    shift_ptr,  # (K,) int64, from a place in (n,) to that of its gradient
+    end_ptr,  # (K,) int64, where in (n,) it ends
     log_beta1,
     one_minus_beta1,
     log_beta2,
@@ -104,6 +128,8 @@ def _adamw_ema_kernel(
     n,
     WHOLE: tl.constexpr,  # every block is: no masks
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    EVEN: tl.constexpr,
 ):
     if skip_ptr is not None:  # noqa: SIM102  # one is a choice of the compiler, the other of the device
         if tl.load(skip_ptr) != 0.0:
@@ -112,7 +138,14 @@ def _adamw_ema_kernel(
     mask = None if WHOLE else offs < n
     other = None if WHOLE else 0.0
     p = tl.load(p_ptr + offs, mask=mask, other=other)
-    g = tl.load(g_ptr + offs, mask=mask, other=other).to(tl.float32)
+    if owner_ptr is None:
+        g = tl.load(g_ptr + offs, mask=mask, other=other).to(tl.float32)
+    else:
+        owner = tl.max_constancy(tl.load(owner_ptr + offs // GROUP, mask=mask, other=other), [GROUP])
+        shift = tl.max_constancy(tl.multiple_of(tl.load(shift_ptr + owner), [EVEN]), [GROUP])
+        end = tl.max_constancy(tl.multiple_of(tl.load(end_ptr + owner), [EVEN]), [GROUP])
+        there = offs < end if WHOLE else (offs < end) & (offs < n)
+        g = tl.load(g_ptr + (offs + shift), mask=there, other=0.0).to(tl.float32)  # 0 behind its end
     m = tl.load(m_ptr + offs, mask=mask, other=other)
     v = tl.load(v_ptr + offs, mask=mask, other=other)
     if ema_ptr is not None:
@@ -156,16 +189,55 @@ def adamw_ema(
     weight_decay: float,
     ema_decay: float,
 ) -> None:
-    n = p.numel()
-    arguments = (
-        p, g, m, v, ema, copy, lr, step, clip, skip,
-        _log(beta1), 1 - beta1, _log(beta2), beta2, 1 - beta2, eps, weight_decay, 1 - ema_decay,
-    )  # fmt: skip
+    settings = (beta1, beta2, eps, weight_decay, ema_decay)
+    _launch((p, g, m, v, ema, copy, lr, step, clip, skip), (None, None, None), settings)
+
+
+@torch.library.custom_op("bilevel_kernels::adamw_ema_apart", mutates_args=("p", "m", "v", "ema", "copy"))
+def adamw_ema_apart(
+    p: Tensor,
+    between: Tensor,
+    apart: list[Tensor],
+    m: Tensor,
+    v: Tensor,
+    ema: Tensor | None,
+    copy: Tensor | None,
+    lr: Tensor,
+    step: Tensor,
+    clip: Tensor | None,
+    skip: Tensor | None,
+    owner: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    ema_decay: float,
+) -> None:
+    shifts = torch.empty_like(starts)
+    sources = [between, *apart]
+    for first in range(0, len(starts), AT_ONCE):
+        group = sources[first : first + AT_ONCE]
+        group += [between] * (AT_ONCE - len(group))
+        part = slice(first, first + AT_ONCE)
+        _shifts_kernel[(1,)](between, tuple(group), starts[part], shifts[part], ITEMSIZE=between.itemsize, num_warps=1)
+    tensors, settings = (
+        (p, between, m, v, ema, copy, lr, step, clip, skip),
+        (beta1, beta2, eps, weight_decay, ema_decay),
+    )
+    _launch(tensors, (owner, shifts, ends), settings)
+
+
+def _launch(tensors: tuple, places: tuple, settings: tuple[float, ...]) -> None:
+    n, (beta1, beta2, eps, weight_decay, ema_decay) = tensors[0].numel(), settings
+    numbers = (_log(beta1), 1 - beta1, _log(beta2), beta2, 1 - beta2, eps, weight_decay, 1 - ema_decay)
+    constants = {"BLOCK": BLOCK, "GROUP": GROUP, "EVEN": 16 // tensors[1].itemsize, "num_warps": WARPS}
     whole = n // BLOCK
     if whole:
-        _adamw_ema_kernel[(whole,)](*arguments, 0, n, WHOLE=True, BLOCK=BLOCK, num_warps=WARPS)
+        _adamw_ema_kernel[(whole,)](*tensors, *places, *numbers, 0, n, WHOLE=True, **constants)
     if n % BLOCK:
-        _adamw_ema_kernel[(1,)](*arguments, whole, n, WHOLE=False, BLOCK=BLOCK, num_warps=WARPS)
+        _adamw_ema_kernel[(1,)](*tensors, *places, *numbers, whole, n, WHOLE=False, **constants)
 
 
 # --- autograd -------------------------------------------------------------------------------
@@ -176,7 +248,48 @@ def _(p, g, m, v, ema, copy, lr, step, clip, skip, beta1, beta2, eps, weight_dec
     return None
 
 
+@adamw_ema_apart.register_fake
+def _(p, between, apart, m, v, ema, copy, lr, step, clip, skip, owner, starts, ends, *settings):
+    return None
+
+
 # --- public ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where in flat buffers (n,) the parameters lie whose gradients do not lie in g, but apart.
+
+    Attributes:
+        owner: (n / GROUP,) int32, of each group of elements the number of its gradient, from 1; 0 where it lies in g.
+        starts, ends: (K,) int64 of each gradient, K a multiple of AT_ONCE. The first is g itself.
+        sizes: Elements of each that lies apart.
+    """
+
+    owner: Tensor
+    starts: Tensor
+    ends: Tensor
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, n: int, starts: Sequence[int], sizes: Sequence[int], device: torch.device) -> "Places":
+        """Of parameters that start there and have so many elements, in the order of their places.
+
+        Raises:
+            ValueError: One starts between groups, overlaps the next or has no multiple of EVEN elements.
+        """
+        owner = torch.zeros(-(-n // GROUP), dtype=torch.int32)
+        for number, (start, size) in enumerate(zip(starts, sizes, strict=True), 1):
+            if start % GROUP or size % EVEN or not 0 < size <= n - start:
+                raise ValueError(f"{size} elements at {start} of {n}: expected a multiple of {EVEN} at one of {GROUP}")
+            owner[start // GROUP : -(-(start + size) // GROUP)] = number
+        ends = [start + size for start, size in zip(starts, sizes, strict=True)]
+        for (_, end), (start, _) in pairwise(zip(starts, ends, strict=True)):
+            if start < end:
+                raise ValueError(f"parameters overlap: one ends at {end}, the next starts at {start}")
+        padding = -(len(ends) + 1) % AT_ONCE
+        table = torch.tensor([[0, *starts, *[0] * padding], [n, *ends, *[0] * padding]])
+        return cls(owner.to(device), *table.to(device), tuple(sizes))
 
 
 def adamw_ema_(
@@ -187,6 +300,8 @@ def adamw_ema_(
     *,
     lr: Tensor,
     step: Tensor,
+    apart: Sequence[Tensor] = (),
+    places: Places | None = None,
     beta1: float = 0.9,
     beta2: float = 0.999,
     eps: float = 1e-8,
@@ -201,10 +316,14 @@ def adamw_ema_(
 
     Args:
         p: (n,) parameters.
-        g: (n,) gradient; not written.
+        g: (n,) gradient; not written. With `places`, read only where none of `apart` lies.
         m, v: (n,) moments, zero before the first step.
         lr: Step size, () on the device, as are step, clip and skip.
         step: Number of this step, 1 at first.
+        apart: Gradients in the dtype of g, dense, in any shape: in the order of their memory they are what g would
+            hold. At multiples of 16 bytes.
+        places: Where in (n,) those belong. Buffers are then `GROUP` elements aligned, and what lies between
+            parameters gets no gradient.
         beta1, beta2: Decays of the moments, at least 0 and below 1.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled: times lr, of p as it was.
@@ -243,7 +362,17 @@ def adamw_ema_(
             raise ValueError(f"{name}: {beta}, expected at least 0 and below 1")
     if not 0 <= ema_decay <= 1:
         raise ValueError(f"ema_decay: {ema_decay}, expected 0 to 1")
-    adamw_ema(p, g, m, v, ema, copy, lr, step, clip, skip, beta1, beta2, eps, weight_decay, ema_decay)
+    settings = (beta1, beta2, eps, weight_decay, ema_decay)
+    if places is None:
+        adamw_ema(p, g, m, v, ema, copy, lr, step, clip, skip, *settings)
+        return
+    if tuple(t.numel() for t in apart) != places.sizes:
+        raise ValueError(f"apart: {len(apart)} gradients do not fit the {len(places.sizes)} places that there are")
+    for t in apart:
+        if t.dtype != g.dtype or t.device != g.device or t.storage_offset() * t.itemsize % 16:
+            raise ValueError(f"apart: {t.dtype} on {t.device} at {t.storage_offset()}, g is {g.dtype} on {g.device}")
+    tables = (places.owner, places.starts, places.ends)
+    adamw_ema_apart(p, g, list(apart), m, v, ema, copy, lr, step, clip, skip, *tables, *settings)
 
 
 def adamw_ema_bytes(n: int, grad: torch.dtype, ema: bool, copy: torch.dtype | None) -> int:

@@ -256,28 +256,39 @@ layer_norm_fwd.register_autograd(_backward, setup_context=_setup)
 
 
 class _InputAndNorm(torch.autograd.Function):
-    """x once more, which no custom operator may return, and y: both gradients come to one backward here, too."""
+    """x once more, which no custom operator may return, and y: both gradients come to one backward here, too.
+
+    `rbias` is in x already: it gets the gradient that it would have.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps):
+    def forward(ctx, x, rbias, weight, bias, eps):
         _, y, mean, rstd = layer_norm_fwd(x, None, None, weight, bias, eps)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.save_for_backward(x, rbias, weight, bias, mean, rstd)
         return x.view_as(x), y
 
     @staticmethod
     def backward(ctx, dh, dy):
-        x, weight, bias, mean, rstd = ctx.saved_tensors
+        x, rbias, weight, bias, mean, rstd = ctx.saved_tensors
         dh = None if dh is None else dh.contiguous()
         dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-        return *layer_norm_bwd(dy, dh, x, weight, bias, None, mean, rstd)[:3], None
+        dx, dweight, dbias, drbias = layer_norm_bwd(dy, dh, x, weight, bias, rbias, mean, rstd)
+        return dx, None if rbias is None else drbias, dweight, dbias, None
 
 
 # --- public ---------------------------------------------------------------------------------
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, r: Tensor | None = None, rbias: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    r: Tensor | None = None,
+    rbias: Tensor | None = None,
+    held: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The sum x + r + rbias, and its LayerNorm.
 
@@ -287,6 +298,8 @@ def layer_norm(
         eps: Added to the variance.
         r: What a branch adds to x; of its shape and dtype.
         rbias: (C,), the bias of the branch's last layer, in the dtype of x or fp32.
+        held: Whether x has rbias in it, as a constant. It is not added then, and its gradient comes from here all the
+            same, for next to nothing.
 
     Returns:
         Two of (..., C) in the dtype of x: the sum and its norm, whose gradients backward takes in one pass. Where
@@ -321,8 +334,10 @@ def layer_norm(
             raise ValueError(f"{name}: on {t.device}, x is on {x.device}")
         if not t.is_contiguous():
             raise ValueError(f"{name}: strides {t.stride()} of shape {tuple(t.shape)} are not contiguous")
-    if r is None and rbias is None:
-        h, y = _InputAndNorm.apply(x, weight, bias, eps)  # pyright: ignore[reportGeneralTypeIssues]
+    if held and r is not None:
+        raise ValueError("held: x has rbias in it only where nothing is added to x")
+    if r is None and (held or rbias is None):
+        h, y = _InputAndNorm.apply(x, rbias, weight, bias, eps)  # pyright: ignore[reportGeneralTypeIssues]
         return h, y
     return layer_norm_fwd(x, r, rbias, weight, bias, eps)[:2]
 

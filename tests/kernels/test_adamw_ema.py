@@ -100,7 +100,7 @@ def test_bytes():
 
 BUGS = {
     "the last element is left out": ("else offs < n", "else offs < n - 1"),
-    "the rest starts at the first block": ("*arguments, whole, n", "*arguments, 0, n"),
+    "the rest starts at the first block": ("*numbers, whole, n", "*numbers, 0, n"),
     "bias correction by a difference": ("tl.where(x > -0.5, ", "tl.where(x > 0.5, "),
     "bias corrections exchanged": ("_one_minus_exp(step * log_beta2)", "_one_minus_exp(step * log_beta1)"),
     "gradient not clipped": ("g *= tl.load(clip_ptr)", "g *= 1.0"),

@@ -1,10 +1,13 @@
 """The optimizer step over all of SD 2.1's UNet: parameters in fp32, gradient in the compute dtype, EMA, 16-bit copy.
 
+`apart`: the gradient lies in many tensors, as backward leaves it; torch moves them into one first.
+
 What torch and apex ship, and our CUDA code, take fp32 gradients only: those peers read 2 B an element more. EMA and
 copy are further passes where the library has none.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from benchmarks.kernels.cases import Case
 from benchmarks.measure import Unavailable
 from bilevel_fast.ops.native import AdamW, Trained
 from bilevel_fast.ops.native import cuda as native
-from bilevel_kernels.adamw_ema import adamw_ema_, adamw_ema_bytes, adamw_ema_ref
+from bilevel_kernels.adamw_ema import GROUP, Places, adamw_ema_, adamw_ema_bytes, adamw_ema_ref
 
 DENSE = 865_910_724  # parameters of SD 2.1's UNet; 16 does not divide it
 SIZES = {"dense": DENSE, "0.80": 676_000_000}  # at 0.80 of the MACs
@@ -36,7 +39,38 @@ def cases(batch: int, device: torch.device, dtype: torch.dtype) -> list[Case]:
             numel=n,
         )
         for name, n in sizes.items()
+    ] + [
+        Case(
+            "adamw_ema",
+            f"{name} {n} step apart",
+            {"triton": partial(_apart, n, device, dtype, True), "torch": partial(_apart, n, device, dtype, False)},
+            bytes=adamw_ema_bytes(n, dtype, ema=False, copy=copy_dtype),
+            numel=n,
+        )
+        for name, n in list(sizes.items())[:1]
     ]
+
+
+def _apart(n: int, device: torch.device, dtype: torch.dtype, where_they_lie: bool) -> Call:
+    """Without an average, as the trainer does it by default; 250 gradients are about those of SD 2.1 that are large."""
+    size = max(n // 250 // GROUP, 1) * GROUP
+    n = max(n, 250 * size)
+    starts = [number * size for number in range(250)]
+    places = Places.of(n, starts, [size] * 250, device)
+    p, m, v = (torch.zeros(n, device=device) for _ in range(3))
+    g, found = torch.zeros(n, device=device, dtype=dtype), [torch.ones(size, device=device, dtype=dtype)] * 250
+    copy = torch.empty(n, device=device, dtype=torch.bfloat16 if dtype == torch.float32 else dtype)
+    lr, step, skip = (torch.tensor(x, device=device) for x in (LR, 100.0, 0.0))
+    views = [g[start : start + size] for start in starts]
+
+    def apart() -> None:
+        adamw_ema_(p, g, m, v, lr=lr, step=step, copy=copy, skip=skip, apart=found, places=places)
+
+    def moved() -> None:
+        torch._foreach_copy_(views, found)  # pyright: ignore[reportPrivateImportUsage]
+        adamw_ema_(p, g, m, v, lr=lr, step=step, copy=copy, skip=skip)
+
+    return apart if where_they_lie else moved
 
 
 def _providers(
