@@ -95,7 +95,7 @@ TRIES: dict[str, dict[str, Recipe]] = {
     },
 }
 """By family, the tries; of as good ones the first is taken."""
-_STEEPER = ((2 * _LR, 1.0), (4 * _LR, 1.0), (_LR, 1.0), (2 * _LR, 0.3))
+_STEEPER = ((2 * _LR, 1.0), (4 * _LR, 1.0), (_LR, 1.0), (2 * _LR, 0.3), (8 * _LR, 1.0))
 EMOJI_TRIES = {
     "emoji loop": {
         f"emoji loop lr {lr:g} lambda {penalty:g}": Recipe("loop", {"lr": lr, "penalty": penalty})
@@ -106,14 +106,14 @@ EMOJI_TRIES = {
         for lr, penalty in _STEEPER
     },
     "emoji one level": {
-        f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 1.0, 10.0)
+        f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 10.0, 30.0)
     },
     "emoji bome": {
-        f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (2 * _LR, 4 * _LR, _LR)
+        f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (4 * _LR, 8 * _LR)
     },
     "emoji repair": {
         f"emoji repair lr {lr:g} after {steps}": Recipe("repair", {"lr": lr}, steps=steps)
-        for lr, steps in ((2 * _LR, 15), (2 * _LR, 30), (_LR, 30))
+        for lr, steps in ((4 * _LR, 15), (2 * _LR, 30))
     },
 }
 """The same on the emoji world, where the mini world's settings leave more than half of the style."""
