@@ -150,11 +150,11 @@ def _attack(name: str, args: Args, place: Path) -> str:
 
 def _searches(args: Args, target: Target) -> Iterator[tuple[Sequence[int], int, Iterator[Look]]]:
     """For each search the rows of the target that it is for, how often it says something, and the search."""
-    folder, reader, count = target.folder, token_reader(target.folder.text_encoder), len(target.captions)
+    folder, reader = target.folder, token_reader(target.folder.text_encoder)
     if isinstance(args, UnlearnDiffArgs):
         unet, asked = target.unet, target.anchors if args.asks == "anchor" else target.captions
-        for start in range(0, count, args.batch):
-            rows = range(start, min(start + args.batch, count))
+        for start in range(0, len(asked), args.batch):
+            rows = range(start, min(start + args.batch, len(asked)))
             texts, latents = [asked[row] for row in rows], target.latents[rows.start : rows.stop]
             numbers = [target.numbers[row] for row in rows]
             search = unlearn_diff(
@@ -162,18 +162,14 @@ def _searches(args: Args, target: Target) -> Iterator[tuple[Sequence[int], int, 
             )  # fmt: skip
             yield rows, args.timesteps, search
         return
-    if isinstance(args, RingABellArgs):
-        vector = concept_vector(reader, target.captions, target.anchors, args.strength)
-    for row in range(count):
-        if isinstance(args, MmaArgs):
-            yield (
-                [row],
-                args.steps,
-                mma(reader, target.captions[row], args, seed=args.seed + row, forbidden=args.forbid),
-            )
-        else:
-            near = token_states(reader, [target.anchors[row]])[0] + vector
-            yield [row], args.generations, ring_a_bell(reader, near, args, seed=args.seed + row)
+    if isinstance(args, MmaArgs):
+        for row, caption in enumerate(target.captions):
+            yield [row], args.steps, mma(reader, caption, args, seed=args.seed + row, forbidden=args.forbid)
+        return
+    vector = concept_vector(reader, target.captions, target.anchors, args.strength)
+    for row, anchor in enumerate(target.anchors):
+        near = token_states(reader, [anchor])[0] + vector
+        yield [row], args.generations, ring_a_bell(reader, near, args, seed=args.seed + row)
 
 
 def _csv(found: Sequence[Attacked]) -> bytes:
