@@ -37,7 +37,7 @@ def looks(rows: Sequence[Row], attack: str) -> dict[str, tuple[list[int], Looks]
         at: Looks = {}
         for got in seeds.values():
             for one in got:
-                at.setdefault(one.get("steps", one.get("strength")), []).append(one)
+                at.setdefault(one["steps"] if "steps" in one else one["strength"], []).append(one)
         by_case[case] = (sorted(seeds), at)
     return by_case
 

@@ -50,8 +50,7 @@ class _Asked:
     out: Path
     """Folder for what was found; must be new."""
     model: Path = TEACHER
-    """Model folder that is attacked, or its id on the hub; `mini` and `emoji` are the
-    built-in teachers. Default: mini."""
+    """Model folder that is attacked, or its id on the hub; by default the built-in mini teacher."""
     count: int = 8
     """Prompts, the first of the bank, each once."""
     looks: int = 10
@@ -151,11 +150,11 @@ def _attack(name: str, args: Args, place: Path) -> str:
 
 def _searches(args: Args, target: Target) -> Iterator[tuple[Sequence[int], int, Iterator[Look]]]:
     """For each search the rows of the target that it is for, how often it says something, and the search."""
-    folder, reader, count = target.folder, token_reader(target.folder.text_encoder), len(target.captions)
+    folder, reader = target.folder, token_reader(target.folder.text_encoder)
     if isinstance(args, UnlearnDiffArgs):
         unet, asked = target.unet, target.anchors if args.asks == "anchor" else target.captions
-        for start in range(0, count, args.batch):
-            rows = range(start, min(start + args.batch, count))
+        for start in range(0, len(asked), args.batch):
+            rows = range(start, min(start + args.batch, len(asked)))
             texts, latents = [asked[row] for row in rows], target.latents[rows.start : rows.stop]
             numbers = [target.numbers[row] for row in rows]
             search = unlearn_diff(
@@ -164,13 +163,12 @@ def _searches(args: Args, target: Target) -> Iterator[tuple[Sequence[int], int, 
             yield rows, args.timesteps, search
         return
     if isinstance(args, MmaArgs):
-        for row in range(count):
-            search = mma(reader, target.captions[row], args, seed=args.seed + row, forbidden=args.forbid)
-            yield [row], args.steps, search
+        for row, caption in enumerate(target.captions):
+            yield [row], args.steps, mma(reader, caption, args, seed=args.seed + row, forbidden=args.forbid)
         return
     vector = concept_vector(reader, target.captions, target.anchors, args.strength)
-    for row in range(count):
-        near = token_states(reader, [target.anchors[row]])[0] + vector
+    for row, anchor in enumerate(target.anchors):
+        near = token_states(reader, [anchor])[0] + vector
         yield [row], args.generations, ring_a_bell(reader, near, args, seed=args.seed + row)
 
 
