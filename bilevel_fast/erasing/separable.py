@@ -123,8 +123,7 @@ class Separable:
             }
             for kind in ("to_k", "to_v")
         }
-        pairs = tuple(pair for record in job.earlier for pair in record.pairs if pair.erase in chosen)
-        record = Record("separable", pairs, (), (), {"give_back": list(chosen)}, skipped)
+        record = Record("separable", (), (), (), {"give_back": list(chosen)}, skipped)
         left = {text: parts for text, parts in known.items() if text not in chosen}
         notes = tuple(f"given back: {text!r}" for text in chosen)
         return Outcome(record, table, notes, {FILE: _stored(left)} if left else {})
@@ -203,7 +202,7 @@ def _read(job: Job, unet: UNet) -> dict[str, Parts]:
     for key, value in read_tensors(path).items():
         side, _, rest = key.partition("/")
         text, name = (rest, "right") if side == "right" else rest.rpartition("/")[::2]
-        found.setdefault(text, {})[name] = value.clone()
+        found.setdefault(text, {})[name] = value.to(unet.conv_in.weight.device, copy=True)
     shapes = {name: tuple(w.shape) for name, w in matrices(unet)}
     for text, parts in found.items():
         width, rank = next(iter(shapes.values()))[1], parts.get("right", torch.empty(0, 0)).shape[-1]
