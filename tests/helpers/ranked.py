@@ -95,10 +95,12 @@ CASES = {
     ],
 }
 PARTS = ["--scale.parameters", "fsdp"]
-_ABLE = [name for name, kind in ERASERS.items() if not kind.undivided]
 IN_PARTS = {
     "fsdp": [*CASES["bilevel"], *PARTS],
-    **{f"fsdp-{name}": [*CASES[name], *PARTS] for name in (*_ABLE, "subset-esd-x", "micro")},
+    **{
+        f"fsdp-{name}": [*CASES[name], *PARTS]
+        for name in ("concept-ablation", "erasediff", "forget-me-not", "subset-esd-x", "micro")
+    },
 }
 """Weights lie on all ranks in parts: the same up to rounding."""
 ENDING = {"spoilt": ["--max-bad-steps", "2"]}

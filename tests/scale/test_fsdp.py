@@ -13,7 +13,7 @@ from ranked import Crew
 
 @pytest.mark.slow
 def test_twenty_bilevel_steps_of_two_ranks_are_those_of_one_that_has_all_weights(tmp_path):
-    """All erasers that can, too; and a run that two ranks begin in parts, one goes on with whole, then in parts."""
+    """Erasers with sources and passes of their own, too; and a run that goes on whole, and in parts again."""
     jobs = ["fsdp", "fsdp:10:passed-on", *(case for case in ranked.IN_PARTS if case != "fsdp")]
     crew = Crew(2, "ranked", tmp_path, *jobs, log=tmp_path / "log", package="")
     flat = [case.removeprefix("fsdp-") for case in ranked.IN_PARTS if case != "fsdp"]
