@@ -108,9 +108,7 @@ EMOJI_TRIES = {
     "emoji one level": {
         f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 10.0, 30.0)
     },
-    "emoji bome": {
-        f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (4 * _LR, 8 * _LR)
-    },
+    "emoji bome": {f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (4 * _LR, 8 * _LR)},
     "emoji repair": {
         f"emoji repair lr {lr:g} after {steps}": Recipe("repair", {"lr": lr}, steps=steps)
         for lr, steps in ((4 * _LR, 15), (2 * _LR, 30))
