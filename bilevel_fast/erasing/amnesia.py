@@ -81,7 +81,7 @@ class SelectiveAmnesia(Eraser):
     """
 
     def __init__(self, pull: Remembered):
-        self.pull = pull
+        self.pull = self.remembered = pull
 
     def loss(self, student: UNet, answers: Answers, batch: Batch) -> Loss:
         noised = answers.noise(batch)
@@ -92,10 +92,10 @@ class SelectiveAmnesia(Eraser):
         return Loss(total, {"suppression": total.detach()})
 
     def state_dict(self) -> dict[str, Any]:
-        return self.pull.state_dict()
+        return self.remembered.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.pull.load_state_dict(state)
+        self.remembered.load_state_dict(state)
 
 
 def fisher(
@@ -124,6 +124,7 @@ def fisher(
 
     def loss(one: Batch, t: int) -> Loss:
         one = one.drawn(answers.seed, schedule.num_train_timesteps)
+        assert one.t is not None
         noised = answers.noise(replace(one, t=torch.full_like(one.t, t)))
         return Loss(F.mse_loss(student(noised.x, noised.t, one.text).out.float(), noised.target), {})
 

@@ -185,6 +185,8 @@ def _descent(
 def _lowest(scores: Mapping[str, Tensor], ratio: float) -> dict[str, Tensor]:
     """Of all scores below 0 a share `ratio` of all scores at most, the lowest ones: True where a weight goes."""
     every = torch.cat([score.flatten() for score in scores.values()])
-    count = int(ratio * len(every))
-    bound = every.kthvalue(count).values.clamp(max=0) if count else every.new_tensor(-torch.inf)
-    return {name: (score < 0) & (score <= bound) for name, score in scores.items()}
+    low = every.topk(int(ratio * len(every)), largest=False)  # of equal ones no more than fit
+    gone = torch.zeros_like(every, dtype=torch.bool)
+    gone[low.indices] = low.values < 0
+    parts = gone.split([score.numel() for score in scores.values()])
+    return {name: part.view_as(score) for part, (name, score) in zip(parts, scores.items(), strict=True)}

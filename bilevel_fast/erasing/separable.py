@@ -172,7 +172,7 @@ def _delta(parts: Parts, name: str) -> Tensor:
 @torch.no_grad()
 def _add(weights: Mapping[str, Tensor], concepts: Mapping[str, Parts], sign: float) -> dict[str, Tensor]:
     """Add increments to matrices in place, or take them out; returns what was added, by matrix."""
-    moved = {name: sign * sum(_delta(parts, name) for parts in concepts.values()) for name in weights}
+    moved = {name: sign * torch.stack([_delta(p, name) for p in concepts.values()]).sum(0) for name in weights}
     for name, w in weights.items():
         w.copy_(w.double() + moved[name].to(w.device))
     return moved

@@ -105,6 +105,7 @@ def test_no_more_goes_than_may():
     scores = {"a": torch.tensor([-3.0, -1.0, 1.0]), "b": torch.tensor([[-2.0], [2.0], [0.0], [1.0]])}
     found = {r: [int(m.sum()) for m in p_esd._lowest(scores, r).values()] for r in (0.1, 0.15, 0.3, 0.9)}
     assert found == {0.1: [0, 0], 0.15: [1, 0], 0.3: [1, 1], 0.9: [2, 1]}
+    assert p_esd._lowest({"a": torch.full((10,), -1.0)}, 0.3)["a"].sum() == 3, "equal ones"
 
 
 def test_the_command_zeros_and_changes_nothing_else(folder, tmp_path):

@@ -26,7 +26,8 @@ FLAGS = {
     "esd": ["--upper.esd.steps", "3"],
     "salun": ["--upper.salun.batches", "1"],
     "concept-prune": ["--upper.concept-prune.steps", "2", "--upper.concept-prune.ratio", "0.1"],
-    "p-esd": ["--upper.p-esd.steps", "3", "--upper.p-esd.updates", "1", "--upper.p-esd.lr", "2"],
+    "p-esd": [f"--upper.p-esd.{flag}" for flag in ("steps=3", "updates=1", "lr=2", "ratio=1")],
+    "separable": ["--upper.separable.texts", "0", "--upper.separable.threshold", "0.3"],  # 32 dimensions, 77 tokens
 }
 SHALLOW = "down_blocks.1.attentions.0.transformer_blocks.0"
 DEEP = "down_blocks.2.attentions.0.transformer_blocks.4"
