@@ -284,10 +284,8 @@ def test_kill_any_rank_at_any_moment_and_go_on_with_any_number(tmp_path, capfd):
 
     Every kill is said. BILEVEL_FAST_KILLED names a folder where a test that was ended is gone on with.
     """
-    kills, place = (
-        int(os.environ.get("BILEVEL_FAST_KILLS", "10")),
-        Path(os.environ.get("BILEVEL_FAST_KILLED", tmp_path)),
-    )
+    kills = int(os.environ.get("BILEVEL_FAST_KILLS", "10"))
+    place = Path(os.environ.get("BILEVEL_FAST_KILLED", tmp_path))
     place.mkdir(parents=True, exist_ok=True)
     steps = [*FLAGS, "--teacher", str(ranked.teacher(place)), "--lower.steps", "12", "--checkpoint-every", "1"]
     whole, count = place / "whole", place / "count.json"
@@ -301,8 +299,7 @@ def test_kill_any_rank_at_any_moment_and_go_on_with_any_number(tmp_path, capfd):
     if not (whole / "summary.json").exists():
         assert run_command(main, *steps, "--out", whole, *resume(whole)).returncode == 0
     while done < kills:
-        out, dice = place / f"run-{finished}", random.Random(tries)
-        log = place / f"{tries}.log"
+        out, log, dice = place / f"run-{finished}", place / f"{tries}.log", random.Random(tries)
         crew = Crew(dice.choice((1, 2, 2, 4)), "train", *steps, "--out", out, *resume(out), log=log)
         wanted, more = len(records(out)), dice.randrange(5)  # none: while it starts
         while more and crew.runs() and len(records(out)) < wanted + more:

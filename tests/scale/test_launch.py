@@ -5,8 +5,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import torch
 import yaml
 
+from bilevel_fast.base.devices import Ranks
+from bilevel_fast.runs import sessions
+from bilevel_fast.runs.ranks import goes_on
 from bilevel_fast.train import parse
 
 LAUNCH = Path(__file__).parents[2] / "launch"
@@ -37,3 +41,20 @@ def test_kubernetes():
     config = parse(flags_of(script))
     assert (config.preset, config.scale.leaves) == ("paper", 16)
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] * job["template"]["spec"]["parallelism"] == 16
+
+
+def test_what_a_launch_has_begun_it_goes_on_with(tmp_path, monkeypatch):
+    """torchrun counts processes that failed, and not those that it has started anew for a machine that came or left."""
+    alone, again = Ranks(), Ranks(restarts=1)
+    for name in ("first", "none"):  # none: without --rdzv-id
+        out = tmp_path / name
+        out.mkdir()
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert not goes_on(again, out), "there is nothing yet"
+        sessions.begin(out, torch.device("cpu"))
+        (out / "config.json").write_text("{}")
+        assert goes_on(again, out)
+        assert goes_on(alone, out) == (name == "first")
+    for other in ("second", None):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", other) if other else monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        assert not goes_on(alone, tmp_path / "first")
