@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bilevel_fast.training.phases import phase
 from bilevel_kernels.adamw_ema import EVEN, GROUP, Places
 
 ALIGN = 64  # elements: 128 bytes of bf16, a cache line of every card
@@ -84,7 +85,8 @@ class FlatParameters:
     def settle(self) -> None:
         """Move a gradient that still lies where backward has left it into the buffer."""
         if self._left is not None:
-            self._move(self._left)
+            with phase("optimizer"):
+                self._move(self._left)
             self._left = None
 
     def _lay_out(self, module: nn.Module, dtype: torch.dtype) -> int:

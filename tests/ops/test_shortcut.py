@@ -48,7 +48,7 @@ def test_values_and_gradients_are_no_further_from_fp64_than_those_of_the_modules
         error, allowed = ((t.double() - exact).abs().max() for t in (mine, theirs))
         assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    assert found[-2].stride() == both[1].weight.stride()
+    assert found[-2].stride()[:2] == both[1].weight.stride()[:2], "of one pixel"
 
 
 def test_frozen_layers_and_inputs_get_no_gradient():
@@ -62,14 +62,15 @@ def test_frozen_layers_and_inputs_get_no_gradient():
 
 
 def test_nothing_of_the_size_of_the_result_moves_besides_the_two_products():
-    """On meta, bytes: the branch is written, read and written again. The gradient of both biases is one sum."""
+    """On meta, bytes: the branch is read once for both sources. The gradient of both biases is one sum."""
     both = layers(704, 512, 640, torch.bfloat16).to("meta")
     h, *sources = (x.detach().to("meta") for x in maps(512, 320, 384, dtype=torch.bfloat16))
     with Counter() as counter:
         out = widened(h, both[0], tuple(sources), both[1])
     assert out is not None
-    assert [cost.op for cost in counter.costs] == ["aten::add", "aten::convolution", "aten::addmm_", "aten::addmm_"]
-    assert sum(cost.bytes for cost in counter.costs[2:]) == 4 * out.numel() * 2 + 2 * (704 * 24 + 704 * 640)
+    ops = ["aten::add", "aten::convolution", "bilevel_kernels::linear_add_fwd"]
+    assert [cost.op for cost in counter.costs] == ops
+    assert counter.costs[2].bytes == 2 * out.numel() * 2 + 2 * (704 * 24 + 704 * 640)
 
 
 @pytest.mark.parametrize(
