@@ -169,7 +169,8 @@ class FlatParameters:
                 whole.append(g)
                 continue
             else:
-                into.append(view), found.append(g)
+                into.append(view)
+                found.append(g)
             whole.append(view)
         _write(into, found, untouched)
         return Apart(self._gradient, whole, list(compress(whole, large)), self._places)
