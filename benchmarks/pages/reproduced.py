@@ -3,7 +3,8 @@
     python -m bilevel_fast.reproduce table1                  measures
     python -m benchmarks.pages.reproduced runs/reproduce-mini      keeps results, plots and grids of all its experiments
 
-A kept experiment lies in benchmarks/results/reproduce/NAME/, with the commit and the day on which it was kept.
+A kept experiment lies in benchmarks/results/reproduce/NAME/, of the emoji world in reproduce-emoji/NAME/, with the commit
+and the day on which it was kept.
 """
 
 import json
@@ -24,10 +25,14 @@ from bilevel_fast.runs.paper.experiments import EXPERIMENTS
 from bilevel_fast.runs.paper.judges import Column
 from bilevel_fast.runs.paper.report import table
 
-KEPT = RESULTS / "reproduce"
 PICTURES = ("plot.png", "grid.png")
 SAME_GRID = ("table2", "table3", "fig7")
 """Experiments on the models of table 1: its grid is theirs."""
+
+
+def place_of(world: str, results: Path = RESULTS) -> Path:
+    """Where experiments on a built-in world are kept."""
+    return results / ("reproduce" if world == "mini" else f"reproduce-{world}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,9 @@ def markdown(name: str, kept: Path) -> str:
 
 def main() -> None:
     settings = flags.parse(Settings, "benchmarks.pages.reproduced", __doc__)
-    print(f"kept: {', '.join(keep(settings.folder, KEPT))}; now python -m benchmarks.pages.readme")
+    config = read_json(settings.folder / "config.json")
+    names = keep(settings.folder, place_of(config["run"].get("world", "mini")))
+    print(f"kept: {', '.join(names)}; now python -m benchmarks.pages.readme")
 
 
 if __name__ == "__main__":

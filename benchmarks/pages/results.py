@@ -84,9 +84,9 @@ def bf16() -> str:
     return "\n".join([*lines, "", machines(rows)])
 
 
-def kept(name: str) -> Callable[[], str]:
-    """The table of an experiment of the paper that was kept."""
-    return lambda: reproduced.markdown(name, committed.RESULTS / "reproduce")
+def kept(name: str, world: str = "mini") -> Callable[[], str]:
+    """An experiment of the paper on a built-in world."""
+    return lambda: reproduced.markdown(name, reproduced.place_of(world, committed.RESULTS))
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -95,6 +95,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "table1": kept("table1"),
     "table2": kept("table2"),
     "fig6": kept("fig6"),
+    "emoji-table1": kept("table1", "emoji"),
     "frontier": lambda: tables.frontier(load("frontier.jsonl")),
     "rivals": rivals,
     "controller": controller,
