@@ -347,8 +347,8 @@ class _Line:
         if shared := leaves > 1:
             each, rows = leaves // ranks, sum(bucket.size for bucket in buckets(whole, ranks))
             whole, gradient = ranks * rows, 4 * rows
-            # of n leaves, log2(n) fp32 sums (`scale.rows.Counter`); what is on its way to other ranks takes the place of
-            # the gradients that it was made of
+            # of n leaves, log2(n) fp32 sums (`scale.rows.Counter`); what is on its way to other ranks takes the
+            # place of gradients that it was made of
             found = whole * (width if micro == batch else 4) + 4 * whole * (each.bit_length() - 1)
         # torch's AdamW wants an fp32 copy of a bf16 gradient
         updating = flat.master.nbytes if gradient < 4 * rows else 0
