@@ -348,14 +348,11 @@ class _Line:
         own = flat.compute is not flat.master  # rows of what computes, written before they are sent
         gradient = flat.gradient.nbytes if micro == batch else flat.master.nbytes
         found = gradient  # by backward
-        on_way = 0
         if shared := leaves > 1:
-            cut, each = buckets(whole, ranks), leaves // ranks
-            rows = sum(bucket.size for bucket in cut)
+            each, rows = leaves // ranks, sum(bucket.size for bucket in buckets(whole, ranks))
             whole, gradient = ranks * rows, 4 * rows
-            sent = width if micro == batch and each == 1 else 4
-            on_way = (IN_FLIGHT + 1) * sent * ranks * cut[0].size * (ranks > 1)
-            # of n leaves, log2(n) fp32 sums (`scale.rows.Counter`)
+            # of n leaves, log2(n) fp32 sums (`scale.rows.Counter`); what is on its way to other ranks takes the
+            # place of gradients that it was made of
             found = whole * (width if micro == batch else 4) + 4 * whole * (each.bit_length() - 1)
         # torch's AdamW wants an fp32 copy of a bf16 gradient
         updating = flat.master.nbytes if gradient < 4 * rows else 0
@@ -378,7 +375,7 @@ class _Line:
             teacher_weights=self._teacher(),
             teacher_activations=self._between(low.answered, high.answered, batch * leaves // ranks),
             student_activations=kept,
-            workspace=self._workspace(micro, on_way, updating),
+            workspace=self._workspace(micro, 0, updating),
             host=self._pinned(),
         )
 
