@@ -72,6 +72,9 @@ class ShardedParameters(FlatParameters):
         runs = [place[:, b.mine // ROW : (b.mine + b.size) // ROW].reshape(-1) for b in self._cut]
         self._places = torch.cat(runs)[: self.size // ROW]
 
+    def place(self) -> None:
+        """Nothing: a gradient goes over the network before anybody reads it."""
+
     def take(self, part: int, parts: int, add: bool) -> None:
         """`parts` and `part` are of this rank. Collective with the last of them."""
         each = parts // self.leaves
