@@ -41,6 +41,8 @@ class AdamW:
         emas = None if flat.average is None else [flat.average]
         self._settings = native.AdamW(*BETAS, EPS, weight_decay=0.0, ema_decay=decay)
         self._trained = native.Trained([flat.master], [self.first], [self.second], emas)
+        if self.provider() == "triton":
+            flat.place()
 
     def provider(self) -> str:
         # by all elements and not by this rank's: implementations differ in their last bits

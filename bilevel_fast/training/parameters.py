@@ -95,7 +95,8 @@ class FlatParameters:
             raise ValueError(f"dtype {dtype}: parameters compute in float32 or bfloat16")
         self.module, self.dtype = module, dtype
         self._left: list[Tensor | None] | None = None  # of each parameter, after a single backward pass
-        self._spent, self._places = False, None
+        self._spent = False
+        self._places: Places | None = None
         self._layouts: dict[str, tuple[int, torch.Size, tuple[int, ...]]] = {}
         end = 0
         for name, p in module.named_parameters():
@@ -147,20 +148,26 @@ class FlatParameters:
         untouched = [] if add else [view for view, g in pairs if g is None]
         _write([view for view, _ in given], [g for _, g in given], untouched, add)
 
+    def _large(self) -> list[bool]:
+        """Which parameters have gradients that are worth a place of their own."""
+        return [p.numel() >= _LARGE and p.numel() % EVEN == 0 for p, _ in self._taken]
+
+    def place(self) -> None:
+        """Find large gradients their places, for `apart`: before the first step, which takes nothing from the host."""
+        layouts = list(compress(self._layouts.values(), self._large()))
+        starts, sizes = [start for start, _, _ in layouts], [shape.numel() for _, shape, _ in layouts]
+        self._places = Places.of(self.size, starts, sizes, self.master.device)
+
     def apart(self) -> "Apart | None":
-        """The gradient where backward has left it, for an optimizer; None where it is in the buffer already.
+        """The gradient where backward has left it, for an optimizer; None where it is in the buffer or has no places.
 
         Whoever asks has used it up. What is small, lies otherwise than its parameter or is not there at all is in the
         buffer.
         """
-        if self._left is None:
+        if self._left is None or self._places is None:
             return None
         left, self._left, self._spent = self._left, None, True
-        large = [p.numel() >= _LARGE and p.numel() % EVEN == 0 for p, _ in self._taken]
-        if self._places is None:
-            layouts = list(compress(self._layouts.values(), large))
-            starts, sizes = [start for start, _, _ in layouts], [shape.numel() for _, shape, _ in layouts]
-            self._places = Places.of(self.size, starts, sizes, self.master.device)
+        large = self._large()
         whole, into, found, untouched = list[Tensor](), list[Tensor](), list[Tensor](), list[Tensor]()
         for (_, view), g, is_large in zip(self._taken, left, large, strict=True):
             if g is None:

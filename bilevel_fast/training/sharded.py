@@ -112,6 +112,9 @@ class ShardedParameters(FlatParameters):
         self._ends, self._more, self._add = False, False, False
         self._next, self._awaited = len(self._cut) - 1, [len(members) for members in self._members]
 
+    def place(self) -> None:
+        """Nothing: a gradient goes over the network before anybody reads it."""
+
     def expect(self, part: int, parts: int, add: bool) -> None:
         each = parts // self.leaves
         assert each * self.leaves == parts, "a leaf consists of whole parts"

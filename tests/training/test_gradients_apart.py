@@ -26,7 +26,9 @@ def backward(flat, step):
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
 def flat(request):
-    return FlatParameters(network(), request.param, average=True)
+    flat = FlatParameters(network(), request.param, average=True)
+    flat.place()
+    return flat
 
 
 def test_who_asks_for_the_buffer_gets_all_of_it(flat):
@@ -38,6 +40,14 @@ def test_who_asks_for_the_buffer_gets_all_of_it(flat):
         assert all(p.grad is None for p in which.module.parameters())
     assert torch.equal(flat.gradient, other.gradient)
     assert flat.apart() is None, "it is in the buffer"
+
+
+def test_without_places_it_is_moved(flat):
+    other = FlatParameters(network(), flat.dtype)
+    backward(other, 0)
+    other.take(0, 1, add=False)
+    assert other.apart() is None
+    assert other.gradient.any()
 
 
 def test_what_is_added_is_added_to_what_was_left(flat):
