@@ -3,8 +3,8 @@
     python -m bilevel_fast.reproduce table1                  measures
     python -m benchmarks.pages.reproduced runs/reproduce-mini      keeps results, plots and grids of all its experiments
 
-A kept experiment lies in benchmarks/results/reproduce/NAME/, of the emoji world in reproduce-emoji/NAME/, with the commit
-and the day on which it was kept.
+A kept experiment lies in benchmarks/results/reproduce/NAME/, of the emoji world in reproduce-emoji/NAME/, with the
+commit and the day on which it was kept.
 """
 
 import json

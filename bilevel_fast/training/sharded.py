@@ -78,7 +78,7 @@ class ShardedParameters(FlatParameters):
         # where the rows of (N,) are in everybody's rows, one rank's after the other
         place = torch.arange(team.world * rows // ROW, device=device).view(team.world, -1)
         runs = [place[:, b.mine // ROW : (b.mine + b.size) // ROW].reshape(-1) for b in self._cut]
-        self._places = torch.cat(runs)[: self.size // ROW]
+        self._order = torch.cat(runs)[: self.size // ROW]
 
     def _buckets(self) -> list[Bucket]:
         return buckets(self.size, self.ranks)
@@ -184,7 +184,7 @@ class ShardedParameters(FlatParameters):
 
     def _in_order(self, rows: Tensor) -> Tensor:
         """A number (m / ROW,) of each of this rank's rows -> (N / ROW,) of all, without padding."""
-        return self.everywhere(rows)[self._places]
+        return self.everywhere(rows)[self._order]
 
     def gathered(self, buffer: Tensor) -> Tensor:
         return self._all_rows(buffer)[: self.size]
