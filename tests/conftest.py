@@ -35,7 +35,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory):
-    """Of the mini world, random and with two levels: a step takes a third of the time. To be read and not written to."""
+    """Of the mini world, random and with two levels, for runs that nobody judges. To be read and not written to."""
     from mini_folder import TRAINED, make_mini_folder
 
     return make_mini_folder(tmp_path_factory.mktemp("small") / "teacher", config=TRAINED)

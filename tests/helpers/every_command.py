@@ -3,13 +3,13 @@
 import io
 import json
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from coco_folder import encoded, picture
 from measuring import doodle, image_folder
-from mini_folder import TRAINED, make_mini_folder
+from mini_folder import TINY, make_mini_folder
 
 WAVES = "in the style of waves"
 
@@ -111,7 +111,7 @@ _LOCKS = (".lock", ".index.lock")
 def make_world(path: Path) -> Path:
     """What the commands read."""
     make_mini_folder(path / "teacher")
-    make_mini_folder(path / "larger", config=TRAINED)  # of what the mini world draws
+    make_mini_folder(path / "larger", config=replace(TINY, sample_size=16))  # of what the mini world draws
     (path / "images").mkdir()
     names = [f"{n}.jpg" for n in range(5)]
     with tarfile.open(path / "a.tar", "w") as tar:
