@@ -20,6 +20,7 @@ from bilevel_fast.runs.assemble import fit, levels
 from bilevel_fast.train import parse
 from bilevel_fast.training import checkpoint
 from bilevel_fast.training.loop import Places
+from bilevel_fast.worlds.mini import TEACHER
 from bilevel_fast.worlds.mini.world import STYLES
 
 CPU = torch.device("cpu")
@@ -44,8 +45,8 @@ EDITS["concept-prune"] += ["--upper.concept-prune.prompts", "2"]
 
 
 class World:
-    def __init__(self, root: Path, teacher: Path):
-        self.root, self.folder = root, load_folder(teacher)
+    def __init__(self, root: Path):
+        self.root, self.folder = root, load_folder(TEACHER)
         self.student = session.initial_student(parse(SMALL), self.folder, 1)
 
     def materials(self, config):
@@ -63,8 +64,8 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(small_teacher, tmp_path_factory) -> World:
-    return World(tmp_path_factory.mktemp("world"), small_teacher)
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
 
 
 def stats(out: Path) -> list[dict]:
@@ -101,7 +102,7 @@ def test_concept_prune_in_the_loop_and_the_same_run_when_stopped(world, tmp_path
     masks = saved.optimizers["eraser"]["masks"]
     assert set(masks) == set(second_matrices(world.student))
     share = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
-    assert 0.001 < share < 0.05
+    assert 0.002 < share < 0.05
     for name, mask in masks.items():
         assert not after[name][mask].any(), "what is saved is masked"
         assert saved.tensors[name][mask].any(), "which the last lower step had moved"
@@ -135,7 +136,7 @@ def test_several_concepts_and_dropped_sites(world, tmp_path, caplog):
     """Both styles' texts are projected; what the student has dropped is skipped, and that is said."""
     caplog.set_level(logging.INFO)
     dense = world.folder.unet()
-    site = "up_blocks.1.attentions.1"
+    site = "up_blocks.2.attentions.1"
     student = dense.cut(Structure.uniform(dense.config, 0.8, [site]))
     flags = ["--erase", "waves", "mosaic", "--concept-weights", "2", "1", "--mini.bank", "12"]
     after = world.fit("uce", tmp_path, 2, *flags, student=student)

@@ -39,7 +39,7 @@ from bilevel_fast.train import parse
 from bilevel_fast.training.loop import Places
 from bilevel_fast.worlds.mini.materials import WORLD
 from forked import Started
-from mini_folder import TRAINED, make_mini_folder
+from mini_folder import TINY, make_mini_folder
 
 COMMON = [
     *["--preset", "smoke", "--log-every", "1", "--checkpoint-every", "1000"],
@@ -114,7 +114,8 @@ POISONED = {"poisoned": 6, "spoilt": 64}
 
 def teacher(root: Path) -> Path:
     """A small one, of random weights; made by whoever comes first."""
-    return root / "teacher" if (root / "teacher").exists() else make_mini_folder(root / "teacher", config=TRAINED)
+    config = dataclasses.replace(TINY, sample_size=16)
+    return root / "teacher" if (root / "teacher").exists() else make_mini_folder(root / "teacher", config=config)
 
 
 class Poisoned(MemorySource):

@@ -16,7 +16,6 @@ from commands import run_command
 from forked import Started
 
 SMALL = ["--run.preset=smoke", "--run.lower.steps=4", "--run.upper.every=2", "--seeds=0"]
-SMALL += ["--run.lower.batch=2", "--run.upper.batch=2", "--run.mini.judge-erased=2", "--run.mini.judge-kept=1"]
 ROWS = ["--rows.esd.sample.steps=4", "--rows.concept-prune.steps=2", "--rows.attack.steps=2", "--rows.attack.batch=2"]
 MODELS = ["teacher", "distilled", "esd", "uce", "concept-prune", "bilevel", "bilevel-uce", "sld"]
 
