@@ -118,7 +118,7 @@ _LOCKS = (".lock", ".index.lock")
 def make_world(path: Path) -> Path:
     """What the commands read."""
     make_mini_folder(path / "teacher")
-    make_mini_folder(path / "larger", config=TRAINED)  # of what the mini world draws
+    make_mini_folder(path / "larger", config=replace(TINY, sample_size=16))  # of what the mini world draws
     make_bank(load_folder(path / "larger"), [f"a red star {WAVES}"], ["a red star"], 1, 0, 3.0, 2, 1, path / "bank")
     (path / "images").mkdir()
     names = [f"{n}.jpg" for n in range(5)]
