@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from bilevel_fast.data.bank import make_bank
 from bilevel_fast.models.folder import load_folder
 from coco_folder import encoded, picture
 from measuring import doodle, image_folder
-from mini_folder import make_mini_folder
+from mini_folder import TINY, make_mini_folder
 
 WAVES = "in the style of waves"
 
