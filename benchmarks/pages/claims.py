@@ -49,6 +49,11 @@ def above(values: Values) -> str:
     return UNSEEN if len(gaps) < 2 or min(gaps) <= 0 <= max(gaps) else HOLDS if min(gaps) > 0 else FAILS
 
 
+def below(values: Values) -> str:
+    """The last share lies below the first on all of several seeds; or above."""
+    return above(values[::-1])
+
+
 def no_more(values: Values) -> str:
     """The last number does not lie above the first on all of several seeds by more than FIDs tell."""
     found = less(values[::-1])
@@ -159,8 +164,7 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
 
     return (
         claim(
-            "On the emoji world, where the erased studio has two relatives, the loop's student draws it on none of its "
-            "prompts, and the distilled one on most.",
+            "On the emoji world, too, the loop's student draws the erased studio on none of its prompts.",
             near(0.0), share("distilled", "concept_hit"), share("bilevel", "concept_hit"),
         ),
         claim(
@@ -169,12 +173,16 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
         ),
         claim("There, too, it costs no FID against distillation alone.", no_more, *fid("distilled", "bilevel")),
         claim(
-            "There it keeps more of the relatives than two stages with replay.",
-            above, share("two-stage, replay", "relative_hit"), share("bilevel", "relative_hit"),
+            "There it leaves less of the studio than two stages with replay.",
+            below, share("two-stage, replay", "concept_hit"), share("bilevel", "concept_hit"),
         ),
         claim(
-            "There it keeps more of the erased prompts' things than two stages with replay.",
-            above, share("two-stage, replay", "content_kept"), share("bilevel", "content_kept"),
+            "There it leaves less of the studio than one level, which sees as many concept images.",
+            below, share("one level", "concept_hit"), share("bilevel", "concept_hit"),
+        ),
+        claim(
+            "There it keeps more of the relatives than two stages with replay.",
+            above, share("two-stage, replay", "relative_hit"), share("bilevel", "relative_hit"),
         ),
         claim("There its FID is below that of two stages with replay.", less, *fid("two-stage, replay", "bilevel")),
         claim("There its FID is below that of one level.", less, *fid("one level", "bilevel")),
