@@ -42,8 +42,6 @@ CARDS = {
     90: Card(warps=64, blocks=32, shared=228 << 10, block_shared=227 << 10),
     100: Card(warps=64, blocks=32, shared=228 << 10, block_shared=227 << 10),
 }
-UNTABLED = {120: Card(warps=48, blocks=24, shared=100 << 10, block_shared=99 << 10)}  # compiled only when asked for
-LIMITS = CARDS | UNTABLED
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Compiled:
 
     @property
     def fits(self) -> bool:
-        return self.shared <= LIMITS[self.sm].block_shared
+        return self.shared <= CARDS[self.sm].block_shared
 
 
 class _Target:
@@ -158,7 +156,7 @@ def _read(kernel: Any, sm: int, wanted: Wanted) -> Compiled:
         registers=registers,
         spills=stack + local,
         shared=meta.shared,
-        occupancy=_occupancy(LIMITS[sm], meta.num_warps, registers, meta.shared),
+        occupancy=_occupancy(CARDS[sm], meta.num_warps, registers, meta.shared),
         tensor_core=count(TENSOR_CORE),
         wide_copies=count(r"\b(?:LDG|LDGSTS)\.E\S*\.128|\bUTMALDG"),
         double=count(r"\bD(?:ADD|MUL|FMA|SETP)\b|\.F64\b"),

@@ -8,7 +8,7 @@ Why fused  heads are addressed where they lie: no gather, no copy, no (T, S) mat
 
 Shapes     q: (B, T, N D); k, v: (B, S, N D) -> out: (B, T, N D); lse: (B, N, T) fp32, in powers of two
 Dtypes     fp32 | fp16 | bf16, the same of all; softmax and sums in fp32; p and ds rounded to it before products.
-           In fp32, backward of heads of more than 128 channels spills registers: it runs, but slowly (`spills`)
+           In fp32, heads of more than 64 channels spill registers: they run, but slowly
 Layout     contiguous; or q, k and v are thirds of one (B, T, 3 N D), or k and v halves of one (B, S, 2 N D), as one
            product makes them, and so are their gradients then
 Numerics   online softmax; one pass over k for dq, one over q for dk and dv: no atomics, the same bits every run
@@ -393,11 +393,6 @@ def pruned_attention(
 
 def _has_rows(x: Tensor, row: int) -> bool:
     return x.stride() == (x.shape[1] * row, row, 1) or (row == x.shape[2] and x.is_contiguous())
-
-
-def spills(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether registers spill: a row of 256 in fp32, multiplied without tensor cores, as those of 160 are in SD 1.x."""
-    return dtype == torch.float32 and head_dim > 128 and precision(dtype) == "ieee"
 
 
 def pruned_attention_flops(queries: int, keys: int, channels: int, backward: bool) -> int:

@@ -153,28 +153,6 @@ def test_attention_of_every_head_dimension_fits_the_least_shared_memory():
     assert done.stdout.split("\n")[:-1] == ["[] 3"] * 5, done.stdout + done.stderr[-4000:]
 
 
-NARROW = """
-import torch
-from benchmarks.kernels.aot import UNTABLED, offline
-from bilevel_kernels.kept import Kept
-from bilevel_kernels.structured_conv2d import structured_conv2d
-
-x, weight = torch.empty(2, 320, 64, 64), torch.empty(320, 320, 3, 3)
-x, weight = (t.to(torch.bfloat16, memory_format=torch.channels_last) for t in (x, weight))
-for sm in UNTABLED:
-    with offline(sm, lambda kernel, config: "resources") as rows:
-        structured_conv2d(x, weight, kept_out=Kept.same(32, range(0, 32, 2)))
-    print(sm, [(r.spills, r.fits, "VEC_N=2" in r.config) for r in rows])
-"""
-
-
-@pytest.mark.slow
-def test_narrow_groups_of_a_convolution_do_not_spill_on_the_newest_card():
-    """ptxas stops at 128 registers there unless it is told that it may take more."""
-    done = compiling("-c", NARROW)
-    assert done.stdout == "120 [(0, True, True)]\n", done.stdout + done.stderr[-4000:]
-
-
 def test_offline_needs_the_interpreter_off():
     done = compiling("-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
                      "from benchmarks.kernels.aot import offline\nwith offline(80): pass")  # fmt: skip
