@@ -395,6 +395,11 @@ def _has_rows(x: Tensor, row: int) -> bool:
     return x.stride() == (x.shape[1] * row, row, 1) or (row == x.shape[2] and x.is_contiguous())
 
 
+def spills(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether registers spill: a row of 256 in fp32, multiplied without tensor cores, as those of 160 are in SD 1.x."""
+    return dtype == torch.float32 and head_dim > 128 and precision(dtype) == "ieee"
+
+
 def pruned_attention_flops(queries: int, keys: int, channels: int, backward: bool) -> int:
     """2 per multiply-add, for the kept channels of all samples: two products forward; five backward, scores again."""
     return (10 if backward else 4) * queries * keys * channels
