@@ -49,7 +49,7 @@ class Lab:
     def set_up(cls, config: TrainConfig, bank: Path | None) -> "Lab":
         """`bank` is the folder of the concept bank, which is drawn where it is not there; None erases nothing."""
         world, settings = drawn_world(config.world), config.world_settings
-        folder = load_folder(world.TEACHER)
+        folder = load_folder(config.teacher or world.TEACHER)
         teacher = folder.unet().requires_grad_(False)
         erased = [] if bank is None else world.erased_concepts(config.erase)
         if bank is None:

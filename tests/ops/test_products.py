@@ -125,7 +125,5 @@ def test_the_unet_on_meta_takes_two_products_less_for_self_attention_and_one_for
         unet = UNet(MINI).to(torch.bfloat16)
         inputs = torch.randn(2, 12, 16, 16), torch.zeros(2), torch.randn(2, 5, MINI.cross_attention_dim)
         transformers = sum(site.kind == "transformer" for site in sites(MINI))
-        shortcuts = sum(
-            site.kind == "resnet" and site.block.startswith("up") for site in sites(MINI)
-        )  # else convolutions
-        assert launched("torch", patch) - launched("triton", patch) == 3 * transformers - shortcuts
+        # convolutions on meta lose channels_last, so no shortcut is a product there: test_shortcut.py has those
+        assert launched("torch", patch) - launched("triton", patch) == 3 * transformers

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.quality import controller, lab
+from benchmarks.quality import controller
 from benchmarks.quality.controller import STARTS, SWEPT, Run, cases, run
 from benchmarks.quality.tables import by_case, dominating
 from benchmarks.quality.tables import controller as table
@@ -66,8 +66,7 @@ def test_dominating():
 def test_a_small_run(small_teacher, tmp_path, monkeypatch):
     """Rows as soon as they are measured, none twice; the controller's course is in its rows."""
     small = config.preset("smoke")
-    small = replace(small, mini=replace(small.mini, judge_erased=1, judge_kept=1, judge_steps=2))
-    monkeypatch.setattr(lab, "TEACHER", small_teacher)
+    small = replace(small, teacher=small_teacher, mini=replace(small.mini, judge_erased=1, judge_kept=1, judge_steps=2))
     monkeypatch.setattr(controller, "ROWS", tmp_path / "rows.jsonl")
     monkeypatch.setattr(controller, "preset", lambda name: small)
     monkeypatch.setattr(controller, "STARTS", ((10.0, 2),))
