@@ -154,6 +154,7 @@ def compared() -> str:
 PAGES: dict[str, Tables] = {
     "README.md": {"headline": headline, "output": output, "speed": speed, "compared": compared},
     "docs/results.md": results.TABLES,
+    "docs/emoji.md": results.EMOJI,
     "docs/performance.md": performance.TABLES,
     "docs/sdxl.md": sdxl.TABLES,
     "docs/quick-start-sd21.md": {"real_size": performance.real_size},

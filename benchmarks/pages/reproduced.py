@@ -1,4 +1,4 @@
-"""Keep what `bilevel_fast.reproduce` has measured, and show it in docs/results.md.
+"""Keep what `bilevel_fast.reproduce` has measured, and show it in docs/results.md and docs/emoji.md.
 
     python -m bilevel_fast.reproduce table1                  measures
     python -m benchmarks.pages.reproduced runs/reproduce-mini      keeps results, plots and grids of all its experiments

@@ -1,4 +1,4 @@
-"""The tables of docs/results.md: what students are worth."""
+"""The tables of docs/results.md and docs/emoji.md: what students are worth, on each built-in world."""
 
 from collections.abc import Callable
 
@@ -46,9 +46,9 @@ def aptp() -> str:
     return "\n".join([*lines, "", machines(rows)])
 
 
-def rivals() -> str:
+def rivals(world: str) -> Callable[[], str]:
     """The loop against rivals, tuned and with the same budget."""
-    return rival_tables.report(load("rivals.jsonl"))
+    return lambda: rival_tables.report(load("rivals.jsonl"), world)
 
 
 def controller() -> str:
@@ -95,11 +95,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "table1": kept("table1"),
     "table2": kept("table2"),
     "fig6": kept("fig6"),
-    "emoji-table1": kept("table1", "emoji"),
     "frontier": lambda: tables.frontier(load("frontier.jsonl")),
-    "rivals": rivals,
+    "rivals": rivals("mini"),
     "controller": controller,
     "methods": methods,
     "aptp": aptp,
     "bf16": bf16,
+}
+
+EMOJI: dict[str, Callable[[], str]] = {
+    **{f"emoji-{name}": kept(name, "emoji") for name in ("table1", "table2", "table3", "fig6", "fig7")},
+    "emoji-rivals": rivals("emoji"),
 }

@@ -83,7 +83,6 @@ TRIES: dict[str, dict[str, Recipe]] = {
     "uce, all tokens": {
         f"uce all tokens hold {hold:g}": Recipe("uce", weight=hold, all_tokens=True) for hold in (0.1, 1.0)
     },
-    "sld": {f"sld {strength}": Recipe("sld", strength=strength) for strength in get_args(Strength)},
     "schedule": {
         f"schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
     },
@@ -109,6 +108,10 @@ EMOJI_TRIES = {
         f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 10.0, 30.0)
     },
     "emoji bome": {f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (4 * _LR, 8 * _LR)},
+    "emoji schedule": {
+        f"emoji schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
+    },
+    "emoji sld": {f"emoji sld {strength}": Recipe("sld", strength=strength) for strength in get_args(Strength)},
     "emoji repair": {
         f"emoji repair lr {lr:g} after {steps}": Recipe("repair", {"lr": lr}, steps=steps)
         for lr, steps in ((4 * _LR, 15), (2 * _LR, 30))
@@ -122,14 +125,18 @@ _MAIN = {"distilled": Recipe("distilled"), "bilevel": LOOP, "bome": BOME}
 _RIVALS = {"two-stage, replay": REPLAY, "two-stage, repair": REPAIR, "one level": ONE}
 
 _SYSTEMS = {
-    "sld": Recipe("sld", tuned="sld"),
+    "sld": Recipe("sld", tuned="emoji sld"),
     "time": Recipe("edit", edit="time"),
     "separable": Recipe("edit", edit="separable"),
     "p-esd": Recipe("edit", {"steps": 20}, edit="p-esd"),
-    "bilevel, selective amnesia inside": Recipe("loop", {"eraser": "selective-amnesia"}),
     "bilevel, ewc in place of the penalty": Recipe("loop", {"solver": "ewc", "penalty": 50.0}),
 }
 """Of docs/systems.md; at their papers' settings but for SLD, whose strength is tuned."""
+_INSIDE = {
+    f"bilevel, {eraser} inside": Recipe("loop", {"eraser": eraser})
+    for eraser in ("anchor-kd", "concept-ablation", "salun", "erasediff", "forget-me-not", "selective-amnesia")
+}
+"""Erasers in place of guidance, at the rate that was chosen for guidance."""
 
 PLANS: dict[str, Plan] = {
     "tuning": Plan(
@@ -180,8 +187,11 @@ PLANS: dict[str, Plan] = {
         | {"two-stage, repair": Recipe("repair", tuned="emoji repair"), "uce": Recipe("uce")},
         world="emoji", style="noto", erased=96, kept=48,
     ),
-    "tuning-4": Plan({"distilled": _MAIN["distilled"]} | TRIES["sld"], (SEED,), erased=36, kept=18),
-    "systems": Plan(_SYSTEMS),
+    "emoji solvers": Plan(
+        {"schedule": Recipe("loop", tuned="emoji schedule"), "controller": Recipe("loop", {"controlled": True})},
+        world="emoji", style="noto", erased=96, kept=48,
+    ),
+    "emoji systems": Plan(_SYSTEMS | _INSIDE, world="emoji", style="noto", erased=96, kept=48),
 }  # fmt: skip
 """In order of worth."""
 

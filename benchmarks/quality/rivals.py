@@ -128,8 +128,7 @@ class OneLevel:
 class Conflict:
     """Looks at the two gradients of every upper step before they become one: their cosine."""
 
-    def __init__(self, suppression: Any):
-        assert isinstance(suppression, Suppression)
+    def __init__(self, suppression: Suppression):
         self.suppression, self.rule, self.cosines = suppression, suppression.rule, list[float]()
         if suppression.asks_lower:
             suppression.own = self
@@ -181,7 +180,8 @@ class Bench:
         count = {"distilled": 0, "uce": 0, "edit": 0, "sld": 0, "one level": recipe.steps or self.steps}.get(
             recipe.way, recipe.steps or self.upper_steps
         )
-        penalties = count if upper.penalty and recipe.way in ("loop", "two-stage") else 0
+        held = upper.solver == "ewc"
+        penalties = count if upper.penalty and not held and recipe.way in ("loop", "two-stage") else 0
         lower = {"one level": count, "repair": self.steps + self.upper_steps}.get(recipe.way, self.steps + penalties)
         return {"lower_gradients": lower, "upper_gradients": count, "concept_images": count * upper.batch}
 
@@ -218,10 +218,11 @@ class Bench:
     def _loop(self, student: UNet, recipe: Recipe) -> Row:
         lower, upper = self._levels(student, recipe)
         assert upper is not None
-        conflict = Conflict(upper.gradient)
-        for _ in bilevel(lower, upper, self.config.upper.every, 0, self.steps):
-            pass
-        return {"cosines": conflict.cosines}
+        conflict = Conflict(upper.gradient) if isinstance(upper.gradient, Suppression) else None  # steered by a controller
+        steps = bilevel(lower, upper, self.config.upper.every, 0, self.steps)
+        count = sum("upper/loss" in terms for terms in steps)
+        cost = self._cost(replace(recipe, steps=count)) if count != self.upper_steps else {}  # a controller's choice
+        return ({"cosines": conflict.cosines} if conflict else {}) | cost
 
     def _begin(self, student: UNet) -> None:
         distilled, _ = self.make("distilled", PLANS["main"].cases["distilled"])
@@ -336,7 +337,8 @@ def main() -> None:
         {"run": Run, "attack": Attack, "report": Report}, prog="python -m benchmarks.quality.rivals"
     )
     if isinstance(args, Report):
-        print(rival_tables.report(read(ROWS)))
+        for world in rival_tables.SHOWN:
+            print(f"The {world} world\n\n{rival_tables.report(read(ROWS), world)}\n")
         attack_tables.plot(read(ROWS), CURVES)
         return
     if isinstance(args, Attack):

@@ -12,7 +12,7 @@ from benchmarks.quality.rivals import Bench, lacking
 from bilevel_fast.attacking.mma import Mma
 from bilevel_fast.attacking.ring_a_bell import RingABell
 from bilevel_fast.attacking.unlearn_diff import UnlearnDiff
-from bilevel_fast.erasing.settings import Fisher
+from bilevel_fast.erasing.settings import Fisher, Salun
 from bilevel_fast.runs.config import preset
 
 
@@ -38,6 +38,11 @@ WAYS = {
     "uce, all tokens": (Recipe("uce", all_tokens=True), (4, 0, 0)),
     "sld": (Recipe("sld", strength="max"), (4, 0, 0)),
     "time": (Recipe("edit", edit="time"), (4, 0, 0)),
+    "ewc": (Recipe("loop", {"solver": "ewc", "fisher": Fisher(1, 1)}), (4, 2, 4)),
+    "controller": (Recipe("loop", {"controlled": True}), (6, 2, 4)),
+    "erasediff": (Recipe("loop", {"eraser": "erasediff"}), (6, 2, 4)),
+    "forget-me-not": (Recipe("loop", {"eraser": "forget-me-not"}), (6, 2, 4)),
+    "salun": (Recipe("loop", {"eraser": "salun", "salun": Salun(batches=1)}), (6, 2, 4)),
     "amnesia": (Recipe("loop", {"eraser": "selective-amnesia", "fisher": Fisher(1, 1)}), (6, 2, 4)),
 }
 
@@ -137,4 +142,5 @@ def test_tables(tmp_path):
     assert "mma: style got back / content kept | steps |" in text
     attack_tables.plot(rows, tmp_path / "attacks.png")
     assert (tmp_path / "attacks.png").stat().st_size > 1000
-    assert "Measured on a CPU, 1 thread, torch 2, commits abc." in rival_tables.report(rows)
+    assert "Measured on a CPU, 1 thread, torch 2, commits abc." in rival_tables.report(rows, "mini")
+    assert rival_tables.report(rows, "emoji") == "Nothing: not measured."
