@@ -102,10 +102,10 @@ EMOJI_TRIES = {
     },
     "emoji two-stage": {
         f"emoji two-stage lr {lr:g} lambda {penalty:g}": Recipe("two-stage", {"lr": lr, "penalty": penalty})
-        for lr, penalty in _STEEPER
+        for lr, penalty in (*_STEEPER, (_LR / 2, 1.0))
     },
     "emoji one level": {
-        f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 10.0, 30.0)
+        f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 10.0, 1.0)
     },
     "emoji bome": {f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (4 * _LR, 8 * _LR)},
     "emoji schedule": {
