@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,7 @@ def child(program: Sequence[str], typed: str, when: Callable[[str], bool], limit
     pid, user = pty.fork()
     if pid == 0:
         termios.tcsetwinsize(0, (24, COLUMNS))
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell starts what runs in the background with SIGINT ignored
         os.execvp(program[0], list(program))
     text, end, waiting = "", time.monotonic() + limit, True
     while time.monotonic() < end:
