@@ -350,7 +350,7 @@ def test_sd_folder_with_a_sentence_encoder(run, tmp_path):
     base = ("aptp", "--teacher", tmp_path / "teacher", "--out", tmp_path / "run", "--steps", 2, "--batch", 2)
     code, _, stderr = run(*base)
     assert code == 2
-    assert "is no model of the mini world, which draws its own images; --data is missing" in stderr
+    assert "is no model of a built-in world, which draws its own images; --data is missing" in stderr
     flags = ("--data", tmp_path / "cache", "--prompt-encoder", tmp_path / "mpnet", "--experts", 2, "--max-prompts", 6)
     code, stdout, stderr = run(*base, *flags)
     assert code == 0, stderr

@@ -108,7 +108,7 @@ def test_help_lists_presets_and_flags():
     result = train("--help")
     assert result.returncode == 0
     told = " ".join(result.stdout.split())  # wherever its lines are broken
-    for word in ("--preset", "mini, smoke, paper or released", "--upper.every", "K: lower steps per upper step"):
+    for word in ("--preset", "mini, emoji, smoke, paper or released", "--upper.every", "K: lower steps per upper step"):
         assert word in told, word
 
 

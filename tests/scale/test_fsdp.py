@@ -39,8 +39,8 @@ def assert_off_by_rounding(alone, other, steps) -> None:
 def test_what_wants_whole_weights_is_refused():
     """--scale.parameters fsdp with an eraser or a teacher that wants whole weights: one line names those that do not"""
     refused = {
-        "uce": "edits whole weights",
-        "concept-prune": "edits whole weights",
+        **dict.fromkeys(("uce", "time", "separable", "concept-prune", "p-esd"), "edits whole weights"),
+        "selective-amnesia": "holds whole weights to what they were",
         "esd": "asks the student another number of times on each rank",
         "salun": "looks for its mask in the whole gradient",
     }
