@@ -57,7 +57,7 @@ class Variant:
     ops: tuple[str, ...] | None = None
 
 
-# What a row says under `dtype` -> what that is. In fp32 without heads of 80 and 160, which spill; torch runs those of 160.
+# What a row says under `dtype` -> what that is. In fp32 without heads of 80 and 160, which spill; torch runs 160.
 VARIANTS = {
     "bfloat16": Variant("bfloat16", ("0.80",)),
     "float32": Variant("float32", ("0.80", "0.55", "80", "160", "xl")),

@@ -218,7 +218,8 @@ class Bench:
     def _loop(self, student: UNet, recipe: Recipe) -> Row:
         lower, upper = self._levels(student, recipe)
         assert upper is not None
-        conflict = Conflict(upper.gradient) if isinstance(upper.gradient, Suppression) else None  # steered by a controller
+        given = upper.gradient  # under a controller it is no Suppression, and its gradients are not looked at
+        conflict = Conflict(given) if isinstance(given, Suppression) else None
         steps = bilevel(lower, upper, self.config.upper.every, 0, self.steps)
         count = sum("upper/loss" in terms for terms in steps)
         cost = self._cost(replace(recipe, steps=count)) if count != self.upper_steps else {}  # a controller's choice
