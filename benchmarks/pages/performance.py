@@ -102,6 +102,21 @@ def gpu() -> str:
     return "\n".join([*lines, "", machines(rows)])
 
 
+def traffic() -> str:
+    """What a step launches, and what its ops read and write: through torch's own ops, and through Triton's."""
+    shown = [(name, case) for name in ("0.80", "dense") for case in ("lower", "upper", "upper without penalty")]
+    rows = {(r["config"]["structure"], r["case"], r["provider"]): r for r in load("roofline.jsonl")}
+    if not {(*of, provider) for of in shown for provider in ("torch", "triton")} <= rows.keys():
+        return "not counted"
+    lines = []
+    for name, case in shown:
+        ours, torchs = rows[name, case, "triton"], rows[name, case, "torch"]
+        cells = [f"{row['launches']:,} / {row['gb']:.1f}" for row in (torchs, ours)]
+        ratios = [f"{ours[key] / torchs[key]:.2f}" for key in ("launches", "gb")]
+        lines.append([f"{case}, {name}", *cells, " / ".join(ratios)])
+    return markdown(["a step of SD 2.1, launches / GB", "torch's ops", "Triton's", "ratios"], lines)
+
+
 def projections() -> str:
     """What a step takes at least, by card."""
     rows = [r for r in load("roofline.jsonl") if r["config"]["structure"] in ("0.80", "0.55")]
@@ -149,6 +164,7 @@ TABLES = {
     "kernels": kernels,
     "data": data,
     "gpu": gpu,
+    "traffic": traffic,
     "projections": projections,
     "memory": memory,
 }

@@ -48,11 +48,12 @@ def test_what_has_no_rows_is_not_measured(results):
     without = {name: made(name) for name in TABLES}
     projected = set(sdxl.TABLES) - {"losses"}
     said = {name for name, text in without.items() if "not measured" in text}
-    assert set(TABLES) - said == {"projections", "memory", "counts", "frontier", *projected}
+    assert set(TABLES) - said == {"projections", "traffic", "memory", "counts", "frontier", *projected}
     assert all("not projected" in without[name] or "not counted" in without[name] for name in projected)
     assert "not projected" in without["projections"]
     assert "not projected" in without["memory"]
     assert "not counted" in without["counts"]
+    assert "not counted" in without["traffic"]
     assert without["headline"].count("not measured") == 3
     assert without["claims"].count("not measured") >= len(claims.CLAIMS)
     assert not any("old" in text.split() for text in without.values())
