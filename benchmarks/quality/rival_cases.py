@@ -79,9 +79,11 @@ TRIES: dict[str, dict[str, Recipe]] = {
         f"repair lr {lr:g} after {steps}": Recipe("repair", {"lr": lr}, steps=steps)
         for lr, steps in ((_LR, 30), (_LR / 2, 30), (_LR / 2, 15), (_LR, 10))
     },
-    "one level": {f"one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (1.0, 0.3, 3.0)},
+    "one level": {
+        f"one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (1.0, 0.3, 3.0, 0.1)
+    },
     "uce, all tokens": {
-        f"uce all tokens hold {hold:g}": Recipe("uce", weight=hold, all_tokens=True) for hold in (0.1, 1.0)
+        f"uce all tokens hold {hold:g}": Recipe("uce", weight=hold, all_tokens=True) for hold in (0.1, 1.0, 10.0)
     },
     "schedule": {
         f"schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
@@ -105,9 +107,11 @@ EMOJI_TRIES = {
         for lr, penalty in (*_STEEPER, (_LR / 2, 1.0))
     },
     "emoji one level": {
-        f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 10.0, 1.0)
+        f"emoji one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (3.0, 10.0, 1.0, 0.3)
     },
-    "emoji bome": {f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (4 * _LR, 8 * _LR)},
+    "emoji bome": {
+        f"emoji bome lr {lr:g}": Recipe("loop", {"solver": "bome", "lr": lr}) for lr in (4 * _LR, 8 * _LR, 2 * _LR)
+    },
     "emoji schedule": {
         f"emoji schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
     },

@@ -19,6 +19,7 @@ Rivals are tuned on seed 3, which no table shows; all tries keep their rows. Of 
 concept the one with the least `miss` (see `tables`) is taken.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,7 @@ from typing import Any
 
 import torch
 import tyro
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -159,18 +161,19 @@ class Bench:
         self.upper_steps = self.steps // config.upper.every
 
     def make(self, case: str, recipe: Recipe) -> tuple[UNet, Row]:
-        """The student of a case, and what it has cost; read from the cache if it is there."""
+        """The student of a case, and what it has cost; read from the cache if it was made so."""
         file, start = self.place / f"{case.replace(' ', '-')}.safetensors", time.process_time()
+        about = {"recipe": json.dumps(asdict(recipe), sort_keys=True)}
         student = self.lab.student()
         if case == "teacher":
             return self.lab.teacher, {"lower_gradients": 0, "upper_gradients": 0, "concept_images": 0}
         cost = self._cost(recipe)
-        if file.exists():
+        if file.exists() and _about(file) == about:
             student.load_state_dict(load_file(file))
             return student, cost
         found = getattr(self, "_" + recipe.way.replace("-", "_").replace(" ", "_"))(student, recipe)
         state = {name: value.detach().contiguous().clone() for name, value in student.state_dict().items()}
-        save_file(state, file)
+        save_file(state, file, about)
         fresh = self.lab.student()  # with parameters of its own
         fresh.load_state_dict(state)
         return fresh, cost | {"train_seconds": round(time.process_time() - start, 1)} | (found or {})
@@ -293,16 +296,28 @@ class Bench:
         return {**lab.world.quality(portfolio, lab.erased), "plain": round(plain.item(), 4), "samples": counts}
 
 
+def _about(file: Path) -> dict[str, str] | None:
+    with safe_open(file, "pt") as tensors:
+        return tensors.metadata()
+
+
+def done(rows: list[Row], plan: str, seed: int, case: str, recipe: Recipe) -> bool:
+    """Whether there is a row of a case, and it was made so: another try may have become the best one since."""
+    mine = [row for row in rows if (row["plan"], row["seed"], row["case"]) == (plan, seed, case)]
+    return any(Recipe(**row["settings"]) == recipe for row in mine)
+
+
 def run(args: Run, name: str, plan: Plan, say: Callable[[str], None]) -> None:
     """Train and judge what has no row, seed by seed."""
     for seed in args.seeds or plan.seeds:
-        done = {(row["plan"], row["seed"], row["case"]) for row in read(ROWS)}
-        missing = [case for case in plan.cases if (name, seed, case) not in done and case in (args.only or [case])]
+        rows = read(ROWS)
+        recipes = {case: chosen(case, recipe, of_world(rows, plan.world)) for case, recipe in plan.cases.items()}
+        wanted = {case: recipe for case, recipe in recipes.items() if case in (args.only or [case])}
+        missing = {case: recipe for case, recipe in wanted.items() if not done(rows, name, seed, case, recipe)}
         if not missing:
             continue
         bench = Bench(plan, seed, args.cache)
-        for case in missing:
-            recipe = chosen(case, plan.cases[case], of_world(read(ROWS), plan.world))
+        for case, recipe in missing.items():
             student, cost = bench.make(case, recipe)
             found = {**bench.judge(student, recipe.strength), **cost, "settings": asdict(recipe)}
             where = {"plan": name, "seed": seed, "world": plan.world, "style": plan.style, "budget": plan.budget}

@@ -1,6 +1,7 @@
 """The rivals of the bilevel loop: each way is trained for a few steps; budgets, the choice of settings, tables."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from benchmarks.quality import attack_tables, rival_attacks, rival_tables
 from benchmarks.quality.rival_attacks import ATTACKS, Attacker
 from benchmarks.quality.rival_cases import TRIES, Plan, Recipe, best, chosen, of_world, tried
-from benchmarks.quality.rivals import Bench, lacking
+from benchmarks.quality.rivals import Bench, done, lacking
 from bilevel_fast.attacking.mma import Mma
 from bilevel_fast.attacking.ring_a_bell import RingABell
 from bilevel_fast.attacking.unlearn_diff import UnlearnDiff
@@ -56,6 +57,19 @@ def test_every_way_trains_from_the_same_start_and_says_what_it_cost(bench, case)
     assert any(not torch.equal(value, start[name]) for name, value in student.state_dict().items())
     again, _ = bench.make(case, recipe)  # from the cache
     assert all(torch.equal(value, student.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+def test_a_student_of_another_recipe_is_made_anew_and_its_row_too(bench):
+    """A further try may turn out as the best one: what was made of the one before is not taken for it."""
+    first, second = (Recipe("uce", weight=weight, all_tokens=True) for weight in (0.1, 10.0))
+    before, _ = bench.make("closed form", first)
+    after, _ = bench.make("closed form", second)
+    assert any(not torch.equal(value, after.state_dict()[name]) for name, value in before.state_dict().items())
+    row = {"plan": "closed", "seed": 0, "case": "closed form", "settings": json.loads(json.dumps(asdict(first)))}
+    del row["settings"]["edit"]  # of before there were any
+    assert done([row], "closed", 0, "closed form", first)
+    assert not done([row], "closed", 0, "closed form", second)
+    assert not done([row], "closed", 1, "closed form", first)
 
 
 def test_every_attack_is_looked_at_on_its_way(bench, monkeypatch):
