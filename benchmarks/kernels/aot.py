@@ -41,6 +41,7 @@ CARDS = {
     89: Card(warps=48, blocks=24, shared=100 << 10, block_shared=99 << 10),
     90: Card(warps=64, blocks=32, shared=228 << 10, block_shared=227 << 10),
     100: Card(warps=64, blocks=32, shared=228 << 10, block_shared=227 << 10),
+    120: Card(warps=48, blocks=24, shared=100 << 10, block_shared=99 << 10),
 }
 
 

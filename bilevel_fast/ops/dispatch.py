@@ -25,7 +25,6 @@ from bilevel_fast.ops.providers import choose
 from bilevel_kernels.group_norm_silu import group_norm_silu_and_input as group_norm_with_input
 from bilevel_kernels.group_norm_silu import group_norm_silu_of_two as norm_of_two
 from bilevel_kernels.linear_norm import tiles
-from bilevel_kernels.pruned_attention import spills
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -259,7 +258,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     Returns:
         (B, T, heads * head_dim).
     """
-    ours = triton_runs(q) and not spills(q.shape[-1] // heads, q.dtype)
+    ours = triton_runs(q)
     able = [name for name, can in (("triton", ours), ("xformers", q.is_cuda and _has_xformers())) if can]
     provider = choose("pruned_attention", q.device, q.numel(), *able)
     if provider == "triton":

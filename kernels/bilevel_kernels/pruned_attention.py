@@ -8,7 +8,6 @@ Why fused  heads are addressed where they lie: no gather, no copy, no (T, S) mat
 
 Shapes     q: (B, T, N D); k, v: (B, S, N D) -> out: (B, T, N D); lse: (B, N, T) fp32, in powers of two
 Dtypes     fp32 | fp16 | bf16, the same of all; softmax and sums in fp32; p and ds rounded to it before products.
-           In fp32, heads of more than 64 channels spill registers: they run, but slowly
 Layout     contiguous; or q, k and v are thirds of one (B, T, 3 N D), or k and v halves of one (B, S, 2 N D), as one
            product makes them, and so are their gradients then
 Numerics   online softmax; one pass over k for dq, one over q for dk and dv: no atomics, the same bits every run
@@ -236,8 +235,8 @@ def _pruned_attention_dkv_kernel(
 
 def config(queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
     """Tiles of queries by keys."""
-    if dtype == torch.float32 and head_dim > 64 and backward:  # whole rows of heads in registers: more threads for them
-        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 1}
+    if dtype == torch.float32 and head_dim > 64:  # with one stage rows of 128 and 256 wait in registers, and spill
+        return {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}
     if dtype == torch.float32:  # ieee fp32 products run on the CUDA cores, in registers
         return {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8, "num_stages": 1}
     if head_dim > 128 and backward:  # 99 KiB of shared memory are all that a block has on sm_86 and sm_89
@@ -393,11 +392,6 @@ def pruned_attention(
 
 def _has_rows(x: Tensor, row: int) -> bool:
     return x.stride() == (x.shape[1] * row, row, 1) or (row == x.shape[2] and x.is_contiguous())
-
-
-def spills(head_dim: int, dtype: torch.dtype) -> bool:
-    """Whether registers spill: a row of 256 in fp32, multiplied without tensor cores, as those of 160 are in SD 1.x."""
-    return dtype == torch.float32 and head_dim > 128 and precision(dtype) == "ieee"
 
 
 def pruned_attention_flops(queries: int, keys: int, channels: int, backward: bool) -> int:

@@ -164,6 +164,8 @@ def _launch(
     c_o, c_in, size = out.shape[1], weight.shape[1], weight.shape[-1]
     c_index, n_index = _index(kept_c, a), _index(kept_n, out)
     options = config(height * width, a.dtype)
+    if kept_n is not None and vec(kept_n, c_o) < 4:  # ptxas would stop at 128 registers on sm_120, and spill
+        options["maxnreg"] = 168
     most = n_index.most if n_index else c_o
     grid = (triton.cdiv(most, options["BLOCK_N"]), triton.cdiv(height * width, options["BLOCK_M"]), batch)
     forward = {"STRIDE_N": size * size * c_in, "STRIDE_C": 1}
