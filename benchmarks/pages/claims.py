@@ -154,7 +154,7 @@ RUN, ATTACK = "python -m benchmarks.quality.rivals run", "python -m benchmarks.q
 
 def _of_the_emoji_world() -> tuple[Claim, ...]:
     """Where three of the styles draw alike, and one of them is erased."""
-    make, rows = f"{RUN} 'emoji tuning' emoji", rivals("emoji")
+    make, rows = f"{RUN} 'emoji tuning' emoji 'emoji solvers'", rivals("emoji", "emoji solvers")
 
     def claim(text: str, verdict: Verdict, *shown: tuple[str, str, str, int]) -> Claim:
         return Claim(text, verdict, rows, RIVALS, make, shown)
@@ -186,7 +186,13 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
         ),
         claim("There its FID is below that of two stages with replay.", less, *fid("two-stage, replay", "bilevel")),
         claim("There its FID is below that of one level.", less, *fid("one level", "bilevel")),
-        claim("There BOME costs no FID against the lambda of the mini world.", no_more, *fid("bilevel", "bome")),
+        claim("There BOME costs no FID against the tuned lambda.", no_more, *fid("bilevel", "bome")),
+        claim("There a lambda that moves has a lower FID than a constant one.", less, *fid("bilevel", "schedule")),
+        claim("There the controller, with more upper steps, has a lower FID.", less, *fid("bilevel", "controller")),
+        claim(
+            "There it leaves no more of the studio.",
+            lambda values: keeps(values[::-1]), share("bilevel", "concept_hit"), share("controller", "concept_hit"),
+        ),
         claim(
             "There the gradients of both levels have a cosine below 0.",
             lambda values: HOLDS if mean(values[-1]) < -0.05 else FAILS, share("bilevel", "cosine"),
@@ -229,6 +235,10 @@ CLAIMS = (
     Claim(
         "BOME, which has no lambda, costs no FID against the tuned lambda.",
         no_more, rivals("main"), RIVALS, f"{RUN} main", fid("bilevel", "bome"),
+    ),
+    Claim(
+        "A lambda that rises, the best schedule of three, has a lower FID than a constant one.",
+        less, rivals("main", "solvers"), RIVALS, f"{RUN} main tuning-2 solvers", fid("bilevel", "schedule"),
     ),
     *_of_the_emoji_world(),
     Claim(

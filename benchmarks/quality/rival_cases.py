@@ -80,7 +80,7 @@ TRIES: dict[str, dict[str, Recipe]] = {
         for lr, steps in ((_LR, 30), (_LR / 2, 30), (_LR / 2, 15), (_LR, 10))
     },
     "one level": {
-        f"one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (1.0, 0.3, 3.0, 0.1)
+        f"one level weight {weight:g}": Recipe("one level", weight=weight) for weight in (1.0, 0.3, 3.0, 0.1, 0.03)
     },
     "uce, all tokens": {
         f"uce all tokens hold {hold:g}": Recipe("uce", weight=hold, all_tokens=True) for hold in (0.1, 1.0, 10.0)
