@@ -100,7 +100,7 @@ _STEEPER = ((2 * _LR, 1.0), (4 * _LR, 1.0), (_LR, 1.0), (2 * _LR, 0.3), (8 * _LR
 EMOJI_TRIES = {
     "emoji loop": {
         f"emoji loop lr {lr:g} lambda {penalty:g}": Recipe("loop", {"lr": lr, "penalty": penalty})
-        for lr, penalty in _STEEPER
+        for lr, penalty in (*_STEEPER, (4 * _LR, 3.0), (8 * _LR, 3.0))
     },
     "emoji two-stage": {
         f"emoji two-stage lr {lr:g} lambda {penalty:g}": Recipe("two-stage", {"lr": lr, "penalty": penalty})
