@@ -164,16 +164,17 @@ class Bench:
         """The student of a case, and what it has cost; read from the cache if it was made so."""
         file, start = self.place / f"{case.replace(' ', '-')}.safetensors", time.process_time()
         about = {"recipe": json.dumps(asdict(recipe), sort_keys=True)}
+        known = _about(file) if file.exists() else {}
         student = self.lab.student()
         if case == "teacher":
             return self.lab.teacher, {"lower_gradients": 0, "upper_gradients": 0, "concept_images": 0}
         cost = self._cost(recipe)
-        if file.exists() and _about(file) == about:
+        if known.get("recipe") == about["recipe"]:
             student.load_state_dict(load_file(file))
-            return student, cost
+            return student, cost | json.loads(known.get("found", "{}"))
         found = getattr(self, "_" + recipe.way.replace("-", "_").replace(" ", "_"))(student, recipe)
         state = {name: value.detach().contiguous().clone() for name, value in student.state_dict().items()}
-        save_file(state, file, about)
+        save_file(state, file, about | {"found": json.dumps(found or {})})
         fresh = self.lab.student()  # with parameters of its own
         fresh.load_state_dict(state)
         return fresh, cost | {"train_seconds": round(time.process_time() - start, 1)} | (found or {})
@@ -296,9 +297,9 @@ class Bench:
         return {**lab.world.quality(portfolio, lab.erased), "plain": round(plain.item(), 4), "samples": counts}
 
 
-def _about(file: Path) -> dict[str, str] | None:
+def _about(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as tensors:
-        return tensors.metadata()
+        return tensors.metadata() or {}
 
 
 def done(rows: list[Row], plan: str, seed: int, case: str, recipe: Recipe) -> bool:

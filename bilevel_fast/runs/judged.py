@@ -19,9 +19,11 @@ def judged(
     drawings away from a concept.
 
     Raises:
-        UserError: A style is none, or a folder holds no model of that world.
+        UserError: A style is none, a folder holds no model of that world, or `safe` begins after the last step.
     """
     settings.check()
+    if safe is not None:
+        safe.check(settings.judge_steps)
     here = drawn_world(settings.NAME)
     erased = here.erased_concepts(erase)
     folders = [load_folder(path) for path in models]

@@ -71,6 +71,19 @@ class Safe:
         if self.strength not in (known := get_args(Strength)):
             raise UserError(f"--safe-strength {self.strength!r} does not exist{nearest(self.strength, known)}")
 
+    def check(self, steps: int) -> None:
+        """Refuse a walk that is over before the guidance begins.
+
+        Raises:
+            UserError: Names the strengths that begin earlier.
+        """
+        if (first := STRENGTHS[self.strength].warmup) >= steps:
+            able = ", ".join(name for name, settings in STRENGTHS.items() if settings.warmup < steps)
+            raise UserError(
+                f"--safe-strength {self.strength} begins after {first} steps, and there are {steps}: nothing would be "
+                f"kept away; wanted more steps, or one of {able}"
+            )
+
     def predictor(
         self,
         model: Callable[[Tensor, Tensor, Tensor], Output],

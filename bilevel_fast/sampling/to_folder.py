@@ -89,6 +89,7 @@ class Recipe:
         checked_grid(folder.schedule, self.steps, self.method)
         half = compute_dtype(self.precision, device) == torch.bfloat16
         if (safe := safe_of(self.safe, self.safe_strength)) is not None:
+            safe.check(self.steps)
             self = replace(self, safe_strength=safe.strength)
         return replace(self, guidance=guidance, size=size, precision="bf16" if half else "fp32")
 

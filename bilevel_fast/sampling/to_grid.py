@@ -71,7 +71,8 @@ def draw_grid(model: Path, asked: GridFlags, load: Load = load_painter) -> Path:
     out = asked.out or Path("grid.png")
     if not asked.prompts or not asked.seeds:
         raise UserError("--prompts and --seeds want at least one value")
-    safe_of(asked.safe, asked.safe_strength)
+    if (safe := safe_of(asked.safe, asked.safe_strength)) is not None:
+        safe.check(asked.steps)
     with claimed(out):
         _draw(model, asked, out, load)
     return out

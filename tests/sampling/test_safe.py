@@ -134,12 +134,12 @@ def test_a_folder_is_what_generate_draws(model, tmp_path):
     for row, latents in zip(ROWS, expected, strict=True):
         torch.testing.assert_close(drawn.latents(row.id), latents, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(plain.latents(row.id), latents, atol=1e-2)
-    with pytest.raises(UserError, match=r"holds images made with safe_strength 'max', not 'medium'"):
-        sample_folder(model, ROWS, tmp_path / "safe", replace(recipe, safe_strength=None), batch=BATCH)
+    with pytest.raises(UserError, match=r"holds images made with safe 'in the style of pointillism', not None"):
+        sample_folder(model, ROWS, tmp_path / "safe", replace(recipe, safe=None, safe_strength=None), batch=BATCH)
 
 
 def test_the_command_draws_a_grid_and_a_folder(model, tmp_path):
-    safely = ["--model", model, "--steps", 2, "--safe", DOTS, "--device", "cpu"]
+    safely = ["--model", model, "--steps", 11, "--safe", DOTS, "--device", "cpu"]
     grids = []
     for name, flags in (("off", safely[:4]), ("on", [*safely, "--safe-strength", "max"])):
         made = run_command(sample_command.main, "--prompts", "a red star", *flags, "--out", tmp_path / f"{name}.png")
@@ -162,6 +162,8 @@ def test_a_baseline_that_trains_nothing(tmp_path):
         for flags in ([], ["--safe", DOTS, "--safe-strength", "max"])
     )
     assert plain["fid"] != safely["fid"]
+    refused = run_command(evaluate.main, *few, "--safe", DOTS)
+    assert "--safe-strength medium begins after 10 steps, and there are 2" in refused.stderr
 
 
 @pytest.mark.situation
@@ -171,10 +173,16 @@ def test_a_baseline_that_trains_nothing(tmp_path):
         (["--safe", " "], "--safe is empty; wanted the text of what is to be kept away from"),
         (["--safe-strength", "max"], "--safe-strength max is for --safe, and no concept was named"),
         (["--safe", "a giraffe"], "giraffe"),
+        (
+            ["--safe", DOTS, "--steps", "7", "--safe-strength", "strong"],
+            "--safe-strength strong begins after 7 steps, and there are 7: nothing would be kept away; wanted more steps, "
+            "or one of max",
+        ),
     ],
 )
 def test_what_cannot_be_kept_away(model, tmp_path, flags, told):
-    """`sample --safe` without a text, a strength without --safe, words that the model does not know: one line."""
+    """`sample --safe` without a text, a strength without --safe, words that the model does not know, a walk that
+    ends before it begins: one line."""
     for asked in (["--prompts", "a red star", "--out", tmp_path / "g.png"], None):
         if asked is None:
             (tmp_path / "p.txt").write_text("a red star\n")
