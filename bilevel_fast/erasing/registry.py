@@ -100,12 +100,12 @@ class GradientKind(Kind):
 
 @dataclass(frozen=True)
 class EditKind(Kind):
-    """An edit of weights: without a gradient it reads `SET_FOR_EDITS` and its own, and nothing else."""
+    """An edit of weights: without a gradient it reads `common` and its own, and nothing else."""
 
     make: Callable[[Upper, loop_edits.Ground], Edit]
+    common: tuple[str, ...] = ("every", "anchor")
 
 
-SET_FOR_EDITS = ("every", "anchor")
 _EDITS = "edits whole weights"
 _REMEMBERS = "holds whole weights to what they were"
 
@@ -157,7 +157,7 @@ ERASERS: dict[str, GradientKind | EditKind] = {
     ),
     "uce": EditKind(loop_edits.uce, reads=("uce",), undivided=_EDITS),
     "time": EditKind(loop_edits.time, reads=("time",), undivided=_EDITS),
-    "separable": EditKind(loop_edits.separable, reads=("separable",), undivided=_EDITS),
+    "separable": EditKind(loop_edits.separable, reads=("separable",), undivided=_EDITS, common=("every",)),
     "concept-prune": EditKind(loop_edits.prune, reads=("concept_prune",), undivided=_EDITS),
     "p-esd": EditKind(loop_edits.p_esd_masks, reads=("p_esd",), undivided=_EDITS),
 }
@@ -284,7 +284,7 @@ def _check_in_parts(upper: Upper) -> None:
 def _reads(eraser: str, section: str) -> bool:
     """Whether an eraser reads a setting, or a section of settings, of the upper level."""
     kind = ERASERS[eraser]
-    common = section not in _OWN and (isinstance(kind, GradientKind) or section in SET_FOR_EDITS)
+    common = section not in _OWN and (isinstance(kind, GradientKind) or section in kind.common)
     return common or section in kind.reads
 
 

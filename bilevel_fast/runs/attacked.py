@@ -82,6 +82,7 @@ class Target:
         bank: Where the images come from.
         numbers: Of the images in the bank.
         captions, anchors: Of each.
+        known: All captions of the bank, each with its anchor.
         latents: (N, C, H, W) on `device`.
         device: Of the model.
         world: That it draws; None where nobody can judge.
@@ -92,6 +93,7 @@ class Target:
     numbers: list[int]
     captions: list[str]
     anchors: list[str]
+    known: list[tuple[str, str]]
     latents: Tensor
     device: torch.device
     world: DrawnWorld[Any] | None
@@ -116,8 +118,9 @@ class Target:
         if isinstance(folder.vae, PixelUnshuffleVAE) and (side := bank.latent_shape[1] * folder.vae.block) != SIZE:
             raise UserError(f"{bank.path} has images of {side}x{side}; a built-in world's probe reads {SIZE}x{SIZE}")
         latents = bank.moments(numbers, [0] * len(numbers)).chunk(2, dim=1)[0].to(device)
-        anchors = [bank.anchor(number) or "" for number in numbers]
-        return cls(folder, bank, numbers, captions, anchors, latents, device, here)
+        known = [(caption, bank.anchor(number) or "") for caption, number in first.items()]
+        anchors = [anchor for _, anchor in known[:count]]
+        return cls(folder, bank, numbers, captions, anchors, known, latents, device, here)
 
     @cached_property
     def unet(self) -> UNet:

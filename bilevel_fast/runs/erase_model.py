@@ -1,6 +1,6 @@
 """`python -m bilevel_fast.erase EDIT`: settings of all edits, and the edit of a model folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bilevel_fast.base.claims import claimed
@@ -12,6 +12,7 @@ from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.edit import RECORD, Job, Outcome, read_records, to_json, transformers
 from bilevel_fast.erasing.p_esd import PEsd
 from bilevel_fast.erasing.pairs import check, framed, make_pairs, read_pairs
+from bilevel_fast.erasing.separable import FILE as SEPARABLE
 from bilevel_fast.erasing.separable import Separable
 from bilevel_fast.erasing.time_edit import Time
 from bilevel_fast.erasing.uce import Uce
@@ -139,6 +140,9 @@ def _erase(args: Args) -> Erased:
     unet = folder.unet().to(device).requires_grad_(False)
     with Bar("prompt") as bar:
         outcome = args.edit(unet, Job(folder, pairs, frames, preserve, earlier, progress=bar))
+    if not isinstance(args, SeparableArgs) and (folder.path / SEPARABLE).exists():
+        lost = ("what `erase separable` has erased before can no longer be given back",)
+        outcome = replace(outcome, notes=(*outcome.notes, *lost))
     save_student(args.out, folder, unet, notes={RECORD: to_json([*earlier, outcome.record])}, tensors=outcome.tensors)
     return Erased(args.out, outcome, _page(outcome, args.out))
 

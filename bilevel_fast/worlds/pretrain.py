@@ -13,7 +13,7 @@ Shapes: B images, L text tokens, D text width.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ class PretrainConfig:
         if self.steps and self.out is None:
             raise UserError("--out is missing: the model folder to write")
         if self.out is None or not self.steps or self.checkpoint.exists():
-            return
+            return  # whose it is, `train` looks at
         if self.out.exists() and not self.overwrite:
             raise UserError(f"--out {self.out} exists already; choose another folder, or give --overwrite")
 
@@ -161,7 +161,11 @@ def _texts(world: DrawnWorld[Any], config: PretrainConfig, scenes: Sequence[Scen
 
 
 def train(subject: Subject, config: PretrainConfig) -> None:
-    """Train, from the last checkpoint on, and write one and a snapshot to `config.out` every so many steps."""
+    """Train, from the last checkpoint on, and write one and a snapshot to `config.out` every so many steps.
+
+    Raises:
+        UserError: The checkpoint is of a training with other settings, and `overwrite` is off.
+    """
     assert config.out is not None
     torch.manual_seed(config.seed)
     schedule, vae = Schedule.sd(), PixelUnshuffleVAE()
@@ -172,7 +176,10 @@ def train(subject: Subject, config: PretrainConfig) -> None:
     average.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     state = {"model": model, "average": average, "optimizer": optimizer}
-    first = _resume(config.checkpoint, state)
+    settings = {name: value for name, value in asdict(config).items() if name not in _ANY}
+    first = _resume(config, settings, state)
+    if first >= config.steps:
+        save(config.out, average, vae, schedule, subject.index)  # it may have been moved away
     loss_sum, start = torch.zeros(()), time.perf_counter()
     run = batches(subject, config, model.text.tokenizer, schedule, vae.channels, first)
     for step, batch in enumerate(run, start=first + 1):
@@ -196,13 +203,27 @@ def train(subject: Subject, config: PretrainConfig) -> None:
         if step % config.every == 0 or step == config.steps:
             save(config.out, average, vae, schedule, subject.index)
             with replacing(config.checkpoint) as aside:
-                torch.save({**{name: part.state_dict() for name, part in state.items()}, "step": step}, aside)
+                parts = {name: part.state_dict() for name, part in state.items()}
+                torch.save({**parts, "step": step, "settings": settings}, aside)
 
 
-def _resume(path: Path, state: Mapping[str, Any]) -> int:
+_ANY = ("out", "overwrite", "steps", "guidance", "every")
+"""Settings with which a training may go on that was begun with others."""
+
+
+def _resume(config: PretrainConfig, settings: Mapping[str, Any], state: Mapping[str, Any]) -> int:
+    path = config.checkpoint
     if not path.exists():
         return 0
     saved = torch.load(path, weights_only=True)
+    if (known := saved.get("settings")) != settings:
+        if config.overwrite:
+            return 0
+        other = [f"--{name} {known[name]}" for name in settings if known[name] != settings[name]] if known else []
+        raise UserError(
+            f"{path} is of another training ({', '.join(other) or 'it does not say of which'}); give its settings to go "
+            "on with it, another --out, or --overwrite to begin anew"
+        )
     for name, part in state.items():
         part.load_state_dict(saved[name])
     return saved["step"]

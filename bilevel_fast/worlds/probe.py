@@ -110,7 +110,7 @@ class Probe(nn.Module):
 
 
 def fresh_drawings(world: Drawings[S], per_scene: int, seed: int = 0) -> tuple[Tensor, list[S]]:
-    """Fresh drawings of every scene that no training saw: images (scenes * per_scene, 3, 32, 32) and their scenes."""
+    """Drawings of every scene, placed as in no training: images (scenes * per_scene, 3, 32, 32) and their scenes."""
     scenes = list(world.scenes) * per_scene
     return world.render(scenes, seed, range(_FRESH, _FRESH + len(scenes))), scenes
 
@@ -147,14 +147,14 @@ def _worsen(images: Tensor, seed: int, indices: range) -> Tensor:
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """Train a probe, save it, and print its accuracy on held-out drawings."""
+    """Train a probe, save it, and print its accuracy on drawings that are moved and turned as no training saw them."""
 
-    out: Path
-    """The file to write, NAME.safetensors. Never the shipped one, unless you name it."""
+    out: Path | None = None
+    """The file to write, NAME.safetensors, or with --steps 0 to measure; by default the shipped one is measured."""
     overwrite: bool = False
     """Replace a file that is there."""
     steps: int = 2000
-    """Optimizer steps."""
+    """Optimizer steps. 0 measures."""
     seed: int = 0
     """Of the weights and of everything that is drawn."""
 
@@ -162,10 +162,15 @@ class ProbeConfig:
 def command(world: Drawings[Any]) -> None:
     """`python -m bilevel_fast.worlds.NAME.probe`."""
     config = flags.parse(ProbeConfig, f"bilevel_fast.worlds.{world.name}.probe", ProbeConfig.__doc__)
-    in_range("--steps", config.steps, ">= 1", config.steps >= 1)
-    in_range("--out", config.out, "a name that ends in .safetensors", config.out.suffix == ".safetensors")
-    if config.out.exists() and not config.overwrite:
-        raise UserError(f"--out {config.out} exists already; choose another file, or give --overwrite")
-    train(world, config.steps, seed=config.seed).save(config.out)
-    accuracy = Probe.load(world, config.out).accuracy(*fresh_drawings(world, per_scene=10))
-    print(f"probe on held-out drawings: {accuracy}")
+    in_range("--steps", config.steps, ">= 0", config.steps >= 0)
+    out = config.out
+    if out is not None:
+        in_range("--out", out, "a name that ends in .safetensors", out.suffix == ".safetensors")
+    if config.steps:
+        if out is None:
+            raise UserError("--out is missing: the file to write; --steps 0 measures the shipped probe")
+        if out.exists() and not config.overwrite:
+            raise UserError(f"--out {out} exists already; choose another file, or give --overwrite")
+        train(world, config.steps, seed=config.seed).save(out)
+    accuracy = Probe.load(world, out).accuracy(*fresh_drawings(world, per_scene=10))
+    print(f"probe on fresh drawings: {accuracy}")

@@ -280,6 +280,10 @@ def test_what_cannot_be_recorded_runs_eagerly_beside_a_recorded_lower_level(capl
             ["--upper.esd.steps", "20"],
             "--upper.esd.steps is 20, but eraser 'guidance' does not read it; those that do: e",
         ),
+        (
+            ["--upper.eraser", "separable", "--upper.anchor", "null"],
+            "--upper.anchor is null, but eraser 'separable' does not read it; those that do: guidance, ",
+        ),
         (["--upper.eraser", "esd", "--upper.esd.steps", "2"], "--upper.esd.steps is 2: wanted >= 3"),
         (
             ["--upper.eraser", "concept-ablation", "--upper.ablation.keep", "-1"],

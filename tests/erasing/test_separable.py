@@ -108,6 +108,14 @@ def test_no_other_text_sees_it_and_the_concept_meets_its_guide(model, both):
     assert all((w @ apart.T).norm() < 1e-3 * (change[0][n] @ apart.T).norm() for n, w in change[1].items())
 
 
+def test_another_edit_says_that_nothing_can_be_given_back_any_more(both, tmp_path):
+    edited = run_command(erase.main, "uce", "--model", both, "--erase", "mosaic", "--out", tmp_path / "edited")
+    assert edited.returncode == 0, edited.stderr
+    assert "what `erase separable` has erased before can no longer be given back" in edited.stdout
+    refused = run("--model", tmp_path / "edited", "--give-back", WAVES, "--out", tmp_path / "back")
+    assert "has no such increment; there are: none" in refused.stderr
+
+
 def test_what_is_given_back_is_as_it_was(model, both, tmp_path):
     """One of two: as if the other alone had been erased beside it. Both: the old weights, to rounding."""
     one = run("--model", both, "--give-back", WAVES, "--out", tmp_path / "one")

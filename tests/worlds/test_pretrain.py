@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from bilevel_fast.base import errors
+from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.mini import WordTokenizer
@@ -102,6 +104,24 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     train(replace(TINY, out=tmp_path / "two", steps=3, decay=0.5))
     whole, two = (load_file(tmp_path / name / "unet/diffusion_pytorch_model.safetensors") for name in ("whole", "two"))
     assert all(torch.equal(tensor, two[name]) for name, tensor in whole.items())
+
+
+def test_a_checkpoint_of_another_training_is_not_taken_for_this_one(tmp_path):
+    """Another seed beside a finished training is refused, or begins anew with --overwrite; a lost folder comes back."""
+    one = replace(TINY, out=tmp_path / "one")
+    train(one)
+    made = weights_of(one)
+    with pytest.raises(UserError, match=r"one\.ckpt is of another training \(--seed 0\); give its settings"):
+        train(replace(one, seed=7))
+    shutil.rmtree(tmp_path / "one")
+    train(one)
+    assert all(torch.equal(tensor, made[name]) for name, tensor in weights_of(one).items())
+    train(replace(one, seed=7, overwrite=True))
+    assert any(not torch.equal(tensor, made[name]) for name, tensor in weights_of(one).items())
+
+
+def weights_of(config: PretrainConfig) -> dict[str, torch.Tensor]:
+    return load_file(config.out / "unet/diffusion_pytorch_model.safetensors")
 
 
 def test_another_worlds_teacher_begins_with_this_ones_unet(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bilevel_fast.worlds import WORLDS, drawn_world
+from bilevel_fast.worlds.emoji.probe import main
 from bilevel_fast.worlds.mini.materials import WORLD
 from bilevel_fast.worlds.mini.world import Scene
 from bilevel_fast.worlds.probe import Probe, fresh_drawings
@@ -47,3 +48,11 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     probe.save(tmp_path / "probe.safetensors")
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(Probe.load(WORLD, tmp_path / "probe.safetensors")(images).features, probe(images).features)
+
+
+def test_the_command_measures_the_shipped_probe(command):
+    code, said, wrong = command(main, "--steps", "0")
+    assert (code, wrong) == (0, "")
+    assert said.startswith("probe on fresh drawings: ")
+    assert "1.000" in said
+    assert "--steps 0 measures the shipped probe" in command(main)[2]
