@@ -112,7 +112,7 @@ def export(
 
 def evaluate(
     models: Sequence[Folder],
-    erase: Sequence[str] = ("pointillism",),
+    erase: Sequence[str] = (),
     seed: int = 0,
     mini: "Mini | None" = None,
     emoji: "Emoji | None" = None,
@@ -123,18 +123,19 @@ def evaluate(
 
     Args:
         models: Model folders of one world.
-        erase: The styles that should be gone.
+        erase: The styles that should be gone; none are those that `train` erases on that world.
         seed: Of the sampling noise.
         mini, emoji: How much is sampled, and which world it is; the mini one if neither is given.
         safe: Text of a concept to keep the drawings away from (Safe Latent Diffusion).
         safe_strength: How hard; None is `medium`.
     """
+    from bilevel_fast.runs.config import preset
     from bilevel_fast.runs.judged import judged
     from bilevel_fast.sampling.safe import safe_of
     from bilevel_fast.worlds.mini.settings import Mini
 
     settings, away = emoji or mini or Mini(), safe_of(safe, safe_strength)
-    return judged([Path(path) for path in models], erase, seed, settings, away)
+    return judged([Path(path) for path in models], erase or preset(settings.NAME).erase, seed, settings, away)
 
 
 def __getattr__(name: str) -> Any:

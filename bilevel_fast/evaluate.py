@@ -20,7 +20,6 @@ from bilevel_fast.base.alone import alone
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
 from bilevel_fast.metrics.command import Folders, given, measure
-from bilevel_fast.runs.config import preset
 from bilevel_fast.sampling.safe import Strength
 from bilevel_fast.worlds.emoji.settings import Emoji
 from bilevel_fast.worlds.mini.settings import Mini
@@ -73,10 +72,10 @@ def main() -> None:
     if config.suite == "mini":
         if extra := given(config):
             raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
-        models, erase = config.models or (Path(config.world),), config.erase or preset(config.world).erase
+        models = config.models or (Path(config.world),)
         sampled = {config.world: getattr(config, config.world)}
         away, hard = config.safe, config.safe_strength
-        rows = api.evaluate(models, erase, config.seed, **sampled, safe=away, safe_strength=hard)
+        rows = api.evaluate(models, config.erase, config.seed, **sampled, safe=away, safe_strength=hard)
         print(json.dumps(rows, indent=2) if config.json else table(rows))
         return
     default = EvaluateConfig()

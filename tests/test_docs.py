@@ -67,6 +67,7 @@ PARSED = {
     "prune import-aptp": "wants files of APTP's authors; tests/pruning/test_aptp_import.py",
     **dict.fromkeys(("onnx", "torch"), "a minute; tests/exporting/test_graphs.py"),
     "reproduce": "minutes; tests/runs/paper",
+    "emoji": "minutes; tests/runs/test_emoji_world.py",
     "smoke": "docs/api.md trains with it below; tests/runs, tests/profiling",
     "--suite": "wants weights of metrics; tests/metrics",
     "benchmarks": "tests/benchmarks",

@@ -2,7 +2,8 @@
 
 holds            the numbers are as the sentence says
 does not hold    they say the opposite
-cannot be seen   they differ by less than such samples can tell, or not the same way on every seed
+cannot be seen   they differ by less than such samples can tell, or not the same way on every seed; of what should cost
+                 nothing that is enough, and it holds
 """
 
 import json
@@ -173,7 +174,7 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
         ),
         claim("There, too, it costs no FID against distillation alone.", no_more, *fid("distilled", "bilevel")),
         claim(
-            "There it leaves less of the studio than two stages with replay.",
+            "There it leaves less of the studio than two stages with replay, each at its rate of least miss.",
             below, share("two-stage, replay", "concept_hit"), share("bilevel", "concept_hit"),
         ),
         claim(

@@ -116,7 +116,9 @@ EMOJI_TRIES = {
         f"emoji schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
     },
     "emoji sld": {
-        f"emoji sld {strength}": Recipe("sld", strength=strength) for strength in get_args(Strength) if strength != "weak"
+        f"emoji sld {strength}": Recipe("sld", strength=strength)
+        for strength in get_args(Strength)
+        if strength != "weak"
     },
     "emoji repair": {
         f"emoji repair lr {lr:g} after {steps}": Recipe("repair", {"lr": lr}, steps=steps)
@@ -137,8 +139,8 @@ _SYSTEMS = {
     "p-esd": Recipe("edit", {"steps": 20}, edit="p-esd"),
     "bilevel, ewc in place of the penalty": Recipe("loop", {"solver": "ewc", "penalty": 50.0}),
 }
-"""Of docs/systems.md. SLD's strength is tuned: of those that begin before the worlds' 12 sampling steps are over. The rest
-is at the defaults of its command, not tuned; `separable` is asked to preserve the empty text alone, as `erase` does."""
+"""Of docs/systems.md. SLD's strength is tuned, of those that begin before the judge's 12 steps are over. The rest is at
+the defaults of its command, not tuned; `separable` is asked to preserve the empty text alone, as `erase` does."""
 _INSIDE = {
     f"bilevel, {eraser} inside": Recipe("loop", {"eraser": eraser})
     for eraser in ("anchor-kd", "concept-ablation", "salun", "erasediff", "forget-me-not", "selective-amnesia")

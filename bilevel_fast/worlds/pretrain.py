@@ -221,8 +221,8 @@ def _resume(config: PretrainConfig, settings: Mapping[str, Any], state: Mapping[
             return 0
         other = [f"--{name} {known[name]}" for name in settings if known[name] != settings[name]] if known else []
         raise UserError(
-            f"{path} is of another training ({', '.join(other) or 'it does not say of which'}); give its settings to go "
-            "on with it, another --out, or --overwrite to begin anew"
+            f"{path} is of another training ({', '.join(other) or 'it does not say which'}); give its settings to go on "
+            "with it, another --out, or --overwrite to begin anew"
         )
     for name, part in state.items():
         part.load_state_dict(saved[name])

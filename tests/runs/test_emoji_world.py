@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from bilevel_fast import evaluate, reproduce, sample, train
+from bilevel_fast import api, evaluate, reproduce, sample, train
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.models.hub import local
 from bilevel_fast.worlds import WORLDS, world
+from bilevel_fast.worlds.emoji.settings import Emoji
 from commands import run_command
 
 FEW = {"images": 16, "bank": 4, "bank-steps": 2, "judge-erased": 2, "judge-kept": 2, "judge-steps": 2}
@@ -94,3 +95,10 @@ def test_the_preset_follows_the_world():
     assert (args.run.preset, args.run.erase) == ("emoji", ("noto", "contrast", "twemoji"))
     with pytest.raises(UserError, match="fig6 erases 3 concepts"):
         reproduce.parse(["fig6", "--world", "emoji", "--run.erase", "noto"])
+
+
+def test_in_python_the_world_decides_what_is_erased():
+    few = Emoji(judge_erased=1, judge_kept=1, judge_steps=2)
+    (found,) = api.evaluate(["emoji"], emoji=few).values()
+    assert found == next(iter(api.evaluate(["emoji"], ["noto"], emoji=few).values()))
+    assert "relative_hit" in found

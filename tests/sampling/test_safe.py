@@ -175,8 +175,8 @@ def test_a_baseline_that_trains_nothing(tmp_path):
         (["--safe", "a giraffe"], "giraffe"),
         (
             ["--safe", DOTS, "--steps", "7", "--safe-strength", "strong"],
-            "--safe-strength strong begins after 7 steps, and there are 7: nothing would be kept away; wanted more steps, "
-            "or one of max",
+            "--safe-strength strong begins after 7 steps, and there are 7: nothing would be kept away; wanted more "
+            "steps, or one of max",
         ),
     ],
 )
