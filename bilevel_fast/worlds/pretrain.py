@@ -219,9 +219,10 @@ def _resume(config: PretrainConfig, settings: Mapping[str, Any], state: Mapping[
     if (known := saved.get("settings")) != settings:
         if config.overwrite:
             return 0
-        other = [f"--{name} {known[name]}" for name in settings if known[name] != settings[name]] if known else []
+        differ = [name for name in settings if known and known[name] != settings[name]]
+        other = ", ".join(f"--{name} {known[name]}" for name in differ) or "it does not say which"
         raise UserError(
-            f"{path} is of another training ({', '.join(other) or 'it does not say which'}); give its settings to go on "
+            f"{path} is of another training ({other}); give its settings to go on "
             "with it, another --out, or --overwrite to begin anew"
         )
     for name, part in state.items():
