@@ -166,7 +166,8 @@ def _searches(args: Args, target: Target) -> Iterator[tuple[Sequence[int], int, 
         for row, caption in enumerate(target.captions):
             yield [row], args.steps, mma(reader, caption, args, seed=args.seed + row, forbidden=args.forbid)
         return
-    vector = concept_vector(reader, *zip(*target.known, strict=True), args.strength)  # of all, however few are searched
+    captions, anchors = zip(*target.known, strict=True)  # all, however few are searched
+    vector = concept_vector(reader, captions, anchors, args.strength)
     for row, anchor in enumerate(target.anchors):
         near = token_states(reader, [anchor])[0] + vector
         yield [row], args.generations, ring_a_bell(reader, near, args, seed=args.seed + row)
