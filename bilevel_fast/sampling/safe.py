@@ -71,8 +71,8 @@ class Safe:
         if self.strength not in (known := get_args(Strength)):
             raise UserError(f"--safe-strength {self.strength!r} does not exist{nearest(self.strength, known)}")
 
-    def check(self, steps: int) -> None:
-        """Refuse a walk that is over before the guidance begins.
+    def check(self, steps: int, flag: str = "--safe-strength") -> None:
+        """Refuse a walk that is over before the guidance begins; `flag` says the strength.
 
         Raises:
             UserError: Names the strengths that begin earlier.
@@ -80,8 +80,8 @@ class Safe:
         if (first := STRENGTHS[self.strength].warmup) >= steps:
             able = ", ".join(name for name, settings in STRENGTHS.items() if settings.warmup < steps)
             raise UserError(
-                f"--safe-strength {self.strength} begins after {first} steps, and there are {steps}: nothing would be "
-                f"kept away; wanted more steps, or one of {able}"
+                f"{flag} {self.strength} begins after {first} steps, and there are {steps}: nothing would be kept "
+                f"away; wanted more steps, or one of {able}"
             )
 
     def predictor(

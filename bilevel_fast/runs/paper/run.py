@@ -71,6 +71,9 @@ def reproduce(
     teacher = config.teacher or default
     family_of(teacher)  # what is no model is named as what it is, before a file of it is missed
     check_walks(Schedule.load(teacher), walks)
+    if any(row.member == "sld" for row in EXPERIMENTS[name].rows):
+        steps = full.steps if full else config.world_settings.judge_steps
+        settings.sld.of(["a concept"]).check(steps, "--rows.sld.strength")
     asked = {"run": config.to_dict(), "rows": asdict(settings)} | ({"full": asdict(full)} if full else {})
     usual = {"run": preset(config.preset).to_dict(), "rows": asdict(Rows()), "full": asdict(Full())}
     volatile = tuple(f"run.{field}" for field in (*VOLATILE, "seed", "erase"))

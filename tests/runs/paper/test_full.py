@@ -17,7 +17,7 @@ from sd_world import make_sd_world
 STEPS = [
     *("--run.lower.steps=4", "--run.lower.batch=2", "--run.upper.every=2", "--run.upper.batch=2"),
     *("--run.upper.controller.horizon=10", "--rows.concept-prune.steps=2", "--rows.esd.sample.steps=3"),
-    *("--full.steps=2", "--full.batch=2", "--seeds=0"),
+    *("--full.steps=2", "--full.batch=2", "--seeds=0", "--rows.sld.strength=max"),
 ]
 
 
@@ -97,6 +97,7 @@ def test_uce_takes_the_names_alone():
     [
         (("--full.phrase", "by monet", "by manet"), "2 --full.phrase came for 1 --run.concepts; wanted one each"),
         (("--full.styles", "nowhere.csv"), "--full.styles nowhere.csv does not exist"),
+        (("--rows.sld.strength", "weak"), "--rows.sld.strength weak begins after 15 steps, and there are 2: nothing"),
         (("--full.clip-weights", "nowhere.pt"), "--full.clip-weights nowhere.pt does not exist"),
     ],
 )
