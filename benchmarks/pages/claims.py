@@ -191,7 +191,7 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
         claim("There a lambda that moves has a lower FID than a constant one.", less, *fid("bilevel", "schedule")),
         claim("There the controller, with more upper steps, has a lower FID.", less, *fid("bilevel", "controller")),
         claim(
-            "There it leaves no more of the studio.",
+            "There the controller leaves no more of the studio.",
             lambda values: keeps(values[::-1]), share("bilevel", "concept_hit"), share("controller", "concept_hit"),
         ),
         claim(

@@ -219,7 +219,7 @@ def _resume(config: PretrainConfig, settings: Mapping[str, Any], state: Mapping[
     if (known := saved.get("settings")) != settings:
         if config.overwrite:
             return 0
-        differ = [name for name in settings if known and known[name] != settings[name]]
+        differ = [name for name in known or () if known[name] != settings.get(name)]
         other = ", ".join(f"--{name} {known[name]}" for name in differ) or "it does not say which"
         raise UserError(
             f"{path} is of another training ({other}); give its settings to go on "
