@@ -53,6 +53,7 @@ class Plan:
         world: Whose teacher and judge.
         style: What is erased.
         erased, kept: Samples judged, of the erased style and of each other one.
+        expert: Students start from the first expert of an APTP mixture; else magnitude prunes the teacher.
     """
 
     cases: Mapping[str, Recipe]
@@ -62,6 +63,7 @@ class Plan:
     style: str = "pointillism"
     erased: int = 72
     kept: int = 36
+    expert: bool = False
 
 
 LOOP = Recipe("loop")
@@ -129,6 +131,15 @@ EMOJI_TRIES = {
 TRIES |= EMOJI_TRIES
 
 
+_EMOJI = {
+    "distilled": Recipe("distilled"),
+    "bilevel": Recipe("loop", tuned="emoji loop"),
+    "two-stage, replay": Recipe("two-stage", tuned="emoji two-stage"),
+    "one level": Recipe("one level", tuned="emoji one level"),
+    "bome": Recipe("loop", tuned="emoji bome"),
+    "two-stage, repair": Recipe("repair", tuned="emoji repair"),
+    "uce": Recipe("uce"),
+}
 _MAIN = {"distilled": Recipe("distilled"), "bilevel": LOOP, "bome": BOME}
 _RIVALS = {"two-stage, replay": REPLAY, "two-stage, repair": REPAIR, "one level": ONE}
 
@@ -159,6 +170,7 @@ PLANS: dict[str, Plan] = {
     "closed": Plan({"uce": Recipe("uce"), "uce, all tokens": UCE_ALL}),
     "tight": Plan(_MAIN | _RIVALS, budget=0.55),
     "other": Plan(_MAIN | _RIVALS, style="waves"),
+    "expert": Plan(_MAIN | _RIVALS, expert=True),
     "solvers": Plan(
         {
             "schedule": Recipe("loop", tuned="schedule"),
@@ -190,15 +202,16 @@ PLANS: dict[str, Plan] = {
         (SEED,), world="emoji", style="noto", erased=48, kept=24,
     ),
     "emoji": Plan(
-        {"teacher": Recipe("distilled"), "distilled": _MAIN["distilled"], "bilevel": Recipe("loop", tuned="emoji loop")}
-        | {"two-stage, replay": Recipe("two-stage", tuned="emoji two-stage")}
-        | {"one level": Recipe("one level", tuned="emoji one level"), "bome": Recipe("loop", tuned="emoji bome")}
-        | {"two-stage, repair": Recipe("repair", tuned="emoji repair"), "uce": Recipe("uce")},
+        {"teacher": Recipe("distilled")} | _EMOJI,
         world="emoji", style="noto", erased=96, kept=48,
     ),
     "emoji solvers": Plan(
         {"schedule": Recipe("loop", tuned="emoji schedule"), "controller": Recipe("loop", {"controlled": True})},
         world="emoji", style="noto", erased=96, kept=48,
+    ),
+    "emoji other": Plan(
+        _EMOJI | {"controller": Recipe("loop", {"controlled": True})},
+        world="emoji", style="twemoji", erased=96, kept=48,
     ),
     "emoji systems": Plan(_SYSTEMS | _INSIDE, world="emoji", style="noto", erased=96, kept=48),
 }  # fmt: skip

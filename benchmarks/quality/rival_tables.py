@@ -29,9 +29,13 @@ SHOWN = {
         "0.80 of the MACs": ("main", "closed", "solvers", "esd"),
         "0.55 of the MACs": ("tight",),
         "0.80, another erased style: waves": ("other",),
+        "0.80, the first expert of an APTP mixture in place of magnitude": ("expert",),
         "The null anchor": ("null",),
     },
-    "emoji": {"0.80 of the MACs, noto erased": ("emoji", "emoji solvers", "emoji systems")},
+    "emoji": {
+        "0.80 of the MACs, noto erased": ("emoji", "emoji solvers", "emoji systems"),
+        "0.80 of the MACs, twemoji erased at the settings chosen for noto": ("emoji other",),
+    },
 }
 """By world, the tables and the plans in each."""
 

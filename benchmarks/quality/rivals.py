@@ -49,6 +49,8 @@ from bilevel_fast.erasing.edit import Job
 from bilevel_fast.erasing.pairs import Frame, Pair
 from bilevel_fast.models.text_encoder import token_states
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.pruning.aptp.mixture_folder import INDEX
+from bilevel_fast.runs import router
 from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.runs.erase_model import EDITS
 from bilevel_fast.sampling.safe import Strength, safe_of
@@ -58,6 +60,7 @@ from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAns
 from bilevel_fast.training.lower import descend as gradient_of
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.upper import Suppression
+from bilevel_fast.worlds import drawn_world
 
 ROWS = RESULTS / "rivals.jsonl"
 CURVES = RESULTS / "attacks.png"
@@ -144,6 +147,17 @@ class Conflict:
             self.suppression.add(g, flat, penalty() if callable(penalty) else penalty)
 
 
+def expert(plan: Plan, cache: Path) -> Path:
+    """Folder of the first expert of a mixture of the plan's budget, which is trained, or trained on, where it lacks."""
+    mixture = cache / f"aptp-{plan.world}-{plan.budget:g}"
+    if not (mixture / INDEX).exists():
+        teacher = drawn_world(plan.world).TEACHER
+        router.run(router.AptpConfig(
+            out=mixture, teacher=teacher, budget=plan.budget, device="cpu", resume=mixture.exists()
+        ))  # fmt: skip
+    return mixture / "experts/0"
+
+
 class Bench:
     """Makes and judges the students of one plan and seed."""
 
@@ -154,7 +168,9 @@ class Bench:
             prune=replace(config.prune, budget=plan.budget),
             **{plan.world: replace(config.world_settings, judge_erased=plan.erased, judge_kept=plan.kept)},
         )
-        self.plan, self.place = plan, cache / f"{plan.style}-{plan.budget:g}-{seed}"
+        if plan.expert:
+            config = replace(config, student=expert(plan, cache))
+        self.plan, self.place = plan, cache / f"{plan.style}-{plan.budget:g}{'-expert' * plan.expert}-{seed}"
         self.lab = Lab.set_up(config, self.place / "bank")
         self.lab = replace(self.lab, answers=Remembered(self.lab.answers))
         self.config, self.steps = config, config.lower.steps

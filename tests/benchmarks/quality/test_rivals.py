@@ -14,19 +14,24 @@ from bilevel_fast.attacking.mma import Mma
 from bilevel_fast.attacking.ring_a_bell import RingABell
 from bilevel_fast.attacking.unlearn_diff import UnlearnDiff
 from bilevel_fast.erasing.settings import Fisher, Salun
+from bilevel_fast.models.folder import load_unet
+from bilevel_fast.runs import router
 from bilevel_fast.runs.config import preset
+
+
+def brief():
+    smoke = preset("smoke")
+    return replace(
+        smoke,
+        lower=replace(smoke.lower, steps=4, batch=2, warmup=0),
+        upper=replace(smoke.upper, every=2, batch=2, warmup=0),
+        mini=replace(smoke.mini, images=16, bank=2, bank_steps=2),
+    )
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    brief = preset("smoke")
-    brief = replace(
-        brief,
-        lower=replace(brief.lower, steps=4, batch=2, warmup=0),
-        upper=replace(brief.upper, every=2, batch=2, warmup=0),
-        mini=replace(brief.mini, images=16, bank=2, bank_steps=2),
-    )
-    return Bench(Plan({}, erased=1, kept=1), 0, tmp_path_factory.mktemp("rivals"), brief)
+    return Bench(Plan({}, erased=1, kept=1), 0, tmp_path_factory.mktemp("rivals"), brief())
 
 
 WAYS = {
@@ -71,6 +76,17 @@ def test_a_student_of_another_recipe_is_made_anew_and_its_row_too(bench):
     assert done([row], "closed", 0, "closed form", first)
     assert not done([row], "closed", 0, "closed form", second)
     assert not done([row], "closed", 1, "closed form", first)
+
+
+def test_students_may_start_from_an_expert_of_a_mixture(bench, tmp_path):
+    """And keep apart in the cache from those that magnitude has pruned."""
+    router.run(router.AptpConfig(out=tmp_path / "aptp-mini-0.8", steps=2, pretrain=1, batch=2, device="cpu"))
+    plan = Plan({}, erased=1, kept=1, expert=True)
+    own = Bench(plan, 0, tmp_path, brief())
+    start = own.lab.student()
+    assert start.structure == load_unet(tmp_path / "aptp-mini-0.8/experts/0", 1).structure
+    assert start.structure != bench.lab.student().structure
+    assert own.place.name == "pointillism-0.8-expert-0"
 
 
 def test_every_attack_is_looked_at_on_its_way(bench, monkeypatch):
