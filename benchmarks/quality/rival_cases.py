@@ -206,7 +206,11 @@ PLANS: dict[str, Plan] = {
         world="emoji", style="noto", erased=96, kept=48,
     ),
     "emoji solvers": Plan(
-        {"schedule": Recipe("loop", tuned="emoji schedule"), "controller": Recipe("loop", {"controlled": True})},
+        {
+            "schedule": Recipe("loop", tuned="emoji schedule"),
+            "controller": Recipe("loop", {"controlled": True}),
+            "bilevel, K 3": Recipe("loop", {"lr": 4 * _LR, "penalty": 1.0, "every": 3}),
+        },
         world="emoji", style="noto", erased=96, kept=48,
     ),
     "emoji other": Plan(

@@ -240,7 +240,7 @@ class Bench:
         assert upper is not None
         given = upper.gradient  # under a controller it is no Suppression, and its gradients are not looked at
         conflict = Conflict(given) if isinstance(given, Suppression) else None
-        steps = bilevel(lower, upper, self.config.upper.every, 0, self.steps)
+        steps = bilevel(lower, upper, self._upper(recipe).every, 0, self.steps)
         count = sum("upper/loss" in terms for terms in steps)
         cost = self._cost(replace(recipe, steps=count)) if count != self.upper_steps else {}  # a controller's choice
         return ({"cosines": conflict.cosines} if conflict else {}) | cost

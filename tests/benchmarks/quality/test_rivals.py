@@ -44,6 +44,7 @@ WAYS = {
     "uce, all tokens": (Recipe("uce", all_tokens=True), (4, 0, 0)),
     "sld": (Recipe("sld", strength="max"), (4, 0, 0)),
     "time": (Recipe("edit", edit="time"), (4, 0, 0)),
+    "K 1": (Recipe("loop", {"every": 1}), (8, 4, 8)),
     "ewc": (Recipe("loop", {"solver": "ewc", "fisher": Fisher(1, 1)}), (4, 2, 4)),
     "controller": (Recipe("loop", {"controlled": True}), (6, 2, 4)),
     "erasediff": (Recipe("loop", {"eraser": "erasediff"}), (6, 2, 4)),
