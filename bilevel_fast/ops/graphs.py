@@ -38,10 +38,12 @@ class Recorder:
         record: Records a call (`cuda_recorder`); None runs every call as it is. Calls must then be made on a stream
             that can be captured (`side_stream`).
         way_out: What makes the next run do without recordings, for the line about a lost one: a flag.
+        all_can: agree(can) is whether all processes can that make the same calls: one alone cannot replay what it
+            shares with others. Each of them asks at the same times.
     """
 
-    def __init__(self, record: Record | None, way_out: str):
-        self.record, self._way_out = record, way_out
+    def __init__(self, record: Record | None, way_out: str, all_can: Callable[[bool], bool] = bool):
+        self.record, self._way_out, self._all_can = record, way_out, all_can
         self._warm: dict[Hashable, int] = {}
         self._recorded: dict[Hashable, _Recorded] = {}
 
@@ -72,15 +74,21 @@ class Recorder:
 
     def _try(self, name: str, call: Callable[[], Any]) -> tuple[Callable[[], None], Any] | None:
         assert self.record is not None
+        found = None
+        self._all_can(True)  # nobody records while another still runs what came before
         try:
-            return self.record(call)
+            found = self.record(call)
         except CaptureLost as error:
             raise UserError(
                 f"the {name} cannot be recorded as a CUDA graph: {_reason(error)}; wanted {self._way_out}"
             ) from error
         except RuntimeError as error:
             _log.warning("no CUDA graph of the %s, it runs without: %s", name, _reason(error))
-        self.record = None
+        if self._all_can(found is not None):
+            return found
+        if found is not None:
+            _log.warning("no CUDA graph of the %s, it runs without: another process cannot record it", name)
+        self.record = found = None
         self.forget()
         return None
 

@@ -164,15 +164,13 @@ def _flat(
 
 def _fitting(config: TrainConfig, student: UNet, materials: Materials, device: torch.device, team: Team) -> Fitting:
     dtype = compute_dtype(config.precision, device)
-    graphs = device.type == "cuda" and not _without_graphs(config, team)
+    graphs = device.type == "cuda" and not _without_graphs(config)
     latent, text = materials.data.latent_shape[-1], materials.text_encoder.length
     return Fitting(config, student.structure, latent, text, dtype, graphs, team.world)
 
 
-def _without_graphs(config: TrainConfig, team: Team) -> str:
+def _without_graphs(config: TrainConfig) -> str:
     """Why steps run as they are; empty where they are recorded, on a GPU."""
-    if team.world > 1:
-        return f"{team.world} processes train together"
     return "weights lie in parts" if config.scale.in_parts else "" if config.graphs else "--no-graphs"
 
 
@@ -214,10 +212,10 @@ def fit(
     """
     try:
         lower, upper = levels(config, student, materials, device, team=team)
-        without = _without_graphs(config, team)
+        without = _without_graphs(config)
         if config.graphs and without and device.type == "cuda":
             _log.info("no CUDA graphs: %s", without)
-        training = StudentTraining(lower, upper, config.upper.every, device, not without)
+        training = StudentTraining(lower, upper, config.upper.every, device, not without, team)
         settings = LoopSettings(
             config.lower.steps, config.lower.batch, config.log_every, config.checkpoint_every, config.max_bad_steps
         )

@@ -8,7 +8,7 @@ Legend: B batch, N training prompts, K experts, D width of the prompt embedding.
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -241,7 +241,7 @@ class _RouterRun(Trainee):
         self.training, self.batches, self.embeddings = training, batches, embeddings
         self.flat, self.optimizers, self.means = training.flat, {"router": training.optimizer}, [Means()]
 
-    def steps(self, start: int, end: int) -> Iterator[object]:
+    def steps(self, start: int, end: int) -> Generator[object, None, None]:
         self.training.step = start
         for step in range(start, end):
             batch = self.batches(step)

@@ -204,6 +204,11 @@ class Team:
             return DONE
         return _of(_reduce_scatter(out, x, async_op=True))
 
+    def has_given(self, device: torch.device) -> None:
+        """The device has been given a step; if it is a GPU and does not end it, the process ends."""
+        if self._watch is not None and device.type == "cuda":
+            self._watch.overdue.given()
+
     # ---- agreements
 
     def any(self, flag: bool) -> bool:

@@ -5,7 +5,7 @@ when it has left in good order, `failed` and a reason when it ends with an error
 `LIMIT` seconds is killed, stopped, or cut off; `PATIENCE` seconds are enough for one whose own collective has failed. A
 collective that waits for it would wait for ever, or raise something that does not say for whom. So the thread says it,
 in one line, by the lowest rank that is still there, and ends the process: nothing is left to save but what the next
-start reads from the last checkpoint.
+start reads from the last checkpoint. A GPU that does not end a step (`overdue`) is an end as well.
 """
 
 import json
@@ -15,6 +15,8 @@ import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
+
+from bilevel_fast.scale.overdue import Overdue
 
 EVERY, LIMIT = 1.0, 10.0
 """Seconds between two signs of life, and after which silence is taken for an end."""
@@ -61,6 +63,7 @@ class Watch:
         self._beats, self._word, self._limit = 0, "", LIMIT
         self._last: list[bytes] = [b""] * world
         self._since, self._answered = [clock()] * world, clock()
+        self.overdue = Overdue(clock)
         self._stopped = threading.Event()
         jobs = (self._run, self._guard)
         self._threads = [threading.Thread(target=job, name="watch", daemon=True) for job in jobs]
@@ -132,6 +135,13 @@ class Watch:
         if self._clock() - self._answered > LIMIT:
             self._end(self._lost())
 
+    def wait_for_device(self) -> None:
+        """End the process if its GPU does not end a step: it may wait for ranks that are there, and never come."""
+        seconds = self.overdue.seconds()
+        if seconds is not None:
+            where = f"rank {self.rank}, on {self.names[self.rank]}"
+            self._end(f"{where}: its GPU has been at one step for {seconds:.0f} s; go on with --resume")
+
     def _lost(self) -> str | None:
         """What rank 1 says of a store that is gone: nobody can say who is left."""
         if self.rank != 1:
@@ -141,6 +151,7 @@ class Watch:
     def _run(self) -> None:
         while not self._stopped.wait(EVERY):
             self.look()
+            self.wait_for_device()
 
     def _guard(self) -> None:
         while not self._stopped.wait(EVERY):

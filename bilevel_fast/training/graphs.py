@@ -10,6 +10,9 @@ one is warm would be 60 steps without a graph, and any number where the upper le
 The upper graph reads the teacher's answer where the lower graph leaves it. So if batches change in shape, both graphs
 are recorded anew. The steps of an upper level whose eraser cannot be recorded run as they are, and one line says why;
 the lower level is recorded all the same.
+
+Ranks that train together record and replay alike: the graph of each holds its part of what they send each other, and
+to launch it is a collective call.
 """
 
 import logging
@@ -20,7 +23,8 @@ from torch import Tensor
 
 from bilevel_fast.data.batch import TENSORS, Batch
 from bilevel_fast.ops.graphs import Record, Recorder
-from bilevel_fast.training.levels import AnyLevel, move
+from bilevel_fast.scale.team import ALONE, Team
+from bilevel_fast.training.levels import AnyLevel, Level, move
 from bilevel_fast.training.upper import Terms
 
 _log = logging.getLogger(__name__)
@@ -33,10 +37,11 @@ class Graphs:
 
     Args:
         record: As `Recorder`; None runs every step as it is.
+        team: Ranks that take the same steps.
     """
 
-    def __init__(self, record: Record | None):
-        self._recorder = Recorder(record, "--no-graphs")
+    def __init__(self, record: Record | None, team: Team = ALONE):
+        self._recorder = Recorder(record, "--no-graphs", lambda can: bool(team.least(can)))
         self._signatures: dict[str, Signature] = {}
         self._eager: set[str] = set()
 
@@ -63,7 +68,21 @@ class Graphs:
         if self._recorder.warming(level.name):
             self._recorder.release()
 
-        def step(*tensors: Tensor | None) -> Terms:
-            return move(level, replace(batch, **dict(zip(TENSORS, tensors, strict=True))))
+        flat = level.optimizer.flat if isinstance(level, Level) else None
 
-        return self._recorder(level.name, f"{level.name} step", step, *inputs)
+        def step(*tensors: Tensor | None) -> Terms:
+            try:
+                return move(level, replace(batch, **dict(zip(TENSORS, tensors, strict=True))))
+            except BaseException:
+                if flat is not None:
+                    flat.forget()
+                raise
+
+        terms = self._recorder(level.name, f"{level.name} step", step, *inputs)
+        if flat is not None:
+            flat.moved()  # a replay says nothing to Python
+        return terms
+
+    def forget(self) -> None:
+        """Drop all recordings, as must be done before the ranks part."""
+        self._recorder.forget()

@@ -75,6 +75,7 @@ class Level:
     pace: Pace | None = None
 
     def step(self, batch: Batch) -> Terms:
+        self.optimizer.flat.publish()  # on its way while the teacher answers
         loss = self.gradient(batch)
         with phase("optimizer"):
             norm = self.optimizer.step()

@@ -9,7 +9,7 @@ some add in any order: there it is the same up to rounding.
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Trainee(ABC):
     means: Sequence[Means]
 
     @abstractmethod
-    def steps(self, start: int, end: int) -> Iterator[object]:
+    def steps(self, start: int, end: int) -> Generator[object, None, None]:
         """Take the steps `start` to `end` - 1; yields after each of them."""
 
     @abstractmethod
@@ -144,8 +144,10 @@ def run(
     console = Console(settings.steps, progress.step) if team.rank == 0 else None
     sinks = [console, *_sinks(places, progress.step, images)] if console else []
     saver = Saver(places.checkpoints, None if trainee.flat.copies else snapshots_for(trainee.flat.master.device))
-    with Stats(sinks, images=images, seconds=seconds) as stats, saver:
-        for step, _ in enumerate(trainee.steps(progress.step, settings.steps), progress.step + 1):
+    steps = trainee.steps(progress.step, settings.steps)
+    with Stats(sinks, images=images, seconds=seconds) as stats, saver, contextlib.closing(steps):
+        for step, _ in enumerate(steps, progress.step + 1):
+            team.has_given(trainee.flat.master.device)
             # asked once: what is said to be saved must be
             stopped, images = team.any(stop.requested), step * settings.batch
             ends = stopped or step == settings.steps

@@ -172,7 +172,7 @@ class LevelOptimizer:
             self.rule.step_apart(apart, self.next_lr, skip, clip)
         else:
             self.rule.step(self.next_lr, skip, clip)
-        self.flat.publish()
+        self.flat.moved()
         # in place: a CUDA graph that holds this step moves the same counters
         self.bad_in_a_row.add_(1).mul_(bad)
         self.steps.add_(1)

@@ -221,8 +221,19 @@ class FlatParameters:
         """What `gradient` holds of some parameters, as views."""
         return list(self.views(self._gradient, names).values())
 
+    def moved(self) -> None:
+        """Called when `rows` were written: by an optimizer, or by the replay of a step that had one."""
+
     def publish(self) -> None:
-        """Bring what a step wrote to `rows` to the network, on all ranks; here it is there already."""
+        """Begin to bring `rows` to the network, on all ranks, which waits by itself; here they are there already."""
+
+    def arrive(self) -> None:
+        """Return when the network has what `rows` hold; its forward pass calls this."""
+
+    def forget(self) -> None:
+        """Drop gradients that a step has left which was broken off: the next backward pass would add to them."""
+        self._released()
+        self._left = None
 
     @contextmanager
     def whole(self) -> Iterator[list[Tensor]]:

@@ -6,11 +6,11 @@
 
     collect    gradients of a leaf -> `local`
     take       after the last leaf: everybody's `local` for this rank's rows -> `gradient`, their sum
-    publish    after a step: everybody's rows -> `compute`
+    publish    before a step: everybody's rows -> `compute`, which is there when the network's next forward pass begins
 
-Gradients of the last leaf are sent while its backward pass still runs, a bucket at a time, the last one first: that is
-where backward begins. A bucket waits for those behind it, whatever the order in which gradients come, so all ranks send
-in one order.
+The teacher is asked before the student, so weights travel meanwhile. Gradients of the last leaf are sent while its
+backward pass still runs, a bucket at a time, the last one first: that is where backward begins. A bucket waits for
+those behind it, whatever the order in which gradients come, so all ranks send in one order.
 
 arXiv:1910.02054, its first stage. With several leaves on one rank alone it is the same, with all rows on it. Sums,
 norms and products are over rows and leaves in one order (`scale.rows`): the bits do not know how many ranks there are.
@@ -73,6 +73,7 @@ class ShardedParameters(FlatParameters):
             self._put(self.master, name, p.detach(), 0)
         self.average = self.master.clone() if average else None
         self.rows = self.master if dtype == torch.float32 else self.master.to(dtype)
+        self._stale, self._coming, self._heard = False, list[Pending](), list[Any]()
         self._hold(torch.float32 if summed else dtype)
         self._hear()
         # where the rows of (N,) are in everybody's rows, one rank's after the other
@@ -89,6 +90,7 @@ class ShardedParameters(FlatParameters):
         for name, view in self.views(self.compute).items():
             view.copy_(self.module.get_parameter(name).detach())
         self._point_at(self.compute)
+        self._heard.append(self.module.register_forward_pre_hook(lambda *_: self.arrive()))
         self.local = torch.zeros(self._whole, dtype=dtype, device=self.master.device)
         self._taken = [(self.module.get_parameter(name), view) for name, view in self.views(self.local).items()]
 
@@ -102,7 +104,7 @@ class ShardedParameters(FlatParameters):
         self._on_way = deque[tuple[Bucket, Pending, Callable[[], Tensor]]]()
         self._rest()
         parameters = [self.module.get_parameter(name) for name in self._layouts]
-        self._heard = [
+        self._heard += [
             p.register_post_accumulate_grad_hook(partial(self._landed, place))
             for p, place in zip(parameters, places, strict=True)
         ]
@@ -198,9 +200,31 @@ class ShardedParameters(FlatParameters):
     def gradients(self, names: Collection[str]) -> list[Tensor]:
         return [self.gradient[a:b] for name in names for a, b in self._mine(name)]
 
+    def moved(self) -> None:
+        self._stale = True
+
     def publish(self) -> None:
-        for bucket in self._cut:
-            self.team.gather(bucket.whole(self.compute), bucket.own(self.rows)).wait()
+        """Collective. Always sent: a recorded step is replayed whatever has been read before it."""
+        self._wait()
+        self._coming = [self.team.gather(bucket.whole(self.compute), bucket.own(self.rows)) for bucket in self._cut]
+        self._stale = False
+
+    def arrive(self) -> None:
+        """Return when the network has what `rows` hold; collective where they have moved since they were published."""
+        if self._stale:
+            self.publish()
+        self._wait()
+
+    def _wait(self) -> None:
+        while self._coming:
+            self._coming.pop().wait()
+
+    def forget(self) -> None:
+        super().forget()
+        self._coming.clear()
+        self._on_way.clear()
+        self._counter.clear()
+        self._rest()
 
     @contextmanager
     def whole(self) -> Iterator[list[Tensor]]:
@@ -246,6 +270,7 @@ class ShardedParameters(FlatParameters):
                 place.copy_(state[name])
 
     def release(self) -> nn.Module:
+        self._wait()
         for handle in self._heard:
             handle.remove()
         self._point_at(self._all_rows(self.master if self.average is None else self.average))
@@ -256,7 +281,8 @@ class ShardedParameters(FlatParameters):
     def _republish(self) -> None:
         if self.rows is not self.master:
             self.rows.copy_(self.master)
-        self.publish()
+        self._stale = True
+        self.arrive()
 
     def _all_rows(self, buffer: Tensor) -> Tensor:
         """All rows of a buffer (m,), with the padding at their end."""

@@ -1,12 +1,13 @@
 """A student on its way through both levels, as the run loop takes it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel_fast.ops.graphs import cuda_recorder
+from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import AnyLevel, Level, bilevel
 from bilevel_fast.training.loop import Trainee
@@ -20,21 +21,34 @@ class StudentTraining(Trainee):
         every: Lower steps per upper step.
         device: Where they compute.
         graphs: Whether steps are recorded as CUDA graphs, on a GPU.
+        team: Ranks that take the same steps.
     """
 
     name, step_name = "student", "lower step"
 
-    def __init__(self, lower: Level, upper: AnyLevel | None, every: int, device: torch.device, graphs: bool):
+    def __init__(
+        self,
+        lower: Level,
+        upper: AnyLevel | None,
+        every: int,
+        device: torch.device,
+        graphs: bool,
+        team: Team = ALONE,
+    ):
         self.lower, self.upper, self.every, self.device, self.graphs = lower, upper, every, device, graphs
+        self.team = team
         levels: list[AnyLevel] = [level for level in (lower, upper) if level is not None]
         self.flat, self.means = lower.optimizer.flat, [level.means for level in levels]
         self.optimizers = {level.name: level.optimizer for level in levels if isinstance(level, Level)}
         self.eraser = None if upper is None else upper.eraser
         self.pace = upper.pace if isinstance(upper, Level) else None
 
-    def steps(self, start: int, end: int) -> Iterator[object]:
-        graphs = Graphs(cuda_recorder(self.device) if self.graphs else None)
-        return bilevel(self.lower, self.upper, self.every, start, end, graphs)
+    def steps(self, start: int, end: int) -> Generator[object, None, None]:
+        graphs = Graphs(cuda_recorder(self.device) if self.graphs else None, self.team)
+        try:
+            yield from bilevel(self.lower, self.upper, self.every, start, end, graphs)
+        finally:
+            graphs.forget()
 
     def numbers(self) -> dict[str, Tensor | float]:
         rates: dict[str, Tensor | float] = {f"{name}/lr": opt.next_lr for name, opt in self.optimizers.items()}

@@ -14,12 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -34,12 +35,14 @@ from bilevel_fast.runs.assemble import Materials, fit
 from bilevel_fast.runs.config import TrainConfig
 from bilevel_fast.runs.session import gather, initial_student
 from bilevel_fast.scale import rows
-from bilevel_fast.scale.team import Team
+from bilevel_fast.scale.team import Pending, Team
 from bilevel_fast.train import parse
+from bilevel_fast.training import student
 from bilevel_fast.training.loop import Places
 from bilevel_fast.worlds.mini.materials import WORLD
 from forked import Started
 from mini_folder import TINY, make_mini_folder
+from replay import on_the_cpu
 
 COMMON = [
     *["--preset", "smoke", "--log-every", "1", "--checkpoint-every", "1000"],
@@ -103,11 +106,13 @@ IN_PARTS = {
     },
 }
 """Weights lie on all ranks in parts: the same up to rounding."""
+RECORDED = {f"{name}-recorded": [*CASES[name], "--upper.every", "2"] for name in ("bilevel", "uce")}
+"""Their steps are recorded, sends and all, and replayed."""
 ENDING = {"spoilt": ["--max-bad-steps", "2"]}
 """Ends with an error."""
 UNREADABLE = "unreadable"
 """A job that one rank cannot do, and the others wait for."""
-STEPS = {"bilevel": 20, "fsdp": 20, "poisoned": 4, "ring": 4, "controller": 2}
+STEPS = {**dict.fromkeys(RECORDED, 10), "bilevel": 20, "fsdp": 20, "poisoned": 4, "ring": 4, "controller": 2}
 POISONED = {"poisoned": 6, "spoilt": 64}
 """How many of the 64 images are not finite: some steps see one of them, on the rank that has it; or all do."""
 
@@ -146,7 +151,7 @@ class World:
 
     def train(self, case: str, steps: int, out: Path) -> None:
         """From the last checkpoint in `out` to step `steps`."""
-        config = self.config(*(CASES | IN_PARTS | ENDING)[case])
+        config = self.config(*(CASES | IN_PARTS | RECORDED | ENDING)[case])
         config = dataclasses.replace(config, lower=dataclasses.replace(config.lower, steps=steps))
         banks = self.root / "banks" / f"{len(config.erase)}-{ERASERS[config.upper.eraser].shows}"
         if banks not in self.found:
@@ -161,7 +166,48 @@ class World:
             out.mkdir(parents=True, exist_ok=True)
         self.team.first(lambda: None)
         stop = SimpleNamespace(requested=False)
-        fit(config, copy.deepcopy(self.student), materials, places, stop, torch.device("cpu"), self.team)
+        with recorded(self.team.world) if case in RECORDED else contextlib.nullcontext():
+            fit(config, copy.deepcopy(self.student), materials, places, stop, torch.device("cpu"), self.team)
+
+
+class Awaited:
+    """Collectives of a recording: one that nobody waits for is still on another stream when a CUDA graph ends."""
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self.sent, self.waited, self.recordings = 0, 0, 0
+        for name in ("exchange", "gather", "add_up"):
+            patch.setattr(Team, name, self.counted(getattr(Team, name)))
+
+    def counted(self, send: Callable[..., Pending]) -> Callable[..., Pending]:
+        def call(*arguments: Any) -> Pending:
+            self.sent += 1
+            return SimpleNamespace(wait=partial(self.wait, send(*arguments)))
+
+        return call
+
+    def wait(self, pending: Pending) -> None:
+        self.waited += 1
+        pending.wait()
+
+    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        assert self.sent == self.waited, "on their way when a recording begins"
+        before = self.sent
+        found = on_the_cpu(call)
+        assert before < self.sent == self.waited
+        self.recordings += 1
+        return found
+
+
+@contextlib.contextmanager
+def recorded(world: int) -> Iterator[None]:
+    """Steps are recorded and replayed, by several ranks; with ops that leave no number to Python."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BILEVEL_FAST_OPS", "torch")
+        awaited = Awaited(patch)
+        if world > 1:
+            patch.setattr(student, "cuda_recorder", lambda device: awaited.record)
+        yield
+        assert awaited.recordings >= 4 * (world > 1), "the lower step's, before and after upper ones, and theirs"
 
 
 def work(team: Team, root: Path, jobs: list[str]) -> None:

@@ -1,11 +1,13 @@
 """A CUDA graph's rules, kept on the CPU: ops are recorded with the addresses they used, and replayed without Python.
 
 What a graph cannot hold fails here as it does there: a number that Python reads from a tensor raises while recording,
-one that Python has computed stays what it was, and what lies at another address than before is not seen.
+one that Python has computed stays what it was, and what lies at another address than before is not seen. What ranks
+send each other is sent anew, over gloo, and waited for at once.
 """
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import Work
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -24,11 +26,15 @@ class Recording(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in READS:
             raise RuntimeError(f"operation not permitted when stream is capturing: {name}")
-        if func._schema.is_mutable:
+        if func._schema.is_mutable or func.namespace == "c10d":  # whose schemas do not say what is written
             for x in tensors((args, kwargs)):
                 storage = x.untyped_storage()
                 self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         out = func(*args, **kwargs)
+        if func.namespace == "c10d":
+            self.alive.append((args, out))
+            self.calls.append((collective(func), args, kwargs, []))
+            return out
         left = tensors(out)
         self.alive.append((args, kwargs, out))  # nobody else gets its memory
         inside = {x.untyped_storage().data_ptr() for x in tensors((args, kwargs))}
@@ -47,6 +53,15 @@ class Recording(TorchDispatchMode):
             for mine, new in zip(left, tensors(func(*args, **kwargs)), strict=True):
                 if mine.data_ptr() != new.data_ptr():
                     mine.copy_(new)
+
+
+def collective(func):
+    def call(*args, **kwargs):
+        *_, work = out if isinstance(out := func(*args, **kwargs), tuple | list) else [out]
+        Work.unbox(work).wait()
+        return []
+
+    return call
 
 
 def tensors(tree):

@@ -1,6 +1,7 @@
 """The mini world trained by 1, 2 and 4 ranks that share its batches: the same bits, and checkpoints for all of them.
 
-Every eraser is there, and every value of a setting of the upper level that is a choice: `ranked.choices`.
+Every eraser is there, and every value of a setting of the upper level that is a choice: `ranked.choices`. Steps that
+two ranks record and replay, as CUDA graphs are, are those of one rank that does neither.
 """
 
 from pathlib import Path
@@ -26,12 +27,13 @@ def test_weights_moments_and_records_do_not_know_the_number_of_ranks(tmp_path):
         assert crew.wait(240) == [0] * 4, crew.said()
 
     four(*AT_FOUR, "bilevel:5:passed-on")
-    done = ranked.torchrun(2, ranked.__file__, tmp_path, *ranked.CASES, "bilevel:10:passed-on")
+    by_two = [*ranked.CASES, *ranked.RECORDED]
+    done = ranked.torchrun(2, ranked.__file__, tmp_path, *by_two, "bilevel:10:passed-on")
     assert done.returncode == 0, done.stdout
-    ranked.work(ALONE, tmp_path, [*ranked.CASES, "bilevel:15:passed-on"])
+    ranked.work(ALONE, tmp_path, [*by_two, "bilevel:15:passed-on"])
     four("bilevel:20:passed-on")
 
-    alone = {case: ranked.outcome(tmp_path / f"{case}-1") for case in ranked.CASES if case != "ring"}
+    alone = {case: ranked.outcome(tmp_path / f"{case}-1") for case in by_two if case != "ring"}
     for case, wanted in alone.items():
         assert len(wanted["said"]) == ranked.STEPS.get(case, 1), case
         assert ranked.outcome(tmp_path / f"{case}-2") == wanted, case

@@ -1,7 +1,10 @@
 """Who is gone, seen with a clock of the test's own."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from bilevel_fast.scale.overdue import LEAST, TIMES
 from bilevel_fast.scale.watch import EVERY, LIMIT, PATIENCE, Watch
 
 
@@ -116,3 +119,58 @@ def test_a_store_that_does_not_answer_is_one_that_is_lost():
     ranks.now += EVERY
     ranks.watches[1].guard()
     assert ranks.ended[1][1].startswith("rank 0, on node0 process 100, is gone, or the process that started it")
+
+
+class Steps:
+    """Events that have come to pass when the test says so."""
+
+    def __init__(self, watch):
+        self.done, self.made = 0, 0
+        watch.overdue._make = self.event
+
+    def event(self):
+        self.made += 1
+        number = self.made
+        return SimpleNamespace(record=lambda: None, query=lambda: self.done >= number)
+
+
+def test_a_gpu_that_does_not_end_a_step_ends_its_rank():
+    """Not one that has much before it, nor one that waits for its host for an hour."""
+    ranks = Ranks()
+    watch = ranks.watches[3]
+    steps = Steps(watch)
+
+    def at(seconds):
+        ranks.now = seconds
+        watch.wait_for_device()
+
+    for _ in range(30):  # the host is far ahead of the GPU, which takes 10 s for each
+        watch.overdue.given()
+    for number in range(31):
+        steps.done = number
+        at(10.0 * number)
+    at(4000.0)
+    watch.overdue.given()
+    at(4000.0 + LEAST)
+    assert not ranks.ended
+    at(4001.0 + LEAST)
+    assert ranks.ended == {
+        3: (4121.0, "rank 3, on node1 process 103: its GPU has been at one step for 121 s; go on with --resume")
+    }
+
+
+def test_long_steps_have_long_limits():
+    ranks = Ranks()
+    watch = ranks.watches[0]
+    steps = Steps(watch)
+    watch.overdue.given()
+    ranks.now = 100.0
+    steps.done = 1
+    watch.wait_for_device()
+    watch.overdue.given()
+    ranks.now += TIMES * 100
+    watch.wait_for_device()
+    assert not ranks.ended
+    ranks.now += 1
+    watch.wait_for_device()
+    assert ranks.ended.keys() == {0}

@@ -12,7 +12,8 @@ import torch
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.ops.graphs import WARMUP, Recorder, cuda_recorder, side_stream
 from bilevel_fast.training.graphs import Graphs
-from bilevel_fast.training.levels import bilevel
+from bilevel_fast.training.levels import bilevel, move
+from bilevel_fast.training.parameters import FlatParameters
 from replay import on_the_cpu
 from world import B, make_batch, make_levels, make_models
 
@@ -107,6 +108,18 @@ def test_a_replayed_run_is_the_same_run(settings):
     assert replayed[0][-1]["lower/loss"] != replayed[0][-2]["lower/loss"]
 
 
+def test_whoever_holds_the_parameters_hears_of_every_step(monkeypatch):
+    """Of ranks, each then has weights to fetch before it computes beside the graph; a replay runs no Python."""
+    heard = []
+    monkeypatch.setattr(FlatParameters, "moved", lambda self: heard.append(1))
+    lower, _ = make_levels(*make_models())
+    graphs = Graphs(on_the_cpu)
+    for step in range(WARMUP + 3):
+        del heard[:]
+        graphs(lower, make_batch(0, step))
+        assert heard
+
+
 def test_a_bad_gradient_is_skipped_inside_a_graph():
     """NaN in the data of one replayed step: its gradient is not finite, and the run goes on without it."""
 
@@ -131,6 +144,49 @@ def test_other_shapes_are_recorded_anew(caplog):
     assert counting.recordings == 4 + 3, "of the lower level three and two: each upper step that warms up drops one"
     assert replayed[0] == expected[0]
     assert "lower batches have changed in shape: CUDA graphs are recorded anew" in caplog.text
+
+
+def test_a_recording_that_breaks_off_in_backward_leaves_no_gradients():
+    """The next backward pass would add to those that are there."""
+    expected, (lower, _) = make_levels(*make_models())[0], make_levels(*make_models())
+    first = next(lower.optimizer.flat.module.parameters())
+    recording = []
+
+    def broken(_):
+        if recording:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    def record(call):
+        recording.append(1)
+        try:
+            return on_the_cpu(call)
+        finally:
+            recording.pop()
+
+    first.register_post_accumulate_grad_hook(broken)
+    graphs = Graphs(record)
+    for step in range(WARMUP + 2):
+        graphs(lower, make_batch(0, step))
+        move(expected, make_batch(0, step))
+    assert graphs.record is None
+    for name, value in expected.optimizer.flat.state_dict().items():
+        assert torch.equal(lower.optimizer.flat.state_dict()[name], value), name
+
+
+def test_a_recording_that_another_process_cannot_make_is_dropped(caplog):
+    """All ranks go on without: one alone cannot replay what it shares with others."""
+    asked, can = [], iter([True, False])
+
+    def all_can(mine):
+        asked.append(mine)
+        return next(can)
+
+    recorder = Recorder(on_the_cpu, "--no-graphs", all_can)
+    found = [recorder("key", "step", lambda: torch.ones(()) + 1) for _ in range(WARMUP + 2)]
+    assert [x.item() for x in found] == [2] * (WARMUP + 2)
+    assert asked == [True, True], "before a recording, and after it"
+    assert recorder.record is None
+    assert caplog.messages == ["no CUDA graph of the step, it runs without: another process cannot record it"]
 
 
 def test_what_cannot_be_recorded_runs_without(caplog):

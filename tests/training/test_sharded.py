@@ -50,6 +50,7 @@ def test_steps_are_those_of_one_rank(world, dtype):
                 leave_gradients(flat.module, leaf)
                 flat.take(part, count, add=False)
             norm = optimizer.step()
+        flat.arrive()
         dot = flat.dot(flat.gradient, flat.master)
         states = [flat.state_dict(), flat.state_dict(flat.average), optimizer.state_dict()["rule"]["second"]]
         return flat, norm, dot, states
@@ -148,3 +149,67 @@ def test_a_released_network_has_parameters_of_its_own():
     for network in together(2, work):
         for name, value in network.state_dict().items():
             assert torch.equal(value, start[name] + 1)
+
+
+def test_weights_are_on_their_way_until_the_network_computes():
+    """Sent when a step begins, and not when the one before ends; the network waits, whoever calls it."""
+
+    def work(team):
+        flat = ShardedParameters(unet(), torch.bfloat16, team=team, leaves=2)
+        inputs = torch.ones(1, 4, 8, 8), torch.tensor([3]), torch.ones(1, 4, TINY.cross_attention_dim)
+        inputs = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
+        optimizer, found = LevelOptimizer(flat, 0.1, 0), []
+        for step in range(3):
+            leave_gradients(flat.module, team.rank)
+            flat.take(0, 1, add=False)
+            del team.events[:]
+            optimizer.step()
+            assert len(team.events) == 1, "the norm alone"
+            if step:  # else the network asks for them itself
+                flat.publish()
+                assert len(flat._coming) == len(flat._cut)
+            out = flat.module(*inputs).out
+            assert len(team.events) == 1 + len(flat._cut), "sent once"
+            assert not flat._coming
+            flat.module(*inputs)
+            assert len(team.events) == 1 + len(flat._cut), "nothing has moved since"
+            found.append((out, flat.compute.clone()))
+        return found, flat
+
+    first, second = together(2, work)
+    for (out, compute), (other_out, other) in zip(first[0], second[0], strict=True):
+        assert torch.equal(compute, other)
+        assert torch.equal(out, other_out)
+    masters = first[1].master, second[1].master
+    assert not torch.equal(first[0][0][1], first[0][2][1])
+    for bucket in first[1]._cut:
+        runs = [bucket.own(master).bfloat16() for master in masters]
+        assert torch.equal(bucket.whole(first[0][-1][1]), torch.cat(runs))
+
+
+def test_what_a_broken_step_leaves_is_forgotten():
+    """A gradient that stays would be added to, a bucket on its way would be taken for the next one's."""
+
+    def work(team):
+        flat = ShardedParameters(unet(), team=team, leaves=4)
+        for part in (0, 1):
+            leave_gradients(flat.module, part)
+            if part == 0:
+                flat.take(0, 2, add=False)
+        flat.expect(1, 2, add=False)
+        flat._send()
+        flat.publish()
+        flat.forget()
+        assert not flat._coming
+        assert all(p.grad is None for p in flat.module.parameters())
+        for part in (0, 1):
+            leave_gradients(flat.module, 2 * team.rank + part)
+            flat.take(part, 2, add=False)
+        return flat.gathered(flat.gradient)
+
+    whole = FlatParameters(unet(), summed=True)
+    for leaf in range(4):
+        leave_gradients(whole.module, leaf)
+        whole.take(leaf, 4, add=False)
+    for found in together(2, work):
+        assert torch.equal(found, whole.gradient)
