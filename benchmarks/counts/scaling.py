@@ -1,7 +1,9 @@
-"""What several GPUs would make of a lower step of SD 2.1 at 512 px: bytes, time, efficiency. A projection.
+"""What several GPUs would make of a lower step of SD 2.1 at 512 px, or of SDXL at 1024: bytes, time, efficiency.
 
     python -m benchmarks.counts.scaling
-    python -m benchmarks.counts.scaling --batch 16 --structure dense --json
+    python -m benchmarks.counts.scaling --unet sdxl --batch 4 --structure dense --json
+
+A projection.
 
 Bytes are counted: the parameters of the student, and what `training.sharded` sends of them. Times are these bytes over
 published rates, with nothing lost to anything else. A step alone is the floor of `benchmarks.counts.roofline` on an
@@ -12,11 +14,11 @@ gradient of its own; they are rare and not in the table.
               w N (W - g) / W over a network card of its own. ring: w N (W - 1) / W around, and 1 / g of it past a
               machine by each of its g cards
     publish   the copy that computes, 2 bytes an element, gathered as a ring
-    efficiency, as it is     step / (step + what backward does not hide of reduce + publish); the last bucket is never
-                             hidden, as backward has ended by then
-    efficiency, overlapped   the same without what the teacher could hide of publish
+    efficiency    step / (step + what backward does not hide of reduce + what the teacher does not hide of publish); the
+                  last bucket is never hidden, as backward has ended by then
 
-with N elements, W GPUs, g of them a machine, and w = 2 bytes (bf16; 4 where a rank has several leaves).
+with N elements, W GPUs, g of them a machine, and w = 2 bytes (bf16; 4 where a rank has several leaves). Of a step the
+teacher takes 1 / (1 + 3 r) and backward 2 r / (1 + 3 r), a student of r of its MACs: forward is a third of a network's.
 """
 
 import json
@@ -27,9 +29,10 @@ from typing import Any, Literal
 
 import torch
 
-from benchmarks.structures import structure
+from benchmarks.structures import counted
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.models import macs
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.scale.rows import BUCKET, ROW
 
@@ -39,11 +42,10 @@ OF_A_CARD = 0.9
 """Share of a network card's rate that carries our bytes."""
 A_BUCKET = 40e-6
 """Seconds that a bucket costs beside its bytes."""
-TEACHER, BACKWARD = 0.29, 0.48
-"""Shares of a lower step's FLOPs, 0.80 student."""
 PLACES = ((1, 8, None), (8, 1, 400), (8, 1, 100), (8, 8, 400), (8, 8, 100))
 """Machines, GPUs a machine, and Gb/s of the one network card that each GPU has."""
-ROOFLINE = Path(__file__).parents[1] / "results" / "roofline.jsonl"
+RESULTS = Path(__file__).parents[1] / "results"
+ROOFLINES = {"sd21": RESULTS / "roofline.jsonl", "sdxl": RESULTS / "sdxl.jsonl"}
 
 Row = dict[str, Any]
 
@@ -52,31 +54,39 @@ Row = dict[str, Any]
 class Settings:
     """Settings of the projection."""
 
+    unet: Literal["sd21", "sdxl"] = "sd21"
+    """Whose steps."""
     batch: int = 8
     """Images per GPU and step."""
-    structure: Literal["dense", "0.80", "0.55"] = "0.80"
-    """The student."""
+    structure: str = "0.80"
+    """The student: dense or 0.80; of SD 2.1 also 0.55, of SDXL ssd-1b and koala-700m."""
     leaves: int = 1
     """Leaves per GPU: with several, sums in fp32 are sent, twice the bytes."""
     json: bool = False
     """One JSON object per row instead of a table."""
 
 
-def elements(name: str) -> int:
-    """Parameters of a student, as the engine pads them on a GPU."""
+def student(settings: Settings) -> tuple[int, float, float]:
+    """Parameters of the student, as the engine pads them on a GPU; its share of the dense model's MACs; and the floor
+    of a lower step's image on an H100, in seconds, from the committed projection."""
+    size, known = counted(settings.unet)
+    if settings.structure not in known:
+        raise UserError(f"--structure is {settings.structure!r}, wanted one of {', '.join(known)} for {settings.unet}")
+    kept = known[settings.structure]
     with torch.device("meta"):
-        unet = UNet(structure(name).config, structure(name), 8)
-    return sum(p.numel() for p in unet.parameters())
+        count = sum(p.numel() for p in UNet(size.config, kept, 8).parameters())
+    return count, macs.count(kept, size.latent, size.text).ratio, _image_seconds(settings)
 
 
-def image_seconds(name: str) -> float:
-    """The floor of a lower step's image on an H100, from the committed projection."""
-    for line in ROOFLINE.read_text().splitlines():
-        row = json.loads(line)
-        key = (row["case"], row["provider"], row["config"]["structure"])
-        if key == ("lower", "triton", name) and "H100" in row["device"]:
+def _image_seconds(settings: Settings) -> float:
+    path = ROOFLINES[settings.unet]
+    for row in map(json.loads, path.read_text().splitlines()):
+        key = (row["suite"], row["case"], row.get("provider"), row["config"].get("structure"))
+        if key == ("roofline", "lower", "triton", settings.structure) and "H100" in row["device"]:
             return row["value"] / 1e3 / row["config"]["batch"]
-    raise UserError(f"{ROOFLINE} has no projection of {name!r} on an H100; run benchmarks.counts.roofline --json")
+    raise UserError(
+        f"{path} has no projection of {settings.structure!r} on an H100; run benchmarks.counts.roofline --json"
+    )
 
 
 def seconds(size: int, nodes: int, each: int, gbits: int | None, exchanged: bool) -> float:
@@ -94,49 +104,47 @@ def seconds(size: int, nodes: int, each: int, gbits: int | None, exchanged: bool
 
 def rows(settings: Settings) -> Iterator[Row]:
     """For each place and each way of adding up."""
-    count, image = elements(settings.structure), image_seconds(settings.structure)
+    count, ratio, image = student(settings)
     width = 2 if settings.leaves == 1 else 4
+    teacher, backward = (part / (1 + 3 * ratio) for part in (1, 2 * ratio))
     for nodes, each, gbits in PLACES:
         ranks = nodes * each
         publish = seconds(2 * count, nodes, each, gbits, exchanged=False)
         for reduction in ("tree", "ring"):
             reduce = seconds(width * count, nodes, each, gbits, exchanged=reduction == "tree")
-            as_it_is, overlapped = [], []
+            found = list[float]()
             for step in (settings.batch * image, 2 * settings.batch * image):
-                left = max(reduce / -(-count // (BUCKET * ROW)), reduce - BACKWARD * step)
-                as_it_is.append(step / (step + left + publish))
-                overlapped.append(step / (step + left + max(0.0, publish - TEACHER * step)))
+                left = max(reduce / -(-count // (BUCKET * ROW)), reduce - backward * step)
+                found.append(step / (step + left + max(0.0, publish - teacher * step)))
             yield {
-                "suite": "scaling", "metric": "projection", "projection": True, "structure": settings.structure,
+                "suite": "scaling", "metric": "projection", "projection": True,
+                "unet": settings.unet, "structure": settings.structure,
                 "batch_per_gpu": settings.batch, "gpus": ranks, "machines": nodes, "gbit_per_s": gbits,
                 "reduction": reduction, "elements": count,
                 "sent_mb": round((width + 2) * count * (ranks - 1) / ranks / 1e6),
                 "state_gb": round((2 + width + (24 + 4) / ranks) * count / 1e9, 2),
                 "reduce_ms": round(1e3 * reduce, 2), "publish_ms": round(1e3 * publish, 2),
                 "step_ms": [round(1e3 * settings.batch * image * by, 1) for by in (1, 2)],
-                "efficiency": [round(e, 3) for e in as_it_is],
-                "efficiency_overlapped": [round(e, 3) for e in overlapped],
+                "efficiency": [round(e, 3) for e in found],
             }  # fmt: skip
 
 
 def table(found: list[Row]) -> str:
     """One line per row."""
     first = found[0]
+    model = {"sd21": "SD 2.1", "sdxl": "SDXL"}[first["unet"]]
     lines = [
-        f"projection: SD 2.1 {first['structure']}, {first['elements'] / 1e6:.1f} M parameters, "
+        f"projection: {model} {first['structure']}, {first['elements'] / 1e6:.1f} M parameters, "
         f"{first['batch_per_gpu']} images a GPU, {first['step_ms'][0]} to {first['step_ms'][1]} ms a step alone",
-        f"{'GPUs':26}{'sums':6}{'sent MB':>8}{'state GB':>9}{'reduce ms':>10}{'publish ms':>11}"
-        f"{'as it is':>14}{'overlapped':>14}",
+        f"{'GPUs':26}{'sums':6}{'sent MB':>8}{'state GB':>9}{'reduce ms':>10}{'publish ms':>11}{'efficiency':>14}",
     ]
     for row in found:
         net = "NVLink" if row["gbit_per_s"] is None else f"{row['gbit_per_s']} Gb/s a GPU"
         where = f"{row['gpus']}, {row['machines']} x {row['gpus'] // row['machines']}, {net}"
-        shares = (
-            "..".join(f"{100 * e:.0f}" for e in row[key]) + " %" for key in ("efficiency", "efficiency_overlapped")
-        )
+        share = "..".join(f"{100 * e:.0f}" for e in row["efficiency"]) + " %"
         lines.append(
             f"{where:26}{row['reduction']:6}{row['sent_mb']:>8}{row['state_gb']:>9}{row['reduce_ms']:>10}"
-            f"{row['publish_ms']:>11}" + "".join(f"{share:>14}" for share in shares)
+            f"{row['publish_ms']:>11}{share:>14}"
         )
     return "\n".join(lines)
 

@@ -12,8 +12,7 @@ Parameters = Literal["flat", "fsdp"]
 @dataclass(frozen=True)
 class Scale:
     """Training on the processes that torchrun starts; their number is no setting, and changes no result. Not supported:
-    CUDA graphs with several processes, a number of processes that changes while they run. Not measured: several GPUs,
-    of any kind. See docs/scale.md."""
+    a number of processes that changes while they run. Not measured: several GPUs, of any kind. See docs/scale.md."""
 
     leaves: int = 1
     """Equal parts of a batch, of both levels, that are computed one by one and added up: a multiple of the number of
