@@ -134,8 +134,9 @@ class Steps:
         return SimpleNamespace(record=lambda: None, query=lambda: self.done >= number)
 
 
+@pytest.mark.situation
 def test_a_gpu_that_does_not_end_a_step_ends_its_rank():
-    """Not one that has much before it, nor one that waits for its host for an hour."""
+    """A collective that waits for ever inside a CUDA graph: one line by its rank, after two minutes at least"""
     ranks = Ranks()
     watch = ranks.watches[3]
     steps = Steps(watch)
