@@ -8,11 +8,12 @@ import torch
 from bilevel_fast.models.structure import Structure
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.scale import rows
+from bilevel_fast.training.levels import descend
 from bilevel_fast.training.optim import LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.sharded import ShardedParameters
 from thread_team import together
-from world import TINY
+from world import TINY, make_levels, make_models
 
 ONE_AT_A_TIME = threading.Lock()
 
@@ -213,3 +214,23 @@ def test_what_a_broken_step_leaves_is_forgotten():
         whole.take(leaf, 4, add=False)
     for found in together(2, work):
         assert torch.equal(found, whole.gradient)
+
+
+@pytest.mark.parametrize("name", ["lower", "upper"])
+def test_weights_are_sent_before_the_teacher_is_asked(name, monkeypatch):
+    """They travel while it answers."""
+    order = []
+    monkeypatch.setattr(FlatParameters, "publish", lambda self: order.append("weights"))
+    levels = dict(zip(("lower", "upper"), make_levels(*make_models()), strict=True))
+    descend(levels["lower"], 0)
+    level = levels[name]
+    for network, who in (
+        (level.optimizer.flat.module, "student"),
+        (levels["lower"].gradient.answers.teacher.unet, "teacher"),
+    ):
+        network.register_forward_pre_hook(lambda *_, who=who: order.append(who))
+    del order[:]
+    descend(level, 1)
+    assert order[0] == "weights"
+    assert order.index("teacher") < order.index("student")
+    assert order.count("weights") == 1
