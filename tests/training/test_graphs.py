@@ -116,8 +116,9 @@ def test_whoever_holds_the_parameters_hears_of_every_step(monkeypatch):
     graphs = Graphs(on_the_cpu)
     for step in range(WARMUP + 3):
         del heard[:]
-        graphs(lower, make_batch(0, step))
+        graphs(lower, lower.batches(step))
         assert heard
+    assert graphs.record is not None
 
 
 def test_a_bad_gradient_is_skipped_inside_a_graph():
@@ -146,15 +147,15 @@ def test_other_shapes_are_recorded_anew(caplog):
     assert "lower batches have changed in shape: CUDA graphs are recorded anew" in caplog.text
 
 
-def test_a_recording_that_breaks_off_in_backward_leaves_no_gradients():
+def test_a_recording_that_breaks_off_in_backward_leaves_no_gradients(caplog):
     """The next backward pass would add to those that are there."""
     expected, (lower, _) = make_levels(*make_models())[0], make_levels(*make_models())
-    first = next(lower.optimizer.flat.module.parameters())
+    first, reason = next(lower.optimizer.flat.module.parameters()), "operation not permitted when stream is capturing"
     recording = []
 
     def broken(_):
         if recording:
-            raise RuntimeError("operation not permitted when stream is capturing")
+            raise RuntimeError(reason)
 
     def record(call):
         recording.append(1)
@@ -166,9 +167,10 @@ def test_a_recording_that_breaks_off_in_backward_leaves_no_gradients():
     first.register_post_accumulate_grad_hook(broken)
     graphs = Graphs(record)
     for step in range(WARMUP + 2):
-        graphs(lower, make_batch(0, step))
-        move(expected, make_batch(0, step))
+        graphs(lower, lower.batches(step))
+        move(expected, expected.batches(step))
     assert graphs.record is None
+    assert caplog.messages == [f"no CUDA graph of the lower step, it runs without: {reason}"]
     for name, value in expected.optimizer.flat.state_dict().items():
         assert torch.equal(lower.optimizer.flat.state_dict()[name], value), name
 
