@@ -151,7 +151,7 @@ class Team:
         assert self._watch is not None
         if isinstance(error, RuntimeError):
             self._watch.hurry()
-            time.sleep(2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile
+            self._watch.wait(2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile
         known = isinstance(error, UserError | OSError | KeyboardInterrupt)
         message, code = describe(error)
         if not known:

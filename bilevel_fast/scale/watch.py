@@ -60,7 +60,7 @@ class Watch:
     ):
         self.store, self.rank, self.world, self.names = store, rank, world, names
         self._clock, self._end = clock, end
-        self._beats, self._word, self._limit = 0, "", LIMIT
+        self._beats, self._looks, self._word, self._limit = 0, 0, "", LIMIT
         self._last: list[bytes] = [b""] * world
         self._since, self._answered = [clock()] * world, clock()
         self.overdue = Overdue(clock)
@@ -83,6 +83,12 @@ class Watch:
         """A collective has failed: that is not a rank that is only slow."""
         self._limit = PATIENCE
 
+    def wait(self, seconds: float) -> None:
+        """Until as many seconds have passed, and as many looks: a busy machine may not let the watch have one."""
+        until, looks = self._clock() + seconds, self._looks + round(seconds / EVERY)
+        while self._clock() < until or (self._looks < looks and self._clock() < until + LIMIT):
+            time.sleep(0.1)
+
     def beat(self) -> None:
         """Say that this rank lives, or what it has said last."""
         self._beats += 1
@@ -101,6 +107,7 @@ class Watch:
 
     def look(self) -> None:
         """Compare what all say with what they said before, and end the process if one of them is gone."""
+        self._looks += 1
         try:
             self.beat()
             words = self.store.multi_get([_key(rank) for rank in range(self.world)])

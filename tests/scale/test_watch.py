@@ -1,5 +1,6 @@
 """Who is gone, seen with a clock of the test's own."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -175,3 +176,24 @@ def test_long_steps_have_long_limits():
     ranks.now += 1
     watch.wait_for_device()
     assert ranks.ended.keys() == {0}
+
+
+def test_who_waits_for_the_watch_waits_for_its_looks(monkeypatch):
+    """Where it gets none, as on a machine that is too busy, no longer than for a rank that is silent."""
+    ranks = Ranks()
+    watch = ranks.watches[1]
+
+    def sleeping(look):
+        def sleep(seconds):
+            ranks.now += seconds
+            if look:
+                watch.look()
+
+        return sleep
+
+    monkeypatch.setattr(time, "sleep", sleeping(True))
+    watch.wait(6.0)
+    assert ranks.now == pytest.approx(6.0, abs=0.2)
+    monkeypatch.setattr(time, "sleep", sleeping(False))
+    watch.wait(6.0)
+    assert ranks.now == pytest.approx(6.0 + 6.0 + LIMIT, abs=0.4)
