@@ -160,6 +160,9 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
     def claim(text: str, verdict: Verdict, *shown: tuple[str, str, str, int]) -> Claim:
         return Claim(text, verdict, rows, RIVALS, make, shown)
 
+    def other(text: str, verdict: Verdict, *shown: tuple[str, str, str, int]) -> Claim:
+        return Claim(text, verdict, rivals("emoji other"), RIVALS, f"{RUN} 'emoji other'", shown)
+
     def share(case: str, key: str) -> tuple[str, str, str, int]:
         return "case", case, key, 2
 
@@ -195,9 +198,26 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
             lambda values: keeps(values[::-1]), share("bilevel", "concept_hit"), share("controller", "concept_hit"),
         ),
         claim(
+            "There the controller has a lower FID than a constant lambda with K 3, which is as many upper steps.",
+            less, *fid("bilevel, K 3", "controller"),
+        ),
+        claim(
             "There the gradients of both levels have a cosine below 0.",
             lambda values: HOLDS if mean(values[-1]) < -0.05 else FAILS, share("bilevel", "cosine"),
         ),
+        other(
+            "With twemoji erased in place of noto, the loop leaves less of it than two stages with replay.",
+            below, share("two-stage, replay", "concept_hit"), share("bilevel", "concept_hit"),
+        ),
+        other(
+            "It leaves less of it than one level.",
+            below, share("one level", "concept_hit"), share("bilevel", "concept_hit"),
+        ),
+        other(
+            "It leaves twemoji's relatives as they were.",
+            keeps, share("distilled", "relative_hit"), share("bilevel", "relative_hit"),
+        ),
+        other("It costs no FID against distillation alone.", no_more, *fid("distilled", "bilevel")),
     )  # fmt: skip
 
 
@@ -245,6 +265,36 @@ CLAIMS = (
     Claim(
         "With 0.55 of the MACs the loop's FID is below that of two stages with replay.",
         less, rivals("tight"), RIVALS, f"{RUN} tight", fid("two-stage, replay", "bilevel"),
+    ),
+    Claim(
+        "With another style erased, waves, the loop leaves none of it.",
+        near(0.0), rivals("other"), RIVALS, f"{RUN} other",
+        (("case", "distilled", "concept_hit", 2), ("case", "bilevel", "concept_hit", 2)),
+    ),
+    Claim(
+        "There it costs no FID against distillation alone.",
+        no_more, rivals("other"), RIVALS, f"{RUN} other", fid("distilled", "bilevel"),
+    ),
+    Claim(
+        "There its FID is below that of two stages with replay.",
+        less, rivals("other"), RIVALS, f"{RUN} other", fid("two-stage, replay", "bilevel"),
+    ),
+    Claim(
+        "From an APTP expert, which is what the paper prunes to, it leaves none of the style.",
+        near(0.0), rivals("expert"), RIVALS, f"{RUN} expert",
+        (("case", "distilled", "concept_hit", 2), ("case", "bilevel", "concept_hit", 2)),
+    ),
+    Claim(
+        "There it costs no FID against distillation alone.",
+        no_more, rivals("expert"), RIVALS, f"{RUN} expert", fid("distilled", "bilevel"),
+    ),
+    Claim(
+        "There its FID is below that of two stages with replay.",
+        less, rivals("expert"), RIVALS, f"{RUN} expert", fid("two-stage, replay", "bilevel"),
+    ),
+    Claim(
+        "ESD as the upper step has a lower FID than ESD in a second stage with replay, at its best rate.",
+        less, rivals("esd"), RIVALS, f"{RUN} tuning-3 esd", fid("two-stage ESD, replay", "bilevel, ESD inside"),
     ),
     Claim(
         "The controller, which chooses lambda and K, has a lower FID than both as they are set.",

@@ -111,7 +111,7 @@ class Trainee(ABC):
         return 0
 
     def extras(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint must hold beside parameters and optimizers, by name."""
+        """What a checkpoint must hold beside parameters and optimizers, by name; copies where `flat.copies`."""
         return {}
 
     def load_extras(self, found: Mapping[str, dict[str, Any]]) -> None:
@@ -143,7 +143,7 @@ def run(
     images, seconds = progress.step * settings.batch, progress.seconds
     console = Console(settings.steps, progress.step) if team.rank == 0 else None
     sinks = [console, *_sinks(places, progress.step, images)] if console else []
-    saver = Saver(places.checkpoints, None if trainee.flat.copies else snapshots_for(trainee.flat.master.device))
+    saver = Saver(places.checkpoints, snapshots_for(trainee.flat))
     steps = trainee.steps(progress.step, settings.steps)
     with Stats(sinks, images=images, seconds=seconds) as stats, saver, contextlib.closing(steps):
         for step, _ in enumerate(steps, progress.step + 1):
@@ -196,6 +196,8 @@ def _sinks(places: Places, step: int, images: int) -> list[Sink]:
 
 
 def _save(trainee: Trainee, progress: Progress, saver: Saver, team: Team) -> None:
+    if trainee.flat.copies:
+        saver.wait()  # before there is another copy
     optimizers = {name: optimizer.state_dict() for name, optimizer in trainee.optimizers.items()} | trainee.extras()
     state = {name: getattr(progress, name) for name in trainee.counters}
     tensors = trainee.flat.state_dict()  # all ranks have a part in it, and in what is above

@@ -117,10 +117,10 @@ class AdamW:
     def state_dict(self) -> dict[str, Any]:
         """Moments by the names of the parameters, without padding: they fit wherever the parameters fit.
 
-        Views: they change with the next step.
+        Of moments, views that change with the next step, unless `flat.copies`.
         """
         first, second = (self.flat.state_dict(moment) for moment in (self.first, self.second))
-        return {"first": first, "second": second, "done": self.done}
+        return {"first": first, "second": second, "done": self.done.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.flat.load_state_dict(state["first"], self.first)
@@ -179,7 +179,7 @@ class LevelOptimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rule": self.rule.state_dict(), "steps": self.steps, "bad_in_a_row": self.bad_in_a_row}
+        return {"rule": self.rule.state_dict(), "steps": self.steps.clone(), "bad_in_a_row": self.bad_in_a_row.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rule.load_state_dict(state["rule"])

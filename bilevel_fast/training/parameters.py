@@ -52,7 +52,7 @@ class FlatParameters:
             Here it is one, and m is N; `scale` has the others.
         leaves: Equal parts of a batch that this process takes one after the other.
         rows: (m,) of `compute` that an optimizer step writes; the masters if fp32.
-        copies: Whether a state dict is a copy on the host.
+        copies: Whether a state dict is a copy on the host, which later steps do not change.
     """
 
     ranks, leaves, copies = 1, 1, False

@@ -1,13 +1,14 @@
-"""Checkpoints of a run: on a GPU written and hashed by a thread while training goes on, on the CPU at once.
+"""Checkpoints of a run: of a GPU, or of several ranks, written and hashed by a thread while training goes on.
 
-    with Saver(folder, snapshots_for(device)) as saver:
+    with Saver(folder, snapshots_for(flat)) as saver:
         saver.save(step, tensors, optimizers, state)        # returns when the copies to the host are under way
         saver.wait()                                        # returns when the checkpoint is whole on the disk
 
 A GPU's state is copied to pinned host memory, in order with the steps on their stream: the host goes on at once, and
 the next step, which moves the weights, begins when they are copied (0.5 s for the 14 GB of SD 2.1 at 25 GB/s). A stream
-of its own would win nothing: a recorded step cannot wait half-way. What is on the CPU could only be copied within the
-memory that it fills already, so there nothing is copied and training waits.
+of its own would win nothing: a recorded step cannot wait half-way. What several ranks gather for the first one is a
+copy already. What one rank has on the CPU could only be copied within the memory that it fills, so there nothing is
+copied and training waits.
 """
 
 import logging
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bilevel_fast.training import checkpoint
+from bilevel_fast.training.parameters import FlatParameters
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +65,15 @@ class Pinned:
         return copies, copied.synchronize
 
 
-def snapshots_for(device: torch.device) -> Snapshot | None:
-    """What a `Saver` of tensors on this device should take."""
-    return Pinned(device) if device.type == "cuda" else None
+def as_it_is(tensors: list[Tensor]) -> tuple[list[Tensor], Callable[[], object]]:
+    """The snapshot of a state that is a copy."""
+    return tensors, lambda: None
+
+
+def snapshots_for(flat: FlatParameters) -> Snapshot | None:
+    """What a `Saver` of these parameters should take."""
+    device = flat.master.device
+    return as_it_is if flat.copies else Pinned(device) if device.type == "cuda" else None
 
 
 class Saver:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from bilevel_fast.ops.graphs import cuda_recorder
 from bilevel_fast.scale.team import ALONE, Team
@@ -67,11 +68,12 @@ class StudentTraining(Trainee):
         found: dict[str, dict[str, Any]] = {}
         if self.flat.average is not None:
             found["average"] = self.flat.state_dict(self.flat.average)
+        own: dict[str, dict[str, Any]] = {}
         if self.eraser is not None and (state := self.eraser.state_dict()):
-            found["eraser"] = state
+            own["eraser"] = state
         if self.pace is not None:
-            found["pace"] = self.pace.state_dict()
-        return found
+            own["pace"] = self.pace.state_dict()
+        return found | (tree_map_only(Tensor, torch.clone, own) if self.flat.copies else own)
 
     def load_extras(self, found: Mapping[str, dict[str, Any]]) -> None:
         if self.flat.average is not None:

@@ -2,15 +2,21 @@
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bilevel_fast.base.errors import UserError
+from bilevel_fast.erasing.targets import Guidance
+from bilevel_fast.scale.team import ALONE
 from bilevel_fast.training.checkpoint import latest
+from bilevel_fast.training.levels import Editing
 from bilevel_fast.training.optim import LevelOptimizer
 from bilevel_fast.training.parameters import FlatParameters
-from bilevel_fast.training.saver import Pinned, Saver, snapshots_for
+from bilevel_fast.training.saver import Pinned, Saver, as_it_is, snapshots_for
+from bilevel_fast.training.sharded import ShardedParameters
+from bilevel_fast.training.student import StudentTraining
 from world import make_models
 
 CPU = torch.device("cpu")
@@ -117,5 +123,43 @@ def test_a_failed_write_does_not_hide_why_the_run_ended(tmp_path, caplog):
 
 
 def test_only_a_gpu_is_copied():
-    assert snapshots_for(CPU) is None
-    assert isinstance(snapshots_for(torch.device("cuda", 1)), Pinned)
+    unet = make_models()[1]
+    flat, shared = FlatParameters(unet), ShardedParameters(make_models()[1], team=ALONE, leaves=2)
+    assert snapshots_for(flat) is None
+    assert snapshots_for(shared) is as_it_is
+    on_gpu = SimpleNamespace(copies=False, master=SimpleNamespace(device=torch.device("cuda", 1)))
+    assert isinstance(snapshots_for(on_gpu), Pinned)
+
+
+class Remembers(Guidance):
+    """An eraser whose state lives."""
+
+    def __init__(self):
+        super().__init__(1.0)
+        self.mask = torch.zeros(3)
+
+    def state_dict(self):
+        return {"mask": self.mask}
+
+
+def test_what_ranks_have_gathered_is_written_while_they_go_on(tmp_path):
+    """Parameters, moments, average, counters, and what an eraser keeps: nothing that is written moves."""
+    flat = ShardedParameters(make_models()[1], average=True, team=ALONE, leaves=2)
+    optimizer, eraser = LevelOptimizer(flat, 1e-3, 1), Remembers()
+    lower = SimpleNamespace(name="lower", optimizer=optimizer, means=None)
+    training = StudentTraining(lower, Editing(eraser), 1, CPU, graphs=False)
+    gate = threading.Event()
+
+    def written():
+        return flat.state_dict(), {"lower": optimizer.state_dict()} | training.extras(), {"images": 4}
+
+    wanted = copy.deepcopy(written())
+    with Saver(tmp_path, lambda tensors: (tensors, lambda: gate.wait(60))) as saver:
+        saver.save(1, *written())
+        rule = optimizer.rule
+        for live in (flat.master, flat.average, rule.first, rule.second, rule.done, optimizer.steps, eraser.mask):
+            live.add_(1)
+        gate.set()
+    found = latest(tmp_path)
+    assert found is not None
+    torch.testing.assert_close((found.tensors, found.optimizers, found.state), wanted, rtol=0, atol=0)
