@@ -104,6 +104,6 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 EMOJI: dict[str, Callable[[], str]] = {
-    **{f"emoji-{name}": kept(name, "emoji") for name in ("table1", "table2", "table3", "fig6", "fig7")},
+    **{f"emoji-{name}": kept(name, "emoji") for name in ("table1", "table2", "table3", "fig4", "fig5", "fig6", "fig7")},
     "emoji-rivals": rivals("emoji"),
 }
