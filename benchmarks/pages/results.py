@@ -5,7 +5,7 @@ from collections.abc import Callable
 from benchmarks.pages import committed, reproduced
 from benchmarks.pages.claims import claims
 from benchmarks.pages.committed import NOT_MEASURED, load, machines
-from benchmarks.quality import precision, rival_tables, tables
+from benchmarks.quality import precision, rival_tables, sequence, tables
 
 
 def quality() -> str:
@@ -49,6 +49,12 @@ def aptp() -> str:
 def rivals(world: str) -> Callable[[], str]:
     """The loop against rivals, tuned and with the same budget."""
     return lambda: rival_tables.report(load("rivals.jsonl"), world)
+
+
+def sequenced() -> str:
+    """Studios erased one after the other."""
+    rows = load("sequence.jsonl")
+    return f"{sequence.table(rows)}\n\n{machines(rows)}" if rows else NOT_MEASURED
 
 
 def controller() -> str:
@@ -106,4 +112,5 @@ TABLES: dict[str, Callable[[], str]] = {
 EMOJI: dict[str, Callable[[], str]] = {
     **{f"emoji-{name}": kept(name, "emoji") for name in ("table1", "table2", "table3", "fig4", "fig5", "fig6", "fig7")},
     "emoji-rivals": rivals("emoji"),
+    "emoji-sequence": sequenced,
 }
