@@ -331,13 +331,18 @@ CLAIMS = (
         (("label", "distilled + ConceptPrune", "concept_hit", 2),),
     ),
     Claim(
-        "An attacker who has the weights gets the style back from every two-stage student within 60 steps of search; "
+        "An attacker who has the weights gets the style back from students of ESD and UCE within 60 steps of search; "
         "the loop keeps back a part (percent removed).",
         at_least(10.0), reproduced, TABLE2, "python -m bilevel_fast.reproduce table2",
         (
             ("label", "distilled + ESD", "inversion", 1), ("label", "distilled + UCE", "inversion", 1),
             ("label", "bilevel", "inversion", 1),
         ),
+    ),
+    Claim(
+        "That is the loop's doing: two stages of its eraser, with replay, show the style on more of the prompts then.",
+        below, attacked, RIVALS, ATTACK,
+        (("case", "two-stage, replay inversion 60", "hit", 2), ("case", "bilevel inversion 60", "hit", 2)),
     ),
     Claim(
         "It still keeps back a part after 240 steps (share of the prompts that show the style, by steps).",
