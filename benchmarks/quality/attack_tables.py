@@ -87,7 +87,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 axis.plot(sorted(at), values, line, color=f"C{cases.index(case)}", markersize=3, label=label)
         axis.set(title=attack, xlabel=ATTACKS[attack], ylim=(-0.05, 1.05))
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("style got back; content kept (dashed)")
+    axes[0][0].set_ylabel("style got back;\ncontent kept (dashed)")
     handles = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
     with replacing(path) as file:
