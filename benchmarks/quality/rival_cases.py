@@ -143,6 +143,8 @@ _EMOJI = {
 _MAIN = {"distilled": Recipe("distilled"), "bilevel": LOOP, "bome": BOME}
 _RIVALS = {"two-stage, replay": REPLAY, "two-stage, repair": REPAIR, "one level": ONE}
 
+_FEWER = ("distilled", "bilevel", "two-stage, replay", "one level")
+
 _SYSTEMS = {
     "sld": Recipe("sld", tuned="emoji sld"),
     "time": Recipe("edit", edit="time"),
@@ -170,7 +172,7 @@ PLANS: dict[str, Plan] = {
     "closed": Plan({"uce": Recipe("uce"), "uce, all tokens": UCE_ALL}),
     "tight": Plan(_MAIN | _RIVALS, budget=0.55),
     "other": Plan(_MAIN | _RIVALS, style="waves"),
-    "expert": Plan(_MAIN | _RIVALS, expert=True),
+    "expert": Plan({case: (_MAIN | _RIVALS)[case] for case in _FEWER}, expert=True),
     "solvers": Plan(
         {
             "schedule": Recipe("loop", tuned="schedule"),
@@ -214,7 +216,7 @@ PLANS: dict[str, Plan] = {
         world="emoji", style="noto", erased=96, kept=48,
     ),
     "emoji other": Plan(
-        _EMOJI | {"controller": Recipe("loop", {"controlled": True})},
+        {case: _EMOJI[case] for case in (*_FEWER, "uce")} | {"controller": Recipe("loop", {"controlled": True})},
         world="emoji", style="twemoji", erased=96, kept=48,
     ),
     "emoji systems": Plan(_SYSTEMS | _INSIDE, world="emoji", style="noto", erased=96, kept=48),
