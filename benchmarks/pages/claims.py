@@ -153,6 +153,11 @@ REPRODUCE, FRONTIER = "python -m bilevel_fast.reproduce table1", "python -m benc
 RUN, ATTACK = "python -m benchmarks.quality.rivals run", "python -m benchmarks.quality.rivals attack"
 
 
+def _figure(name: str) -> tuple[str, str]:
+    """Where an experiment of the paper on the emoji world is kept, and what makes it."""
+    return f"reproduce-emoji/{name}/results.json", f"python -m bilevel_fast.reproduce {name} --world emoji --seeds 0"
+
+
 def _of_the_emoji_world() -> tuple[Claim, ...]:
     """Where three of the styles draw alike, and one of them is erased."""
     make, rows = f"{RUN} 'emoji tuning' emoji 'emoji solvers'", rivals("emoji", "emoji solvers")
@@ -218,6 +223,16 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
             keeps, share("distilled", "relative_hit"), share("bilevel", "relative_hit"),
         ),
         other("It costs no FID against distillation alone.", no_more, *fid("distilled", "bilevel")),
+        Claim(
+            "Pruned weights matter: from random ones of that shape FID is above 100 after as many steps (one seed).",
+            at_least(100.0), reproduced, *_figure("fig5"),
+            (("label", "pruned weights", "fid", 1), ("label", "random weights", "fid", 1)),
+        ),
+        Claim(
+            "Diffusion loss and distillation together have a lower FID than the diffusion loss alone (one seed).",
+            less, reproduced, *_figure("fig4"),
+            (("label", "the diffusion loss alone", "fid", 1), ("label", "both", "fid", 1)),
+        ),
     )  # fmt: skip
 
 
