@@ -120,7 +120,7 @@ class AdamW:
         Of moments, views that change with the next step, unless `flat.copies`.
         """
         first, second = (self.flat.state_dict(moment) for moment in (self.first, self.second))
-        return {"first": first, "second": second, "done": self.done.clone()}
+        return {"first": first, "second": second, "done": self.flat.saved(self.done)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.flat.load_state_dict(state["first"], self.first)
@@ -179,7 +179,8 @@ class LevelOptimizer:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rule": self.rule.state_dict(), "steps": self.steps.clone(), "bad_in_a_row": self.bad_in_a_row.clone()}
+        steps, bad = self.flat.saved(self.steps), self.flat.saved(self.bad_in_a_row)
+        return {"rule": self.rule.state_dict(), "steps": steps, "bad_in_a_row": bad}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.rule.load_state_dict(state["rule"])

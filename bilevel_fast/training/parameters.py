@@ -257,6 +257,10 @@ class FlatParameters:
             found[name] = whole.as_strided(*place) if name in self._layouts else value
         return found
 
+    def saved(self, other: Tensor) -> Tensor:
+        """A tensor that is no buffer of these, as a state dict has it: a copy if `copies`."""
+        return other.clone() if self.copies else other
+
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any], buffer: Tensor | None = None) -> None:
         """Fill a buffer (N,) from what `state_dict` returned; the masters, and with them the network, if None.

@@ -73,7 +73,7 @@ class StudentTraining(Trainee):
             own["eraser"] = state
         if self.pace is not None:
             own["pace"] = self.pace.state_dict()
-        return found | (tree_map_only(Tensor, torch.clone, own) if self.flat.copies else own)
+        return found | tree_map_only(Tensor, self.flat.saved, own)
 
     def load_extras(self, found: Mapping[str, dict[str, Any]]) -> None:
         if self.flat.average is not None:

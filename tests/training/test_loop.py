@@ -65,7 +65,7 @@ def test_what_a_checkpoint_holds(tmp_path):
 def test_checkpoints_by_a_thread_are_the_same(tmp_path, monkeypatch):
     """As on a GPU: steps go on while the one before is written, and it is there when the run is over."""
     fit(training(decay=0.9), tmp_path / "plain", checkpoint_every=1)
-    monkeypatch.setattr("bilevel_fast.training.loop.snapshots_for", Pinned)
+    monkeypatch.setattr("bilevel_fast.training.loop.snapshots_for", lambda flat: Pinned(CPU))
     fit(training(decay=0.9), tmp_path / "behind", checkpoint_every=1)
     with pytest.raises(Interrupted):
         fit(training(decay=0.9), tmp_path / "stopped", stop=True)
