@@ -24,11 +24,11 @@ teacher takes 1 / (1 + 3 r) and backward 2 r / (1 + 3 r), a student of r of its 
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from benchmarks import RESULTS
 from benchmarks.structures import counted
 from bilevel_fast.base import errors, flags
 from bilevel_fast.base.errors import UserError
@@ -44,7 +44,6 @@ A_BUCKET = 40e-6
 """Seconds that a bucket costs beside its bytes."""
 PLACES = ((1, 8, None), (8, 1, 400), (8, 1, 100), (8, 8, 400), (8, 8, 100))
 """Machines, GPUs a machine, and Gb/s of the one network card that each GPU has."""
-RESULTS = Path(__file__).parents[1] / "results"
 ROOFLINES = {"sd21": RESULTS / "roofline.jsonl", "sdxl": RESULTS / "sdxl.jsonl"}
 
 Row = dict[str, Any]

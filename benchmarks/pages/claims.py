@@ -236,6 +236,20 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
     )  # fmt: skip
 
 
+def _elsewhere(plan: str, gone: str) -> tuple[Claim, ...]:
+    """What is claimed of the mini world, where one thing is another; `gone` says which."""
+
+    def claim(text: str, verdict: Verdict, *shown: tuple[str, str, str, int]) -> Claim:
+        return Claim(text, verdict, rivals(plan), RIVALS, f"{RUN} {plan}", shown)
+
+    hits = ("case", "distilled", "concept_hit", 2), ("case", "bilevel", "concept_hit", 2)
+    return (
+        claim(gone, near(0.0), *hits),
+        claim("There it costs no FID against distillation alone.", no_more, *fid("distilled", "bilevel")),
+        claim("There its FID is below that of two stages with replay.", less, *fid("two-stage, replay", "bilevel")),
+    )
+
+
 CLAIMS = (
     Claim(
         "The teacher draws the style on all of its prompts, the student on none.",
@@ -281,32 +295,8 @@ CLAIMS = (
         "With 0.55 of the MACs the loop's FID is below that of two stages with replay.",
         less, rivals("tight"), RIVALS, f"{RUN} tight", fid("two-stage, replay", "bilevel"),
     ),
-    Claim(
-        "With another style erased, waves, the loop leaves none of it.",
-        near(0.0), rivals("other"), RIVALS, f"{RUN} other",
-        (("case", "distilled", "concept_hit", 2), ("case", "bilevel", "concept_hit", 2)),
-    ),
-    Claim(
-        "There it costs no FID against distillation alone.",
-        no_more, rivals("other"), RIVALS, f"{RUN} other", fid("distilled", "bilevel"),
-    ),
-    Claim(
-        "There its FID is below that of two stages with replay.",
-        less, rivals("other"), RIVALS, f"{RUN} other", fid("two-stage, replay", "bilevel"),
-    ),
-    Claim(
-        "From an APTP expert, which is what the paper prunes to, it leaves none of the style.",
-        near(0.0), rivals("expert"), RIVALS, f"{RUN} expert",
-        (("case", "distilled", "concept_hit", 2), ("case", "bilevel", "concept_hit", 2)),
-    ),
-    Claim(
-        "There it costs no FID against distillation alone.",
-        no_more, rivals("expert"), RIVALS, f"{RUN} expert", fid("distilled", "bilevel"),
-    ),
-    Claim(
-        "There its FID is below that of two stages with replay.",
-        less, rivals("expert"), RIVALS, f"{RUN} expert", fid("two-stage, replay", "bilevel"),
-    ),
+    *_elsewhere("other", "With another style erased, waves, the loop leaves none of it."),
+    *_elsewhere("expert", "From an APTP expert, which is what the paper prunes to, it leaves none of the style."),
     Claim(
         "ESD as the upper step has a lower FID than ESD in a second stage with replay, at its best rate.",
         less, rivals("esd"), RIVALS, f"{RUN} tuning-3 esd", fid("two-stage ESD, replay", "bilevel, ESD inside"),

@@ -38,8 +38,8 @@ class Recorder:
         record: Records a call (`cuda_recorder`); None runs every call as it is. Calls must then be made on a stream
             that can be captured (`side_stream`).
         way_out: What makes the next run do without recordings, for the line about a lost one: a flag.
-        all_can: agree(can) is whether all processes can that make the same calls: one alone cannot replay what it
-            shares with others. Each of them asks at the same times.
+        all_can: all_can(this_one) is whether all processes that make the same calls can record one: none can replay
+            alone what it shares with others. Each of them asks at the same times.
     """
 
     def __init__(self, record: Record | None, way_out: str, all_can: Callable[[bool], bool] = bool):

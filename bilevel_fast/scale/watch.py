@@ -144,7 +144,10 @@ class Watch:
 
     def wait_for_device(self) -> None:
         """End the process if its GPU does not end a step: it may wait for ranks that are there, and never come."""
-        seconds = self.overdue.seconds()
+        try:
+            seconds = self.overdue.seconds()
+        except RuntimeError:  # the device has failed: who waits for it is told, and this thread must go on
+            return
         if seconds is not None:
             where = f"rank {self.rank}, on {self.names[self.rank]}"
             self._end(f"{where}: its GPU has been at one step for {seconds:.0f} s; go on with --resume")

@@ -161,6 +161,21 @@ def test_a_gpu_that_does_not_end_a_step_ends_its_rank():
     }
 
 
+def test_a_gpu_that_has_failed_is_not_for_the_watch_to_say():
+    """The training is told by CUDA; the thread goes on, as others would take its silence for an end."""
+    ranks = Ranks()
+
+    def query():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    watch = ranks.watches[0]
+    watch.overdue._make = lambda: SimpleNamespace(record=lambda: None, query=query)
+    watch.overdue.given()
+    ranks.now += 2 * LEAST
+    watch.wait_for_device()
+    assert not ranks.ended
+
+
 def test_long_steps_have_long_limits():
     ranks = Ranks()
     watch = ranks.watches[0]
