@@ -72,6 +72,12 @@ REPLAY, REPAIR, ONE = (Recipe(way, tuned=way) for way in ("two-stage", "repair",
 UCE_ALL = Recipe("uce", all_tokens=True, tuned="uce, all tokens")
 
 _LR = 1.5e-4  # the preset's upper level
+
+
+def _meha(gamma: float, penalty: float, lr: float = _LR) -> Recipe:
+    return Recipe("loop", {"solver": "meha", "meha": {"gamma": gamma}, "penalty": penalty, "lr": lr})
+
+
 TRIES: dict[str, dict[str, Recipe]] = {
     "two-stage": {
         f"two-stage lr {lr:g} lambda {penalty:g}": Recipe("two-stage", {"lr": lr, "penalty": penalty})
@@ -89,6 +95,10 @@ TRIES: dict[str, dict[str, Recipe]] = {
     },
     "schedule": {
         f"schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
+    },
+    "meha": {
+        f"meha gamma {gamma:g} lambda {penalty:g}": _meha(gamma, penalty)
+        for gamma, penalty in ((10.0, 1.0), (1.0, 1.0), (30.0, 1.0), (10.0, 3.0), (10.0, 0.3))
     },
     "esd, two-stage": {
         f"esd two-stage {subset} lr {lr:g}": Recipe(
@@ -116,6 +126,13 @@ EMOJI_TRIES = {
     },
     "emoji schedule": {
         f"emoji schedule {name}": Recipe("loop", {"penalty_schedule": name}) for name in ("rising", "linear", "falling")
+    },
+    "emoji meha": {
+        f"emoji meha lr {lr:g} gamma {gamma:g} lambda {penalty:g}": _meha(gamma, penalty, lr)
+        for lr, gamma, penalty in (
+            *((4 * _LR, 10.0, 1.0), (4 * _LR, 1.0, 1.0), (2 * _LR, 10.0, 1.0), (8 * _LR, 10.0, 1.0)),
+            (4 * _LR, 10.0, 3.0),
+        )
     },
     "emoji sld": {
         f"emoji sld {strength}": Recipe("sld", strength=strength)
@@ -177,6 +194,7 @@ PLANS: dict[str, Plan] = {
         {
             "schedule": Recipe("loop", tuned="schedule"),
             "controller": Recipe("loop", {"controlled": True}),
+            "meha": Recipe("loop", tuned="meha"),
         }
     ),
     "null": Plan(
@@ -192,6 +210,7 @@ PLANS: dict[str, Plan] = {
         (0,),
     ),
     "tuning-3": Plan({"distilled": _MAIN["distilled"]} | TRIES["esd, two-stage"], (SEED,), erased=36, kept=18),
+    "tuning-4": Plan({"distilled": _MAIN["distilled"]} | TRIES["meha"], (SEED,), erased=36, kept=18),
     "esd": Plan(
         {
             "two-stage ESD, replay": Recipe("two-stage", tuned="esd, two-stage"),
@@ -211,6 +230,7 @@ PLANS: dict[str, Plan] = {
         {
             "schedule": Recipe("loop", tuned="emoji schedule"),
             "controller": Recipe("loop", {"controlled": True}),
+            "meha": Recipe("loop", tuned="emoji meha"),
             "bilevel, K 3": Recipe("loop", {"lr": 4 * _LR, "penalty": 1.0, "every": 3}),
         },
         world="emoji", style="noto", erased=96, kept=48,

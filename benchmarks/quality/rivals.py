@@ -202,6 +202,7 @@ class Bench:
         )
         held = upper.solver == "ewc"
         penalties = count if upper.penalty and not held and recipe.way in ("loop", "two-stage") else 0
+        penalties *= 1 + (upper.solver == "meha")
         lower = {"one level": count, "repair": self.steps + self.upper_steps}.get(recipe.way, self.steps + penalties)
         return {"lower_gradients": lower, "upper_gradients": count, "concept_images": count * upper.batch}
 
@@ -210,6 +211,8 @@ class Bench:
         upper = self.config.upper
         if settings.pop("controlled", False):
             settings["controller"] = replace(upper.controller, enabled=True)
+        if "meha" in settings:
+            settings["meha"] = replace(upper.meha, **settings["meha"])
         if "esd_steps" in settings:
             settings["esd"] = replace(upper.esd, steps=settings.pop("esd_steps"))
         if recipe.way == "repair":

@@ -191,7 +191,7 @@ def holds(upper: Upper, graphs: bool) -> dict[str, bool]:
     """What the upper level keeps in memory, as `profiling.memory.estimate` takes it; `graphs`: steps are recorded."""
     kind, on = ERASERS[upper.eraser], upper.every > 0
     descends = on and isinstance(kind, GradientKind)
-    moves = upper.penalty_schedule != "constant"
+    moves = solvers.schedule_of(upper) != "constant"
     scaled = (upper.penalty_norm == "grad" or moves) and (upper.penalty > 0 or upper.controller.enabled)
     ruled, held = kind.ruled or upper.solver == "bome", upper.solver == "ewc"
     scaled = scaled and not held
@@ -201,6 +201,7 @@ def holds(upper: Upper, graphs: bool) -> dict[str, bool]:
         "start": on and source_of(upper) == "start",
         "mask": on and kind.masked,
         "remembered": on and (kind.remembers or held),
+        "envelope": descends and upper.solver == "meha",
         "eager": on and graphs and kind.eager,
     }
 

@@ -91,6 +91,22 @@ class Fisher(Section):
 
 
 @dataclass(frozen=True)
+class Meha(Section):
+    """For --upper.solver meha (training/envelope.py)."""
+
+    rate: float = 0.02
+    """Of the gradient steps of the second copy of the weights; stable below 2 by the curvature of the lower loss."""
+    gamma: float = 10.0
+    """How strongly the copy is tied to the weights; rate times gamma is at most 1."""
+
+    def check(self) -> None:
+        in_range("--upper.meha.rate", self.rate, "> 0 and finite", 0 < self.rate < math.inf)
+        in_range("--upper.meha.gamma", self.gamma, "> 0 and finite", 0 < self.gamma < math.inf)
+        product = self.rate * self.gamma
+        in_range("--upper.meha.rate times --upper.meha.gamma", product, "<= 1", product <= 1)
+
+
+@dataclass(frozen=True)
 class AmnesiaSettings(Section):
     """Selective Amnesia."""
 
@@ -267,10 +283,11 @@ class Upper:
     penalty_schedule: Literal["constant", "rising", "linear", "falling"] = "constant"
     """How lambda goes on from --upper.penalty over upper steps k = 0, 1, ...: rising times (k + 1)^(1/4), linear times
     min(10, (k + 1) / 10), falling times 1 + (k + 1)^(-1/7) / 10."""
-    solver: Literal["penalty", "bome", "ewc"] = "penalty"
+    solver: Literal["penalty", "bome", "ewc", "meha"] = "penalty"
     """What makes one direction of the two gradients: `penalty` adds lambda times the lower loss's; `bome` has no
     lambda, and adds as much of it as the lower loss needs to fall (bilevel_fast.erasing.solvers). `ewc` asks for no
-    lower loss: it adds lambda times a pull to the weights as they were, by their Fisher information."""
+    lower loss: it adds lambda times a pull to the weights as they were, by their Fisher information. `meha` takes the
+    lower loss's Moreau envelope off the penalty, whose lambda rises: a second copy of the weights, and a pass more."""
     controller: ControllerSettings = field(default_factory=ControllerSettings)
     ablation: Ablation = field(default_factory=Ablation)
     esd: EsdSettings = field(default_factory=EsdSettings)
@@ -278,6 +295,7 @@ class Upper:
     erasediff: Erasediff = field(default_factory=Erasediff)
     amnesia: AmnesiaSettings = field(default_factory=AmnesiaSettings)
     fisher: Fisher = field(default_factory=Fisher)
+    meha: Meha = field(default_factory=Meha)
     uce: UceStep = field(default_factory=UceStep)
     time: TimeStep = field(default_factory=TimeStep)
     separable: SeparableStep = field(default_factory=SeparableStep)

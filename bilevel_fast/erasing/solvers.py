@@ -5,12 +5,14 @@ points where L_ft is least. With g = grad L_CU and r = grad L_ft, both at theta,
 
     penalty     d = g + lambda_k r               a penalty on the value function gap, whose gradient is r
       constant    lambda_k = lambda
-      rising      lambda (k + 1)^(1/4)           grows without end, as F2SA's (arXiv:2301.10945) and MEHA's do
+      rising      lambda (k + 1)^(1/4)           grows without end, as F2SA's (arXiv:2301.10945) does
       linear      lambda min(10, (k + 1) / 10)   min(max, l0 + k s), from a tenth of lambda to ten times it
                                                  (penalty-based bilevel gradient descent, arXiv:2302.05185)
       falling     lambda (1 + (k + 1)^(-1/7) / 10)
     ewc         d = g + 2 lambda F (theta - theta*)   in place of r: see erasing.amnesia (arXiv:2305.10120); no pass of
                                                  the student
+    meha        d = g + lambda_k (r - gamma (theta - v))    lambda_k rising; v takes steps of its own on the lower loss,
+                                                 tied to theta: see training.envelope (arXiv:2405.09927)
     bome        d = g + max(0, eta - <g, r> / |r|^2) r      eta = 0.5 (arXiv:2209.08709): the direction nearest to g
                                                  along which L_ft falls by eta |r|^2 at least; no lambda
 
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.settings import Upper
+from bilevel_fast.training.envelope import Envelope
+from bilevel_fast.training.lower import FineTuning
 from bilevel_fast.training.parameters import FlatParameters
 from bilevel_fast.training.upper import Rule
 
@@ -32,6 +36,16 @@ BARRIER = 0.5
 def rule_of(upper: Upper) -> Rule | None:
     """What takes the place of the penalty; None where nothing does."""
     return bome if upper.solver == "bome" else None
+
+
+def envelope_of(upper: Upper, lower: FineTuning) -> Envelope | None:
+    """What is taken off the penalty; None where nothing is."""
+    return Envelope(lower, upper.meha.rate, upper.meha.gamma) if upper.solver == "meha" else None
+
+
+def schedule_of(upper: Upper) -> str:
+    """How lambda goes on, as `weight_at` takes it."""
+    return "rising" if upper.solver == "meha" else upper.penalty_schedule
 
 
 def bome(suppression: Tensor, flat: FlatParameters) -> None:
@@ -81,6 +95,15 @@ def check(upper: Upper, default: Upper, ruled: bool, remembers: bool = False) ->
         unread += ["--upper.controller.enabled"] * upper.controller.enabled
         if unread:
             raise UserError(f"{unread[0]} given with --upper.solver bome, which has no lambda and reads only gradients")
+    if upper.solver == "meha":
+        unread = [flag for flag in given if "solver" not in flag]
+        unread += ["--upper.controller.enabled"] * upper.controller.enabled + ["--upper.penalty 0"] * (
+            not upper.penalty
+        )
+        if unread:
+            raise UserError(f"{unread[0]} given with --upper.solver meha, whose lambda rises from --upper.penalty")
+    elif upper.meha != default.meha:
+        raise UserError(f"--upper.meha given with --upper.solver {upper.solver}, which does not read it; wanted meha")
     if upper.solver == "ewc":
         if remembers:
             raise UserError(f"--upper.solver ewc given with eraser {upper.eraser!r}, which holds the weights already")

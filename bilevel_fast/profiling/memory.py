@@ -63,6 +63,7 @@ class Setting:
         start: Whether the eraser keeps a frozen copy of the student as the run starts, which computes.
         mask: Whether it keeps a byte for each parameter, as SalUn does.
         remembered: Whether it keeps the weights as they were and their Fisher information, both fp32.
+        envelope: Whether there is a second copy of the masters, as MEHA's.
         eager: Whether its steps run as they are beside recorded lower steps: the memory of a CUDA graph serves nobody
             else, so they have activations of their own.
         align: As `UNet`; the engine pads to 8 on a GPU.
@@ -84,6 +85,7 @@ class Setting:
     eager: bool = False
     weights: LossWeights = field(default_factory=LossWeights)
     remembered: bool = False
+    envelope: bool = False
     in_parts: bool = False
 
     @property
@@ -154,6 +156,7 @@ def estimate(
     ranks: int = 1,
     leaves: int = 1,
     remembered: bool = False,
+    envelope: bool = False,
     in_parts: bool = False,
 ) -> Memory:
     """What a training of `structure` takes on one GPU; see `Setting` for the arguments.
@@ -172,6 +175,7 @@ def estimate(
     setting = Setting(
         *(structure, latent, text, precision, recompute, ema, upper, second, align, start, mask, eager, weights),
         remembered,
+        envelope,
         in_parts,
     )
     return _line(setting).at(batch, micro, ranks, leaves)
@@ -380,9 +384,9 @@ class _Line:
         )
 
     def _pinned(self) -> int:
-        """By `training.saver.Pinned`: masters, moments, average and mask, each rounded up to a power of two."""
+        """By `training.saver.Pinned`: masters, moments, average, mask and envelope, each rounded up to a power of two."""
         flat, copies = self._flat, 1 + self.setting.upper
-        sizes = [flat.master.nbytes] * (1 + 2 * copies + self.setting.ema)
+        sizes = [flat.master.nbytes] * (1 + 2 * copies + self.setting.ema + self.setting.envelope)
         sizes += [flat.master.numel()] * self.setting.mask
         return sum(1 << (size - 1).bit_length() for size in sizes)
 
@@ -394,7 +398,8 @@ class _Line:
 
     def _held(self, rows: int) -> int:
         copy = sum(p.numel() for p in self._flat.module.parameters()) * self.setting.dtype.itemsize
-        return copy * self.setting.start + rows * self.setting.mask + 8 * rows * self.setting.remembered
+        fp32 = 2 * self.setting.remembered + self.setting.envelope
+        return copy * self.setting.start + rows * self.setting.mask + 4 * rows * fp32
 
     def largest(self, bytes_of_card: int, ranks: int) -> int:
         def fit(batch: int) -> bool:

@@ -132,12 +132,12 @@ def levels(
     making, penalty = optimizer(lr=upper.lr, warmup=upper.warmup), 0.0 if pull else upper.penalty
     if controller is not None:
         penalty = controller.penalty
-    elif upper.penalty_schedule != "constant":
+    elif (moves := solvers.schedule_of(upper)) != "constant":
         # the optimizer counts upper steps, on the device and in checkpoints
-        penalty = partial(solvers.weight_at, upper.penalty_schedule, upper.penalty, making.steps)
+        penalty = partial(solvers.weight_at, moves, upper.penalty, making.steps)
     suppression = Suppression(
         *(fine_tuning, eraser, penalty, upper.penalty_norm), hold=hold, surgery=upper.surgery, micro=micro[1],
-        rule=solvers.rule_of(upper), pull=pull,
+        rule=solvers.rule_of(upper), pull=pull, envelope=solvers.envelope_of(upper, fine_tuning),
     )  # fmt: skip
     second = Level("upper", loader(batches), suppression, making, eraser=eraser)
     return (first, second) if controller is None else controller.take(first, second)

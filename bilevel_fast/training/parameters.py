@@ -236,6 +236,29 @@ class FlatParameters:
         self._left = None
 
     @contextmanager
+    def at(self, other: Tensor) -> Iterator[None]:
+        """The network computes with `other` (m,) fp32 in place of the masters. Collective.
+
+        Nobody looks at either meanwhile: where the network computes with the masters, the two change places.
+        """
+        self._show(other)
+        try:
+            yield
+        finally:
+            self._show(other, again=True)
+
+    def _show(self, other: Tensor, again: bool = False) -> None:
+        if self.rows is not self.master:
+            self.rows.copy_(self.master if again else other)
+        else:
+            for ours, theirs in zip(self.master.split(_PART), other.split(_PART), strict=True):
+                kept = ours.clone()
+                ours.copy_(theirs)
+                theirs.copy_(kept)
+        self.moved()
+        self.publish()
+
+    @contextmanager
     def whole(self) -> Iterator[list[Tensor]]:
         """The masters, and the average where there is one, (N,) each; what changes them changes the network."""
         yield [self.master] if self.average is None else [self.master, self.average]

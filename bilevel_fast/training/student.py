@@ -12,6 +12,7 @@ from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.training.graphs import Graphs
 from bilevel_fast.training.levels import AnyLevel, Level, bilevel
 from bilevel_fast.training.loop import Trainee
+from bilevel_fast.training.upper import Suppression
 
 
 class StudentTraining(Trainee):
@@ -43,6 +44,8 @@ class StudentTraining(Trainee):
         self.optimizers = {level.name: level.optimizer for level in levels if isinstance(level, Level)}
         self.eraser = None if upper is None else upper.eraser
         self.pace = upper.pace if isinstance(upper, Level) else None
+        gradient = upper.gradient if isinstance(upper, Level) else None
+        self.envelope = gradient.envelope if isinstance(gradient, Suppression) else None
 
     def steps(self, start: int, end: int) -> Generator[object, None, None]:
         graphs = Graphs(cuda_recorder(self.device) if self.graphs else None, self.team)
@@ -64,10 +67,12 @@ class StudentTraining(Trainee):
         return step // self.every if self.upper is not None else 0
 
     def extras(self) -> dict[str, dict[str, Any]]:
-        """The moving average, what the eraser cannot make again, and the pace, where there are such."""
+        """The moving average, what solver and eraser cannot make again, and the pace, where there are such."""
         found: dict[str, dict[str, Any]] = {}
         if self.flat.average is not None:
             found["average"] = self.flat.state_dict(self.flat.average)
+        if self.envelope is not None:
+            found["envelope"] = self.flat.state_dict(self.envelope.v)
         own: dict[str, dict[str, Any]] = {}
         if self.eraser is not None and (state := self.eraser.state_dict()):
             own["eraser"] = state
@@ -78,6 +83,8 @@ class StudentTraining(Trainee):
     def load_extras(self, found: Mapping[str, dict[str, Any]]) -> None:
         if self.flat.average is not None:
             self.flat.load_state_dict(found["average"], self.flat.average)
+        if self.envelope is not None:
+            self.flat.load_state_dict(found["envelope"], self.envelope.v)
         # masks that an edit finds on its way are in the checkpoint before they are in the edit
         if self.eraser is not None and ("eraser" in found or self.eraser.state_dict()):
             self.eraser.load_state_dict(found["eraser"])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bilevel_fast.data.batch import Batch
 from bilevel_fast.models.unet import UNet
+from bilevel_fast.training.envelope import Envelope
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answers, FineTuning, descend
 from bilevel_fast.training.parameters import FlatParameters
@@ -116,6 +117,7 @@ class Suppression:
             The lower loss takes the parts in which the lower level has asked the teacher.
         rule: How both gradients become one; that of the eraser goes before it. None: by lambda.
         pull: A term of the weights alone, for erasers that have none of their own.
+        envelope: Of the lower loss, which is taken off the penalty.
     """
 
     def __init__(
@@ -129,15 +131,18 @@ class Suppression:
         micro: int | None = None,
         rule: Rule | None = None,
         pull: Pull | None = None,
+        envelope: Envelope | None = None,
     ):
         self.lower, self.eraser, self.flat, self.penalty = lower, eraser, lower.flat, penalty
         self.penalty_norm: PenaltyNorm = penalty_norm
-        self.own, self.pull = rule, eraser.pull or pull
+        self.own, self.pull, self.envelope = rule, eraser.pull or pull, envelope
         self.surgery, self._hold, self.micro = surgery, hold, micro
         lower.answers.keeps |= self.asks_lower
 
     def __call__(self, batch: Batch) -> Loss:
         lower, eraser = self.lower, self.eraser
+        if self.envelope:
+            self.envelope.follow()
         parts = batch.split(self.micro or len(batch.latents))
         losses = (eraser.loss(lower.student, lower.answers, part) for part in parts)
         loss = self._descend(losses, len(parts))
@@ -193,6 +198,10 @@ class Suppression:
         Adam forgets the scale of a gradient but not its direction: lambda = 100 on the raw one leaves nothing of the
         suppression.
         """
+        if self.envelope:
+            self.envelope.take_off(flat)
+            self._hold()
+            self.eraser.hold()
         if self.surgery:
             project(suppression, flat.gradient, flat.dot)
         if self.penalty_norm == "grad":

@@ -70,6 +70,7 @@ def test_a_schedule_goes_on_in_a_replayed_step():
 
 BOME = ["--upper.solver", "bome"]
 RISING = ["--upper.penalty-schedule", "rising"]
+MEHA = ["--upper.solver", "meha"]
 
 
 @pytest.mark.situation
@@ -86,6 +87,14 @@ RISING = ["--upper.penalty-schedule", "rising"]
         ([*BOME, *RISING], "--upper.penalty-schedule rising given with --upper.solver bome"),
         ([*BOME, "--upper.controller.enabled"], "--upper.controller.enabled given with --upper.solver bome"),
         ([*RISING, "--upper.controller.enabled"], "rising given with --upper.controller.enabled, which chooses lambda"),
+        ([*MEHA, *RISING], "--upper.penalty-schedule rising given with --upper.solver meha, whose lambda rises from"),
+        ([*MEHA, "--upper.surgery"], "--upper.surgery given with --upper.solver meha"),
+        ([*MEHA, "--upper.penalty", "0"], "--upper.penalty 0 given with --upper.solver meha"),
+        ([*MEHA, "--upper.controller.enabled"], "--upper.controller.enabled given with --upper.solver meha"),
+        ([*MEHA, "--upper.eraser", "erasediff"], "--upper.solver meha given with eraser 'erasediff'"),
+        ([*MEHA, "--upper.eraser", "selective-amnesia", "--upper.meha.gamma", "11"], "times --upper.meha.gamma is 1.1"),
+        ([*MEHA, "--upper.meha.rate", "0"], "--upper.meha.rate is 0.0: wanted > 0 and finite"),
+        (["--upper.meha.rate", "0.2"], "--upper.meha given with --upper.solver penalty, which does not read it"),
         ([*RISING, "--upper.penalty", "0"], "--upper.penalty-schedule rising given with --upper.penalty 0"),
     ],
 )

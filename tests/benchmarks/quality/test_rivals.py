@@ -46,6 +46,7 @@ WAYS = {
     "time": (Recipe("edit", edit="time"), (4, 0, 0)),
     "K 1": (Recipe("loop", {"every": 1}), (8, 4, 8)),
     "ewc": (Recipe("loop", {"solver": "ewc", "fisher": Fisher(1, 1)}), (4, 2, 4)),
+    "meha": (Recipe("loop", {"solver": "meha", "meha": {"gamma": 10.0}}), (8, 2, 4)),
     "controller": (Recipe("loop", {"controlled": True}), (6, 2, 4)),
     "erasediff": (Recipe("loop", {"eraser": "erasediff"}), (6, 2, 4)),
     "forget-me-not": (Recipe("loop", {"eraser": "forget-me-not"}), (6, 2, 4)),
