@@ -384,7 +384,7 @@ class _Line:
         )
 
     def _pinned(self) -> int:
-        """By `training.saver.Pinned`: masters, moments, average, mask and envelope, each rounded up to a power of two."""
+        """By `training.saver.Pinned`: masters, moments, average, mask and envelope, each rounded up to a power of 2."""
         flat, copies = self._flat, 1 + self.setting.upper
         sizes = [flat.master.nbytes] * (1 + 2 * copies + self.setting.ema + self.setting.envelope)
         sizes += [flat.master.numel()] * self.setting.mask

@@ -38,7 +38,7 @@ class Envelope:
     def follow(self) -> None:
         """One step of v; costs a forward and backward pass of the student on the last lower batch.
 
-        Overwrites `flat.gradient`. Where the gradient is not finite, v stays where it is, as weights do in an optimizer.
+        Overwrites `flat.gradient`. Where the gradient is not finite, v stays where it is, as weights do.
         """
         last = self.lower.answers.last
         assert last, "an upper step follows a lower step"

@@ -92,9 +92,9 @@ MEHA = ["--upper.solver", "meha"]
         ([*MEHA, "--upper.penalty", "0"], "--upper.penalty 0 given with --upper.solver meha"),
         ([*MEHA, "--upper.controller.enabled"], "--upper.controller.enabled given with --upper.solver meha"),
         ([*MEHA, "--upper.eraser", "erasediff"], "--upper.solver meha given with eraser 'erasediff'"),
-        ([*MEHA, "--upper.eraser", "selective-amnesia", "--upper.meha.gamma", "11"], "times --upper.meha.gamma is 1.1"),
+        ([*MEHA, "--upper.eraser", "selective-amnesia", "--upper.meha.gamma", "51"], "times --upper.meha.gamma is"),
         ([*MEHA, "--upper.meha.rate", "0"], "--upper.meha.rate is 0.0: wanted > 0 and finite"),
-        (["--upper.meha.rate", "0.2"], "--upper.meha given with --upper.solver penalty, which does not read it"),
+        (["--upper.meha.rate", "0.05"], "--upper.meha given with --upper.solver penalty, which does not read it"),
         ([*RISING, "--upper.penalty", "0"], "--upper.penalty-schedule rising given with --upper.penalty 0"),
     ],
 )

@@ -102,11 +102,11 @@ IN_PARTS = {
     "fsdp": [*CASES["bilevel"], *PARTS],
     **{
         f"fsdp-{name}": [*CASES[name], *PARTS]
-        for name in ("concept-ablation", "erasediff", "forget-me-not", "subset-esd-x", "micro")
+        for name in ("concept-ablation", "erasediff", "forget-me-not", "solver-meha", "subset-esd-x", "micro")
     },
 }
 """Weights lie on all ranks in parts: the same up to rounding."""
-RECORDED = {f"{name}-recorded": [*CASES[name], "--upper.every", "2"] for name in ("bilevel", "uce")}
+RECORDED = {f"{name}-recorded": [*CASES[name], "--upper.every", "2"] for name in ("bilevel", "uce", "solver-meha")}
 """Their steps are recorded, sends and all, and replayed."""
 ENDING = {"spoilt": ["--max-bad-steps", "2"]}
 """Ends with an error."""

@@ -65,7 +65,7 @@ def gaps(module=envelope, dtype=torch.float32, recording=False) -> tuple[float, 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_a_step_is_the_formula(dtype, close):
-    """v, then d with the new v; where the network computes in bf16, v is still fp32. Nothing is read from the device."""
+    """v, then d with the new v; where the network computes in bf16, v is fp32. Nothing is read from the device."""
     assert max(gaps(dtype=dtype, recording=True)) < close
 
 
