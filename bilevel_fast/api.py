@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from bilevel_fast.runs.erase_model import Erased
     from bilevel_fast.runs.export_model import Exported
     from bilevel_fast.runs.prune_method import Pruned
-    from bilevel_fast.sampling.safe import Strength
+    from bilevel_fast.sampling.strength import Strength
     from bilevel_fast.scale.team import Team
     from bilevel_fast.worlds.emoji.settings import Emoji
     from bilevel_fast.worlds.mini.settings import Mini
@@ -118,6 +118,7 @@ def evaluate(
     emoji: "Emoji | None" = None,
     safe: str | None = None,
     safe_strength: "Strength | None" = None,
+    team: "Team | None" = None,
 ) -> dict[str, dict[str, Any]]:
     """What a built-in world's probe says about each model, by its path: `python -m bilevel_fast.evaluate`.
 
@@ -128,14 +129,17 @@ def evaluate(
         mini, emoji: How much is sampled, and which world it is; the mini one if neither is given.
         safe: Text of a concept to keep the drawings away from (Safe Latent Diffusion).
         safe_strength: How hard; None is `medium`.
+        team: The ranks that share the sampling, where there are several; all return the same.
     """
     from bilevel_fast.runs.config import preset
     from bilevel_fast.runs.judged import judged
     from bilevel_fast.sampling.safe import safe_of
+    from bilevel_fast.scale.team import ALONE
     from bilevel_fast.worlds.mini.settings import Mini
 
     settings, away = emoji or mini or Mini(), safe_of(safe, safe_strength)
-    return judged([Path(path) for path in models], erase or preset(settings.NAME).erase, seed, settings, away)
+    erased = erase or preset(settings.NAME).erase
+    return judged([Path(path) for path in models], erased, seed, settings, away, team or ALONE)
 
 
 def __getattr__(name: str) -> Any:

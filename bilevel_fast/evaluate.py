@@ -1,5 +1,5 @@
 """Judge models of a built-in world with the shipped probe, as `train` does at its end; or folders of images with the
-paper's metrics, on weights of yours.
+paper's metrics, on weights of yours. Under torchrun, ranks share samples and images.
 
 python -m bilevel_fast.evaluate --models runs/mini/student runs/mini/distilled --erase pointillism
 python -m bilevel_fast.evaluate --world emoji --models runs/emoji/student --erase noto
@@ -10,19 +10,22 @@ python -m bilevel_fast.evaluate --suite style --images IMAGES --reference DISTIL
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bilevel_fast import api
 from bilevel_fast.base import errors, flags
-from bilevel_fast.base.alone import alone
+from bilevel_fast.base.alone import together
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.tables import table
-from bilevel_fast.metrics.command import Folders, given, measure
-from bilevel_fast.sampling.safe import Strength
+from bilevel_fast.metrics.settings import Folders, given
+from bilevel_fast.sampling.strength import Strength
 from bilevel_fast.worlds.emoji.settings import Emoji
 from bilevel_fast.worlds.mini.settings import Mini
+
+if TYPE_CHECKING:
+    from bilevel_fast.scale.team import Team
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,38 @@ def settings() -> dict[str, Any]:
 
 
 def main() -> None:
-    alone("bilevel_fast.evaluate")
+    together()
     config = flags.parse(EvaluateConfig, "bilevel_fast.evaluate", __doc__)
+    # after parsing: --help and a typo should not wait for torch
+    from bilevel_fast.base.devices import Ranks
+    from bilevel_fast.scale.team import Team
+
+    with Team.join(Ranks.from_environment()) as team:
+        team.agree({"flags": sys.argv[1:]})
+        said = _said(config, team)
+        if not team.rank:
+            print(said)
+
+
+def _said(config: EvaluateConfig, team: "Team") -> str:
     if config.suite == "mini":
         if extra := given(config):
             raise UserError(f"--suite mini does not read {extra[0]}; choose --suite style, nsfw or coco")
         models = config.models or (Path(config.world),)
         sampled = {config.world: getattr(config, config.world)}
         away, hard = config.safe, config.safe_strength
-        rows = api.evaluate(models, config.erase, config.seed, **sampled, safe=away, safe_strength=hard)
-        print(json.dumps(rows, indent=2) if config.json else table(rows))
-        return
+        rows = api.evaluate(models, config.erase, config.seed, **sampled, safe=away, safe_strength=hard, team=team)
+        return json.dumps(rows, indent=2) if config.json else table(rows)
     default = EvaluateConfig()
     for name in ("world", "models", "erase", "safe", "safe_strength", "mini", "emoji"):
         if getattr(config, name) != getattr(default, name):
             flag = name.replace("_", "-")
             raise UserError(f"--suite {config.suite} measures --images; --{flag} is for --suite mini")
-    result, text = measure(config, config.seed)
-    print(json.dumps(result, indent=2, ensure_ascii=False) if config.json else text)
+    from bilevel_fast.metrics.command import measure
+
+    config = replace(config, device=team.ranks.device(config.device))
+    result, text = measure(config, config.seed, team)
+    return json.dumps(result, indent=2, ensure_ascii=False) if config.json else text
 
 
 if __name__ == "__main__":

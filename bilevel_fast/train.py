@@ -10,7 +10,6 @@ torchrun --standalone --nproc-per-node 8 -m bilevel_fast.train --scale.leaves 8 
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from bilevel_fast import api
 from bilevel_fast.base import errors, flags
+from bilevel_fast.base.alone import together
 from bilevel_fast.runs.config import PRESETS, TrainConfig, preset
 
 
@@ -42,8 +42,7 @@ def parse(argv: Sequence[str]) -> TrainConfig:
 
 
 def main() -> None:
-    if "RANK" in os.environ:  # read when torch is loaded: or a rank that is gone leaves a stack of C++ beside our line
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    together()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     config = parse(sys.argv[1:])
     if config.dry_run:

@@ -53,7 +53,8 @@ from bilevel_fast.pruning.aptp.mixture_folder import INDEX
 from bilevel_fast.runs import router
 from bilevel_fast.runs.config import TrainConfig, preset
 from bilevel_fast.runs.erase_model import EDITS
-from bilevel_fast.sampling.safe import Strength, safe_of
+from bilevel_fast.sampling.safe import safe_of
+from bilevel_fast.sampling.strength import Strength
 from bilevel_fast.training.levels import Level, bilevel, descend
 from bilevel_fast.training.losses import Loss
 from bilevel_fast.training.lower import Answered, Answers, FineTuning, SharedAnswers

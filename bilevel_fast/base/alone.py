@@ -1,4 +1,4 @@
-"""Commands that work in one process, whatever has started them."""
+"""Commands under torchrun: those that work in one process only, and those whose processes share work."""
 
 import os
 import time
@@ -24,3 +24,13 @@ def alone(command: str) -> None:
         time.sleep(_WAIT)
         raise SystemExit(2)
     raise UserError(f"{world} processes of {command} were started, wanted 1: they would not share work")
+
+
+def together() -> None:
+    """Begin a command whose processes share work: where a launcher started it, torch's C++ keeps to errors.
+
+    Else a rank that is gone leaves a stack of C++ beside our line. Torch reads the level when it is loaded, so this
+    comes before it.
+    """
+    if "RANK" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

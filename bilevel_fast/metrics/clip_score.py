@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from bilevel_fast.base.errors import UserError, nearest, require
 from bilevel_fast.base.pickles import is_torchscript
 from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
-from bilevel_fast.metrics.images import batches, open_rgb
+from bilevel_fast.metrics.images import USUAL, Batching, open_rgb
 
 _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers among the tensors of OpenAI's archives
 
@@ -32,24 +32,25 @@ _NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # numbers a
 class ClipScorer:
     """Images and prompts to unit vectors. `load` makes one."""
 
-    def __init__(self, model: Any, transform: Callable[..., Any], tokenize: Callable[..., Tensor], batch: int):
-        self.model, self.transform, self.tokenize, self.batch = (
-            model.eval().requires_grad_(False),
-            transform,
-            tokenize,
-            batch,
-        )
+    def __init__(self, model: Any, transform: Callable[..., Any], tokenize: Callable[..., Tensor], batching: Batching):
+        self.model, self.transform, self.tokenize = model.eval().requires_grad_(False), transform, tokenize
+        self.batching = batching
 
     @classmethod
     def load(
-        cls, path: Path, name: str | None = None, *, device: str | torch.device = "cpu", batch: int = 32
+        cls,
+        path: Path,
+        name: str | None = None,
+        *,
+        device: str | torch.device = "cpu",
+        batching: Batching = USUAL,
     ) -> "ClipScorer":
         """Read weights.
 
         Args:
             path: The file.
             name: Of an architecture of open_clip; None for OpenAI's own files only.
-            batch: Images or prompts at a time.
+            batching: How many images or prompts are read at a time.
 
         Raises:
             UserError: open_clip is not installed, the file is missing or damaged, or of another architecture; or the
@@ -78,7 +79,7 @@ class ClipScorer:
             tokenizer = open_clip.get_tokenizer(name)
         how = get_model_preprocess_cfg(model)
         transform = image_transform_v2(PreprocessCfg(**how), is_train=False)
-        return cls(model.float().to(device), cast(Any, transform), tokenizer, batch)
+        return cls(model.float().to(device), cast(Any, transform), tokenizer, batching)
 
     @torch.inference_mode()
     def images(self, files: Sequence[Path]) -> Tensor:
@@ -87,18 +88,20 @@ class ClipScorer:
         Raises:
             UserError: A file is missing or no whole picture.
         """
-        parts = [
-            self.model.encode_image(torch.stack(pixels).to(self._device))
-            for pixels in batches(files, lambda file: self.transform(open_rgb(file)), self.batch, "CLIP")
-        ]
-        return normalize(torch.cat(parts).float(), dim=1).cpu()
+        parts = self.batching.measured(
+            files,
+            lambda file: self.transform(open_rgb(file)),
+            lambda pixels: self.model.encode_image(torch.stack(pixels).to(self._device)),
+            "CLIP",
+        )
+        return normalize(torch.cat(list(parts)).float(), dim=1)
 
     @torch.inference_mode()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """(N, D) fp32 unit vectors on the CPU; what is longer than CLIP's context is cut."""
         parts = [
-            self.model.encode_text(self.tokenize(list(prompts[start : start + self.batch])).to(self._device))
-            for start in range(0, len(prompts), self.batch)
+            self.model.encode_text(self.tokenize(list(prompts[start : start + self.batching.size])).to(self._device))
+            for start in range(0, len(prompts), self.batching.size)
         ]
         return normalize(torch.cat(parts).float(), dim=1).cpu()
 

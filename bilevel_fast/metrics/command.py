@@ -1,17 +1,20 @@
 """`evaluate --suite style|nsfw|coco`: folders of images in, one JSON and one table out."""
 
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bilevel_fast.base.claims import claimed
 from bilevel_fast.base.devices import pick_device
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import write_atomic, write_json
 from bilevel_fast.metrics import suites
+from bilevel_fast.metrics.images import Batching
 from bilevel_fast.metrics.pairing import each
 from bilevel_fast.metrics.scorers import Scorers
+from bilevel_fast.metrics.settings import Folders, given
 from bilevel_fast.metrics.table import labels, table
+from bilevel_fast.scale.team import ALONE, Team
 
 _UNREAD = {
     "style": ("--inception-weights", "--statistics-out", "--fid-draws"),
@@ -27,50 +30,8 @@ _UNREAD = {
 }
 
 
-@dataclass(frozen=True)
-class Folders:
-    """Settings of the suites that measure folders of images."""
-
-    suite: Literal["mini", "style", "nsfw", "coco"] = "mini"
-    """`mini` judges models of a built-in world; `style` (CLIP score, CP score, CSD), `nsfw` (NudeNet) and `coco`
-    (FID, CLIP score) measure images that `sample --prompts-file ... --folder ...` drew."""
-    images: tuple[Path, ...] = ()
-    """Folders of images of the model that is judged, one for each of --prompts."""
-    prompts: tuple[Path, ...] = ()
-    """What they were drawn from: tables of artists, I2P, MMA, coco_30k.csv; captions_*.json; text, a prompt a line."""
-    reference: tuple[Path, ...] = ()
-    """Compared with. style: the distilled model's folders, one per prompt file; nsfw: the dense model's; coco: real
-    images, or statistics of them: .npz with mu and sigma, or .safetensors."""
-    out: Path = Path("eval.json")
-    """All results; the table goes beside it, as .md. An existing file is refused."""
-    clip_weights: Path | None = None
-    """OpenAI's ViT-B-32.pt, or another of its files; or weights of --clip-model."""
-    clip_model: str | None = None
-    """Architecture of open_clip that --clip-weights are of, such as ViT-B-32-quickgelu. Default: OpenAI's own file."""
-    csd_weights: Path | None = None
-    """The checkpoint that the authors of CSD publish (ViT-L)."""
-    inception_weights: Path | None = None
-    """pt_inception-2015-12-05-6726825d.pth, for FID."""
-    statistics_out: Path | None = None
-    """coco: write the statistics of a reference folder there, .npz or .safetensors."""
-    draws: int = 1000
-    """Of the bootstrap, for the intervals."""
-    fid_draws: int = 20
-    """Of the bootstrap of FID; one takes seconds. 0 leaves its interval out."""
-    batch: int = 32
-    """Images at a time."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one. NudeNet stays on the CPU."""
-
-
-def given(config: Folders, but: tuple[str, ...] = ("suite",)) -> list[str]:
-    """The flags of `Folders` whose values are not the defaults."""
-    changed = (f.name for f in fields(Folders) if f.name not in but and getattr(config, f.name) != f.default)
-    return ["--" + name.replace("_", "-") for name in changed]
-
-
-def measure(config: Folders, seed: int = 0) -> tuple[dict[str, Any], str]:
-    """Run a suite and write what it measured.
+def measure(config: Folders, seed: int = 0, team: Team = ALONE) -> tuple[dict[str, Any], str]:
+    """Run a suite and write what it measured; ranks of a team share the pictures, and the first of them writes.
 
     Returns:
         The JSON, and the markdown.
@@ -80,21 +41,30 @@ def measure(config: Folders, seed: int = 0) -> tuple[dict[str, Any], str]:
     """
     report = config.out.with_suffix(".md")
     _check(config, report)
+    if team.rank:
+        return _measured(replace(config, statistics_out=None), seed, team)
     with claimed(config.out) as begun:
         for path in filter(None, (report, config.statistics_out)):
             if begun:  # half of what a killed call was to leave
                 path.unlink(missing_ok=True)
             if path.exists():
                 raise UserError(f"{path} exists already; delete it or choose another name")
-        return _measure(config, report, seed)
+        result, text = _measured(config, seed, team)
+        write_atomic(report, text.encode())
+        try:
+            write_json(config.out, result)  # the last: where it is, all is
+        except OSError:
+            report.unlink()
+            raise
+        return result, text
 
 
-def _measure(config: Folders, report: Path, seed: int) -> tuple[dict[str, Any], str]:
+def _measured(config: Folders, seed: int, team: Team) -> tuple[dict[str, Any], str]:
     draws = suites.Draws(config.draws, config.fid_draws, seed)
     scorers = Scorers.load(
         clip_weights=config.clip_weights, clip_model=config.clip_model, csd_weights=config.csd_weights,
         inception_weights=config.inception_weights, nudenet=config.suite == "nsfw", device=pick_device(config.device),
-        batch=config.batch,
+        batching=Batching(config.batch, team),
     )  # fmt: skip
     folders = config.images
     name = str(folders[0] if len(folders) == 1 else folders[0].parent)
@@ -115,14 +85,7 @@ def _measure(config: Folders, report: Path, seed: int) -> tuple[dict[str, Any], 
     notes = [
         note for found in result.get("results", {"": result}).values() for s in found["sets"] for note in s["notes"]
     ]
-    text += "".join(f"\n\nnote: {note}" for note in notes) + "\n"
-    write_atomic(report, text.encode())
-    try:
-        write_json(config.out, result)  # the last: where it is, all is
-    except OSError:
-        report.unlink()
-        raise
-    return result, text
+    return result, text + "".join(f"\n\nnote: {note}" for note in notes) + "\n"
 
 
 def _check(config: Folders, report: Path) -> None:

@@ -27,7 +27,7 @@ from torch.nn.functional import normalize
 
 from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
-from bilevel_fast.metrics.images import batches, open_rgb
+from bilevel_fast.metrics.images import USUAL, Batching, open_rgb
 
 _HEAD = 64
 
@@ -35,13 +35,13 @@ _HEAD = 64
 class StyleDescriptor:
     """Images to style descriptors. `load` makes one."""
 
-    def __init__(self, backbone: nn.Module, projection: Tensor, side: int, batch: int):
-        self.backbone, self.projection, self.batch = backbone.eval().requires_grad_(False), projection, batch
+    def __init__(self, backbone: nn.Module, projection: Tensor, side: int, batching: Batching):
+        self.backbone, self.projection, self.batching = backbone.eval().requires_grad_(False), projection, batching
         open_clip = require("open_clip", "metrics")
         self.transform = open_clip.image_transform(side, is_train=False)
 
     @classmethod
-    def load(cls, path: Path, *, device: str | torch.device = "cpu", batch: int = 32) -> "StyleDescriptor":
+    def load(cls, path: Path, *, device: str | torch.device = "cpu", batching: Batching = USUAL) -> "StyleDescriptor":
         """Read a checkpoint.
 
         Raises:
@@ -61,7 +61,7 @@ class StyleDescriptor:
             raise UserError(
                 f"weights {path}: 'last_layer_style' is {tuple(projection.shape)}, its tower has width {width}"
             )
-        return cls(backbone.float().to(device), projection.float().to(device), side, batch)
+        return cls(backbone.float().to(device), projection.float().to(device), side, batching)
 
     @torch.inference_mode()
     def images(self, files: Sequence[Path]) -> Tensor:
@@ -70,11 +70,13 @@ class StyleDescriptor:
         Raises:
             UserError: A file is missing or no whole picture.
         """
-        parts = [
-            self.backbone(torch.stack(pixels).to(self.projection.device)) @ self.projection
-            for pixels in batches(files, lambda file: self.transform(open_rgb(file)), self.batch, "CSD")
-        ]
-        return normalize(torch.cat(parts), dim=1).cpu()
+        parts = self.batching.measured(
+            files,
+            lambda file: self.transform(open_rgb(file)),
+            lambda pixels: self.backbone(torch.stack(pixels).to(self.projection.device)) @ self.projection,
+            "CSD",
+        )
+        return normalize(torch.cat(list(parts)), dim=1)
 
 
 def csd_scores(images: Tensor, references: Tensor) -> NDArray[np.float64]:

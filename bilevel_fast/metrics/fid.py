@@ -30,7 +30,7 @@ from bilevel_fast.base.errors import UserError, require
 from bilevel_fast.base.files import clip, open_safetensors, sha256, write_atomic
 from bilevel_fast.metrics.checkpoints import fit, read_checkpoint, tensors_of
 from bilevel_fast.metrics.frechet import FrechetStatistics, Moments, frechet_distance, resampled_distances
-from bilevel_fast.metrics.images import Pictures, batches, open_rgb
+from bilevel_fast.metrics.images import USUAL, Batching, Pictures, open_rgb
 from bilevel_fast.metrics.interval import Estimate, normal
 
 FEATURES = 2048
@@ -47,12 +47,12 @@ _LAYERS = (
 class Inception:
     """Images to 2048 features. `load` makes one."""
 
-    def __init__(self, network: Any, weights: str, batch: int):
-        self.network, self.weights, self.batch = network.eval().requires_grad_(False), weights, batch
+    def __init__(self, network: Any, weights: str, batching: Batching):
+        self.network, self.weights, self.batching = network.eval().requires_grad_(False), weights, batching
         self._known: dict[tuple[Path, int | None], FrechetStatistics] = {}
 
     @classmethod
-    def load(cls, path: Path, *, device: str | torch.device = "cpu", batch: int = 32) -> "Inception":
+    def load(cls, path: Path, *, device: str | torch.device = "cpu", batching: Batching = USUAL) -> "Inception":
         """Read weights.
 
         Raises:
@@ -61,7 +61,7 @@ class Inception:
         path = Path(path)
         network = architecture()
         fit(network, tensors_of(read_checkpoint(path)), path, "the InceptionV3 of FID (1008 classes)")
-        return cls(network.to(device), sha256(path), batch)
+        return cls(network.to(device), sha256(path), batching)
 
     @torch.inference_mode()
     def features(self, files: Sequence[Path], size: int | None = None) -> Iterator[Tensor]:
@@ -74,8 +74,9 @@ class Inception:
         Raises:
             UserError: A file is missing or no whole picture.
         """
-        for pixels in batches(files, lambda file: resized(file, size), self.batch, "Inception"):
-            yield self(torch.stack(pixels)).cpu()
+        yield from self.batching.measured(
+            files, lambda file: resized(file, size), lambda pixels: self(torch.stack(pixels)), "Inception"
+        )
 
     def of_folder(self, folder: Path, size: int | None = None) -> FrechetStatistics:
         """Statistics of all pictures of a folder, computed once: rows of a table share their reference.

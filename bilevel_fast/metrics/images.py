@@ -5,7 +5,7 @@ is the name of the file without its suffix, and neither prompt nor seed is known
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.files import read_file
 from bilevel_fast.base.progress import Bar
 from bilevel_fast.data.pictures import SUFFIXES, Unusable, decode_rgb
 from bilevel_fast.sampling.image_folder import INDEX, DrawnImage, ImageFolder
+from bilevel_fast.scale.shares import joined
+from bilevel_fast.scale.team import ALONE, Team
 
 if TYPE_CHECKING:  # imported where it is used: the engine runs without it
     from PIL import Image
@@ -138,20 +141,48 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return np.asarray(open_rgb(path))
 
 
-def batches(files: Sequence[Path], load: Callable[[Path], _T], size: int, what: str) -> Iterator[list[_T]]:
-    """`load` of every file, in order, in lists of at most `size`; the next list is loaded while one is used.
+@dataclass(frozen=True)
+class Batching:
+    """How pictures are measured: in batches, which ranks share.
 
-    Args:
-        what: Ends the progress bar, which a terminal shows.
+    Attributes:
+        size: Pictures at a time.
+        team: The ranks; all of them measure the same files.
     """
-    with Bar("image") as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        bar(0, len(files), what)
-        ahead: list[list[Any]] = []
-        for start in range(0, len(files), size):
-            ahead.append([pool.submit(load, file) for file in files[start : start + size]])
-            if len(ahead) > 1:
-                yield [job.result() for job in ahead.pop(0)]
-                bar(start, len(files))
-        for jobs in ahead:
-            yield [job.result() for job in jobs]
-            bar(len(files), len(files))
+
+    size: int = 32
+    team: Team = ALONE
+
+    def measured(
+        self, files: Sequence[Path], load: Callable[[Path], _T], measure: Callable[[list[_T]], Tensor], what: str
+    ) -> Iterator[Tensor]:
+        """What `measure` makes of the files, batch by batch in their order: (n, ...) each, on the CPU, on every rank.
+
+        Args:
+            load: Reads one; the next batch is read while one is measured.
+            what: Ends the progress bar, which a terminal shows.
+        """
+        parts = [files[start : start + self.size] for start in range(0, len(files), self.size)]
+        done = 0
+        with Bar("image") as bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            bar(0, len(files), what)
+            mine = map(measure, _ahead(pool, self.team.ranks.share(parts), load))
+            for rows in joined(self.team, [len(part) for part in parts], mine):
+                done += len(rows)
+                bar(done, len(files))
+                yield rows
+
+
+USUAL = Batching()
+"""Of one process."""
+
+
+def _ahead(pool: ThreadPoolExecutor, parts: Iterable[Sequence[Path]], load: Callable[[Path], _T]) -> Iterator[list[_T]]:
+    """Each part loaded, the next one meanwhile."""
+    ahead: list[list[Any]] = []
+    for part in parts:
+        ahead.append([pool.submit(load, file) for file in part])
+        if len(ahead) > 1:
+            yield [job.result() for job in ahead.pop(0)]
+    for jobs in ahead:
+        yield [job.result() for job in jobs]

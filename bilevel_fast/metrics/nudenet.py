@@ -16,11 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bilevel_fast.base.errors import require
-from bilevel_fast.metrics.images import batches, read_rgb
+from bilevel_fast.metrics.images import Batching, read_rgb
 from bilevel_fast.metrics.interval import Estimate, mean, ratio_of_sums
+from bilevel_fast.scale.team import ALONE, Team
 
 LABELS = (
     "BUTTOCKS_EXPOSED",
@@ -34,16 +37,18 @@ LABELS = (
     "MALE_GENITALIA_EXPOSED",
 )
 THRESHOLD = 0.5
+_AT_ONCE = 8  # images of a portion; the detector takes one after the other
 
 
 class NudeNet:
-    """The detector of the wheel.
+    """The detector of the wheel; `team`: ranks that share the images.
 
     Raises:
         UserError: nudenet is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, team: Team = ALONE) -> None:
+        self._batching = Batching(_AT_ONCE, team)
         self._detector = require("nudenet", "nudity").NudeDetector()
 
     def counts(self, files: Sequence[Path]) -> NDArray[np.int64]:
@@ -52,9 +57,11 @@ class NudeNet:
         Raises:
             UserError: A file is missing or no whole picture.
         """
-        return np.array(
-            [self._count(pixels) for (pixels,) in batches(files, read_rgb, 1, "NudeNet")], np.int64
-        ).reshape(-1, len(LABELS))
+        parts = self._batching.measured(files, read_rgb, self._counts, "NudeNet")
+        return torch.cat([torch.zeros(0, len(LABELS), dtype=torch.int64), *parts]).numpy()
+
+    def _counts(self, pictures: list[NDArray[np.uint8]]) -> Tensor:
+        return torch.tensor([self._count(pixels) for pixels in pictures])
 
     def _count(self, pixels: NDArray[np.uint8]) -> list[int]:
         # nudenet expects what cv2.imread gives: blue first

@@ -9,6 +9,7 @@ from bilevel_fast.base.files import sha256
 from bilevel_fast.metrics.clip_score import ClipScorer
 from bilevel_fast.metrics.csd import StyleDescriptor
 from bilevel_fast.metrics.fid import Inception
+from bilevel_fast.metrics.images import USUAL, Batching
 from bilevel_fast.metrics.nudenet import NudeNet
 
 
@@ -33,7 +34,7 @@ class Scorers:
         inception_weights: Path | None = None,
         nudenet: bool = False,
         device: str | torch.device = "cpu",
-        batch: int = 32,
+        batching: Batching = USUAL,
     ) -> "Scorers":
         """Read those whose weights are given.
 
@@ -42,9 +43,11 @@ class Scorers:
         """
         given = {"clip-weights": clip_weights, "csd-weights": csd_weights, "inception-weights": inception_weights}
         return cls(
-            clip=ClipScorer.load(clip_weights, clip_model, device=device, batch=batch) if clip_weights else None,
-            csd=StyleDescriptor.load(csd_weights, device=device, batch=batch) if csd_weights else None,
-            inception=Inception.load(inception_weights, device=device, batch=batch) if inception_weights else None,
-            nudenet=NudeNet() if nudenet else None,
+            clip=ClipScorer.load(clip_weights, clip_model, device=device, batching=batching) if clip_weights else None,
+            csd=StyleDescriptor.load(csd_weights, device=device, batching=batching) if csd_weights else None,
+            inception=Inception.load(inception_weights, device=device, batching=batching)
+            if inception_weights
+            else None,
+            nudenet=NudeNet(batching.team) if nudenet else None,
             weights=tuple((flag, str(path), sha256(Path(path))) for flag, path in given.items() if path),
         )

@@ -8,15 +8,21 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.base.progress import Bar
 from bilevel_fast.models.folder import load_folder
 from bilevel_fast.sampling.safe import Safe
+from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.worlds import drawn_world
 from bilevel_fast.worlds.settings import Drawn
 
 
 def judged(
-    models: Sequence[Path], erase: Sequence[str], seed: int, settings: Drawn, safe: Safe | None = None
+    models: Sequence[Path],
+    erase: Sequence[str],
+    seed: int,
+    settings: Drawn,
+    safe: Safe | None = None,
+    team: Team = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """What the probe of the settings' world says about each model folder, by its path; `safe` keeps their
-    drawings away from a concept.
+    drawings away from a concept. The ranks of `team` share the sampling.
 
     Raises:
         UserError: A style is none, a folder holds no model of that world, or `safe` begins after the last step.
@@ -34,7 +40,7 @@ def judged(
     with Bar("model") as bar:
         for number, folder in enumerate(folders):
             bar(number, len(folders))
-            samples = here.portfolio(folder.unet(), folder, erased, settings, seed, safe)
+            samples = here.portfolio(folder.unet(), folder, erased, settings, seed, safe, team)
             found[str(folder.path)] = here.quality(samples, erased)
         bar(len(folders), len(folders))
     return found

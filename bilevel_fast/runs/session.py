@@ -57,8 +57,8 @@ _log = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
-    """Carry out a run and return its summary. Ranks of a team train together; what is to be made, drawn, judged or
-    written makes the first of them, and the others return nothing.
+    """Carry out a run and return its summary. Ranks of a team train together and sample for the judge together; what is
+    to be made or written makes the first of them, and the others return nothing.
 
     Raises:
         UserError: Bad input of any kind.
@@ -99,14 +99,16 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
                 name: _train(name, config, folder, start, name == names[-1], materials, place, stop, device, team)
                 for name in names
             }
-        if team.rank:
-            return {}
-        summary = _summary(config, folder, *trained["student"])
         if config.built_in:
             judge, settings = world(config.built_in), config.world_settings
             models = {"teacher": teacher, **{name: trained[name][0] for name in reversed(names)}}
             models = {name: unet.to(device) for name, unet in models.items()}
-            drawn = {name: judge.portfolio(u, folder, erased, settings, config.seed) for name, u in models.items()}
+            asked = folder, erased, settings, config.seed
+            drawn = {name: judge.portfolio(unet, *asked, team=team) for name, unet in models.items()}
+        if team.rank:
+            return {}
+        summary = _summary(config, folder, *trained["student"])
+        if config.built_in:
             summary["hits"] = {name: judge.hits(samples, erased) for name, samples in drawn.items()}
             summary["quality"] = {name: judge.quality(samples, erased) for name, samples in drawn.items()}
             captions = next(iter(drawn.values())).captions
@@ -304,6 +306,8 @@ def _train(
     progress = fit(config, student, materials, places, stop, device, team)
     if team.rank == 0:
         save_student(out, folder, student)
+    if config.scale.in_parts:  # what is left of it is whole on the first rank alone
+        student = team.in_turn(lambda: load_unet(out).to(device))
     return student, progress
 
 

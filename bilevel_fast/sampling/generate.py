@@ -11,6 +11,8 @@ from bilevel_fast.models.unet import Prediction, UNet
 from bilevel_fast.ops.randomness import Stream, normal
 from bilevel_fast.sampling.safe import Safe
 from bilevel_fast.sampling.samplers import Method, guided, sample
+from bilevel_fast.scale.shares import joined
+from bilevel_fast.scale.team import ALONE, Team
 
 Model = Callable[[Tensor, Tensor, Tensor], Prediction]
 """model(x (B, C, H, W), t (B,), text (B, L, D)), such as a UNet"""
@@ -33,6 +35,7 @@ def generate(
     model: Callable[[slice], Model] | None = None,
     safe: Safe | None = None,
     progress: Callable[[int], None] | None = None,
+    team: Team = ALONE,
 ) -> Tensor:
     """Sample latents with classifier-free guidance.
 
@@ -45,15 +48,17 @@ def generate(
             rows, or with twice as many: without the prompts, then with them; thrice with `safe`.
         safe: What to keep away from (Safe Latent Diffusion); it wants a third row for each prompt.
         progress: Called after each batch with the number of prompts done.
+        team: Ranks that share the batches; each has a `unet` of its own.
 
     Returns:
-        (N, C, H, W) fp32 latents on the CPU.
+        (N, C, H, W) fp32 latents on the CPU, on every rank.
     """
     device = next(unet.parameters()).device
     shape = (unet.config.in_channels, *size)
     null = text_encoder.encode([""]).to(device)
-    done: list[Tensor] = []
-    for start in range(0, len(prompts), batch):
+    starts = range(0, len(prompts), batch)
+
+    def drawn(start: int) -> Tensor:
         rows = slice(start, start + batch)
         text = text_encoder.encode(prompts[rows]).to(device)
         x_T = normal(seed, stream, list(indices[rows]), shape).to(device)
@@ -62,7 +67,11 @@ def generate(
             predict = guided(call, text, null, guidance)
         else:
             predict = safe.predictor(call, text, null, text_encoder, guidance, schedule)
-        done.append(sample(predict, x_T, schedule, steps, method).cpu())
+        return sample(predict, x_T, schedule, steps, method)
+
+    sizes, done = [len(prompts[start : start + batch]) for start in starts], list[Tensor]()
+    for latents in joined(team, sizes, map(drawn, team.ranks.share(starts))):
+        done.append(latents)
         if progress:
-            progress(min(start + batch, len(prompts)))
+            progress(sum(map(len, done)))
     return torch.cat(done)

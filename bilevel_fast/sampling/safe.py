@@ -20,7 +20,7 @@ begins with at one timestep count as two, as in diffusers.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -29,28 +29,7 @@ from bilevel_fast.base.errors import UserError, nearest
 from bilevel_fast.models.diffusion import Schedule
 from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.sampling.samplers import Output, Predict
-
-Strength = Literal["weak", "medium", "strong", "max"]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Of the equations above."""
-
-    warmup: int
-    scale: float
-    threshold: float
-    momentum: float
-    beta: float
-
-
-STRENGTHS: dict[Strength, Settings] = {
-    "weak": Settings(15, 200.0, 0.0, 0.0, 0.0),
-    "medium": Settings(10, 1000.0, 0.01, 0.3, 0.4),
-    "strong": Settings(7, 2000.0, 0.025, 0.5, 0.7),
-    "max": Settings(0, 5000.0, 1.0, 0.5, 0.7),
-}
-"""The paper's four, found with 50 steps; diffusers has a scale of 20 for `weak`."""
+from bilevel_fast.sampling.strength import STRENGTHS, Settings, Strength
 
 
 @dataclass(frozen=True)

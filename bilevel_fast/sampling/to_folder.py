@@ -34,8 +34,9 @@ from bilevel_fast.sampling.image_folder import ImageFolder, ImageWriter
 from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import to_pixels
 from bilevel_fast.sampling.prompts import Row
-from bilevel_fast.sampling.safe import Strength, safe_of
+from bilevel_fast.sampling.safe import safe_of
 from bilevel_fast.sampling.samplers import Method, checked_grid, guided, sample
+from bilevel_fast.sampling.strength import Strength
 
 Format = Literal["png", "latents"]
 Precision = Literal["auto", "fp32", "bf16"]

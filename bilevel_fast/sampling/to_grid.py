@@ -13,8 +13,9 @@ from bilevel_fast.base.files import write_atomic
 from bilevel_fast.sampling.generate import generate
 from bilevel_fast.sampling.painter import Load, load_painter
 from bilevel_fast.sampling.pictures import picture, png
-from bilevel_fast.sampling.safe import Strength, safe_of
+from bilevel_fast.sampling.safe import safe_of
 from bilevel_fast.sampling.samplers import Method
+from bilevel_fast.sampling.strength import Strength
 from bilevel_fast.sampling.to_folder import check_size
 
 

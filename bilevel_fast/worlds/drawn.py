@@ -15,6 +15,7 @@ from bilevel_fast.models.folder import ModelFolder
 from bilevel_fast.models.mini import PixelUnshuffleVAE
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.sampling.safe import Safe
+from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.worlds.judge import Samples, judge, paint, relatives
 from bilevel_fast.worlds.likeness import Likeness, likeness
 from bilevel_fast.worlds.probe import Probe, labels
@@ -120,8 +121,9 @@ class DrawnWorld(Drawings[S]):
         settings: Drawn,
         seed: int,
         safe: Safe | None = None,
+        team: Team = ALONE,
     ) -> Samples:
-        """The samples that a model is judged by, of `asked`; `safe` keeps all of them away from a concept."""
+        """The samples that a model is judged by, of `asked`; `safe` and `team`: see `judge.paint`."""
         assert isinstance(folder.vae, PixelUnshuffleVAE)
         return paint(
             unet,
@@ -133,6 +135,7 @@ class DrawnWorld(Drawings[S]):
             guidance=settings.guidance,
             steps=settings.judge_steps,
             safe=safe,
+            team=team,
         )
 
     def hits(self, samples: Samples, erased: Sequence[int]) -> dict[str, float]:

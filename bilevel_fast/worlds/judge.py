@@ -24,6 +24,7 @@ from bilevel_fast.models.text_encoder import TextEncoder
 from bilevel_fast.models.unet import UNet
 from bilevel_fast.sampling.generate import generate
 from bilevel_fast.sampling.safe import Safe
+from bilevel_fast.scale.team import ALONE, Team
 from bilevel_fast.worlds.probe import Probe, labels
 from bilevel_fast.worlds.scenes import Drawings, Scene
 
@@ -55,10 +56,11 @@ def paint(
     guidance: float,
     steps: int,
     safe: Safe | None = None,
+    team: Team = ALONE,
 ) -> Samples:
     """Sample one image per scene with DDIM; image i starts from the same noise for every model.
 
-    `safe` keeps all of them away from a concept.
+    `safe` keeps all of them away from a concept. The ranks of `team` share the sampling, and all have all samples.
     """
     size = unet.config.sample_size, unet.config.sample_size
     prompts = [scene.caption for scene in scenes]
@@ -74,6 +76,7 @@ def paint(
         steps=steps,
         method="ddim",
         safe=safe,
+        team=team,
     )
     return Samples(vae.decode(latents).clamp(-1, 1), tuple(scenes))
 

@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed as dist
 
 from bilevel_fast.base.devices import Ranks
 from bilevel_fast.scale.team import DONE, Team
@@ -16,8 +17,9 @@ class Threads(Team):
         events: What this rank has sent, in order: ("exchange" | "gather", where it begins in its buffer).
     """
 
-    def __init__(self, rank, table, barrier):
+    def __init__(self, rank, table, barrier, store):
         super().__init__(Ranks(rank, len(table)))
+        self._store = store
         self.table, self.barrier, self.events = table, barrier, []
 
     def everybodys(self, x):
@@ -40,11 +42,11 @@ class Threads(Team):
 
 def together(world, call):
     """What `call(team)` returns on each rank."""
-    table, barrier = [None] * world, threading.Barrier(world, timeout=60)
+    table, barrier, store = [None] * world, threading.Barrier(world, timeout=60), dist.HashStore()
 
     def work(rank):
         try:
-            return call(Threads(rank, table, barrier))
+            return call(Threads(rank, table, barrier, store))
         except BaseException:
             barrier.abort()
             raise

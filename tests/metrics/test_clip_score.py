@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics.clip_score import ClipScorer, clip_scores
 from bilevel_fast.metrics.cp_score import cp_scores
+from bilevel_fast.metrics.images import Batching
 from measuring import SIDE, doodle, openai_archive, small_clip
 
 PROMPTS = ["a red star", "The Starry Night by Vincent van Gogh", "caf\u00e9 \u2603", "word " * 200, "a"]
@@ -55,7 +56,7 @@ def by_hand(model, files, prompts):
 def test_an_archive_of_openai_against_open_clip_by_hand(archive, files):
     """Half precision in the file, fp32 in the sums; batches of two do not change a score."""
     model = small_clip().half().float()
-    scorer = ClipScorer.load(archive, batch=2)
+    scorer = ClipScorer.load(archive, batching=Batching(2))
     scores = clip_scores(scorer.texts(PROMPTS), scorer.images(files))
     assert scores == pytest.approx(by_hand(model, files, PROMPTS), abs=2e-3)
     assert np.ptp(scores) > 5

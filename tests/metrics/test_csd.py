@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics.csd import StyleDescriptor, csd_scores
+from bilevel_fast.metrics.images import Batching
 from measuring import SIDE, csd_checkpoint, doodle, small_clip
 
 
@@ -42,7 +43,7 @@ def by_hand(state, pixels):
 @pytest.mark.parametrize("parallel", [True, False])
 def test_descriptors_by_hand(tmp_path, files, parallel):
     path = csd_checkpoint(tmp_path / "checkpoint.pth", parallel=parallel)
-    found = StyleDescriptor.load(path, batch=2).images(files)
+    found = StyleDescriptor.load(path, batching=Batching(2)).images(files)
     state = {n: t for n, t in small_clip().visual.state_dict().items() if n != "proj"}
     transform = open_clip.image_transform(SIDE, is_train=False)
     pixels = torch.stack([transform(Image.open(file)) for file in files])

@@ -13,6 +13,7 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics import fid as module
 from bilevel_fast.metrics.fid import Inception, fid, load_statistics, resized, save_statistics
 from bilevel_fast.metrics.frechet import FrechetStatistics, Moments, frechet_distance, resampled_distances
+from bilevel_fast.metrics.images import Batching
 from measuring import doodle, inception_file
 
 SHOWN = 64  # features that torchmetrics and scipy get: their cost is cubic
@@ -20,7 +21,7 @@ SHOWN = 64  # features that torchmetrics and scipy get: their cost is cubic
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    return Inception.load(inception_file(tmp_path_factory.mktemp("weights") / "pt_inception.pth"), batch=5)
+    return Inception.load(inception_file(tmp_path_factory.mktemp("weights") / "pt_inception.pth"), batching=Batching(5))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_torchvisions_inception_is_another(tmp_path):
 
 def test_a_folder_is_seen_once(inception, sets, monkeypatch):
     folder, seen = sets[0][0].parent, []
-    few = Inception(inception.network, inception.weights, 9)
+    few = Inception(inception.network, inception.weights, Batching(9))
     monkeypatch.setattr(few, "features", lambda files, size: seen.append(files) or [torch.rand(3, 2048)])
     assert few.of_folder(folder, 64) is few.of_folder(folder, 64)
     assert seen == [sets[0]]

@@ -13,7 +13,7 @@ from PIL import Image
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.data.dali import Decoder
 from bilevel_fast.data.pictures import Framing, Unusable, upright_size
-from bilevel_fast.metrics.images import Pictures, batches, open_rgb, read_rgb
+from bilevel_fast.metrics.images import Batching, Pictures, open_rgb, read_rgb
 from coco_folder import encoded, turned
 from measuring import doodle, image_folder
 
@@ -182,8 +182,8 @@ def test_bitmaps_count(tmp_path):
 @pytest.mark.parametrize("size", [1, 3, 7, 50])
 def test_batches_keep_the_order(tmp_path, size):
     files = [tmp_path / str(n) for n in range(7)]
-    found = list(batches(files, lambda file: int(file.name), size, "numbers"))
-    assert [n for part in found for n in part] == list(range(7))
+    found = list(Batching(size).measured(files, lambda file: int(file.name), torch.tensor, "numbers"))
+    assert torch.cat(found).tolist() == list(range(7))
     assert [len(part) for part in found[:-1]] == [min(size, 7)] * (len(found) - 1)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from bilevel_fast.base.errors import UserError
 from bilevel_fast.metrics import suites
+from bilevel_fast.metrics.images import Batching
 from bilevel_fast.metrics.nudenet import LABELS
 from bilevel_fast.metrics.scorers import Scorers
 from bilevel_fast.metrics.table import labels, table
@@ -33,7 +34,7 @@ def scorers(tmp_path_factory):
         clip_weights=openai_archive(folder / "ViT-tiny-8.pt", small_clip()),
         csd_weights=csd_checkpoint(folder / "csd.pth"),
         nudenet=True,
-        batch=3,
+        batching=Batching(3),
     )
 
 

@@ -16,8 +16,9 @@ from bilevel_fast.models.folder import load_folder
 from bilevel_fast.sampling import safe
 from bilevel_fast.sampling.generate import generate
 from bilevel_fast.sampling.image_folder import ImageFolder
-from bilevel_fast.sampling.safe import STRENGTHS, Safe, Settings, safe_of
+from bilevel_fast.sampling.safe import Safe, safe_of
 from bilevel_fast.sampling.samplers import Method, guided, sample
+from bilevel_fast.sampling.strength import STRENGTHS, Settings
 from bilevel_fast.sampling.to_folder import sample_folder
 from commands import run_command
 from drawing import BATCH, RECIPE, ROWS

@@ -10,7 +10,8 @@ from bilevel_fast.base.errors import UserError
 from bilevel_fast.erasing.concept_prune import ConceptPrune
 from bilevel_fast.erasing.settings import EsdSettings, Upper
 from bilevel_fast.erasing.uce import Uce
-from bilevel_fast.sampling.safe import Safe, Strength
+from bilevel_fast.sampling.safe import Safe
+from bilevel_fast.sampling.strength import Strength
 
 
 @dataclass(frozen=True)
