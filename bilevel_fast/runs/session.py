@@ -51,7 +51,7 @@ from bilevel_fast.training.levels import AnyLevel, Level
 from bilevel_fast.training.loop import Places, Progress
 from bilevel_fast.training.run_folder import RunFolder
 from bilevel_fast.training.wandb_sink import WandbSink
-from bilevel_fast.worlds import world
+from bilevel_fast.worlds import Samples, world
 
 _log = logging.getLogger(__name__)
 
@@ -99,22 +99,15 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
                 name: _train(name, config, folder, start, name == names[-1], materials, place, stop, device, team)
                 for name in names
             }
+        drawn: dict[str, Samples] = {}
         if config.built_in:
-            judge, settings = world(config.built_in), config.world_settings
             models = {"teacher": teacher, **{name: trained[name][0] for name in reversed(names)}}
-            models = {name: unet.to(device) for name, unet in models.items()}
-            asked = folder, erased, settings, config.seed
-            drawn = {name: judge.portfolio(unet, *asked, team=team) for name, unet in models.items()}
+            drawn = _drawn(config, folder, models, erased, device, team)
         if team.rank:
             return {}
         summary = _summary(config, folder, *trained["student"])
-        if config.built_in:
-            summary["hits"] = {name: judge.hits(samples, erased) for name, samples in drawn.items()}
-            summary["quality"] = {name: judge.quality(samples, erased) for name, samples in drawn.items()}
-            captions = next(iter(drawn.values())).captions
-            columns = judge.shown(len(captions), erased, settings)
-            rows = {name: samples.images[columns] for name, samples in drawn.items()}
-            _keep(place, rows, [captions[i] for i in columns])
+        if drawn:
+            summary |= _judged(config, drawn, erased, place)
         summary["seconds"] = round(time.perf_counter() - started, 1)
         place.write_json("summary.json", summary)
         sessions.finish(place.path, device)
@@ -309,6 +302,31 @@ def _train(
     if config.scale.in_parts:  # what is left of it is whole on the first rank alone
         student = team.in_turn(lambda: load_unet(out).to(device))
     return student, progress
+
+
+def _drawn(
+    config: TrainConfig, folder: ModelFolder, models: Mapping[str, UNet], erased: Sequence[int], device: torch.device,
+    team: Team,
+) -> dict[str, Samples]:  # fmt: skip
+    """What the judge asks each model for. Collective."""
+    painted = partial(world(config.world).portfolio, team=team)
+    there = {name: unet.to(device) for name, unet in models.items()}
+    return {name: painted(unet, folder, erased, config.world_settings, config.seed) for name, unet in there.items()}
+
+
+def _judged(
+    config: TrainConfig, drawn: Mapping[str, Samples], erased: Sequence[int], place: RunFolder
+) -> dict[str, Any]:
+    """`hits` and `quality` of a summary; samples that stand for all go into the folder."""
+    judge = world(config.world)
+    captions = next(iter(drawn.values())).captions
+    columns = judge.shown(len(captions), erased, config.world_settings)
+    rows = {name: samples.images[columns] for name, samples in drawn.items()}
+    _keep(place, rows, [captions[i] for i in columns])
+    return {
+        "hits": {name: judge.hits(samples, erased) for name, samples in drawn.items()},
+        "quality": {name: judge.quality(samples, erased) for name, samples in drawn.items()},
+    }
 
 
 def _keep(place: RunFolder, rows: Mapping[str, Tensor], prompts: Sequence[str]) -> None:

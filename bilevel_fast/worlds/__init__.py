@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # `--help` reads settings of worlds, and should not wait for 
     from bilevel_fast.data.sources import LatentSource
     from bilevel_fast.models.folder import ModelFolder
     from bilevel_fast.models.unet import UNet
+    from bilevel_fast.scale.team import Team
     from bilevel_fast.worlds.drawn import DrawnWorld
 
 WORLDS = ("mini", "emoji")
@@ -76,9 +77,19 @@ class World(Protocol):
         ...
 
     def portfolio(
-        self, unet: "UNet", folder: "ModelFolder", erased: Sequence[int], settings: Any, seed: int
+        self,
+        unet: "UNet",
+        folder: "ModelFolder",
+        erased: Sequence[int],
+        settings: Any,
+        seed: int,
+        *,
+        team: "Team" = ...,
     ) -> Samples:
-        """The samples that a model is judged by: first of the erased concepts, then of all others."""
+        """The samples that a model is judged by: first of the erased concepts, then of all others.
+
+        Ranks of a team share them, and all get all of them.
+        """
         ...
 
     def hits(self, samples: Any, erased: Sequence[int]) -> dict[str, float]:
