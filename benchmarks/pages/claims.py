@@ -197,6 +197,11 @@ def _of_the_emoji_world() -> tuple[Claim, ...]:
         claim("There its FID is below that of one level.", less, *fid("one level", "bilevel")),
         claim("There BOME costs no FID against the tuned lambda.", no_more, *fid("bilevel", "bome")),
         claim("There a lambda that moves has a lower FID than a constant one.", less, *fid("bilevel", "schedule")),
+        claim(
+            "There MEHA, the solver that costs most, leaves less of the studio than BOME.",
+            below, share("bome", "concept_hit"), share("meha", "concept_hit"),
+        ),
+        claim("There its FID is below BOME's.", less, *fid("bome", "meha")),
         claim("There the controller, with more upper steps, has a lower FID.", less, *fid("bilevel", "controller")),
         claim(
             "There the controller leaves no more of the studio.",
@@ -289,6 +294,10 @@ CLAIMS = (
     Claim(
         "A lambda that rises, the best schedule of three, has a lower FID than a constant one.",
         less, rivals("main", "solvers"), RIVALS, f"{RUN} main tuning-2 solvers", fid("bilevel", "schedule"),
+    ),
+    Claim(
+        "MEHA, which descends the lower loss's Moreau envelope, costs no FID against the tuned lambda.",
+        no_more, rivals("main", "solvers"), RIVALS, f"{RUN} main tuning-4 solvers", fid("bilevel", "meha"),
     ),
     *_of_the_emoji_world(),
     Claim(
