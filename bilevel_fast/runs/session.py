@@ -88,7 +88,7 @@ def run(config: TrainConfig, team: Team = ALONE) -> dict[str, Any]:
     with run_folder(config, VOLATILE, known, team) as place:
         if first:
             sessions.begin(place.path, device, team.world)
-        with GracefulStop() as stop:
+        with GracefulStop(ends=team.launched) as stop:
             teacher = folder.unet().requires_grad_(False)
             materials = team.in_turn(lambda: gather(config, folder, teacher, erased, place.path, record=first))
             check_unchanged(before, inputs(config, defaults) if first else {})

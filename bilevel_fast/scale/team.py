@@ -11,7 +11,9 @@ This is the only module that makes process groups.
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -149,6 +151,8 @@ class Team:
     def _fail(self, error: BaseException) -> NoReturn:
         """Say why, unless the first rank says the same, and end the process: its group cannot be left in good order."""
         assert self._watch is not None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to all when one is gone
         if isinstance(error, RuntimeError):
             self._watch.hurry()
             self._watch.wait(2 * PATIENCE)  # if it is another's fault, the watch ends this process meanwhile

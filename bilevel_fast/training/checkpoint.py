@@ -173,18 +173,24 @@ class GracefulStop:
                 ...
 
     Signal handlers belong to the main thread, so enter it there.
+
+    Args:
+        ends: An error ends this process, which says why first: SIGTERM does not end it from then on. A launcher sends
+            it to all that are left when one is gone, and they are who can say which.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, ends: bool = False) -> None:
+        self.ends, self.requested = ends, False
         self._interrupted = False
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._previous.items():
+            if self.ends and kind is not None and number == signal.SIGTERM:
+                continue
             # None stands for a handler that Python did not install and cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 

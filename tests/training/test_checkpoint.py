@@ -315,6 +315,24 @@ def test_graceful_stop_sets_a_flag_and_puts_the_handlers_back() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.parametrize("ends", [False, True])
+def test_sigterm_does_not_end_a_process_that_an_error_ends(ends: bool) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with pytest.raises(RuntimeError), GracefulStop(ends=ends):
+            raise RuntimeError("a collective has failed")
+        after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        assert (after == before) != ends
+        assert after[0] == before[0], "Ctrl-C ends it at once"
+        if ends:
+            os.kill(os.getpid(), signal.SIGTERM)  # it would end this process
+        with GracefulStop(ends=ends):
+            pass
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == after
+    finally:
+        signal.signal(signal.SIGTERM, before[1])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_process_finishes_its_step_and_saves(tmp_path: Path, number: signal.Signals) -> None:
     child, events = start(saving.step_until_stopped, tmp_path)
