@@ -11,7 +11,10 @@ Dtypes     fp32 | fp16 | bf16, the same of all; softmax and sums in fp32; p and 
 Layout     contiguous; or q, k and v are thirds of one (B, T, 3 N D), or k and v halves of one (B, S, 2 N D), as one
            product makes them, and so are their gradients then
 Numerics   online softmax; one pass over k for dq, one over q for dk and dv: no atomics, the same bits every run
-Traffic    k and v once for every BLOCK_M queries; results are filled with zeros first where heads are dropped
+Programs   of dk and dv: one for each block of keys, of which text has two; where these are too few for a card, each
+           takes a part of the queries, and a further kernel adds up the parts in their order
+Traffic    k and v once for every BLOCK_M queries; results are filled with zeros first where heads are dropped; parts
+           are written and read once, in fp32
 Source     FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2
 """
 
@@ -181,8 +184,8 @@ def _pruned_attention_dkv_kernel(
     v_ptr,  # (B, S, HEADS * D), rows of KV_ROW
     lse_ptr,  # (B, HEADS, T) fp32
     delta_ptr,  # (B, HEADS, T) fp32
-    dk_ptr,  # (B, S, HEADS * D), rows of KV_ROW
-    dv_ptr,  # (B, S, HEADS * D), rows of KV_ROW
+    dk_ptr,  # (B, S, HEADS * D), rows of KV_ROW; of parts (parts, B, S, HEADS * D) fp32
+    dv_ptr,  # as dk_ptr
     list_ptr,  # (E, L) int32 or None, as the next two
     count_ptr,  # (E,) int32
     row_ptr,  # (B,) int32
@@ -199,19 +202,24 @@ def _pruned_attention_dkv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PART: tl.constexpr,  # queries of a part, whole blocks; T if there is one
 ):
     head, there = _head(list_ptr, count_ptr, row_ptr, HEADS, L)
     if there:
         b = tl.program_id(2).to(tl.int64)
-        s, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        block, first = tl.program_id(0), 0
+        if PART < T:
+            part = tl.program_id(0) // tl.cdiv(S, BLOCK_N)
+            block, first = tl.program_id(0) % tl.cdiv(S, BLOCK_N), part * PART
+        s, d = block * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
         kv_offs = b * S * KV_ROW + s[:, None] * KV_ROW + head * D + d[None, :]
         kv_mask = (s < S)[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + kv_offs, mask=kv_mask, other=0.0)
         v = tl.load(v_ptr + kv_offs, mask=kv_mask, other=0.0)
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        for start in range(0, T, BLOCK_M):
-            t = start + tl.arange(0, BLOCK_M)
+        for start in range(0, PART, BLOCK_M):
+            t = first + start + tl.arange(0, BLOCK_M)
             q_offs = b * T * Q_ROW + t[:, None] * Q_ROW + head * D + d[None, :]
             q_mask = (t < T)[:, None] & (d < D)[None, :]
             q = tl.load(q_ptr + q_offs, mask=q_mask, other=0.0)
@@ -226,8 +234,47 @@ def _pruned_attention_dkv_kernel(
             dv = dot(p.to(dout.dtype), dout, dv, PRECISION)
             ds = p * (dot(v, tl.trans(dout), zeros, PRECISION) - delta[None, :])
             dk = dot(ds.to(q.dtype), q, dk, PRECISION)
+        if PART < T:
+            kv_offs = (
+                (part * tl.num_programs(2) + b) * S * (HEADS * D) + s[:, None] * (HEADS * D) + head * D + d[None, :]
+            )
         tl.store(dk_ptr + kv_offs, (dk * scale).to(dk_ptr.dtype.element_ty), mask=kv_mask)
         tl.store(dv_ptr + kv_offs, dv.to(dv_ptr.dtype.element_ty), mask=kv_mask)
+
+
+@triton.jit
+def _pruned_attention_sum_kernel(
+    dks_ptr,  # (PARTS, B, S, HEADS * D) fp32
+    dvs_ptr,  # (PARTS, B, S, HEADS * D) fp32
+    dk_ptr,  # (B, S, HEADS * D), rows of KV_ROW
+    dv_ptr,  # (B, S, HEADS * D), rows of KV_ROW
+    list_ptr,  # (E, L) int32 or None, as the next two
+    count_ptr,  # (E,) int32
+    row_ptr,  # (B,) int32
+    S: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    KV_ROW: tl.constexpr,
+    L: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    head, there = _head(list_ptr, count_ptr, row_ptr, HEADS, L)
+    if there:
+        b = tl.program_id(2).to(tl.int64)
+        s, d = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        mask = (s < S)[:, None] & (d < D)[None, :]
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for part in range(PARTS):
+            row = (part * tl.num_programs(2) + b) * S + s
+            offs = row[:, None] * (HEADS * D) + head * D + d[None, :]
+            dk += tl.load(dks_ptr + offs, mask=mask, other=0.0)
+            dv += tl.load(dvs_ptr + offs, mask=mask, other=0.0)
+        offs = (b * S + s)[:, None] * KV_ROW + head * D + d[None, :]
+        tl.store(dk_ptr + offs, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+        tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
 # --- launchers ------------------------------------------------------------------------------
@@ -246,6 +293,22 @@ def config(queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> d
     if queries <= 64 or backward:  # 8 x 8 latents have no more; backward holds two more tiles in registers
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
+
+
+PROGRAMS = 128
+"""Of dk and dv, at most, where queries are parted: about the SMs of the cards that this is for (84 to 148)."""
+LEAST = 4
+"""Blocks of queries in a part: fewer are over before the parts are added up."""
+
+
+_ROWS = 16  # of keys in a program that adds up parts
+
+
+def part(queries: int, block: int, programs: int) -> int:
+    """Queries of a part, whole blocks, where all of them would be so many programs' each; `queries` if it is all."""
+    blocks = triton.cdiv(queries, block)
+    parts = min(PROGRAMS // programs, blocks // LEAST)
+    return triton.cdiv(blocks, parts) * block if parts > 1 else queries
 
 
 def _constants(q: Tensor, k: Tensor, heads: int, kept: Kept | None, backward: bool) -> tuple[list, dict[str, int], int]:
@@ -287,11 +350,20 @@ def pruned_attention_bwd(
     dq, dk, dv = _parts(whole, q.shape[2])
     delta = torch.empty(lse.shape, dtype=torch.float32, device=q.device)
     scales = (scale, scale * math.log2(math.e))
-    grids = (
-        (triton.cdiv(x.shape[1], constants[block]), most, q.shape[0]) for x, block in ((q, "BLOCK_M"), (k, "BLOCK_N"))
-    )
-    _pruned_attention_dq_kernel[next(grids)](dout, q, k, v, out, lse, delta, dq, *pointers, *scales, **constants)
-    _pruned_attention_dkv_kernel[next(grids)](dout, q, k, v, lse, delta, dk, dv, *pointers, *scales, **constants)
+    grid = (triton.cdiv(q.shape[1], constants["BLOCK_M"]), most, q.shape[0])
+    _pruned_attention_dq_kernel[grid](dout, q, k, v, out, lse, delta, dq, *pointers, *scales, **constants)
+    blocks = triton.cdiv(k.shape[1], constants["BLOCK_N"])
+    constants["PART"] = part(q.shape[1], constants["BLOCK_M"], blocks * most * q.shape[0])
+    parts = triton.cdiv(q.shape[1], constants["PART"])
+    to = (dk, dv)
+    if parts > 1:
+        to = torch.empty((2, parts, *k.shape), dtype=torch.float32, device=q.device)
+    grid = (blocks * parts, most, q.shape[0])
+    _pruned_attention_dkv_kernel[grid](dout, q, k, v, lse, delta, *to, *pointers, *scales, **constants)
+    if parts > 1:
+        constants = {name: constants[name] for name in ("S", "HEADS", "D", "KV_ROW", "L", "BLOCK_D")}
+        grid = (triton.cdiv(k.shape[1], _ROWS), most, q.shape[0])
+        _pruned_attention_sum_kernel[grid](*to, dk, dv, *pointers, **constants, PARTS=parts, BLOCK_N=_ROWS)
     return whole
 
 

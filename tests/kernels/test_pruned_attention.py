@@ -20,6 +20,8 @@ SHAPES = {
     "a width that is no power of two": (9, 5, 20),
     "wide heads": (5, 40, 80),
     "one query": (1, 7, 40),
+    "three parts": (520, 77, 16),  # of 192 queries in fp32, two of 320 in 16 bits; the last is shorter
+    "two parts": (264, 20, 16),  # in fp32
 }
 LISTS = {
     "dense": None,
@@ -80,13 +82,13 @@ def run_beside(fn, tensors, kept):
 
 
 @pytest.mark.parametrize("kept", ["dense", "mixed"])
-@pytest.mark.parametrize("shape", ["text", "two tiles each way"])
+@pytest.mark.parametrize("shape", ["text", "two tiles each way", "two parts"])
 def test_parts_of_one_product(shape, kept, device):
     """The same bits as apart, and gradients that lie side by side as the inputs do."""
     tensors = problem(device, shape=SHAPES[shape])
     apart, found = run(op.pruned_attention, tensors, LISTS[kept]), run_beside(op.pruned_attention, tensors, LISTS[kept])
     assert all(torch.equal(one, other) for one, other in zip(found, apart, strict=True))
-    first, *others = found[1:] if shape != "text" else found[2:]
+    first, *others = found[1:] if shape == "two tiles each way" else found[2:]
     for i, other in enumerate(others, 1):
         assert other.data_ptr() == first.data_ptr() + i * first.shape[-1] * first.itemsize
         assert other.stride() == first.stride()
@@ -99,6 +101,7 @@ def test_parts_of_one_product(shape, kept, device):
          "kv_offs = b * S * HEADS * D + s[:, None] * KV_ROW + head * D + d[None, :]\n        kv_mask"),
         ("two tiles each way", "constants |= {\"Q_ROW\": q.stride(1),", "constants |= {\"Q_ROW\": q.shape[2],"),
         ("two tiles each way", "*_parts(whole, dout.shape[2]), None", "*_parts(whole, dout.shape[2])[::-1], None"),
+        ("two parts", "(b * S + s)[:, None] * KV_ROW + head", "(b * S + s)[:, None] * (HEADS * D) + head"),
     ],
 )  # fmt: skip
 def test_planted_bug_of_parts_is_found(shape, old, new, tmp_path, device):
@@ -168,10 +171,50 @@ def test_dropped_heads_are_not_read(device):
         assert torch.equal(one, two)
 
 
-def test_same_bits_twice(device):
-    tensors = problem(device)
+@pytest.mark.parametrize("shape", ["text", "two parts"])
+def test_same_bits_twice(device, shape):
+    tensors = problem(device, shape=SHAPES[shape])
     for one, two in zip(*(run(op.pruned_attention, tensors, LISTS["mixed"]) for _ in range(2)), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("queries", [1, 64, 65, 300, 1024, 4096])
+@pytest.mark.parametrize("programs", [1, 7, 20, 40, 64, 65, 1000])
+def test_parts_are_whole_blocks_and_fill_a_card(queries, block, programs):
+    taken = op.part(queries, block, programs)
+    parts = -(-queries // taken)
+    assert 1 <= parts * programs <= max(programs, op.PROGRAMS)
+    if parts > 1:
+        assert taken % block == 0
+        assert taken >= op.LEAST * block
+    else:
+        assert programs > op.PROGRAMS // 2 or queries < 2 * op.LEAST * block, "two parts would be better"
+
+
+def test_parts_of_the_attention_over_text():
+    """Stable Diffusion 2.1, 77 keys in two blocks, heads and queries of each level: where two images leave most of a
+    card idle queries are parted, with 16 images they are not."""
+    programs = {}
+    for batch in (2, 16):
+        for heads, queries in ((5, 4096), (10, 1024), (20, 256), (20, 64)):
+            before = 2 * heads * batch
+            programs[heads, queries, batch] = (before, before * -(-queries // op.part(queries, 64, before)))
+    assert {key: after for key, (before, after) in programs.items() if after > before} == {
+        (5, 4096, 2): 120, (10, 1024, 2): 120,
+    }  # fmt: skip
+
+
+def test_without_parts_nothing_is_added_up(device, monkeypatch):
+    """One kernel makes dk and dv then, and parts change rounding only."""
+    tensors = problem(device, shape=SHAPES["two parts"])
+    parted = run(op.pruned_attention, tensors, LISTS["mixed"])
+    monkeypatch.setattr(op, "PROGRAMS", 1)
+    monkeypatch.setattr(op, "_pruned_attention_sum_kernel", None)
+    whole = run(op.pruned_attention, tensors, LISTS["mixed"])
+    for name, one, other in zip(NAMES, whole, parted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert torch.equal(one, other) == (name in ("out", "dq"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tiles are counted in the interpreter")
@@ -209,9 +252,27 @@ BUGS = {
     "no delta in dq": ("zeros, PRECISION) - delta[:, None])", "zeros, PRECISION))"),
     "position for head": ("head = tl.load(list_ptr + row * L + tl.program_id(1))", "head = tl.program_id(1)"),
     "list of the first sample": ("row = tl.load(row_ptr + tl.program_id(2))", "row = tl.load(row_ptr)"),
-    "last queries left out of dk": ("for start in range(0, T, BLOCK_M)", "for start in range(0, T - 5, BLOCK_M)"),
+    "last queries left out of dk": ("range(0, PART, BLOCK_M)", "range(0, PART - 5, BLOCK_M)"),
     "dv of one tile": ("dout, dv, PRECISION)", "dout, dv * 0.0, PRECISION)"),
 }  # fmt: skip
+
+
+PART_BUGS = {
+    "first part alone": ("for part in range(PARTS):", "for part in range(1):"),
+    "parts on top of each other": ("(part * tl.num_programs(2) + b) * S * (HEADS", "b * S * (HEADS"),
+    "parts of other samples": ("row = (part * tl.num_programs(2) + b) * S + s", "row = (part + b) * S + s"),
+    "parts that overlap": ("part * PART\n", "part * (PART - BLOCK_M)\n"),
+    "a part too far": ("range(0, PART, BLOCK_M)", "range(0, PART + BLOCK_M, BLOCK_M)"),
+    "dk for dv": ("dv += tl.load(dvs_ptr", "dv += tl.load(dks_ptr"),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bugs are planted in the interpreter")
+@pytest.mark.parametrize("bug", PART_BUGS.values(), ids=PART_BUGS.keys())
+def test_notices_in_parts(bug, tmp_path):
+    mutant = mutated(inspect.getfile(op), *bug, tmp_path)
+    with pytest.raises(AssertionError, match=r"d[kv]: (error|\d+ non-finite)"):
+        assert_all_no_worse(mutant.pruned_attention, problem("cpu", shape=SHAPES["two parts"]), None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="bugs are planted in the interpreter")
