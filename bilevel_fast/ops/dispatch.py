@@ -285,7 +285,8 @@ def _backends(device: torch.device) -> AbstractContextManager[object]:
 
 @cache
 def _has_xformers() -> bool:
-    """Whether its extension was built for this torch: without it the package imports, and every call fails."""
+    """Whether it has a kernel: its own extension is of one torch; with others 0.0.35 calls those of torch, under the
+    names `cutlassF-pt` and `fa2F@...-pt`."""
     try:
         return import_module("xformers.ops.fmha").cutlass.FwOp.is_available()
     except (ImportError, OSError, AttributeError):
