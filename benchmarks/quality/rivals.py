@@ -307,7 +307,7 @@ class Bench:
         config, lab = self.config, self.lab
         away = safe_of(lab.world.phrase(lab.erased[0]), strength) if strength else None
         asked = lab.folder, lab.erased, config.world_settings, config.seed
-        portfolio = lab.world.portfolio(student.eval(), *asked, away)
+        portfolio = lab.world.portfolio(student.eval(), *asked, safe=away)
         seen = lab.world.probe(portfolio.images).style_logits.argmax(1)
         gone = torch.tensor([scene.style in lab.erased for scene in portfolio.scenes])
         plain: Tensor = (seen[gone] == 0).double().mean()

@@ -40,7 +40,7 @@ def judged(
     with Bar("model") as bar:
         for number, folder in enumerate(folders):
             bar(number, len(folders))
-            samples = here.portfolio(folder.unet(), folder, erased, settings, seed, safe, team)
+            samples = here.portfolio(folder.unet(), folder, erased, settings, seed, team, safe)
             found[str(folder.path)] = here.quality(samples, erased)
         bar(len(folders), len(folders))
     return found

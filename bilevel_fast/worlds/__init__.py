@@ -83,7 +83,6 @@ class World(Protocol):
         erased: Sequence[int],
         settings: Any,
         seed: int,
-        *,
         team: "Team" = ...,
     ) -> Samples:
         """The samples that a model is judged by: first of the erased concepts, then of all others.

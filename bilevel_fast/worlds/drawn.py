@@ -120,8 +120,8 @@ class DrawnWorld(Drawings[S]):
         erased: Sequence[int],
         settings: Drawn,
         seed: int,
-        safe: Safe | None = None,
         team: Team = ALONE,
+        safe: Safe | None = None,
     ) -> Samples:
         """The samples that a model is judged by, of `asked`; `safe` and `team`: see `judge.paint`."""
         assert isinstance(folder.vae, PixelUnshuffleVAE)

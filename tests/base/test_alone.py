@@ -2,13 +2,13 @@
 
 import pytest
 
-from bilevel_fast import erase, evaluate, prune, reproduce
+from bilevel_fast import attack, erase, export, profile, prune, reproduce
 from bilevel_fast.base import alone
 from bilevel_fast.base.errors import UserError
 
 
 @pytest.mark.situation
-@pytest.mark.parametrize("module", [erase, evaluate, prune, reproduce])
+@pytest.mark.parametrize("module", [attack, erase, export, profile, prune, reproduce])
 def test_a_command_that_shares_no_work(command, monkeypatch, module):
     """torchrun starts several processes of a command that works in one: one line says so, nothing is written"""
     arguments = {erase: ["uce"], prune: ["magnitude"]}.get(module, [])

@@ -115,7 +115,7 @@ class WorldJudge:
         if not file.exists():
             unet = self._unet(path)
             asked = self.folder, self.erased, self.settings, self.config.seed
-            images = self.world.portfolio(unet, *asked, self.safe.get(name)).images
+            images = self.world.portfolio(unet, *asked, safe=self.safe.get(name)).images
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(file, save({"images": images}))
         with open_safetensors(file) as tensors:
