@@ -390,9 +390,9 @@ def gn_means_kernel(
     g, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BLOCK_W)
     first, row = b * K * C + g * WIDTH, b * C + g * WIDTH
-    w = tl.load(weight_ptr + g * WIDTH + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
     dbias = _sum_rows(dy_ptr + first, K, WIDTH, C, BLOCK_W, BLOCK_K)
     dweight = _sum_rows(dy_xhat_ptr + first, K, WIDTH, C, BLOCK_W, BLOCK_K)
+    w = tl.load(weight_ptr + g * WIDTH + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
     tl.store(dweight_ptr + row + channel, dweight, mask=channel < WIDTH)
     tl.store(dbias_ptr + row + channel, dbias, mask=channel < WIDTH)
     c0, c1 = tl.sum(dbias * w) / (HW * WIDTH), tl.sum(dweight * w) / (HW * WIDTH)
