@@ -64,13 +64,13 @@ def test_the_nightly_run_has_the_oldest_and_the_newest():
 
 
 def test_the_dockerfile():
-    """Pinned images of the CUDA that torch's pins are of, nobody is root, and no licence that was not asked for."""
+    """Pinned images of the release of CUDA that torch's pins are of, nobody is root, and no licence that was not asked for."""
     text = (ROOT / "Dockerfile").read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, flags=re.MULTILINE))
     images = re.findall(r"^FROM (\S+)", text, flags=re.MULTILINE)
     assert [image.split(":")[0] for image in images] == ["nvidia/cuda"] * 2
     assert all("${CUDA}" in image and "${UBUNTU}" in image for image in images)
-    assert arguments["CUDA"] == PINS["cuda-toolkit"]
+    assert arguments["CUDA"].split(".")[:2] == PINS["cuda-toolkit"].split(".")[:2]
     last = text.rpartition("\nFROM ")[2]
     assert "devel" not in last.partition("\n")[0]
     assert re.findall(r"^(?:USER|CMD) .*$", last, flags=re.MULTILINE) == [
