@@ -64,7 +64,7 @@ def test_the_nightly_run_has_the_oldest_and_the_newest():
 
 
 def test_the_dockerfile():
-    """Pinned images of the release of CUDA that torch's pins are of, nobody is root, and no licence that was not asked for."""
+    """Pinned images of the CUDA release of torch's pins, nobody is root, and no licence that was not asked for."""
     text = (ROOT / "Dockerfile").read_text()
     arguments = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, flags=re.MULTILINE))
     images = re.findall(r"^FROM (\S+)", text, flags=re.MULTILINE)

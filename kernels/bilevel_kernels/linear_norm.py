@@ -133,8 +133,8 @@ def tiles(channels: int) -> tuple[int, int] | None:
 
 
 def config(channels: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of rows by channels of x. 64 rows would be read half as often from L2; they spill on sm_80 and sm_86. Of the
-    widest rows 32 channels at a time spill on sm_100 and sm_120, as triton 3.8 compiles them."""
+    """Tiles of rows by channels of x. 64 rows would be read half as often from L2; they spill on sm_80 and sm_86. Of
+    the widest rows 32 channels at a time spill on sm_100 and sm_120, as triton 3.8 compiles them."""
     if dtype == torch.float32:  # ieee fp32 products run on the CUDA cores, in registers
         return {"BLOCK_M": 16, "BLOCK_K": 16, "num_warps": 16, "num_stages": 1}
     if channels <= 320:

@@ -147,7 +147,8 @@ def config(pixels: int, dtype: torch.dtype) -> dict[str, int]:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 8, "num_stages": 2}
     if pixels <= 64:  # 8 x 8: a sample has no more; narrow tiles make more programs
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4}
+    # ptxas would stop at 128 registers on sm_120, for two blocks on an SM, and spill
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4, "maxnreg": 168}
 
 
 def _launch(
@@ -164,8 +165,6 @@ def _launch(
     c_o, c_in, size = out.shape[1], weight.shape[1], weight.shape[-1]
     c_index, n_index = _index(kept_c, a), _index(kept_n, out)
     options = config(height * width, a.dtype)
-    if kept_n is not None and vec(kept_n, c_o) < 4:  # ptxas would stop at 128 registers on sm_120, and spill
-        options["maxnreg"] = 168
     most = n_index.most if n_index else c_o
     grid = (triton.cdiv(most, options["BLOCK_N"]), triton.cdiv(height * width, options["BLOCK_M"]), batch)
     forward = {"STRIDE_N": size * size * c_in, "STRIDE_C": 1}
