@@ -12,9 +12,10 @@ Layout     contiguous; or q, k and v are thirds of one (B, T, 3 N D), or k and v
            product makes them, and so are their gradients then
 Numerics   online softmax; one pass over k for dq, one over q for dk and dv: no atomics, the same bits every run
 Programs   of dk and dv: one for each block of keys, of which text has two; where these are too few for a card, each
-           takes a part of the queries, and a further kernel adds up the parts in their order
+           takes a part of the queries, and a further kernel adds up the parts in their order. How many parts there are
+           depends on the batch and on the heads kept, and with it the rounding of dk and dv
 Traffic    k and v once for every BLOCK_M queries; results are filled with zeros first where heads are dropped; parts
-           are written and read once, in fp32
+           are written and read once, in fp32: of whole blocks no more bytes than their programs read of q and dout
 Source     FlashAttention-2, arXiv:2307.08691, algorithms 1 and 2
 """
 
@@ -298,9 +299,7 @@ def config(queries: int, head_dim: int, dtype: torch.dtype, backward: bool) -> d
 PROGRAMS = 128
 """Of dk and dv, at most, where queries are parted: about the SMs of the cards that this is for (84 to 148)."""
 LEAST = 4
-"""Blocks of queries in a part: fewer are over before the parts are added up."""
-
-
+"""Blocks of queries in a part: of fewer, dk and dv could be more bytes, written and read, than q and dout."""
 _ROWS = 16  # of keys in a program that adds up parts
 
 
@@ -358,6 +357,8 @@ def pruned_attention_bwd(
     to = (dk, dv)
     if parts > 1:
         to = torch.empty((2, parts, *k.shape), dtype=torch.float32, device=q.device)
+        if q.dtype == torch.float32:  # two blocks of 8 warps on an SM; without a limit ptxas may spill to fit a third
+            constants["maxnreg"] = 128
     grid = (blocks * parts, most, q.shape[0])
     _pruned_attention_dkv_kernel[grid](dout, q, k, v, lse, delta, *to, *pointers, *scales, **constants)
     if parts > 1:

@@ -153,6 +153,29 @@ def test_attention_of_every_head_dimension_fits_the_least_shared_memory():
     assert done.stdout.split("\n")[:-1] == ["[] 3"] * 5, done.stdout + done.stderr[-4000:]
 
 
+PARTS = """
+import torch
+from benchmarks.kernels.aot import offline
+from bilevel_kernels.kept import Kept
+from bilevel_kernels.pruned_attention import pruned_attention
+
+for dtype in (torch.float32, torch.bfloat16):
+    for D, T, kept in ((40, 4096, None), (80, 1024, [0, 2, 3, 5]), (160, 256, [0, 2, 3, 5])):
+        with offline(80, lambda kernel, _: "nothing" if "fwd" in kernel or "dq" in kernel else "resources") as rows:
+            q, k, v = (torch.empty(2, n, 8 * D, dtype=dtype).requires_grad_() for n in (T, 77, 77))
+            out = pruned_attention(q, k, v, 8, kept=kept and Kept.same(8, kept))
+            torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        print([(dtype, D, r.kernel, r.spills) for r in rows if r.spills], len(rows))
+"""
+
+
+@pytest.mark.slow
+def test_parts_of_older_heads_do_not_spill():
+    """SD 1.x over text, in parts. Without a limit of registers ptxas spills in fp32, to fit a third block on an SM."""
+    done = compiling("-c", PARTS)
+    assert done.stdout.split("\n")[:-1] == ["[] 2"] * 6, done.stdout + done.stderr[-4000:]
+
+
 def test_offline_needs_the_interpreter_off():
     done = compiling("-c", "import os; os.environ['TRITON_INTERPRET'] = '1'\n"
                      "from benchmarks.kernels.aot import offline\nwith offline(80): pass")  # fmt: skip

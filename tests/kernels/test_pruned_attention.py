@@ -1,5 +1,6 @@
 import importlib
 import inspect
+from math import ceil
 
 import pytest
 import torch
@@ -115,9 +116,10 @@ def test_scale(device):
     assert_all_no_worse(op.pruned_attention, problem(device), None, scale=0.7)
 
 
-def test_one_key(device):
-    """A softmax over one key is 1: no gradient reaches q and k."""
-    q, k, v, dout = problem(device, shape=(3, 1, 16))
+@pytest.mark.parametrize("queries", [3, 264])
+def test_one_key(device, queries):
+    """A softmax over one key is 1: no gradient reaches q and k. Many queries are parted."""
+    q, k, v, dout = problem(device, shape=(queries, 1, 16))
     out, dq, dk, dv = run(op.pruned_attention, [q, k, v, dout], None)
     torch.testing.assert_close(out, v.expand_as(out))
     torch.testing.assert_close(dv, dout.sum(1, keepdim=True))
@@ -192,6 +194,31 @@ def test_parts_are_whole_blocks_and_fill_a_card(queries, block, programs):
         assert programs > op.PROGRAMS // 2 or queries < 2 * op.LEAST * block, "two parts would be better"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize(
+    ("parts", "shape"), [(2, (150, 77, 40)), (3, (150, 7, 64)), (5, (300, 64, 64)), (3, (150, 65, 160))]
+)
+def test_any_number_of_parts(parts, shape, dtype, device, monkeypatch):
+    """Queries are no whole blocks, and the last part is the shortest."""
+    taken = []
+
+    def part(queries, block, _):
+        taken.append(ceil(ceil(queries / block) / parts) * block)
+        return taken[-1]
+
+    monkeypatch.setattr(op, "part", part)
+    assert_all_no_worse(op.pruned_attention, problem(device, dtype, shape), LISTS["mixed"])
+    assert [ceil(shape[0] / n) for n in taken] == [parts]
+
+
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 128, 160, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_parts_are_no_more_bytes_than_what_they_are_made_of(dim, dtype):
+    """Of one channel: dk and dv of a block of keys, written and read in fp32, and q and dout of the least part."""
+    tiles = op.config(4096, dim, dtype, backward=True)
+    assert 2 * 2 * 4 * tiles["BLOCK_N"] <= 2 * op.LEAST * tiles["BLOCK_M"] * dtype.itemsize
+
+
 def test_parts_of_the_attention_over_text():
     """Stable Diffusion 2.1, 77 keys in two blocks, heads and queries of each level: where two images leave most of a
     card idle queries are parted, with 16 images they are not."""
@@ -262,6 +289,7 @@ PART_BUGS = {
     "parts on top of each other": ("(part * tl.num_programs(2) + b) * S * (HEADS", "b * S * (HEADS"),
     "parts of other samples": ("row = (part * tl.num_programs(2) + b) * S + s", "row = (part + b) * S + s"),
     "parts that overlap": ("part * PART\n", "part * (PART - BLOCK_M)\n"),
+    "parts not scaled": ("(dk * scale)", "(dk)"),
     "a part too far": ("range(0, PART, BLOCK_M)", "range(0, PART + BLOCK_M, BLOCK_M)"),
     "dk for dv": ("dv += tl.load(dvs_ptr", "dv += tl.load(dks_ptr"),
 }
