@@ -322,6 +322,8 @@ def _constants(q: Tensor, k: Tensor, heads: int, kept: Kept | None, backward: bo
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         **config(q.shape[1], head_dim, q.dtype, backward),
     }
+    if q.dtype == torch.float32 and precision() == "ieee":  # ptxas would spill, to fit a further block on an SM
+        constants["maxnreg"] = 255
     return list(index[:3]) if index else [None] * 3, constants, index.most if index else heads
 
 
@@ -357,8 +359,6 @@ def pruned_attention_bwd(
     to = (dk, dv)
     if parts > 1:
         to = torch.empty((2, parts, *k.shape), dtype=torch.float32, device=q.device)
-        if q.dtype == torch.float32:  # two blocks of 8 warps on an SM; without a limit ptxas may spill to fit a third
-            constants["maxnreg"] = 128
     grid = (blocks * parts, most, q.shape[0])
     _pruned_attention_dkv_kernel[grid](dout, q, k, v, lse, delta, *to, *pointers, *scales, **constants)
     if parts > 1:
