@@ -353,7 +353,7 @@ def _write(into: list[Tensor], found: list[Tensor], untouched: list[Tensor], add
 def _lie_alike(g: Tensor, view: Tensor) -> bool:
     """Whether a gradient lies in memory as its parameter does, from a multiple of 16 bytes on."""
     alike = all(a == b for a, b, size in zip(g.stride(), view.stride(), g.shape, strict=True) if size > 1)
-    return alike and g.dtype == view.dtype and g.storage_offset() * g.itemsize % 16 == 0
+    return bool(alike and g.dtype == view.dtype and g.storage_offset() * g.itemsize % 16 == 0)
 
 
 def norm(buffer: Tensor) -> Tensor:
